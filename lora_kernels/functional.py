@@ -1,0 +1,337 @@
+"""lora_linear and lora_merged_linear: checks, autocast, the dropout seed, the autograd Function."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import ops, reference
+
+__all__ = [
+    "check_input",
+    "equal_splits",
+    "lora_forward",
+    "lora_linear",
+    "lora_merged_linear",
+]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = x·weightᵀ + bias + scaling·(dropout(x)·lora_Aᵀ)·lora_Bᵀ.
+
+    Shapes: x [..., K], weight [N, K] (any strides: pass ``w.T`` for one stored [K, N]),
+    lora_A [R, K], lora_B [N, R], bias [N] -> y [..., N].
+    Dtypes: float32, float16, bfloat16, float64; x, weight and bias share one, the adapters may
+    have another (float32 over a 16-bit base). Gradients come back in the dtype of their operand.
+    dropout_p in [0, 1) acts on x in front of lora_A alone, always (a layer passes 0 in eval). The
+    mask is a pure function of (seed, row, column), see philox.py. seed: int64 tensor of one
+    element on x's device; None draws one from PyTorch's generator of that device.
+    Raises: TypeError where an operand is no dense floating-point tensor; ValueError where shapes,
+    dtypes, devices or values do not fit.
+    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
+    """
+    return lora_forward(
+        "lora_linear",
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        bias,
+        scaling,
+        dropout_p,
+        seed,
+        None,
+        (True,),
+    )
+
+
+def lora_merged_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    enable_lora: Sequence[bool],
+    out_splits: Sequence[int] | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = x·weightᵀ + bias, and for each enabled group g of columns + scaling·h_g·lora_B_gᵀ.
+
+    The columns of y fall into len(enable_lora) groups, of equal size or of the sizes in out_splits
+    (query, key, value of grouped-query attention: ``out_splits=(4096, 1024, 1024)``). The g-th
+    enabled group has rows [g·r, (g+1)·r) of lora_A, its own block of rows of lora_B, and
+    h_g = dropout(x)·lora_A_gᵀ; all groups see the same dropout mask.
+
+    Shapes: x [..., K], weight [N, K], lora_A [E·r, K], lora_B [sum of the enabled splits, r],
+    bias [N] -> y [..., N], with E = number of enabled groups, at least one.
+    Dtypes, dropout_p, seed, errors: as lora_linear.
+    Source: Hu et al. 2021, arXiv 2106.09685, section 4.2; loralib's MergedLinear.
+    """
+    name = "lora_merged_linear"
+    if not any(enable_lora):
+        raise ValueError(f"{name}: enable_lora must enable a group, got {list(enable_lora)}")
+    if out_splits is None and isinstance(weight, Tensor) and weight.dim() == 2:
+        out_splits = equal_splits(weight.shape[0], enable_lora, name)
+    return lora_forward(
+        name,
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        bias,
+        scaling,
+        dropout_p,
+        seed,
+        out_splits,
+        enable_lora,
+    )
+
+
+def equal_splits(out_features: int, enable_lora: Sequence[bool], layer: str) -> list[int]:
+    """out_features in len(enable_lora) equal parts, or a ValueError that names both."""
+    count = len(enable_lora)
+    if count == 0 or out_features % count:
+        raise ValueError(
+            f"{layer}: the length of enable_lora must divide out_features={out_features}, "
+            f"got enable_lora={list(enable_lora)}"
+        )
+    return [out_features // count] * count
+
+
+def lora_forward(
+    layer: str | nn.Module,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    out_splits: Sequence[int] | None,
+    enable_lora: Sequence[bool],
+) -> Tensor:
+    """The common path of both functions and of the layers, which name themselves in errors."""
+    _check_tensor(layer, "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"{_name(layer)}: weight must have shape [N, K], got {list(weight.shape)}")
+    check_input(layer, x, weight.shape[1])
+    _check_tensor(layer, "lora_A", a)
+    _check_tensor(layer, "lora_B", b)
+    if bias is not None:
+        _check_tensor(layer, "bias", bias)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if out_splits is None:
+        out_splits = (weight.shape[0],)
+    _check_fit(layer, x, weight, a, b, bias, out_splits, enable_lora)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{_name(layer)}: dropout_p must be in [0, 1), got {dropout_p!r}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"{_name(layer)}: scaling must be finite, got {scaling!r}")
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    else:
+        _check_seed(layer, seed, x)
+    y, _ = _LoRALinear.apply(
+        x, weight, a, b, bias, seed, scaling, dropout_p, out_splits, enable_lora
+    )
+    return y
+
+
+class _LoRALinear(torch.autograd.Function):
+    """Saves x, h, the seed and the parameters, and of these only what the backward will read."""
+
+    @staticmethod
+    def forward(x, w, a, b, bias, seed, scaling, dropout_p, out_splits, enable_lora):
+        return ops.lora_linear_forward(
+            x, w, a, b, bias, seed, scaling, dropout_p, out_splits, enable_lora
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, a, b, _, seed, *ctx.constants = inputs
+        _, h = output
+        ctx.mark_non_differentiable(h)
+        ctx.set_materialize_grads(False)
+        needs_x, needs_w, needs_a, needs_b, _ = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(
+            x if needs_w or needs_a else None,
+            h if needs_b else None,
+            w if needs_x else None,
+            a if needs_x or needs_a else None,
+            b if needs_x or needs_a or needs_b else None,
+            seed if needs_x or needs_a else None,
+        )
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        needs = list(ctx.needs_input_grad[:5])
+        if dy is None or not any(needs):
+            return (None,) * 10
+        args = (dy, *ctx.saved_tensors, *ctx.constants, needs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = iter(_LoRALinearBackward.apply(*args))
+        else:
+            grads = iter(ops.lora_linear_backward(*args))
+        return (*(next(grads) if needed else None for needed in needs), *(None,) * 5)
+
+
+class _LoRALinearBackward(torch.autograd.Function):
+    """The backward as a function of its operands, for create_graph=True.
+
+    Its own derivative is that of the reference, in plain PyTorch, with h written out as a function
+    of x and a.
+    """
+
+    @staticmethod
+    def forward(dy, x, h, w, a, b, seed, scaling, dropout_p, out_splits, enable_lora, needs):
+        return tuple(
+            ops.lora_linear_backward(
+                dy,
+                x,
+                h,
+                w,
+                a,
+                b,
+                seed,
+                scaling,
+                dropout_p,
+                out_splits,
+                enable_lora,
+                needs,
+            )
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, x, _, w, a, b, seed, *ctx.constants = inputs
+        ctx.save_for_backward(dy, x, w, a, b, seed)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dy, x, w, a, b, seed = ctx.saved_tensors
+        scaling, dropout_p, out_splits, enable_lora, needs = ctx.constants
+        operands = {"dy": dy, "x": x, "w": w, "a": a, "b": b}
+        present = [name for name, operand in operands.items() if operand is not None]
+
+        def backward(*tensors):
+            given = {
+                **dict.fromkeys(operands),
+                **dict(zip(present, tensors, strict=True)),
+            }
+            h = None
+            if needs[4]:
+                h = reference.low_rank_input(given["x"], given["a"], seed, dropout_p)
+            return tuple(
+                reference.lora_linear_backward(
+                    given["dy"], given["x"], h, given["w"], given["a"], given["b"], seed,
+                    scaling, dropout_p, out_splits, enable_lora, needs,
+                )
+            )  # fmt: skip
+
+        _, vjp = torch.func.vjp(backward, *(operands[name] for name in present))
+        by_name = dict(zip(present, vjp(grads), strict=True))
+        ordered = [by_name.get(name) for name in ("dy", "x", None, "w", "a", "b")]
+        return (*ordered, *(None,) * 6)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would have x, weight and bias be; the adapters stay as they are."""
+    device_type = x.device.type
+    if device_type == "meta" or x.dtype == torch.float64:
+        return None
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _name(layer: str | nn.Module) -> str:
+    return layer if isinstance(layer, str) else f"{type(layer).__name__}({layer.extra_repr()})"
+
+
+def _check_tensor(layer: str | nn.Module, name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{_name(layer)}: {name} must be a torch.Tensor, got {type(value).__name__}"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{_name(layer)}: {name} must be dense, got {value.layout}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(
+            f"{_name(layer)}: {name} must be float32, float16, bfloat16 or float64, "
+            f"got {value.dtype}"
+        )
+
+
+def check_input(layer: str | nn.Module, x, in_features: int) -> None:
+    """x is a dense floating-point tensor [..., in_features], or an error names the layer."""
+    _check_tensor(layer, "x", x)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"{_name(layer)}: x must have shape [..., {in_features}], got {list(x.shape)}"
+        )
+
+
+def _check_fit(layer, x, weight, a, b, bias, out_splits, enable_lora) -> None:
+    def fail(name, expected, value):
+        raise ValueError(f"{_name(layer)}: {name} must {expected}, got {value}")
+
+    n, k = weight.shape
+    if len(out_splits) != len(enable_lora) or sum(out_splits) != n or min(out_splits) < 1:
+        fail(
+            "out_splits",
+            f"be {len(enable_lora)} sizes >= 1 that sum to {n}",
+            list(out_splits),
+        )
+    if b.dim() != 2 or b.shape[1] < 1:
+        fail("lora_B", "have shape [rows, r] with r >= 1", list(b.shape))
+    b_rows = sum(size for size, on in zip(out_splits, enable_lora, strict=True) if on)
+    rank = b.shape[1] * sum(enable_lora)
+    if b.shape[0] != b_rows:
+        fail("lora_B", f"have {b_rows} rows", list(b.shape))
+    if a.dim() != 2 or a.shape[0] != rank or a.shape[1] != k:
+        fail("lora_A", f"have shape [{rank}, {k}]", list(a.shape))
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
+        fail("bias", f"have shape [{n}]", list(bias.shape))
+    for name, operand in (("weight", weight), ("bias", bias)):
+        if operand is not None and operand.dtype != x.dtype:
+            fail(name, f"have x's dtype {x.dtype}", operand.dtype)
+    for name, operand in (
+        ("weight", weight),
+        ("lora_A", a),
+        ("lora_B", b),
+        ("bias", bias),
+    ):
+        if operand is not None and operand.device != x.device:
+            fail(name, f"be on x's device {x.device}", operand.device)
+
+
+def _check_seed(layer, seed, x) -> None:
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"{_name(layer)}: seed must be a torch.Tensor, got {type(seed).__name__}")
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+        raise ValueError(
+            f"{_name(layer)}: seed must be an int64 tensor of one element on {x.device}, got "
+            f"{seed.dtype} {list(seed.shape)} on {seed.device}"
+        )

@@ -1,0 +1,127 @@
+"""LoRALinear: nn.Linear with a low-rank update."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_kernels import functional
+from lora_kernels.layers.base import LoRALayer
+
+__all__ = ["LinearLayer", "LoRALinear"]
+
+
+class LinearLayer(LoRALayer, nn.Linear):
+    """What LoRALinear and LoRAMergedLinear share: the weight's layout, wrapping, the forward."""
+
+    out_splits: list[int] | None = None
+    enable_lora: list[bool] = [True]  # noqa: RUF012 - replaced, never changed
+
+    def _set_layout(self, fan_in_fan_out: bool) -> None:
+        self.fan_in_fan_out = fan_in_fan_out
+        if fan_in_fan_out:
+            empty = self.weight.new_empty((self.in_features, self.out_features))
+            self.weight = nn.Parameter(empty)
+
+    @classmethod
+    def _wrap(cls, linear: nn.Module, lora_dtype: torch.dtype | None, **kwargs):
+        fan_in_fan_out = not isinstance(linear, nn.Linear)  # Hugging Face's Conv1D
+        shape = linear.weight.T.shape if fan_in_fan_out else linear.weight.shape
+        layer = cls(
+            shape[1], shape[0], fan_in_fan_out=fan_in_fan_out, bias=linear.bias is not None,
+            device="meta", dtype=linear.weight.dtype, **kwargs,
+        )  # fmt: skip
+        return layer._adopt(linear, lora_dtype)
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as nn.Linear does, whichever way round weight is stored."""
+        if getattr(self, "fan_in_fan_out", False):
+            with torch.no_grad():
+                drawn = self.weight.new_empty((self.out_features, self.in_features))
+                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+                self.weight.copy_(drawn.T)
+                if self.bias is not None:
+                    bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+                    nn.init.uniform_(self.bias, -bound, bound)
+        else:
+            nn.Linear.reset_parameters(self)
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        if self.has_lora:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+
+    def _oriented(self, weight: Tensor) -> Tensor:
+        """[N, K] as weight is stored, or the stored weight as [N, K]: a view either way."""
+        return weight.T if self.fan_in_fan_out else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self._oriented(self.weight)
+        if self.merged or not self.has_lora:
+            self._refresh()
+            functional.check_input(self, x, self.in_features)
+            return F.linear(x, weight, self.bias)
+        return functional.lora_forward(
+            self, x, weight, self.lora_A, self.lora_B, self.bias, self.scaling,
+            self.lora_dropout.p if self.training else 0.0, None, self.out_splits, self.enable_lora,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        text = f"{nn.Linear.extra_repr(self)}, r={self.r}"
+        if self.has_lora:
+            text += f", lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout.p}"
+        return text
+
+
+class LoRALinear(LinearLayer):
+    """y = x·Wᵀ + bias + scaling·(dropout(x)·lora_Aᵀ)·lora_Bᵀ with W frozen.
+
+    Shapes: weight [out, in] ([in, out] with fan_in_fan_out), lora_A [r, in], lora_B [out, r];
+    x [..., in] -> [..., out]. lora_A starts Kaiming uniform, lora_B zero. r = 0: a plain trainable
+    nn.Linear. Dropout acts in training mode only. Other keywords go to nn.Linear.
+    Raises: ValueError and TypeError as LoRALayer and lora_linear do, naming this layer.
+    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's Linear.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        **kwargs,
+    ):
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
+        self._set_layout(fan_in_fan_out)
+        if self.r > 0:
+            self._add_adapter((self.r, in_features), (out_features, self.r))
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = True,
+        lora_dtype: torch.dtype | None = None,
+    ) -> "LoRALinear":
+        """Wraps an nn.Linear or a Hugging Face Conv1D: same parameters, no copy, same mode.
+
+        lora_dtype: dtype of lora_A and lora_B; None takes the weight's.
+        """
+        return cls._wrap(
+            linear, lora_dtype, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+            merge_weights=merge_weights,
+        )  # fmt: skip
+
+    def delta_weight(self) -> Tensor:
+        acc = torch.promote_types(self.weight.dtype, torch.float32)
+        return self._oriented(self.lora_B.to(acc) @ self.lora_A.to(acc)) * self.scaling

@@ -1,0 +1,145 @@
+"""Every op in plain PyTorch: the specification, the CPU path and the oracle of the tests.
+
+Notation: x [M, K] input; w [N, K] base weight; a [E*r, K] and b [sum of enabled splits, r] LoRA
+factors of E enabled groups of output columns (LoRALinear: one group, E = 1); x_hat = dropout(x);
+h = x_hat·aᵀ [M, E*r]; dh = scaling·dy·b [M, E*r]. Low-rank products run in float32 at least, whatever
+the dtypes of x, a and b.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels import philox
+
+__all__ = [
+    "accumulate_dtype",
+    "groups",
+    "lora_linear_backward",
+    "lora_linear_forward",
+    "low_rank_input",
+]
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of h and dh: float32, or float64 for float64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def groups(
+    out_splits: Sequence[int], enable_lora: Sequence[bool], r: int
+) -> Iterator[tuple[slice, slice, slice]]:
+    """For each enabled group: its columns of y, its rows of b, its rows of a (columns of h)."""
+    column = row = rank = 0
+    for size, enabled in zip(out_splits, enable_lora, strict=True):
+        if enabled:
+            yield (
+                slice(column, column + size),
+                slice(row, row + size),
+                slice(rank, rank + r),
+            )
+            row += size
+            rank += r
+        column += size
+
+
+def low_rank_input(x: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """h = x_hat·aᵀ. Shapes: x [..., K], a [R, K] -> h [M, R] in accumulate_dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    acc = accumulate_dtype(x.dtype)
+    if dropout_p == 0:
+        return rows.to(acc) @ a.to(acc).T
+    mask = philox.keep_mask(seed, *rows.shape, dropout_p)
+    kept = torch.where(mask, rows, 0).to(acc)
+    return (kept @ a.to(acc).T) * philox.keep_scale(dropout_p)
+
+
+def lora_linear_forward(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    out_splits: Sequence[int],
+    enable_lora: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """y = x·wᵀ + bias, plus scaling·h·bᵀ in the columns of each enabled group; h = x_hat·aᵀ.
+
+    Shapes: x [..., K], w [N, K], a [E*r, K], b [sum of enabled splits, r], bias [N], seed [1]
+    -> y [..., N], h [M, E*r] in accumulate_dtype.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    acc = accumulate_dtype(x.dtype)
+    y = F.linear(rows, w, bias)
+    h = low_rank_input(rows, a, seed, dropout_p)
+    for columns, b_rows, ranks in groups(out_splits, enable_lora, b.shape[1]):
+        add_product_(y[:, columns], h[:, ranks], b[b_rows].to(acc).T, scaling)
+    return y.view(*x.shape[:-1], y.shape[-1]), h
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    w: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    out_splits: Sequence[int],
+    enable_lora: Sequence[bool],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of lora_linear_forward that needs = (x, w, a, b, bias) asks for, in that order.
+
+    dx = dy·w + mask∘(dh·a); dw = dyᵀ·x; da = dhᵀ·x_hat; db = scaling·dyᵀ·h;
+    dbias = column sums of dy. An operand may be None where no gradient asked for depends on it: x but for
+    dw and da, h but for db, w but for dx, a but for dx and da, b but for dx, da and db.
+    """
+    needs_x, needs_w, needs_a, needs_b, needs_bias = needs
+    dy_rows = dy.reshape(-1, dy.shape[-1])
+    rows = None if x is None else x.reshape(-1, x.shape[-1])
+    acc = accumulate_dtype(dy.dtype)
+    dx = dw = da = db = dbias = None
+
+    if needs_x or needs_a:
+        dh = dy_rows.new_empty((dy_rows.shape[0], a.shape[0]), dtype=acc)
+        for columns, b_rows, ranks in groups(out_splits, enable_lora, b.shape[1]):
+            dh[:, ranks] = dy_rows[:, columns].to(acc) @ b[b_rows].to(acc)
+        dh = dh * scaling
+        if dropout_p > 0:
+            mask = philox.keep_mask(seed, dy_rows.shape[0], a.shape[1], dropout_p)
+            dh = dh * philox.keep_scale(dropout_p)
+    if needs_x:
+        dx = dy_rows @ w
+        if dropout_p > 0:
+            dx.add_(torch.where(mask, dh @ a.to(acc), 0))
+        else:
+            add_product_(dx, dh, a.to(acc), 1.0)
+        dx = dx.view(*dy.shape[:-1], dx.shape[-1])
+    if needs_w:
+        dw = dy_rows.T @ rows
+    if needs_a:
+        x_hat = torch.where(mask, rows, 0) if dropout_p > 0 else rows
+        da = (dh.T @ x_hat.to(acc)).to(a.dtype)
+    if needs_b:
+        db = torch.empty_like(b, memory_format=torch.contiguous_format)
+        for columns, b_rows, ranks in groups(out_splits, enable_lora, b.shape[1]):
+            db[b_rows] = (dy_rows[:, columns].to(acc).T @ h[:, ranks]) * scaling
+    if needs_bias:
+        dbias = dy_rows.sum(0)
+    return [grad for grad in (dx, dw, da, db, dbias) if grad is not None]
+
+
+def add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """out += scale·left·right in place; out may have fewer bits than the product."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right, alpha=scale)
+    else:
+        out.add_((left @ right).mul_(scale))
