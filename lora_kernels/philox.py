@@ -11,9 +11,8 @@ element    16-bit half ``col % 2`` (low half first) of output word ``col % 8 // 
 kept       where that half, read as a signed 16-bit integer, is >= threshold(p)
 =========  =====================================================================
 
-With the column in word 0 of the counter and the row in words 1 and 2, the first round works on a
-row vector and a column vector and the second joins them: two of the seven rounds cost next to
-nothing, here and in a kernel.
+The first two rounds multiply column vectors and row vectors only, and the second joins them: two of
+the seven rounds cost next to nothing, here and in a kernel.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2.
 """
@@ -39,14 +38,29 @@ def philox_4x32(counter, key, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Ten
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(rounds):
-        # A product wraps past 2^63, but its 64 bits are those of the unsigned product.
-        product_0, product_1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = ((product_1 >> 32) ^ c1 ^ k0) & _LOW
-        c2 = ((product_0 >> 32) ^ c3 ^ k1) & _LOW
-        c1, c3 = product_1 & _LOW, product_0 & _LOW
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    return c0, c1, c2, c3
+    shape = torch.broadcast_shapes(*(word.shape for word in counter))
+    # Two words and two pairs of products, written over and over: fresh memory for every step costs
+    # more in page faults than the arithmetic.
+    word_0, word_2, *products = torch.empty((6, *shape), dtype=torch.int64, device=c0.device)
+    for i in range(rounds):
+        out_0, out_1 = products[:2] if i % 2 else products[2:]
+        # A product wraps past 2^63, but its 64 bits are those of the unsigned product. Only words
+        # 0 and 2 are multiplied, so only they need their upper halves cleared.
+        product_0 = torch.mul(c0, _MULTIPLIERS[0], out=out_0 if c0.shape == shape else None)
+        product_1 = torch.mul(c2, _MULTIPLIERS[1], out=out_1 if c2.shape == shape else None)
+        c0 = _mix(product_1, c1, k0 + i * _WEYL[0], word_0)
+        c2 = _mix(product_0, c3, k1 + i * _WEYL[1], word_2)
+        c1, c3 = product_1, product_0
+    return c0, c1 & _LOW, c2, c3 & _LOW
+
+
+def _mix(product: Tensor, word: Tensor, key: Tensor, out: Tensor) -> Tensor:
+    """(product >> 32) ^ word ^ key in 32 bits; in out's memory where the result has its shape."""
+    if product.shape == out.shape:
+        mixed = torch.bitwise_right_shift(product, 32, out=out).bitwise_xor_(word)
+    else:
+        mixed = (product >> 32) ^ word
+    return mixed.bitwise_xor_(key).bitwise_and_(_LOW)
 
 
 def threshold(dropout_p: float) -> int:
@@ -68,6 +82,7 @@ def keep_mask(seed: Tensor, rows: int, cols: int, dropout_p: float, first_row: i
     row = torch.arange(first_row, first_row + rows, device=seed.device).unsqueeze(1)
     col_group = torch.arange(-(-cols // GROUP), device=seed.device).unsqueeze(0)
     counter = (col_group, (row >> 32) & _LOW, row & _LOW, torch.zeros_like(col_group))
-    words = philox_4x32(counter, (seed & _LOW, (seed >> 32) & _LOW))
-    halves = torch.stack(words, dim=-1).to(torch.int32).view(torch.int16)  # [rows, groups, 8]
+    w0, w1, w2, w3 = philox_4x32(counter, (seed & _LOW, (seed >> 32) & _LOW))
+    pairs = torch.stack((w0.add_(w1 << 32), w2.add_(w3 << 32)), dim=-1)  # [rows, groups, 2]
+    halves = pairs.view(torch.int16)  # [rows, groups, 8], little-endian
     return (halves >= threshold(dropout_p)).flatten(1)[:, :cols]

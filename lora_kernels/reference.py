@@ -51,9 +51,8 @@ def low_rank_input(x: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float) 
     acc = accumulate_dtype(x.dtype)
     if dropout_p == 0:
         return rows.to(acc) @ a.to(acc).T
-    mask = philox.keep_mask(seed, *rows.shape, dropout_p)
-    kept = torch.where(mask, rows, 0).to(acc)
-    return (kept @ a.to(acc).T) * philox.keep_scale(dropout_p)
+    mask = philox.keep_mask(seed, *rows.shape, dropout_p).to(acc)
+    return ((rows * mask) @ a.to(acc).T) * philox.keep_scale(dropout_p)
 
 
 def lora_linear_forward(
@@ -108,30 +107,42 @@ def lora_linear_backward(
     acc = accumulate_dtype(dy.dtype)
     dx = dw = da = db = dbias = None
 
+    enabled = list(groups(out_splits, enable_lora, b.shape[1])) if b is not None else []
+
     if needs_x or needs_a:
-        dh = dy_rows.new_empty((dy_rows.shape[0], a.shape[0]), dtype=acc)
-        for columns, b_rows, ranks in groups(out_splits, enable_lora, b.shape[1]):
-            dh[:, ranks] = dy_rows[:, columns].to(acc) @ b[b_rows].to(acc)
+        # b is copied column by column: BLAS is twice as fast on a skinny factor that way.
+        dh = _join(
+            [
+                F.linear(dy_rows[:, columns].to(acc), b[b_rows].to(acc).T.contiguous())
+                for columns, b_rows, _ in enabled
+            ],
+            dim=1,
+        )
         dh = dh * scaling
         if dropout_p > 0:
-            mask = philox.keep_mask(seed, dy_rows.shape[0], a.shape[1], dropout_p)
+            mask = philox.keep_mask(seed, dy_rows.shape[0], a.shape[1], dropout_p).to(acc)
             dh = dh * philox.keep_scale(dropout_p)
     if needs_x:
         dx = dy_rows @ w
         if dropout_p > 0:
-            dx.add_(torch.where(mask, dh @ a.to(acc), 0))
+            dx.add_((dh @ a.to(acc)).mul_(mask))
         else:
             add_product_(dx, dh, a.to(acc), 1.0)
         dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     if needs_w:
         dw = dy_rows.T @ rows
     if needs_a:
-        x_hat = torch.where(mask, rows, 0) if dropout_p > 0 else rows
-        da = (dh.T @ x_hat.to(acc)).to(a.dtype)
+        x_hat = rows * mask if dropout_p > 0 else rows.to(acc)
+        da = (dh.T @ x_hat).to(a.dtype)
     if needs_b:
-        db = torch.empty_like(b, memory_format=torch.contiguous_format)
-        for columns, b_rows, ranks in groups(out_splits, enable_lora, b.shape[1]):
-            db[b_rows] = (dy_rows[:, columns].to(acc).T @ h[:, ranks]) * scaling
+        db = _join(
+            [
+                (h[:, ranks].T @ dy_rows[:, columns].to(acc)).T * scaling
+                for columns, _, ranks in enabled
+            ],
+            dim=0,
+        )
+        db = db.to(b.dtype).contiguous()
     if needs_bias:
         dbias = dy_rows.sum(0)
     return [grad for grad in (dx, dw, da, db, dbias) if grad is not None]
@@ -143,3 +154,7 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None
         out.addmm_(left, right, alpha=scale)
     else:
         out.add_((left @ right).mul_(scale))
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -147,9 +147,8 @@ class LoRALayer:
         with _undisturbed(weight):
             if not self.has_lora:
                 return weight.detach().clone()
-            delta = self.delta_weight()
             base = self.base_weight().detach().to(weight.device)
-            return base.to(delta.dtype).add_(delta).to(weight.dtype)
+            return (base + self.delta_weight()).to(weight.dtype)
 
     def train(self, mode: bool = True):
         super().train(mode)
