@@ -1,0 +1,190 @@
+"""LoRAEmbedding: nn.Embedding with a low-rank update."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_kernels import functional
+from lora_kernels.layers.base import LoRALayer, _undisturbed
+
+__all__ = ["LoRAEmbedding"]
+
+
+class LoRAEmbedding(LoRALayer, nn.Embedding):
+    """y = W[x] + scaling·lora_Aᵀ[x]·lora_Bᵀ with W frozen.
+
+    Shapes: weight [num, dim], lora_A [r, num], lora_B [dim, r]; x [...] of ids -> [..., dim].
+    Dtypes: x int32 or int64; weight any float, the adapters may have another. The low-rank product
+    runs in float32 at least, y has weight's dtype, also under autocast. lora_A starts zero, lora_B
+    normal(0, 1). r = 0: a plain trainable nn.Embedding. Other keywords go to nn.Embedding:
+
+    * padding_idx: neither its row of weight nor its column of lora_A receives a gradient;
+    * max_norm limits W[x] before the update is added, merged or not. With r > 0 the rows are
+      limited as they are read; nn.Embedding instead overwrites them in weight;
+    * sparse=True: the gradient of lora_A is a sparse [r, num] tensor, that of lora_B dense;
+    * scale_grad_by_freq acts on lora_A as on weight.
+
+    Raises: ValueError as LoRALayer does; TypeError where x is no dense tensor of ids, ValueError
+    where it is on another device. An id out of range ends as in nn.Embedding.
+    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's Embedding.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        merge_weights: bool = True,
+        **kwargs,
+    ):
+        nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
+        LoRALayer.__init__(self, r, lora_alpha, 0.0, merge_weights)
+        if self.r > 0:
+            self._add_adapter((self.r, num_embeddings), (embedding_dim, self.r))
+        if kwargs.get("_weight") is None:
+            self.reset_parameters()
+        else:  # nn.Embedding.from_pretrained: these values are to stay
+            self.reset_lora_parameters()
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        r: int,
+        lora_alpha: float = 1,
+        merge_weights: bool = True,
+        lora_dtype: torch.dtype | None = None,
+    ) -> "LoRAEmbedding":
+        """Wraps an nn.Embedding: same parameter, no copy, same options and mode.
+
+        lora_dtype: dtype of lora_A and lora_B; None takes the weight's.
+        Raises: TypeError where embedding is no nn.Embedding, or computes in its own way.
+        """
+        plain = (
+            isinstance(embedding, nn.Embedding)
+            and type(embedding).forward is nn.Embedding.forward
+            and "weight" in embedding._parameters
+        )
+        if not plain:
+            raise TypeError(
+                f"{cls.__name__}: embedding must be a plain nn.Embedding, not a subclass with a "
+                f"forward of its own or parametrized, got {type(embedding).__name__}"
+            )
+        layer = cls(
+            embedding.num_embeddings, embedding.embedding_dim, r, lora_alpha, merge_weights,
+            padding_idx=embedding.padding_idx, max_norm=embedding.max_norm,
+            norm_type=embedding.norm_type, scale_grad_by_freq=embedding.scale_grad_by_freq,
+            sparse=embedding.sparse, device="meta", dtype=embedding.weight.dtype,
+        )  # fmt: skip
+        return layer._adopt(embedding, lora_dtype)
+
+    def reset_parameters(self) -> None:
+        """Draws weight as nn.Embedding does, lora_A and lora_B anew."""
+        nn.Embedding.reset_parameters(self)
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        if self.has_lora:
+            nn.init.zeros_(self.lora_A)
+            nn.init.normal_(self.lora_B)
+
+    def delta_weight(self) -> Tensor:
+        acc = torch.promote_types(self.weight.dtype, torch.float32)
+        return (self.lora_B.to(acc) @ self.lora_A.to(acc)).T * self.scaling
+
+    def merged_weight(self) -> Tensor:
+        """base within max_norm + delta, rounded once to the weight's dtype. Not differentiable."""
+        if self.max_norm is None or not self.has_lora:
+            return super().merged_weight()
+        weight = self._weight()
+        with _undisturbed(weight):
+            delta = self.delta_weight()
+            base = self.base_weight().detach().to(delta)
+            return (self._limit(base) + delta).to(weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_ids(x)
+        if not self.has_lora:
+            return nn.Embedding.forward(self, x)
+        if self.merged:
+            self._refresh()
+            return self._look_up(self.weight, x)
+        ids = x.reshape(-1)
+        acc = torch.promote_types(self.weight.dtype, torch.float32)
+        device_type = "cpu" if self.weight.is_meta else self.weight.device.type
+        with torch.autocast(device_type, enabled=False):
+            rows = self._limit(self._look_up(self.weight, ids).to(acc))
+            h = self._look_up_a(ids).to(acc) * self.scaling
+            y = torch.addmm(rows, h, self.lora_B.to(acc).T)
+        return y.to(self.weight.dtype).view(*x.shape, self.embedding_dim)
+
+    def _look_up(self, table: Tensor, ids: Tensor) -> Tensor:
+        return F.embedding(
+            ids, table, self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse,
+        )  # fmt: skip
+
+    def _look_up_a(self, ids: Tensor) -> Tensor:
+        """Rows ids of lora_Aᵀ. Shapes: ids [T] -> [T, r]."""
+        if self.sparse:
+            return _SparseLookUp.apply(self.lora_A, ids, self.padding_idx)
+        return self._look_up(self.lora_A.T, ids)
+
+    def _limit(self, rows: Tensor) -> Tensor:
+        """Rows whose norm exceeds max_norm, scaled down to it. Shapes: [T, dim] -> [T, dim]."""
+        if self.max_norm is None:
+            return rows
+        return torch.renorm(rows, self.norm_type, 0, self.max_norm)
+
+    def _check_ids(self, x) -> None:
+        if not isinstance(x, Tensor):
+            got = type(x).__name__
+        elif x.layout is not torch.strided:
+            got = x.layout
+        elif x.dtype not in (torch.int32, torch.int64):
+            got = x.dtype
+        elif x.device != self.weight.device:
+            raise ValueError(
+                f"{functional._name(self)}: x must be on weight's device {self.weight.device}, "
+                f"got {x.device}"
+            )
+        else:
+            return
+        raise TypeError(
+            f"{functional._name(self)}: x must be a dense torch.Tensor of int32 or int64, got {got}"
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{nn.Embedding.extra_repr(self)}, r={self.r}"
+        return f"{text}, lora_alpha={self.lora_alpha}" if self.has_lora else text
+
+
+class _SparseLookUp(torch.autograd.Function):
+    """F.embedding(ids, a.T, padding_idx, sparse=True); PyTorch cannot transpose its gradient.
+
+    Shapes: a [R, num], ids [T] -> [T, R].
+    """
+
+    @staticmethod
+    def forward(a, ids, padding_idx):
+        return F.embedding(ids, a.T)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, ids, ctx.padding_idx = inputs
+        ctx.shape = a.shape
+        ctx.save_for_backward(ids)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (ids,) = ctx.saved_tensors
+        if ctx.padding_idx is not None:
+            kept = ids != ctx.padding_idx
+            ids, dy = ids[kept], dy[kept]
+        rank = torch.arange(ctx.shape[0], device=ids.device)
+        indices = torch.stack((rank.repeat_interleave(len(ids)), ids.repeat(len(rank))))
+        # The lookup has already refused ids out of range.
+        da = torch.sparse_coo_tensor(indices, dy.T.flatten(), ctx.shape, check_invariants=False)
+        return da, None, None

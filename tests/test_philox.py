@@ -1,0 +1,156 @@
+"""The mask: published Philox vectors, the layout of counters, and statistics of the draws."""
+
+import math
+
+import pytest
+import torch
+
+from lora_kernels import philox
+
+MASK32 = 0xFFFFFFFF
+
+# The statistics are of a fixed function, so its seeds are fixed too: no run differs from another.
+fixed_seeds = pytest.mark.parametrize("seed", [0, 20_261_124, 2**62 + 1])
+
+# Random123's kat_vectors: rounds, counter, key, result.
+KNOWN_ANSWERS = [
+    (7, "00000000 00000000 00000000 00000000", "00000000 00000000",
+     "5f6fb709 0d893f64 4f121f81 4f730a48"),
+    (7, "ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
+     "5207ddc2 45165e59 4d8ee751 8c52f662"),
+    (7, "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
+     "4dfccaba 190a87f0 c47362ba b6b5242a"),
+    (10, "00000000 00000000 00000000 00000000", "00000000 00000000",
+     "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    (10, "ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
+     "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (10, "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
+     "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]  # fmt: skip
+
+
+def words(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+def scalar_philox(counter: list[int], key: list[int], rounds: int) -> list[int]:
+    """Philox-4x32 word by word in Python integers, as the paper writes it."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & MASK32, (p0 >> 32) ^ c3 ^ k1, p0 & MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return [c0, c1, c2, c3]
+
+
+def scalar_keep(seed: int, row: int, col: int, p: float) -> bool:
+    counter = [col // 8, row >> 32, row & MASK32, 0]
+    out = scalar_philox(counter, [seed & MASK32, (seed >> 32) & MASK32], 7)
+    half = out[col % 8 // 2] >> (16 * (col % 2)) & 0xFFFF
+    return (half ^ 0x8000) >= min(round(p * 65536), 65535)  # signed order of 16 bits
+
+
+def seed_tensor(value: int, device) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.int64, device=device)
+
+
+@pytest.mark.parametrize(("rounds", "counter", "key", "expected"), KNOWN_ANSWERS)
+def test_published_vectors(rounds, counter, key, expected, device):
+    assert scalar_philox(words(counter), words(key), rounds) == words(expected)
+    for shape in ([], [1], [2, 3]):
+        tensors = [torch.full(shape, word, device=device) for word in words(counter)]
+        keys = [torch.tensor(word, device=device) for word in words(key)]
+        out = philox.philox_4x32(tensors, keys, rounds)
+        for word, value in zip(out, words(expected), strict=True):
+            assert torch.equal(word, torch.full(shape, value, device=device))
+
+
+def test_counter_words_broadcast_against_each_other(device):
+    key = [torch.tensor(word, device=device) for word in (7, MASK32)]
+    row = torch.arange(5, device=device).unsqueeze(1) + 2**32 - 3
+    col = torch.arange(3, device=device).unsqueeze(0)
+    zero = torch.zeros_like(col)
+    out = torch.stack(philox.philox_4x32((col, row >> 32, row & MASK32, zero), key), dim=-1)
+    for i in range(5):
+        for j in range(3):
+            r = i + 2**32 - 3
+            expected = scalar_philox([j, r >> 32, r & MASK32, 0], [7, MASK32], 7)
+            assert out[i, j].tolist() == expected
+
+
+@pytest.mark.parametrize("value", [0, 1, -1, 2**31, 2**63 - 1, -(2**63), 0x1234_5678_9ABC_DEF0])
+@pytest.mark.parametrize("first_row", [0, 2**31 - 2, 2**32 - 2, 2**40 + 5, 2**62])
+def test_mask_is_the_documented_function_of_seed_row_and_column(value, first_row, device):
+    rows, cols, p = 4, 19, 0.4
+    mask = philox.keep_mask(seed_tensor(value, device), rows, cols, p, first_row)
+    expected = [
+        [scalar_keep(value, first_row + row, col, p) for col in range(cols)] for row in range(rows)
+    ]
+    assert mask.tolist() == expected
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-9, 2**-16, 0.1, 0.5, 0.9, 1 - 2**-16, 1 - 1e-9])
+def test_threshold_rounds_p_to_sixteen_bits_and_never_drops_everything(p):
+    kept = 32768 - philox.threshold(p)
+    assert 1 <= kept <= 65536
+    assert abs(kept / 65536 - (1 - p)) <= 2**-16
+    assert philox.keep_scale(p) * kept == 65536
+
+
+def test_p_zero_keeps_everything(device):
+    assert philox.keep_mask(seed_tensor(3, device), 17, 23, 0.0).all()
+
+
+@pytest.mark.parametrize(("first_row", "shape"), [(0, (3, 1)), (5, (1, 8)), (2, (7, 13)), (0, (0, 4))])
+def test_a_part_of_the_mask_is_the_same_bits(first_row, shape, device):
+    rows, cols = shape
+    whole = philox.keep_mask(seed_tensor(99, device), 16, 32, 0.3)
+    part = philox.keep_mask(seed_tensor(99, device), rows, cols, 0.3, first_row)
+    assert torch.equal(part, whole[first_row : first_row + rows, :cols])
+
+
+def test_rows_beyond_32_bits_do_not_repeat(device):
+    seed = seed_tensor(5, device)
+    low = philox.keep_mask(seed, 8, 64, 0.5)
+    for first_row in (2**31, 2**32, 2**33, 2**48):
+        assert not torch.equal(philox.keep_mask(seed, 8, 64, 0.5, first_row), low)
+
+
+@fixed_seeds
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.25, 0.5, 0.9])
+def test_drop_rate_is_p_within_four_sigma(p, seed, device):
+    mask = philox.keep_mask(seed_tensor(seed, device), 512, 1024, p)
+    expected = 1 / philox.keep_scale(p)
+    sigma = math.sqrt(expected * (1 - expected) / mask.numel())
+    assert abs(mask.double().mean().item() - expected) <= 4 * sigma
+
+
+@fixed_seeds
+@pytest.mark.parametrize("shift", [(0, 1), (0, 2), (0, 8), (1, 0), (2, 0), (8, 0), (1, 1)])
+def test_neighbours_are_uncorrelated(shift, seed, device):
+    p, rows, cols = 0.5, 512, 1024
+    mask = philox.keep_mask(seed_tensor(seed, device), rows, cols, p).double() * 2 - 1
+    product = mask[shift[0] :, shift[1] :] * mask[: rows - shift[0], : cols - shift[1]]
+    assert abs(product.mean().item()) <= 4.5 / math.sqrt(product.numel())
+
+
+@fixed_seeds
+def test_seeds_that_differ_in_one_bit_are_uncorrelated(seed, device):
+    base = philox.keep_mask(seed_tensor(seed, device), 256, 256, 0.5)
+    for bit in (0, 1, 31, 32, 62):
+        other = philox.keep_mask(seed_tensor(seed ^ (1 << bit), device), 256, 256, 0.5)
+        agreement = (base == other).double().mean().item()
+        assert abs(agreement - 0.5) <= 4.5 * 0.5 / 256
+
+
+@fixed_seeds
+@pytest.mark.parametrize("axis", [0, 1])
+def test_every_row_and_column_has_its_own_fair_share(axis, seed, device):
+    p, n = 0.3, 1024
+    mask = philox.keep_mask(seed_tensor(seed, device), n, n, p).double()
+    keep = 1 / philox.keep_scale(p)
+    z = (mask.mean(axis) - keep) / math.sqrt(keep * (1 - keep) / n)
+    # z² over n lines is chi-square with n degrees of freedom: mean n, variance 2n
+    assert abs(z.square().sum().item() - n) <= 5 * math.sqrt(2 * n)
+    assert z.abs().max().item() <= 6
