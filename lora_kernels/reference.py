@@ -2,8 +2,8 @@
 
 Notation: x [M, K] input; w [N, K] base weight; a [E*r, K] and b [sum of enabled splits, r] LoRA
 factors of E enabled groups of output columns (LoRALinear: one group, E = 1); x_hat = dropout(x);
-h = x_hat·aᵀ [M, E*r]; dh = scaling·dy·b [M, E*r]. Low-rank products run in float32 at least, whatever
-the dtypes of x, a and b.
+h = x_hat·aᵀ [M, E*r]; dh = scaling·dy·b [M, E*r]. Low-rank products run in float32 at least,
+whatever the dtypes of x, a and b.
 """
 
 from collections.abc import Iterator, Sequence
@@ -98,8 +98,8 @@ def lora_linear_backward(
     """The gradients of lora_linear_forward that needs = (x, w, a, b, bias) asks for, in that order.
 
     dx = dy·w + mask∘(dh·a); dw = dyᵀ·x; da = dhᵀ·x_hat; db = scaling·dyᵀ·h;
-    dbias = column sums of dy. An operand may be None where no gradient asked for depends on it: x but for
-    dw and da, h but for db, w but for dx, a but for dx and da, b but for dx, da and db.
+    dbias = column sums of dy. An operand may be None where no gradient asked for depends on it: x
+    but for dw and da, h but for db, w but for dx, a but for dx and da, b but for dx, da and db.
     """
     needs_x, needs_w, needs_a, needs_b, needs_bias = needs
     dy_rows = dy.reshape(-1, dy.shape[-1])

@@ -1,4 +1,4 @@
-"""The mathematics in one differentiable line, and random operands for it: what tests compare with."""
+"""The mathematics in a few differentiable lines, and random operands for it."""
 
 import dataclasses
 

@@ -324,9 +324,7 @@ def test_the_seed_decides_and_the_default_comes_from_torchs_generator(device):
     assert torch.equal(call(problem), call(problem))
 
     def drawn():
-        return lora_kernels.lora_linear(
-            problem.x, problem.w, problem.a, problem.b, dropout_p=0.5
-        )
+        return lora_kernels.lora_linear(problem.x, problem.w, problem.a, problem.b, dropout_p=0.5)
 
     torch.manual_seed(1)
     first, second = drawn(), drawn()
@@ -402,56 +400,55 @@ def test_a_bad_value_reaches_no_unrelated_element(operand, value, seed, device):
         assert not results["y"][:, :12].isfinite().any()
 
 
-class BadInput:
-    """Each changes one operand of a good call; the error must name that argument."""
+def sparse(value):
+    return value.to_sparse()
 
-    def sparse(value):
-        return value.to_sparse()
 
-    cases = {
-        "x None": ("x", lambda v: None, TypeError),
-        "x list": ("x", lambda v: v.tolist(), TypeError),
-        "x sparse": ("x", sparse, TypeError),
-        "x complex": ("x", lambda v: v.to(torch.complex64), TypeError),
-        "x integer": ("x", lambda v: v.long(), TypeError),
-        "x bool": ("x", lambda v: v > 0, TypeError),
-        "x 0-dimensional": ("x", lambda v: v[0, 0], ValueError),
-        "x too wide": ("x", lambda v: torch.cat([v, v], 1), ValueError),
-        "x dtype": ("weight", lambda v: v.half(), ValueError),
-        "weight None": ("weight", lambda v: None, TypeError),
-        "weight 3-dimensional": ("weight", lambda v: v[None], ValueError),
-        "weight integer": ("weight", lambda v: v.long(), TypeError),
-        "lora_A None": ("lora_A", lambda v: None, TypeError),
-        "lora_A rows": ("lora_A", lambda v: v[1:], ValueError),
-        "lora_A columns": ("lora_A", lambda v: v[:, 1:], ValueError),
-        "lora_A 1-dimensional": ("lora_A", lambda v: v[0], ValueError),
-        "lora_A sparse": ("lora_A", sparse, TypeError),
-        "lora_B rows": ("lora_B", lambda v: v[1:], ValueError),
-        "lora_B rank 0": ("lora_B", lambda v: v[:, :0], ValueError),
-        "lora_B 1-dimensional": ("lora_B", lambda v: v[:, 0], ValueError),
-        "lora_B complex": ("lora_B", lambda v: v.to(torch.complex64), TypeError),
-        "bias length": ("bias", lambda v: v[1:], ValueError),
-        "bias 2-dimensional": ("bias", lambda v: v[None], ValueError),
-        "bias dtype": ("bias", lambda v: v.double(), ValueError),
-        "bias list": ("bias", lambda v: v.tolist(), TypeError),
-        "weight device": ("weight", lambda v: v.to("meta"), ValueError),
-        "lora_A device": ("lora_A", lambda v: v.to("meta"), ValueError),
-        "lora_B device": ("lora_B", lambda v: v.to("meta"), ValueError),
-        "bias device": ("bias", lambda v: v.to("meta"), ValueError),
-        "scaling NaN": ("scaling", lambda v: float("nan"), ValueError),
-        "scaling infinite": ("scaling", lambda v: float("inf"), ValueError),
-        "dropout_p 1": ("dropout_p", lambda v: 1.0, ValueError),
-        "dropout_p negative": ("dropout_p", lambda v: -0.1, ValueError),
-        "dropout_p NaN": ("dropout_p", lambda v: float("nan"), ValueError),
-        "seed int": ("seed", lambda v: 3, TypeError),
-        "seed float": ("seed", lambda v: v.double(), ValueError),
-        "seed length": ("seed", lambda v: v.repeat(2), ValueError),
-        "seed device": ("seed", lambda v: v.to("meta"), ValueError),
-    }
+# What changes one operand of a good call; the error must name that argument.
+BAD_OPERANDS = {
+    "x None": ("x", lambda v: None, TypeError),
+    "x list": ("x", lambda v: v.tolist(), TypeError),
+    "x sparse": ("x", sparse, TypeError),
+    "x complex": ("x", lambda v: v.to(torch.complex64), TypeError),
+    "x integer": ("x", lambda v: v.long(), TypeError),
+    "x bool": ("x", lambda v: v > 0, TypeError),
+    "x 0-dimensional": ("x", lambda v: v[0, 0], ValueError),
+    "x too wide": ("x", lambda v: torch.cat([v, v], 1), ValueError),
+    "x dtype": ("weight", lambda v: v.half(), ValueError),
+    "weight None": ("weight", lambda v: None, TypeError),
+    "weight 3-dimensional": ("weight", lambda v: v[None], ValueError),
+    "weight integer": ("weight", lambda v: v.long(), TypeError),
+    "lora_A None": ("lora_A", lambda v: None, TypeError),
+    "lora_A rows": ("lora_A", lambda v: v[1:], ValueError),
+    "lora_A columns": ("lora_A", lambda v: v[:, 1:], ValueError),
+    "lora_A 1-dimensional": ("lora_A", lambda v: v[0], ValueError),
+    "lora_A sparse": ("lora_A", sparse, TypeError),
+    "lora_B rows": ("lora_B", lambda v: v[1:], ValueError),
+    "lora_B rank 0": ("lora_B", lambda v: v[:, :0], ValueError),
+    "lora_B 1-dimensional": ("lora_B", lambda v: v[:, 0], ValueError),
+    "lora_B complex": ("lora_B", lambda v: v.to(torch.complex64), TypeError),
+    "bias length": ("bias", lambda v: v[1:], ValueError),
+    "bias 2-dimensional": ("bias", lambda v: v[None], ValueError),
+    "bias dtype": ("bias", lambda v: v.double(), ValueError),
+    "bias list": ("bias", lambda v: v.tolist(), TypeError),
+    "weight device": ("weight", lambda v: v.to("meta"), ValueError),
+    "lora_A device": ("lora_A", lambda v: v.to("meta"), ValueError),
+    "lora_B device": ("lora_B", lambda v: v.to("meta"), ValueError),
+    "bias device": ("bias", lambda v: v.to("meta"), ValueError),
+    "scaling NaN": ("scaling", lambda v: float("nan"), ValueError),
+    "scaling infinite": ("scaling", lambda v: float("inf"), ValueError),
+    "dropout_p 1": ("dropout_p", lambda v: 1.0, ValueError),
+    "dropout_p negative": ("dropout_p", lambda v: -0.1, ValueError),
+    "dropout_p NaN": ("dropout_p", lambda v: float("nan"), ValueError),
+    "seed int": ("seed", lambda v: 3, TypeError),
+    "seed float": ("seed", lambda v: v.double(), ValueError),
+    "seed length": ("seed", lambda v: v.repeat(2), ValueError),
+    "seed device": ("seed", lambda v: v.to("meta"), ValueError),
+}
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["lora_linear", "lora_merged_linear"])
-@pytest.mark.parametrize(("name", "change", "error"), BadInput.cases.values(), ids=BadInput.cases)
+@pytest.mark.parametrize(("name", "change", "error"), BAD_OPERANDS.values(), ids=BAD_OPERANDS)
 def test_bad_input_is_named_with_the_function(name, change, error, merged, device):
     problem = make_problem(4, 6, 12, 2, device=device, groups=[(6, True)] * 2 if merged else None)
     arguments = {

@@ -102,7 +102,9 @@ def test_p_zero_keeps_everything(device):
     assert philox.keep_mask(seed_tensor(3, device), 17, 23, 0.0).all()
 
 
-@pytest.mark.parametrize(("first_row", "shape"), [(0, (3, 1)), (5, (1, 8)), (2, (7, 13)), (0, (0, 4))])
+@pytest.mark.parametrize(
+    ("first_row", "shape"), [(0, (3, 1)), (5, (1, 8)), (2, (7, 13)), (0, (0, 4))]
+)
 def test_a_part_of_the_mask_is_the_same_bits(first_row, shape, device):
     rows, cols = shape
     whole = philox.keep_mask(seed_tensor(99, device), 16, 32, 0.3)

@@ -152,11 +152,10 @@ class LoRALayer:
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.merge_weights:
-            if mode:
-                self._unmerge()
-            else:
-                self._merge()
+        if self.merge_weights and not mode:
+            self._merge()
+        else:
+            self._unmerge()
         return self
 
     def _merge(self) -> None:
