@@ -129,15 +129,17 @@ def lora_forward(
     enable_lora: Sequence[bool],
 ) -> Tensor:
     """The common path of both functions and of the layers, which name themselves in errors."""
-    _check_tensor(layer, "weight", weight)
+    check_tensor(layer, "weight", weight)
     if weight.dim() != 2:
-        raise ValueError(f"{_name(layer)}: weight must have shape [N, K], got {list(weight.shape)}")
+        raise ValueError(
+            f"{layer_name(layer)}: weight must have shape [N, K], got {list(weight.shape)}"
+        )
     check_input(layer, x, weight.shape[1])
-    _check_tensor(layer, "lora_A", a)
-    _check_tensor(layer, "lora_B", b)
+    check_tensor(layer, "lora_A", a)
+    check_tensor(layer, "lora_B", b)
     if bias is not None:
-        _check_tensor(layer, "bias", bias)
-    dtype = _autocast_dtype(x)
+        check_tensor(layer, "bias", bias)
+    dtype = autocast_dtype(x)
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -145,9 +147,9 @@ def lora_forward(
         out_splits = (weight.shape[0],)
     _check_fit(layer, x, weight, a, b, bias, out_splits, enable_lora)
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{_name(layer)}: dropout_p must be in [0, 1), got {dropout_p!r}")
+        raise ValueError(f"{layer_name(layer)}: dropout_p must be in [0, 1), got {dropout_p!r}")
     if not -math.inf < scaling < math.inf:
-        raise ValueError(f"{_name(layer)}: scaling must be finite, got {scaling!r}")
+        raise ValueError(f"{layer_name(layer)}: scaling must be finite, got {scaling!r}")
     if dropout_p == 0.0:
         seed = None
     elif seed is None:
@@ -252,7 +254,7 @@ class _LoRALinearBackward(torch.autograd.Function):
         return (*ordered, *(None,) * 6)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would have x, weight and bias be; the adapters stay as they are."""
     device_type = x.device.type
     if device_type == "meta" or x.dtype == torch.float64:
@@ -262,36 +264,36 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def _name(layer: str | nn.Module) -> str:
+def layer_name(layer: str | nn.Module) -> str:
     return layer if isinstance(layer, str) else f"{type(layer).__name__}({layer.extra_repr()})"
 
 
-def _check_tensor(layer: str | nn.Module, name: str, value) -> None:
+def check_tensor(layer: str | nn.Module, name: str, value) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{_name(layer)}: {name} must be a torch.Tensor, got {type(value).__name__}"
+            f"{layer_name(layer)}: {name} must be a torch.Tensor, got {type(value).__name__}"
         )
     if value.layout is not torch.strided:
-        raise TypeError(f"{_name(layer)}: {name} must be dense, got {value.layout}")
+        raise TypeError(f"{layer_name(layer)}: {name} must be dense, got {value.layout}")
     if value.dtype not in _DTYPES:
         raise TypeError(
-            f"{_name(layer)}: {name} must be float32, float16, bfloat16 or float64, "
+            f"{layer_name(layer)}: {name} must be float32, float16, bfloat16 or float64, "
             f"got {value.dtype}"
         )
 
 
 def check_input(layer: str | nn.Module, x, in_features: int) -> None:
     """x is a dense floating-point tensor [..., in_features], or an error names the layer."""
-    _check_tensor(layer, "x", x)
+    check_tensor(layer, "x", x)
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
-            f"{_name(layer)}: x must have shape [..., {in_features}], got {list(x.shape)}"
+            f"{layer_name(layer)}: x must have shape [..., {in_features}], got {list(x.shape)}"
         )
 
 
 def _check_fit(layer, x, weight, a, b, bias, out_splits, enable_lora) -> None:
     def fail(name, expected, value):
-        raise ValueError(f"{_name(layer)}: {name} must {expected}, got {value}")
+        raise ValueError(f"{layer_name(layer)}: {name} must {expected}, got {value}")
 
     n, k = weight.shape
     if len(out_splits) != len(enable_lora) or sum(out_splits) != n or min(out_splits) < 1:
@@ -325,9 +327,11 @@ def _check_fit(layer, x, weight, a, b, bias, out_splits, enable_lora) -> None:
 
 def _check_seed(layer, seed, x) -> None:
     if not isinstance(seed, Tensor):
-        raise TypeError(f"{_name(layer)}: seed must be a torch.Tensor, got {type(seed).__name__}")
+        raise TypeError(
+            f"{layer_name(layer)}: seed must be a torch.Tensor, got {type(seed).__name__}"
+        )
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
         raise ValueError(
-            f"{_name(layer)}: seed must be an int64 tensor of one element on {x.device}, got "
+            f"{layer_name(layer)}: seed must be an int64 tensor of one element on {x.device}, got "
             f"{seed.dtype} {list(seed.shape)} on {seed.device}"
         )

@@ -33,7 +33,7 @@ def check_alpha(lora_alpha, layer: str):
     """lora_alpha unchanged where it is a finite real number, or a ValueError that names it."""
     try:
         finite = math.isfinite(lora_alpha)
-    except TypeError:
+    except (TypeError, OverflowError):
         finite = False
     if not finite:
         raise ValueError(f"{layer}: lora_alpha must be a finite number, got {lora_alpha!r}")
@@ -44,7 +44,7 @@ def check_dropout(lora_dropout, layer: str) -> float:
     """lora_dropout as a float in [0, 1), or a ValueError that names it."""
     try:
         p = float(lora_dropout)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         p = math.nan
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{layer}: lora_dropout must be in [0, 1), got {lora_dropout!r}")
@@ -144,7 +144,7 @@ class LoRALayer:
     def merged_weight(self) -> Tensor:
         """base + delta, rounded once to the weight's dtype. Not differentiable."""
         weight = self._weight()
-        with _undisturbed(weight):
+        with undisturbed(weight):
             if not self.has_lora:
                 return weight.detach().clone()
             base = self.base_weight().detach().to(weight.device)
@@ -166,7 +166,7 @@ class LoRALayer:
             if self._tied():
                 return
             weight = self._weight()
-            with _undisturbed(weight):
+            with undisturbed(weight):
                 host = weight.device if weight.is_meta else "cpu"
                 self._base_weight = weight.detach().to(host, copy=True)
                 weight.copy_(self.merged_weight())
@@ -176,7 +176,7 @@ class LoRALayer:
     def _unmerge(self) -> None:
         if self._base_weight is not None:
             weight = self._weight()
-            with _undisturbed(weight):
+            with undisturbed(weight):
                 weight.copy_(self._base_weight)
             self._base_weight = self._merged_from = None
         self.merged = False
@@ -188,7 +188,7 @@ class LoRALayer:
         state = self._adapter_state()
         if state != self._merged_from:
             weight = self._weight()
-            with _undisturbed(weight):
+            with undisturbed(weight):
                 weight.copy_(self.merged_weight())
             self._merged_from = state
 
@@ -286,7 +286,7 @@ def _version(tensor: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def _undisturbed(weight: Tensor):
+def undisturbed(weight: Tensor):
     """Arithmetic on weights that gradients, autocast and inference_mode play no part in."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(weight.is_inference()))

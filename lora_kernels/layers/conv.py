@@ -152,7 +152,7 @@ class ConvLoRA(LoRALayer, nn.Module):
         return y + self.conv._conv_forward(self.lora_dropout(x), kernel, None)
 
     def _check_input(self, x) -> None:
-        functional._check_tensor(self, "x", x)
+        functional.check_tensor(self, "x", x)
         weight, channels = self.conv.weight, self.conv.in_channels
         unbatched = weight.dim() - 1
         if x.dim() not in (unbatched, unbatched + 1) or x.shape[-unbatched] != channels:
@@ -160,11 +160,11 @@ class ConvLoRA(LoRALayer, nn.Module):
             problem = f"have shape [N, {shape}] or [{shape}], got {list(x.shape)}"
         elif x.device != weight.device:
             problem = f"be on weight's device {weight.device}, got {x.device}"
-        elif x.dtype != weight.dtype and functional._autocast_dtype(x) is None:
+        elif x.dtype != weight.dtype and functional.autocast_dtype(x) is None:
             problem = f"have weight's dtype {weight.dtype}, got {x.dtype}"
         else:
             return
-        raise ValueError(f"{functional._name(self)}: x must {problem}")
+        raise ValueError(f"{functional.layer_name(self)}: x must {problem}")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         errors = args[-1]

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels import functional
-from lora_kernels.layers.base import LoRALayer, _undisturbed
+from lora_kernels.layers.base import LoRALayer, undisturbed
 
 __all__ = ["LoRAEmbedding"]
 
@@ -98,7 +98,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         if self.max_norm is None or not self.has_lora:
             return super().merged_weight()
         weight = self._weight()
-        with _undisturbed(weight):
+        with undisturbed(weight):
             delta = self.delta_weight()
             base = self.base_weight().detach().to(delta)
             return (self._limit(base) + delta).to(weight.dtype)
@@ -146,13 +146,14 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
             got = x.dtype
         elif x.device != self.weight.device:
             raise ValueError(
-                f"{functional._name(self)}: x must be on weight's device {self.weight.device}, "
-                f"got {x.device}"
+                f"{functional.layer_name(self)}: x must be on weight's device "
+                f"{self.weight.device}, got {x.device}"
             )
         else:
             return
         raise TypeError(
-            f"{functional._name(self)}: x must be a dense torch.Tensor of int32 or int64, got {got}"
+            f"{functional.layer_name(self)}: x must be a dense torch.Tensor of int32 or int64, "
+            f"got {got}"
         )
 
     def extra_repr(self) -> str:
