@@ -1,0 +1,86 @@
+"""The gate lets right providers through and no wrong one."""
+
+import pytest
+import torch
+from torch import nn
+
+from bench import accuracy, providers
+from bench.shapes import Cell
+
+LINEAR = Cell(m=64, k=48, n=40, r=4, dropout_p=0.0, mode="forward")
+LINEAR_DROPOUT = Cell(m=64, k=48, n=40, r=4, dropout_p=0.25, mode="forward")
+MERGED = Cell(64, 48, 30, 4, 0.25, "forward", enable_lora=(True, False, True))
+
+
+@pytest.mark.parametrize("cell", [LINEAR, LINEAR_DROPOUT], ids=str)
+@pytest.mark.parametrize("name", ["loralib", "peft", "lora_kernels"])
+def test_gate_lets_linear_providers_through(name, cell):
+    accuracy.check(name, getattr(providers, name), cell.problem())
+
+
+@pytest.mark.parametrize("name", ["loralib", "lora_kernels"])
+def test_gate_lets_merged_linear_providers_through(name):
+    accuracy.check(name, getattr(providers, name), MERGED.problem())
+
+
+def test_frozen_provider_is_the_base_layer_and_trains_nothing():
+    problem = LINEAR.problem()
+    module = providers.frozen(problem)
+    expected = nn.functional.linear(problem.x, problem.w, problem.bias)
+    assert torch.equal(module(problem.x), expected)
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+class Wrong(nn.Module):
+    """The formula on torch's dropout, with one thing that can be wrong about it."""
+
+    def __init__(self, problem, *, scaling=1.0, dropout=None, grad_scale=1.0, rounded=False):
+        super().__init__()
+        self.base = providers.frozen(problem)
+        self.a, self.b = nn.Parameter(problem.a.clone()), nn.Parameter(problem.b.clone())
+        self.scaling = problem.scaling * scaling
+        self.dropout = nn.Dropout(problem.dropout_p if dropout is None else dropout)
+        self.grad_scale, self.rounded = grad_scale, rounded
+
+    def forward(self, x):
+        a = self.a * self.grad_scale + (self.a * (1 - self.grad_scale)).detach()
+        update = self.dropout(x) @ a.T @ self.b.T * self.scaling
+        if self.rounded:
+            update = update.bfloat16().float()
+        return self.base(x) + update
+
+
+def test_gate_lets_the_formula_itself_through():
+    accuracy.check("formula", Wrong, LINEAR_DROPOUT.problem())
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        ({"scaling": 1.001}, "scales x wrongly|keeps"),
+        ({"dropout": 0.0}, "keeps 1.0000 of x at dropout 0.25"),
+        ({"dropout": 0.5}, "keeps"),
+        ({"grad_scale": 0.5}, "wrong da rms error"),
+        ({"rounded": True}, "wrong y rms error"),
+    ],
+)
+def test_gate_refuses_a_wrong_provider(fault, what):
+    with pytest.raises(AssertionError, match=what):
+        accuracy.check("wrong", lambda problem: Wrong(problem, **fault), LINEAR_DROPOUT.problem())
+
+
+def test_gate_refuses_a_backward_under_another_mask_than_the_forward():
+    class OtherMask(nn.Module):
+        def __init__(self, problem):
+            super().__init__()
+            self.right, self.other = Wrong(problem), Wrong(problem)
+            self.other.a, self.other.b = self.right.a, self.right.b
+            self.other.requires_grad_(True)
+
+        def forward(self, x):
+            y = self.right(x)
+            again = self.other(x)
+            return y.detach() + again - again.detach()
+
+    with pytest.raises(AssertionError, match="wrong y rms error"):
+        accuracy.check("wrong", OtherMask, LINEAR_DROPOUT.problem())

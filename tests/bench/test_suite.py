@@ -1,0 +1,57 @@
+"""``pytest bench/`` itself, on one small budget: what it measures, writes and prints."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "bench/test_merged_linear.py",
+            "-k", "not p0.1 and not backward", "--bench-seconds=0",
+            f"--bench-results={folder / 'rows.json'}",
+            f"--benchmark-json={folder / 'benchmark.json'}", "-p", "no:cacheprovider",
+        ],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((folder / "rows.json").read_text())
+    record = json.loads((folder / "benchmark.json").read_text())
+    return done.stdout, rows, record
+
+
+def test_rows_say_what_was_measured_where_and_how_fast(run):
+    _, rows, _ = run
+    assert [row["provider"] for row in rows] == ["frozen", "loralib", "lora_kernels"]
+    for row in rows:
+        assert row["torch"] == torch.__version__
+        assert (row["k"], row["n"], row["dtype"], row["mode"]) == (1024, 3072, "float32", "forward")
+        assert row["commit"]
+        assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+
+
+def test_pytest_benchmark_holds_the_same_numbers(run):
+    _, rows, record = run
+    by_provider = {entry["extra_info"]["provider"]: entry for entry in record["benchmarks"]}
+    assert by_provider.keys() == {row["provider"] for row in rows}
+    for row in rows:
+        entry = by_provider[row["provider"]]
+        assert entry["extra_info"] == row
+        assert entry["stats"]["rounds"] == row["rounds"]
+        assert entry["stats"]["median"] * 1e3 == pytest.approx(row["median_ms"])
+
+
+def test_terminal_ends_with_the_table(run):
+    output, rows, _ = run
+    assert "cells lost to a peer: " in output
+    for row in rows:
+        assert f"{row['median_ms']:9.3f}" in output
