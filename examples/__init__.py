@@ -1,0 +1,1 @@
+"""Complete programs on real input, each run from the repository root with ``python -m``."""

@@ -1,0 +1,1 @@
+"""Fine-tunes a pretrained encoder on labelled sentences: ``python -m examples.finetune``."""

@@ -1,0 +1,121 @@
+"""Training by turns, and prediction."""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import DataCollatorWithPadding, get_scheduler
+
+from examples.finetune.data import Example, random_batches, sorted_batches
+
+__all__ = ["Arm", "Settings", "accuracy", "encode", "predict", "train"]
+
+TURN = 10  # batches before another arm takes over, steps between two looks at the loss
+WARMUP = 0.06  # of all steps
+CLIP_NORM = 1.0
+PREDICTION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+
+
+def encode(tokenizer, examples: Sequence[Example], classes: list[int], max_length: int) -> list:
+    """The examples as the collator takes them: token ids and the index of the class."""
+    encoded = tokenizer(
+        [example.sentence for example in examples], truncation=True, max_length=max_length
+    )
+    return [
+        {name: column[i] for name, column in encoded.items()}
+        | {"labels": classes.index(example.label)}
+        for i, example in enumerate(examples)
+    ]
+
+
+class Arm:
+    """A model under training: its optimizer, its schedule and what has been measured of it."""
+
+    def __init__(self, name: str, model: nn.Module, tokenizer, settings: Settings, steps: int):
+        self.name = name
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr)
+        self.schedule = get_scheduler("linear", self.optimizer, round(WARMUP * steps), steps)
+        self.collate = DataCollatorWithPadding(tokenizer)
+        self.losses: list[Tensor] = []
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def train_on(self, batches: Sequence[list[dict]], seed: int) -> None:
+        """One optimizer step per batch. The same seed draws the same dropout in every arm."""
+        torch.manual_seed(seed)
+        self.model.train()
+        self._wait()
+        start = time.perf_counter()
+        for features in batches:
+            batch = self.collate(features).to(self.device)
+            loss = self.model(**batch).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            self.losses.append(loss.detach())
+        self._wait()
+        self.seconds += time.perf_counter() - start
+        self.tokens += sum(len(row["input_ids"]) for features in batches for row in features)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def train(arms: Sequence[Arm], features: Sequence[dict], settings: Settings) -> None:
+    """Trains every arm on the same batches in the same order.
+
+    The arms take turns of ten batches, and every other turn in reverse order, so that whatever
+    else the machine does falls on all of them alike.
+    """
+    lengths = [len(row["input_ids"]) for row in features]
+    generator = random.Random(settings.seed)
+    steps = settings.epochs * -(-len(features) // settings.batch_size)
+    step = 0
+    with tqdm(total=steps * len(arms), unit="step", desc="training") as progress:
+        for _ in range(settings.epochs):
+            batches = [
+                [features[i] for i in batch]
+                for batch in random_batches(lengths, settings.batch_size, generator)
+            ]
+            for start in range(0, len(batches), TURN):
+                turn = batches[start : start + TURN]
+                for arm in arms if start // TURN % 2 == 0 else reversed(arms):
+                    arm.train_on(turn, settings.seed + step)
+                    progress.update(len(turn))
+                    progress.set_postfix(loss=f"{arm.losses[-1].item():.3f}")
+                step += len(turn)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, tokenizer, features: Sequence[dict]) -> Tensor:
+    """Logits [examples, classes] on the CPU, in the order of features, in the model's mode."""
+    collate = DataCollatorWithPadding(tokenizer)
+    device = next(model.parameters()).device
+    order = sorted_batches([len(row["input_ids"]) for row in features], PREDICTION_BATCH)
+    logits = [model(**collate([features[i] for i in batch]).to(device)).logits for batch in order]
+    positions = torch.tensor([i for batch in order for i in batch])
+    return torch.cat(logits).cpu()[positions.argsort()]
+
+
+def accuracy(logits: Tensor, features: Sequence[dict]) -> float:
+    """The share of rows whose largest logit is that of their class."""
+    classes = torch.tensor([row["labels"] for row in features])
+    return (logits.argmax(1) == classes).double().mean().item()
