@@ -17,6 +17,8 @@ the seven rounds cost next to nothing, here and in a kernel.
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2.
 """
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -30,18 +32,19 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
 
-def philox_4x32(counter, key, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox_4x32(counter, key, rounds: int = ROUNDS, workspace: Tensor | None = None):
     """Philox-4x32: four words of counter and two of key -> four random words.
 
     Shapes: counter 4 tensors and key 2 tensors, int64, broadcastable -> 4 tensors of their shape.
-    Every word is an int64 that holds an unsigned 32-bit value.
+    Every word is an int64 whose lower half is the unsigned 32-bit value; words 1 and 3 carry other
+    bits above it. workspace: int64 [6, *shape], whose memory the result then uses.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     shape = torch.broadcast_shapes(*(word.shape for word in counter))
-    # Two words and two pairs of products, written over and over: fresh memory for every step costs
-    # more in page faults than the arithmetic.
-    word_0, word_2, *products = torch.empty((6, *shape), dtype=torch.int64, device=c0.device)
+    if workspace is None:
+        workspace = torch.empty((6, *shape), dtype=torch.int64, device=c0.device)
+    word_0, word_2, *products = workspace  # two words and two pairs of products, over and over
     for i in range(rounds):
         out_0, out_1 = products[:2] if i % 2 else products[2:]
         # A product wraps past 2^63, but its 64 bits are those of the unsigned product. Only words
@@ -51,7 +54,7 @@ def philox_4x32(counter, key, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Ten
         c0 = _mix(product_1, c1, k0 + i * _WEYL[0], word_0)
         c2 = _mix(product_0, c3, k1 + i * _WEYL[1], word_2)
         c1, c3 = product_1, product_0
-    return c0, c1 & _LOW, c2, c3 & _LOW
+    return c0, c1, c2, c3
 
 
 def _mix(product: Tensor, word: Tensor, key: Tensor, out: Tensor) -> Tensor:
@@ -73,16 +76,62 @@ def keep_scale(dropout_p: float) -> float:
     return 65536 / (32768 - threshold(dropout_p))
 
 
-def keep_mask(seed: Tensor, rows: int, cols: int, dropout_p: float, first_row: int = 0) -> Tensor:
+def keep_mask(
+    seed: Tensor,
+    rows: int,
+    cols: int,
+    dropout_p: float,
+    first_row: int = 0,
+    dtype: torch.dtype = torch.bool,
+) -> Tensor:
     """keep(seed, row, col) for rows first_row .. first_row + rows - 1 and columns 0 .. cols - 1.
 
-    Shapes: seed [1] int64 -> [rows, cols] bool on seed's device.
+    Shapes: seed [1] int64 -> [rows, cols] on seed's device: 1 where kept, 0 where dropped, in dtype:
+    bool, float32 or float64.
     """
     seed = seed.reshape(())
-    row = torch.arange(first_row, first_row + rows, device=seed.device).unsqueeze(1)
-    col_group = torch.arange(-(-cols // GROUP), device=seed.device).unsqueeze(0)
-    counter = (col_group, (row >> 32) & _LOW, row & _LOW, torch.zeros_like(col_group))
-    w0, w1, w2, w3 = philox_4x32(counter, (seed & _LOW, (seed >> 32) & _LOW))
-    pairs = torch.stack((w0.add_(w1 << 32), w2.add_(w3 << 32)), dim=-1)  # [rows, groups, 2]
-    halves = pairs.view(torch.int16)  # [rows, groups, 8], little-endian
-    return (halves >= threshold(dropout_p)).flatten(1)[:, :cols]
+    key = (seed & _LOW, (seed >> 32) & _LOW)
+    groups = -(-cols // GROUP)
+    mask = torch.empty((rows, groups * GROUP), dtype=dtype, device=seed.device)
+    col_group = torch.arange(groups, device=seed.device)
+    zero = torch.zeros_like(col_group)
+    step = max(1, _CALLS_AT_ONCE // max(1, groups))
+    for start in range(0, rows, step):
+        part = mask[start : start + step]
+        first = first_row + start
+        row = torch.arange(first, first + len(part), device=seed.device).unsqueeze(1)
+        workspace, draws = _memory(len(part), groups, seed.device)
+        counter = (col_group, (row >> 32) & _LOW, row & _LOW, zero)
+        for i, word in enumerate(philox_4x32(counter, key, workspace=workspace)):
+            draws[..., i].copy_(word)  # the lower half of it
+        halves = draws.view(torch.int16).flatten(1)
+        if dtype == torch.bool:
+            torch.ge(halves, threshold(dropout_p), out=part)
+        else:  # float32 holds every draw, and is compared in place
+            part.copy_(halves).ge_(threshold(dropout_p))
+    return mask[:, :cols]
+
+
+# How many calls of the generator are made in one go, at most: 4 MiB of memory serve any mask.
+_CALLS_AT_ONCE = 1 << 16
+_thread = threading.local()
+
+
+def _memory(rows: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Workspace [6, rows, groups] int64 for philox_4x32, and [rows, groups, 4] int32 draws.
+
+    On the CPU a thread keeps it: the page faults of fresh memory cost more than the arithmetic.
+    Transforms of torch.func let a function write to its own memory only.
+    """
+    count = rows * groups
+    transformed = torch._C._are_functorch_transforms_active()
+    if device.type != "cpu" or count > _CALLS_AT_ONCE or transformed:
+        memory = torch.empty(8 * count, dtype=torch.int64, device=device)
+    else:
+        memory = getattr(_thread, "memory", None)
+        if memory is None:
+            with torch.inference_mode(False):  # an inference tensor could not be reused outside
+                memory = _thread.memory = torch.empty(8 * _CALLS_AT_ONCE, dtype=torch.int64)
+        memory = memory[: 8 * count]
+    draws = memory[6 * count :].view(torch.int32).view(rows, groups, 4)
+    return memory[: 6 * count].view(6, rows, groups), draws

@@ -51,7 +51,7 @@ def low_rank_input(x: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float) 
     acc = accumulate_dtype(x.dtype)
     if dropout_p == 0:
         return rows.to(acc) @ a.to(acc).T
-    mask = philox.keep_mask(seed, *rows.shape, dropout_p).to(acc)
+    mask = philox.keep_mask(seed, *rows.shape, dropout_p, dtype=acc)
     return ((rows * mask) @ a.to(acc).T) * philox.keep_scale(dropout_p)
 
 
@@ -120,12 +120,17 @@ def lora_linear_backward(
         )
         dh = dh * scaling
         if dropout_p > 0:
-            mask = philox.keep_mask(seed, dy_rows.shape[0], a.shape[1], dropout_p).to(acc)
+            shape = (dy_rows.shape[0], a.shape[1])
+            mask = philox.keep_mask(seed, *shape, dropout_p, dtype=acc)
             dh = dh * philox.keep_scale(dropout_p)
     if needs_x:
         dx = dy_rows @ w
         if dropout_p > 0:
-            dx.add_((dh @ a.to(acc)).mul_(mask))
+            update = dh @ a.to(acc)
+            if dx.dtype == acc:
+                dx.addcmul_(update, mask)
+            else:
+                dx.add_(update.mul_(mask))
         else:
             add_product_(dx, dh, a.to(acc), 1.0)
         dx = dx.view(*dy.shape[:-1], dx.shape[-1])

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     option("--output", Path("runs/finetune"), "where the results go", type=Path, metavar="DIR")
     option("--device", "auto", "auto is CUDA where there is one, else the CPU")
-    option("--epochs", 8, "passes over the training examples", type=_number(int, 1), metavar="N")
+    option("--epochs", 5, "passes over the training examples", type=_number(int, 1), metavar="N")
     option("--batch-size", 16, "sentences per step", type=_number(int, 1), metavar="N")
     option("--lr", 2e-3, "peak learning rate", type=_number(float, 0), metavar="LR")
     option("--max-length", 64, "tokens kept of a sentence", type=_number(int, 3), metavar="N")

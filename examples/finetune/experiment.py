@@ -1,12 +1,13 @@
 """The run itself: load, measure, train, measure, save, reload, check, report."""
 
 import math
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lora_kernels as lora
 from examples.finetune import report
@@ -19,6 +20,9 @@ __all__ = ["run"]
 
 # Merging rounds each weight once more: a few float32 steps per layer on logits of this size.
 MERGE_TOLERANCE = 1e-4
+SETTINGS = (
+    "rank", "alpha", "dropout", "targets", "epochs", "batch_size", "lr", "max_length", "seed",
+)  # fmt: skip
 
 
 def run(options: Namespace, training: Sequence[Example], held_out: Sequence[Example]) -> int:
@@ -35,14 +39,13 @@ def run(options: Namespace, training: Sequence[Example], held_out: Sequence[Exam
     def plain_model(seed: int) -> nn.Module:
         return load_model(location, len(classes), tokenizer, seed)
 
-    model = add_lora(
-        plain_model(options.seed), options.rank, options.alpha, options.dropout, options.targets
-    ).to(device)
+    model = plain_model(options.seed)
+    add_lora(model, options.rank, options.alpha, options.dropout, options.targets).to(device)
     settings = Settings(options.epochs, options.batch_size, options.lr, options.seed)
     steps = settings.epochs * math.ceil(len(training) / settings.batch_size)
     arms = [Arm("lora_kernels", model, tokenizer, settings, steps)]
     if options.compare_peft:
-        peft_model = _same_in_peft(model, plain_model(options.seed), output / "peft").to(device)
+        peft_model = _same_in_peft(model, plain_model(options.seed)).to(device)
         arms.append(Arm("PEFT", peft_model, tokenizer, settings, steps))
 
     total = sum(p.numel() for p in model.parameters())
@@ -54,81 +57,85 @@ def run(options: Namespace, training: Sequence[Example], held_out: Sequence[Exam
     _say("accuracy before", report.per_cent(before[0]))
 
     train(arms, train_features, settings)
-    losses = {arm.name: torch.stack(arm.losses).tolist() for arm in arms}
     after = [_held_out_accuracy(arm, tokenizer, held_features) for arm in arms]
-    rows = [
-        {
-            "name": arm.name,
-            "accuracy_before": accuracy_before,
-            "accuracy_after": accuracy_after,
-            "trainable_parameters": sum(p.numel() for p in arm.parameters),
-            "train_seconds": arm.seconds,
-            "tokens": arm.tokens,
-            "tokens_per_second": arm.tokens / arm.seconds,
-            "losses": losses[arm.name],
-        }
-        for arm, accuracy_before, accuracy_after in zip(arms, before, after, strict=True)
-    ]
+    rows = [_row(arm, *shares) for arm, *shares in zip(arms, before, after, strict=True)]
     _say("accuracy after", report.per_cent(after[0]))
     _say("speed", f"{rows[0]['tokens_per_second']:,.0f} tokens/s over {arms[0].seconds:.1f} s")
+    losses = rows[0]["losses"]
+    if not _check(
+        "trained",
+        all(map(math.isfinite, losses)),
+        f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
+    ):
+        return 1
 
     adapter = output / "adapter"
     lora.save_adapter(model, adapter)
     adapter_bytes = report.directory_bytes(adapter)
     _say("adapter", f"{adapter}, {adapter_bytes / 1000:,.0f} kB")
-    report.loss_curve(losses, output / "loss.png")
+    report.loss_curve({row["name"]: row["losses"] for row in rows}, output / "loss.png")
     _say("loss curve", output / "loss.png")
 
-    merged = predict(set_merging(model, True), tokenizer, held_features)
-    unmerged = predict(set_merging(model, False), tokenizer, held_features)
     # Another seed: nothing but what was saved can bring back the trained head.
     fresh = lora.load_adapter(plain_model(options.seed + 1), adapter).to(device)
-    reloaded = predict(set_merging(fresh, True), tokenizer, held_features)
-    reload_error = _largest_difference(reloaded, merged)
-    merge_error = _largest_difference(unmerged, merged)
-    merge_limit = MERGE_TOLERANCE * max(1.0, merged.abs().max().item())
-    report.write_metrics(
-        {
-            "model": options.model,
-            "data": str(options.data),
-            "device": str(device),
-            "settings": _settings(options),
-            "training_examples": len(training),
-            "held_out_examples": len(held_out),
-            "classes": classes,
-            "total_parameters": total,
-            "adapter_bytes": adapter_bytes,
-            "reload_error": reload_error,
-            "merge_error": merge_error,
-            **rows[0],
-            **({"peft": rows[1]} if options.compare_peft else {}),
-        },
-        output / "metrics.json",
+    merged, unmerged, reloaded = (
+        predict(set_merging(which, merge), tokenizer, held_features)
+        for which, merge in ((model, True), (model, False), (fresh, True))
     )
-    _say("metrics", output / "metrics.json")
+    errors = {
+        "reload_error": (reloaded - merged).abs().max().item(),
+        "merge_error": (unmerged - merged).abs().max().item(),
+    }
+    metrics = {
+        "model": options.model,
+        "data": str(options.data),
+        "device": str(device),
+        "settings": {name: getattr(options, name) for name in SETTINGS},
+        "training_examples": len(training),
+        "held_out_examples": len(held_out),
+        "classes": classes,
+        "total_parameters": total,
+        "adapter_bytes": adapter_bytes,
+        **errors,
+        **rows[0],
+    }
     if options.compare_peft:
-        print("\n" + report.comparison(rows) + "\n")
+        metrics["peft"] = rows[1]
+    report.write_metrics(metrics, output / "metrics.json")
+    _say("metrics", output / "metrics.json")
+    trusted = _trusted(**errors, scale=merged.abs().max().item())
+    if options.compare_peft:
+        print("\n" + report.comparison(rows))
+    return 0 if trusted else 1
 
-    passed = [
-        _check(
-            "reloaded",
-            reload_error == 0,
-            f"largest difference from the trained model's logits {reload_error:.2g}, must be 0",
-        ),
-        _check(
-            "merged",
-            merge_error <= merge_limit,
-            f"largest difference from the unmerged logits {merge_error:.2g}, "
-            f"at most {merge_limit:.2g}",
-        ),
-        _check(
-            "trained",
-            all(map(math.isfinite, losses[arms[0].name])),
-            f"loss {losses[arms[0].name][0]:.3f} at the first step, "
-            f"{losses[arms[0].name][-1]:.3f} at the last",
-        ),
-    ]
-    return 0 if all(passed) else 1
+
+def _row(arm: Arm, accuracy_before: float, accuracy_after: float) -> dict:
+    return {
+        "name": arm.name,
+        "accuracy_before": accuracy_before,
+        "accuracy_after": accuracy_after,
+        "trainable_parameters": sum(p.numel() for p in arm.parameters),
+        "train_seconds": arm.seconds,
+        "tokens": arm.tokens,
+        "tokens_per_second": arm.tokens / arm.seconds,
+        "losses": torch.stack(arm.losses).tolist(),
+    }
+
+
+def _trusted(reload_error: float, merge_error: float, scale: float) -> bool:
+    """Whether the saved adapter is the trained one, and merging changes rounding only."""
+    merge_limit = MERGE_TOLERANCE * max(1.0, scale)
+    same = _check(
+        "reloaded",
+        reload_error == 0,
+        f"largest difference from the trained model's logits {reload_error:.2g}, must be 0",
+    )
+    agree = _check(
+        "merged",
+        merge_error <= merge_limit,
+        f"largest difference from the unmerged logits {merge_error:.2g}, at most {merge_limit:.2g}",
+    )
+    return same and agree
 
 
 def _device(name: str) -> torch.device:
@@ -148,27 +155,19 @@ def _output_directory(path: Path) -> Path:
     return path
 
 
-def _same_in_peft(model: nn.Module, plain: nn.Module, directory: Path) -> nn.Module:
+def _same_in_peft(model: nn.Module, plain: nn.Module) -> nn.Module:
     """PEFT's LoRA in a plain model, with the adapter and the head that model starts from."""
-    from peft import PeftModel  # seconds to import, and an extra of its own
-
-    lora.save_adapter(model, directory)
-    return PeftModel.from_pretrained(plain, directory, is_trainable=True)
+    try:
+        from peft import PeftModel  # seconds to import, and an extra of its own
+    except ImportError:
+        raise InputError("--compare-peft: `pip install peft` brings what it needs") from None
+    with tempfile.TemporaryDirectory() as directory:
+        lora.save_adapter(model, directory)
+        return PeftModel.from_pretrained(plain, directory, is_trainable=True)
 
 
 def _held_out_accuracy(arm: Arm, tokenizer, features: Sequence[dict]) -> float:
     return accuracy(predict(arm.model.eval(), tokenizer, features), features)
-
-
-def _largest_difference(left: Tensor, right: Tensor) -> float:
-    return (left - right).abs().max().item()
-
-
-def _settings(options: Namespace) -> dict:
-    names = (
-        "epochs", "rank", "alpha", "dropout", "batch_size", "lr", "max_length", "seed", "targets",
-    )  # fmt: skip
-    return {name: getattr(options, name) for name in names}
 
 
 def _say(label: str, value) -> None:

