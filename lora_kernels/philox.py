@@ -86,8 +86,8 @@ def keep_mask(
 ) -> Tensor:
     """keep(seed, row, col) for rows first_row .. first_row + rows - 1 and columns 0 .. cols - 1.
 
-    Shapes: seed [1] int64 -> [rows, cols] on seed's device: 1 where kept, 0 where dropped, in dtype:
-    bool, float32 or float64.
+    Shapes: seed [1] int64 -> [rows, cols] on seed's device: 1 where kept, 0 where dropped.
+    dtype: bool, float32 or float64.
     """
     seed = seed.reshape(())
     key = (seed & _LOW, (seed >> 32) & _LOW)
