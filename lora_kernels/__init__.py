@@ -4,7 +4,12 @@ from lora_kernels.adapt import apply_lora, mark_only_lora_as_trainable
 from lora_kernels.checkpoint import load_adapter, lora_state_dict, merged_state_dict, save_adapter
 from lora_kernels.functional import lora_linear, lora_merged_linear
 from lora_kernels.layers import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
     ConvLoRA,
+    Embedding,
+    Linear,
     LoRAConv1d,
     LoRAConv2d,
     LoRAConv3d,
@@ -12,16 +17,10 @@ from lora_kernels.layers import (
     LoRALayer,
     LoRALinear,
     LoRAMergedLinear,
+    MergedLinear,
 )
 
 __version__ = "0.1.0"
-
-Linear = LoRALinear
-MergedLinear = LoRAMergedLinear
-Embedding = LoRAEmbedding
-Conv1d = LoRAConv1d
-Conv2d = LoRAConv2d
-Conv3d = LoRAConv3d
 
 __all__ = [
     "Conv1d",

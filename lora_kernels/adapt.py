@@ -12,7 +12,7 @@ from torch import nn
 from lora_kernels.layers.base import LoRALayer, check_alpha, check_dropout, check_rank
 from lora_kernels.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_kernels.layers.embedding import LoRAEmbedding
-from lora_kernels.layers.linear import LoRALinear
+from lora_kernels.layers.linear import LoRALinear, is_hf_conv1d
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
 
 __all__ = ["apply_lora", "mark_only_lora_as_trainable"]
@@ -65,8 +65,9 @@ def apply_lora(
     regular expression for the path or its end to another r or lora_alpha; the first match counts.
     scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. autocast_adapter_dtype:
     float32 adapters over 16-bit weights. Then mark_only_lora_as_trainable(model, bias,
-    modules_to_save). A module under several names is wrapped once and stays shared; hooks and
-    train/eval mode are kept. A model in eval mode is merged by its next eval().
+    modules_to_save). A module under several names is wrapped once and stays shared;
+    forward and backward hooks and train/eval mode are kept. A model in eval mode is merged by its
+    next eval().
 
     Raises: ValueError (NotImplementedError for bias) before anything has changed: bad numbers, a
     pattern that is no regular expression, no match, a match that cannot be wrapped, a model that is
@@ -269,9 +270,9 @@ def _linear_paths(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
         head = None
     paths, skipped = [], []
     for path, module in modules.items():
-        if module is head or not (isinstance(module, nn.Linear) or _is_hf_conv1d(module)):
+        if module is head or not (isinstance(module, nn.Linear) or is_hf_conv1d(module)):
             continue
-        plain = type(module) is nn.Linear or _is_hf_conv1d(module) or isinstance(module, LoRALayer)
+        plain = type(module) is nn.Linear or is_hf_conv1d(module) or isinstance(module, LoRALayer)
         (paths if plain else skipped).append(path)
     if skipped:
         warnings.warn(
@@ -336,14 +337,8 @@ _CONSTRUCTORS = {
 }
 
 
-def _is_hf_conv1d(module: nn.Module) -> bool:
-    """Whether module is transformers.pytorch_utils.Conv1D, without importing transformers."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
-
-
 def _constructor(module: nn.Module):
-    return LoRALinear.from_linear if _is_hf_conv1d(module) else _CONSTRUCTORS.get(type(module))
+    return LoRALinear.from_linear if is_hf_conv1d(module) else _CONSTRUCTORS.get(type(module))
 
 
 def check_wrappable(targets: Mapping[str, nn.Module]) -> None:

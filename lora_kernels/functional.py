@@ -1,7 +1,7 @@
 """lora_linear and lora_merged_linear: checks, autocast, the dropout seed, the autograd Function."""
 
 import inspect
-import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ __all__ = [
     "lora_merged_linear",
 ]
 
+_LARGEST = sys.float_info.max
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -86,6 +87,11 @@ def lora_merged_linear(
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.2; loralib's MergedLinear.
     """
     name = "lora_merged_linear"
+    for argument, value in (("enable_lora", enable_lora), ("out_splits", out_splits)):
+        if not isinstance(value, (list, tuple)) and not (
+            argument == "out_splits" and value is None
+        ):
+            raise TypeError(f"{name}: {argument} must be a list or tuple, got {value!r}")
     if not any(enable_lora):
         raise ValueError(f"{name}: enable_lora must enable a group, got {list(enable_lora)}")
     if out_splits is None and isinstance(weight, Tensor) and weight.dim() == 2:
@@ -135,7 +141,7 @@ def lora_forward(
         raise ValueError(
             f"{layer_name(layer)}: weight must have shape [N, K], got {list(weight.shape)}"
         )
-    check_input(layer, x, weight.shape[1])
+    check_shape(layer, x, weight)
     check_tensor(layer, "lora_A", a)
     check_tensor(layer, "lora_B", b)
     if bias is not None:
@@ -147,9 +153,12 @@ def lora_forward(
     if out_splits is None:
         out_splits = (weight.shape[0],)
     _check_fit(layer, x, weight, a, b, bias, out_splits, enable_lora)
+    for name, value in (("dropout_p", dropout_p), ("scaling", scaling)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{layer_name(layer)}: {name} must be a number, got {value!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{layer_name(layer)}: dropout_p must be in [0, 1), got {dropout_p!r}")
-    if not -math.inf < scaling < math.inf:
+    if not -_LARGEST <= scaling <= _LARGEST:
         raise ValueError(f"{layer_name(layer)}: scaling must be finite, got {scaling!r}")
     if dropout_p == 0.0:
         seed = None
@@ -241,13 +250,19 @@ class _LoRALinearBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dy, x, _, w, a, b, seed, *ctx.constants = inputs
-        ctx.save_for_backward(dy, x, w, a, b, seed)
+        dy, x, h, w, a, b, seed, *ctx.constants = inputs
+        ctx.save_for_backward(dy, x, h, w, a, b, seed)
 
     @staticmethod
     def backward(ctx, *grads):
-        dy, x, w, a, b, seed = ctx.saved_tensors
+        dy, x, saved_h, w, a, b, seed = ctx.saved_tensors
         scaling, dropout_p, out_splits, enable_lora, needs = ctx.constants
+        needs_x, _, _, needs_b, _ = needs
+        if needs_x and needs_b and x is None:
+            raise RuntimeError(
+                "lora_linear: double backward through x and lora_B needs lora_A to require a "
+                "gradient too; without it x is not saved"
+            )
         operands = {"dy": dy, "x": x, "w": w, "a": a, "b": b}
         present = [name for name, operand in operands.items() if operand is not None]
 
@@ -256,8 +271,8 @@ class _LoRALinearBackward(torch.autograd.Function):
                 **dict.fromkeys(operands),
                 **dict(zip(present, tensors, strict=True)),
             }
-            h = None
-            if needs[4]:
+            h = saved_h  # a constant, but where x or a have gradients: then both are here
+            if needs_b and x is not None and a is not None:
                 h = reference.low_rank_input(given["x"], given["a"], seed, dropout_p)
             return tuple(
                 reference.lora_linear_backward(
@@ -300,12 +315,26 @@ def check_tensor(layer: str | nn.Module, name: str, value) -> None:
         )
 
 
-def check_input(layer: str | nn.Module, x, in_features: int) -> None:
-    """x is a dense floating-point tensor [..., in_features], or an error names the layer."""
+def check_shape(layer: str | nn.Module, x, weight: Tensor) -> None:
+    """x is dense, floating-point and [..., K] for weight [N, K], or an error names the layer."""
     check_tensor(layer, "x", x)
+    in_features = weight.shape[1]
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
             f"{layer_name(layer)}: x must have shape [..., {in_features}], got {list(x.shape)}"
+        )
+
+
+def check_input(layer: nn.Module, x, weight: Tensor) -> None:
+    """x fits a plain product with weight [N, K], or an error names the layer."""
+    check_shape(layer, x, weight)
+    if x.device != weight.device:
+        raise ValueError(
+            f"{layer_name(layer)}: x must be on weight's device {weight.device}, got {x.device}"
+        )
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
+        raise ValueError(
+            f"{layer_name(layer)}: x must have weight's dtype {weight.dtype}, got {x.dtype}"
         )
 
 
@@ -314,7 +343,10 @@ def _check_fit(layer, x, weight, a, b, bias, out_splits, enable_lora) -> None:
         raise ValueError(f"{layer_name(layer)}: {name} must {expected}, got {value}")
 
     n, k = weight.shape
-    if len(out_splits) != len(enable_lora) or sum(out_splits) != n or min(out_splits) < 1:
+    sizes_fit = len(out_splits) == len(enable_lora) and not any(
+        isinstance(size, float) or size < 1 for size in out_splits
+    )
+    if not sizes_fit or sum(out_splits) != n:
         fail(
             "out_splits",
             f"be {len(enable_lora)} sizes >= 1 that sum to {n}",

@@ -131,7 +131,9 @@ def _memory(rows: int, groups: int, device: torch.device) -> tuple[Tensor, Tenso
         memory = getattr(_thread, "memory", None)
         if memory is None:
             with torch.inference_mode(False):  # an inference tensor could not be reused outside
-                memory = _thread.memory = torch.empty(8 * _CALLS_AT_ONCE, dtype=torch.int64)
+                memory = _thread.memory = torch.empty(
+                    8 * _CALLS_AT_ONCE, dtype=torch.int64, device=device
+                )
         memory = memory[: 8 * count]
     draws = memory[6 * count :].view(torch.int32).view(rows, groups, 4)
     return memory[: 6 * count].view(6, rows, groups), draws

@@ -52,7 +52,7 @@ def low_rank_input(x: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float) 
     if dropout_p == 0:
         return rows.to(acc) @ a.to(acc).T
     mask = philox.keep_mask(seed, *rows.shape, dropout_p, dtype=acc)
-    return ((rows * mask) @ a.to(acc).T) * philox.keep_scale(dropout_p)
+    return (_dropped(rows, mask) @ a.to(acc).T) * philox.keep_scale(dropout_p)
 
 
 def lora_linear_forward(
@@ -137,7 +137,7 @@ def lora_linear_backward(
     if needs_w:
         dw = dy_rows.T @ rows
     if needs_a:
-        x_hat = rows * mask if dropout_p > 0 else rows.to(acc)
+        x_hat = _dropped(rows, mask) if dropout_p > 0 else rows.to(acc)
         da = (dh.T @ x_hat).to(a.dtype)
     if needs_b:
         db = _join(
@@ -159,6 +159,13 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None
         out.addmm_(left, right, alpha=scale)
     else:
         out.add_((left @ right).mul_(scale))
+
+
+def _dropped(rows: Tensor, mask: Tensor) -> Tensor:
+    """rows * mask, in mask's memory where torch.func does not forbid it."""
+    if torch._C._are_functorch_transforms_active():
+        return rows * mask
+    return mask.mul_(rows)
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:

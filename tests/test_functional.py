@@ -89,6 +89,26 @@ def test_every_subset_of_gradients(groups, needs, seed, device):
             assert torch.equal(leaf.grad, expected[name])
 
 
+@pytest.mark.parametrize("needs", [n for n in itertools.product([False, True], repeat=5) if any(n)])
+@pytest.mark.parametrize("groups", [None, QKV], ids=["linear", "merged"])
+def test_double_backward_of_every_subset(groups, needs, seed, device):
+    problem = make_problem(
+        2, 3, 24, 1, device=device, dtype=torch.float64, dropout_p=0.4, groups=groups
+    )
+    asked = [name for name, needed in zip(OPERANDS, needs, strict=True) if needed]
+    leaves = [getattr(problem, name).requires_grad_() for name in asked]
+
+    def function(*operands):
+        return call(problem, **dict(zip(asked, operands, strict=True)))
+
+    if "x" in asked and "b" in asked and not {"w", "a"} & set(asked):
+        grads = torch.autograd.grad(function(*leaves).sum(), leaves, create_graph=True)
+        with pytest.raises(RuntimeError, match="lora_A"):
+            sum(grad.sum() for grad in grads).backward()
+    else:
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
 def count_backward_products(monkeypatch, needs, problem):
     """The op's needs argument, as the Function passes it."""
     seen = []
@@ -436,6 +456,11 @@ BAD_OPERANDS = {
     "lora_B device": ("lora_B", lambda v: v.to("meta"), ValueError),
     "bias device": ("bias", lambda v: v.to("meta"), ValueError),
     "scaling NaN": ("scaling", lambda v: float("nan"), ValueError),
+    "scaling None": ("scaling", lambda v: None, TypeError),
+    "scaling str": ("scaling", lambda v: "1", TypeError),
+    "scaling tensor": ("scaling", lambda v: torch.tensor(1.0), TypeError),
+    "scaling huge": ("scaling", lambda v: 10**400, ValueError),
+    "dropout_p None": ("dropout_p", lambda v: None, TypeError),
     "scaling infinite": ("scaling", lambda v: float("inf"), ValueError),
     "dropout_p 1": ("dropout_p", lambda v: 1.0, ValueError),
     "dropout_p negative": ("dropout_p", lambda v: -0.1, ValueError),
@@ -472,6 +497,7 @@ def test_bad_input_is_named_with_the_function(name, change, error, merged, devic
         ({"out_splits": [12]}, "out_splits"),
         ({"out_splits": [12, 0]}, "out_splits"),
         ({"out_splits": [13, -1]}, "out_splits"),
+        ({"out_splits": [6.0, 6.0]}, "out_splits"),
     ],
     ids=str,
 )
@@ -482,3 +508,12 @@ def test_groups_that_do_not_fit(change, match, device):
         lora_kernels.lora_merged_linear(
             problem.x, problem.w, problem.a, problem.b, problem.bias, **arguments
         )
+
+
+@pytest.mark.parametrize("name", ["enable_lora", "out_splits"])
+@pytest.mark.parametrize("value", [True, 3, "qv", {1: 2}], ids=str)
+def test_groups_of_the_wrong_type(name, value, device):
+    problem = make_problem(4, 6, 12, 2, device=device, groups=[(6, True)] * 2)
+    arguments = {"enable_lora": [True, True], name: value}
+    with pytest.raises(TypeError, match=f"^lora_merged_linear: {name} must"):
+        lora_kernels.lora_merged_linear(problem.x, problem.w, problem.a, problem.b, **arguments)

@@ -6,8 +6,21 @@ from lora_kernels.layers.embedding import LoRAEmbedding
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
 
+# loralib's names
+Linear = LoRALinear
+MergedLinear = LoRAMergedLinear
+Embedding = LoRAEmbedding
+Conv1d = LoRAConv1d
+Conv2d = LoRAConv2d
+Conv3d = LoRAConv3d
+
 __all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
     "ConvLoRA",
+    "Embedding",
+    "Linear",
     "LoRAConv1d",
     "LoRAConv2d",
     "LoRAConv3d",
@@ -15,4 +28,5 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRAMergedLinear",
+    "MergedLinear",
 ]

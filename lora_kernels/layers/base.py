@@ -84,7 +84,6 @@ class LoRALayer:
         self.merged = False
         self._base_weight: Tensor | None = None
         self._merged_from: tuple | None = None
-        self._tie_check: tuple | None = None
         if self.r > 0:
             self.scaling = self.lora_alpha / self.r
         if isinstance(self, nn.Module):
@@ -127,7 +126,12 @@ class LoRALayer:
     @property
     def has_lora(self) -> bool:
         """Whether the layer holds lora_A and lora_B."""
-        return "lora_A" in self._parameters
+        return hasattr(self, "lora_A")  # parametrized, pruned and replicated layers included
+
+    def _dropout_p(self) -> float:
+        """p of lora_dropout as it stands: 0 where it is in eval mode or no dropout at all."""
+        dropout = self.lora_dropout
+        return getattr(dropout, "p", 0.0) if dropout.training else 0.0
 
     def _weight_owner(self) -> nn.Module:
         path, _, _ = self._weight_name.rpartition(".")
@@ -160,6 +164,8 @@ class LoRALayer:
 
     def _merge(self) -> None:
         if self.merged:
+            if self._base_weight is not None and self._tied():
+                self._unmerge()
             self._refresh()
             return
         if self.has_lora:
@@ -169,8 +175,7 @@ class LoRALayer:
             with undisturbed(weight):
                 host = weight.device if weight.is_meta else "cpu"
                 self._base_weight = weight.detach().to(host, copy=True)
-                weight.copy_(self.merged_weight())
-            self._merged_from = self._adapter_state()
+            self._write_merged()
         self.merged = True
 
     def _unmerge(self) -> None:
@@ -185,12 +190,16 @@ class LoRALayer:
         """While merged: merges again where lora_A, lora_B or scaling have changed since."""
         if self._base_weight is None or torch.compiler.is_compiling():
             return
-        state = self._adapter_state()
-        if state != self._merged_from:
-            weight = self._weight()
-            with undisturbed(weight):
-                weight.copy_(self.merged_weight())
-            self._merged_from = state
+        if getattr(self, "_is_replica", False):  # of nn.DataParallel: a copy of a merged layer
+            return
+        if self._adapter_state() != self._merged_from:
+            self._write_merged()
+
+    def _write_merged(self) -> None:
+        weight = self._weight()
+        with undisturbed(weight):
+            weight.copy_(self.merged_weight())
+        self._merged_from = self._adapter_state()
 
     def _adapter_state(self) -> tuple:
         a, b = self.lora_A, self.lora_B
@@ -199,20 +208,18 @@ class LoRALayer:
     def _tied(self) -> bool:
         """Whether some other module holds this layer's base weight or shares its storage.
 
-        The scan behind it walks every live object, so it runs only where something else refers to
-        the parameter at all, and once per reference count.
+        The full scan walks every live object; it runs only where reference counts leave it open.
         """
         owner = self._weight_owner()
         if owner._parameters["weight"].is_meta:
             return False
-        references = _reference_counts(owner)
-        if references == _UNSHARED:
-            return False
+        references, storage_uses = _reference_counts(owner)  # before a name here adds to them
         weight = owner._parameters["weight"]
-        seen = (id(weight), references)
-        if self._tie_check is None or self._tie_check[0] != seen:
-            self._tie_check = (seen, _held_elsewhere(weight, owner))
-        return self._tie_check[1]
+        if storage_uses == _UNSHARED[1] and (
+            references == _UNSHARED[0] or not _in_another_dict(weight, owner)
+        ):
+            return False
+        return _held_elsewhere(weight, owner)
 
     def _apply(self, fn, recurse=True):
         # A moved or cast weight is merged from the moved or cast base, never cast after merging.
@@ -259,16 +266,27 @@ def _reference_counts(owner: nn.Module) -> tuple[int, int]:
 _UNSHARED = _reference_counts(nn.Linear(1, 1))
 
 
+def _in_another_dict(weight: Tensor, owner: nn.Module) -> bool:
+    """Whether a dict other than owner's, as modules keep their parameters in, refers to weight."""
+    return any(
+        isinstance(holder, dict) and holder is not owner._parameters
+        for holder in gc.get_referrers(weight)
+    )
+
+
 def _held_elsewhere(weight: Tensor, owner: nn.Module) -> bool:
-    """Whether a module other than owner has a parameter that overlaps weight in memory."""
+    """Whether a module other than owner has a parameter or buffer that overlaps weight."""
     start, end = _extent(weight)
     for candidate in gc.get_objects():
         if not issubclass(type(candidate), nn.Module) or candidate is owner:
             continue
-        for parameter in candidate.__dict__.get("_parameters", {}).values():
-            if parameter is None or is_lazy(parameter) or parameter.device != weight.device:
+        held = candidate.__dict__
+        for tensor in (*held.get("_parameters", {}).values(), *held.get("_buffers", {}).values()):
+            if tensor is None or is_lazy(tensor) or tensor.device != weight.device:
                 continue
-            other_start, other_end = _extent(parameter)
+            if tensor.layout is not torch.strided:
+                continue
+            other_start, other_end = _extent(tensor)
             if other_start < end and start < other_end:
                 return True
     return False

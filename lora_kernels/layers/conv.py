@@ -141,7 +141,7 @@ class ConvLoRA(LoRALayer, nn.Module):
             self._refresh()
             return self.conv(x)
         weight, bias = self.conv.weight, self.conv.bias
-        dropout = self.training and self.lora_dropout.p > 0
+        dropout = self._dropout_p() > 0
         device_type = "cpu" if weight.is_meta else weight.device.type
         with torch.autocast(device_type, enabled=False):
             delta = self.delta_weight()

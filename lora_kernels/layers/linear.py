@@ -12,6 +12,11 @@ from lora_kernels.layers.base import LoRALayer
 __all__ = ["LinearLayer", "LoRALinear"]
 
 
+def is_hf_conv1d(module) -> bool:
+    """Whether module is transformers' Conv1D: a linear that stores its weight [in, out]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
 class LinearLayer(LoRALayer, nn.Linear):
     """What LoRALinear and LoRAMergedLinear share: the weight's layout, wrapping, the forward."""
 
@@ -26,7 +31,13 @@ class LinearLayer(LoRALayer, nn.Linear):
 
     @classmethod
     def _wrap(cls, linear: nn.Module, lora_dtype: torch.dtype | None, **kwargs):
-        fan_in_fan_out = not isinstance(linear, nn.Linear)  # Hugging Face's Conv1D
+        fan_in_fan_out = is_hf_conv1d(linear)
+        plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+        if not (plain or fan_in_fan_out) or "weight" not in linear._parameters:
+            raise TypeError(
+                f"{cls.__name__}: linear must be a plain nn.Linear or Hugging Face Conv1D, not a "
+                f"subclass with a forward of its own or parametrized, got {type(linear).__name__}"
+            )
         shape = linear.weight.T.shape if fan_in_fan_out else linear.weight.shape
         layer = cls(
             shape[1], shape[0], fan_in_fan_out=fan_in_fan_out, bias=linear.bias is not None,
@@ -61,11 +72,11 @@ class LinearLayer(LoRALayer, nn.Linear):
         weight = self._oriented(self.weight)
         if self.merged or not self.has_lora:
             self._refresh()
-            functional.check_input(self, x, self.in_features)
+            functional.check_input(self, x, weight)
             return F.linear(x, weight, self.bias)
         return functional.lora_forward(
             self, x, weight, self.lora_A, self.lora_B, self.bias, self.scaling,
-            self.lora_dropout.p if self.training else 0.0, None, self.out_splits, self.enable_lora,
+            self._dropout_p(), None, self.out_splits, self.enable_lora,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -212,6 +212,34 @@ def test_13_a_weight_that_shares_memory_is_not_merged(make, view, seed, device):
 
 
 @every_layer
+def test_13_ties_that_come_and_go_are_seen_anew(make, seed, device):
+    layer = build(make, device)
+    optimizer = torch.optim.SGD(list(layer.parameters()), lr=0.1)
+    layer.eval()
+    layer.train()
+    del optimizer
+    base = layer.weight.detach().clone()
+    other = nn.Linear(1, 1)
+    other.weight = layer.weight
+    assert not layer.eval().merged
+    del other
+    assert layer.eval().merged
+    other = nn.Linear(1, 1)
+    other.weight = layer.weight  # tied while merged: the next eval() gives it the base
+    assert not layer.eval().merged
+    assert torch.equal(other.weight, base)
+
+
+@every_layer
+def test_13_a_buffer_that_shares_memory_counts(make, seed, device):
+    layer = build(make, device)
+    holder = nn.Module()
+    holder.register_buffer("table", layer.weight.detach())
+    assert not layer.eval().merged
+    assert holder.table.data_ptr() == layer.weight.data_ptr()
+
+
+@every_layer
 def test_13_other_references_to_the_parameter_do_not_stop_merging(make, seed, device):
     layer = build(make, device)
     optimizer = torch.optim.SGD(list(layer.parameters()), lr=0.1)

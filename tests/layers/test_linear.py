@@ -7,6 +7,7 @@ import loralib
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune  # noqa: F401 - nn.utils gets both
 
 import lora_kernels
 from lora_kernels import LoRALayer, LoRALinear
@@ -320,6 +321,8 @@ def test_bad_arguments_name_argument_value_and_layer(options, match):
         (torch.tensor(1.0), ValueError),
         (torch.ones(2, 5), ValueError),
         (torch.ones(6, 5, 4), ValueError),
+        (torch.ones(2, 6, dtype=torch.float64), ValueError),
+        (torch.ones(2, 6, device="meta"), ValueError),
     ],
     ids=lambda value: str(getattr(value, "dtype", value)),
 )
@@ -327,5 +330,50 @@ def test_bad_arguments_name_argument_value_and_layer(options, match):
 @pytest.mark.parametrize("training", [True, False])
 def test_bad_x_names_argument_and_layer(x, error, r, training):
     layer = LoRALinear(6, 4, r=r).train(training)
-    with pytest.raises(error, match=r"^LoRALinear\(in_features=6.*\): x must"):
+    with pytest.raises(error, match=r"^LoRALinear\(in_features=6.*\): (x|weight) must"):
         layer(x)
+
+
+class Scaled(nn.Linear):
+    """A linear with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "linear",
+    [None, nn.Conv1d(4, 4, 1), nn.LayerNorm(4), nn.Embedding(4, 4), Scaled(4, 4),
+     LoRALinear(4, 4, r=1), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_from_linear_refuses_what_it_would_change(linear):
+    with pytest.raises(TypeError, match=r"^LoRALinear: linear must be a plain nn\.Linear"):
+        LoRALinear.from_linear(linear, r=2)
+
+
+def test_the_state_of_lora_dropout_counts(seed, device):
+    layer = filled(LoRALinear(64, 8, r=4, lora_dropout=0.5, merge_weights=False), device)
+    x = torch.randn(16, 64, device=device)
+    layer.lora_dropout.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer.eval().lora_dropout.train()  # Monte Carlo dropout
+    assert not torch.equal(layer(x), layer(x))
+    layer.lora_dropout = nn.Identity()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_replicas_pruned_and_parametrized_layers_keep_their_update(seed, device):
+    layer = filled(LoRALinear(6, 8, r=2), device)
+    x = torch.randn(3, 6, device=device)
+    expected = layer(x)
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter.detach().clone())
+    assert torch.equal(replica(x), expected)
+    pruned = copy.deepcopy(layer)
+    nn.utils.prune.random_unstructured(pruned, "lora_A", amount=0.0)
+    assert torch.equal(pruned(x), expected)
+    nn.utils.parametrize.register_parametrization(layer, "lora_A", nn.Identity())
+    assert torch.equal(layer(x), expected)
+    torch.testing.assert_close(layer.eval()(x), expected)
