@@ -9,7 +9,6 @@ import loralib
 import peft
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +18,7 @@ from lora_kernels.layers.conv import ConvLoRA, LoRAConv1d, LoRAConv2d, LoRAConv3
 from lora_kernels.layers.embedding import LoRAEmbedding
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
+from tests.tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 
 
 class Block(nn.Module):
@@ -41,27 +41,6 @@ class Net(nn.Module):
         self.conv2 = nn.Conv2d(4, 6, (3, 2), padding=1)
         self.conv3 = nn.Conv3d(2, 4, 2)
         self.head = nn.Linear(6, 3)
-
-
-def tiny_bert(**kwargs):
-    config = transformers.BertConfig(
-        vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=12, max_position_embeddings=9, **kwargs,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
-
-
-def tiny_gpt2():
-    config = transformers.GPT2Config(vocab_size=13, n_positions=9, n_embd=8, n_layer=2, n_head=2)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def tiny_llama():
-    config = transformers.LlamaConfig(
-        vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=9,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
 
 
 def layers_of(model):

@@ -10,7 +10,6 @@ import loralib
 import peft
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,6 +28,7 @@ from lora_kernels.layers.conv import ConvLoRA, LoRAConv2d
 from lora_kernels.layers.embedding import LoRAEmbedding
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
+from tests.tiny_models import tiny_bert, tiny_gpt2, tiny_llama
 
 KINDS = ["embed", "lin", "mix", "conv1", "conv2", "conv3"]
 
@@ -213,27 +213,6 @@ def test_transformers_models_travel_both_ways(name, seed, device, tmp_path):
     assert_same(ours(ids).logits, theirs(ids).logits)
     save_adapter(ours, tmp_path / "ours")
     assert_same(load_in_peft(base, tmp_path / "ours")(ids).logits, theirs(ids).logits)
-
-
-def tiny_bert():
-    config = transformers.BertConfig(
-        vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=12, max_position_embeddings=9,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
-
-
-def tiny_gpt2():
-    config = transformers.GPT2Config(vocab_size=13, n_positions=9, n_embd=8, n_layer=2, n_head=2)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def tiny_llama():
-    config = transformers.LlamaConfig(
-        vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=9,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
 
 
 TRANSFORMERS = {

@@ -37,6 +37,15 @@ def filled(layer, device):
     return layer.to(device)
 
 
+def output_and_gradients(layer, x, dy):
+    """y, dx and the gradient of every parameter that gets one, in the layer's own dtype."""
+    leaf = x.to(layer.weight.dtype, copy=True).requires_grad_()
+    y = layer(leaf)
+    y.backward(dy.to(y.dtype))
+    grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": leaf.grad, **grads}
+
+
 def twins(options, device, dtype=torch.float32):
     """A layer here and one of loralib with the same parameters."""
     ours = filled(LoRALinear(12, 20, **options, dtype=dtype), device)
@@ -86,13 +95,7 @@ def test_output_and_gradients_are_loralibs(options, training, seed, device):
     exact = copy.deepcopy(ours).double()
     x = torch.randn(2, 7, 12, device=device)
     dy = torch.randn(2, 7, 20, device=device)
-    results = []
-    for layer in (ours, exact, theirs):
-        leaf = x.to(layer.weight.dtype, copy=True).requires_grad_()
-        y = layer(leaf)
-        y.backward(dy.to(y.dtype))
-        grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-        results.append({"y": y.detach(), "x": leaf.grad, **grads})
+    results = [output_and_gradients(layer, x, dy) for layer in (ours, exact, theirs)]
     assert results[0].keys() == results[2].keys()
     for name, result in results[0].items():
         assert_close(result, results[1][name], results[2][name], name)

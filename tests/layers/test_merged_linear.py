@@ -9,7 +9,7 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels import LoRALinear, LoRAMergedLinear
-from tests.layers.test_linear import filled
+from tests.layers.test_linear import filled, output_and_gradients
 from tests.tolerance import assert_close
 
 ENABLED = [
@@ -41,13 +41,7 @@ def test_output_and_gradients_are_loralibs(enable_lora, fan_in_fan_out, training
     ours, theirs = (layer.train(training) or layer for layer in twins(options, device))
     exact = copy.deepcopy(ours).double()
     x, dy = torch.randn(2, 7, 12, device=device), torch.randn(2, 7, 24, device=device)
-    results = []
-    for layer in (ours, exact, theirs):
-        leaf = x.to(layer.weight.dtype, copy=True).requires_grad_()
-        y = layer(leaf)
-        y.backward(dy.to(y.dtype))
-        grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-        results.append({"y": y.detach(), "x": leaf.grad, **grads})
+    results = [output_and_gradients(layer, x, dy) for layer in (ours, exact, theirs)]
     assert results[0].keys() == results[2].keys() == {"y", "x", "lora_A", "lora_B", "bias"}
     for name, result in results[0].items():
         assert_close(result, results[1][name], results[2][name], name)

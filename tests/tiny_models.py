@@ -1,0 +1,24 @@
+"""Hugging Face models of a few hundred weights, freshly initialised."""
+
+import transformers
+
+
+def tiny_bert(**kwargs):
+    config = transformers.BertConfig(
+        vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=12, max_position_embeddings=9, **kwargs,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def tiny_gpt2():
+    config = transformers.GPT2Config(vocab_size=13, n_positions=9, n_embd=8, n_layer=2, n_head=2)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def tiny_llama():
+    config = transformers.LlamaConfig(
+        vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=9,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
