@@ -1,15 +1,15 @@
-"""torch.library ops: CPU -> reference, fake -> shapes.
+"""torch.library ops: CUDA -> kernels by plan, CPU -> reference, fake -> shapes.
 
 Two ops serve LoRALinear (one group) and LoRAMergedLinear (several). They carry no autograd formula
-of their own; functional.py's autograd Function is built from them. On CUDA tensors they run the
-reference as well, on PyTorch's own CUDA operators.
+of their own; functional.py's autograd Function is built from them. plan.py says which of kernels/
+and reference.py a call goes to; the kernels, and triton with them, are imported by the first.
 """
 
 import functools
 
 import torch
 
-from lora_kernels import reference
+from lora_kernels import plan, reference
 
 __all__ = ["lora_linear_backward", "lora_linear_forward"]
 
@@ -27,6 +27,39 @@ _library.define(
 )
 
 
+def _forward(x, w, a, b, bias, seed, scaling, dropout_p, *groups):
+    (n, k), r = w.shape, b.shape[1]
+    product = plan.Product(
+        m=x.numel() // max(1, k), n=n, k=k, r=r, dtype=x.dtype, device=x.device,
+        dropout=dropout_p > 0, aligned=plan.aligned(x, w),
+    )  # fmt: skip
+    args = (x, w, a, b, bias, seed, scaling, dropout_p, *groups)
+    return _run("lora_linear_forward", product, args)
+
+
+def _backward(dy, x, h, w, a, b, seed, scaling, dropout_p, *groups_and_needs):
+    n = dy.shape[-1]
+    wide = next((operand for operand in (x, w, a) if operand is not None), None)
+    product = plan.Product(
+        m=dy.numel() // max(1, n), n=n, k=1 if wide is None else wide.shape[-1],
+        r=1 if b is None else b.shape[1], dtype=dy.dtype, device=dy.device,
+        dropout=dropout_p > 0, aligned=plan.aligned(dy, w),
+    )  # fmt: skip
+    args = (dy, x, h, w, a, b, seed, scaling, dropout_p, *groups_and_needs)
+    return _run("lora_linear_backward", product, args)
+
+
+def _run(name: str, product: plan.Product, args: tuple):
+    def by_plan(chosen: str):
+        if chosen == "reference":
+            return getattr(reference, name)(*args)
+        from lora_kernels.kernels import linear
+
+        return getattr(linear, name)(chosen, *args)
+
+    return plan.run(plan.choose(product), by_plan)
+
+
 def _without_autocast(op):
     """Operands arrive in the dtypes they are to be used in; an ambient autocast changes nothing."""
 
@@ -41,9 +74,12 @@ def _without_autocast(op):
     return wrapper
 
 
-for _name in ("lora_linear_forward", "lora_linear_backward"):
+for _name, _op in (
+    ("lora_linear_forward", _forward),
+    ("lora_linear_backward", _backward),
+):
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _without_autocast(getattr(reference, _name)), _key)
+        _library.impl(_name, _without_autocast(_op), _key)
 
 
 @torch.library.register_fake("lora_kernels::lora_linear_forward", lib=_library)

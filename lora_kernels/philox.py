@@ -22,13 +22,15 @@ import threading
 import torch
 from torch import Tensor
 
-__all__ = ["GROUP", "ROUNDS", "keep_mask", "keep_scale", "philox_4x32", "threshold"]
+__all__ = [
+    "GROUP", "MULTIPLIERS", "ROUNDS", "WEYL", "keep_mask", "keep_scale", "philox_4x32", "threshold",
+]  # fmt: skip
 
 ROUNDS = 7
 GROUP = 8  # elements of one row that share a call of the generator
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
 
@@ -49,10 +51,10 @@ def philox_4x32(counter, key, rounds: int = ROUNDS, workspace: Tensor | None = N
         out_0, out_1 = products[:2] if i % 2 else products[2:]
         # A product wraps past 2^63, but its 64 bits are those of the unsigned product. Only words
         # 0 and 2 are multiplied, so only they need their upper halves cleared.
-        product_0 = torch.mul(c0, _MULTIPLIERS[0], out=out_0 if c0.shape == shape else None)
-        product_1 = torch.mul(c2, _MULTIPLIERS[1], out=out_1 if c2.shape == shape else None)
-        c0 = _mix(product_1, c1, k0 + i * _WEYL[0], word_0)
-        c2 = _mix(product_0, c3, k1 + i * _WEYL[1], word_2)
+        product_0 = torch.mul(c0, MULTIPLIERS[0], out=out_0 if c0.shape == shape else None)
+        product_1 = torch.mul(c2, MULTIPLIERS[1], out=out_1 if c2.shape == shape else None)
+        c0 = _mix(product_1, c1, k0 + i * WEYL[0], word_0)
+        c2 = _mix(product_0, c3, k1 + i * WEYL[1], word_2)
         c1, c3 = product_1, product_0
     return c0, c1, c2, c3
 

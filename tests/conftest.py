@@ -1,4 +1,4 @@
-"""Fixtures of every test: the device, and a seed that a failing test prints."""
+"""Fixtures of every test: the device, the plan, and a seed that a failing test prints."""
 
 import os
 import random
@@ -6,10 +6,26 @@ import random
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Read when triton is imported: kernels run in its interpreter, on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def plan(monkeypatch, request) -> str:
+    """What LORA_KERNELS_PLAN is: the fixture's parameter, or what a user's process has.
+
+    On a CPU that is the reference: interpreted kernels are slow, and wrong in bfloat16.
+    """
+    default = "auto" if torch.cuda.is_available() else "reference"
+    name = getattr(request, "param", default)
+    monkeypatch.setenv("LORA_KERNELS_PLAN", name)
+    return name
 
 
 @pytest.fixture

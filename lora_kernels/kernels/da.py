@@ -1,0 +1,106 @@
+"""da = dhᵀ · x_hat. One program owns BLOCK_R rows and BLOCK_K columns of da and one slice of M.
+
+It reads its part of x once and draws the mask again. Slices of M have a da each; sum_parts adds
+them in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels import philox
+from lora_kernels.kernels.dropout import keep_tile
+from lora_kernels.kernels.launch import (
+    Numerics,
+    Skinny,
+    choose_skinny,
+    launch,
+    rank_block,
+    slices,
+)
+from lora_kernels.kernels.sum_parts import sum_parts
+from lora_kernels.kernels.tiles import load_tile
+
+CONFIGS = {
+    "interpreter": dict.fromkeys(("narrow", "wide"), Skinny(32, 64, num_warps=4, num_stages=1)),
+    "sm_80": {
+        "narrow": Skinny(64, 128, num_warps=8, num_stages=3),
+        "wide": Skinny(32, 64, num_warps=4, num_stages=2),
+    },
+    "sm_90": {
+        "narrow": Skinny(64, 128, num_warps=8, num_stages=3),
+        "wide": Skinny(32, 64, num_warps=4, num_stages=3),
+    },
+    "sm_100": {
+        "narrow": Skinny(64, 128, num_warps=8, num_stages=3),
+        "wide": Skinny(32, 64, num_warps=4, num_stages=3),
+    },
+    "hip": {
+        "narrow": Skinny(64, 64, num_warps=4, num_stages=2),
+        "wide": Skinny(32, 64, num_warps=4, num_stages=2),
+    },
+    "other": {
+        "narrow": Skinny(64, 64, num_warps=4, num_stages=2),
+        "wide": Skinny(32, 32, num_warps=4, num_stages=2),
+    },
+}
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _da_kernel(
+    dh_ptr, x_ptr, seed_ptr, da_ptr,
+    M, K, R, m_slice, threshold,
+    stride_xm,
+    DROPOUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0) * BLOCK_K
+    r = tl.program_id(1) * BLOCK_R
+    part = tl.program_id(2)
+    first_m = tl.cast(part, tl.int64) * m_slice
+    steps = tl.cdiv(tl.maximum(min(M - first_m, m_slice), 0), BLOCK_M).to(tl.int32)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for step in tl.range(0, steps):
+        row = first_m + step * BLOCK_M
+        dh = load_tile(dh_ptr, row, r, R, M, R, BLOCK_M, BLOCK_R)
+        x = load_tile(x_ptr, row, k, stride_xm, M, K, BLOCK_M, BLOCK_K)
+        if DROPOUT:
+            x = tl.where(keep_tile(seed, row, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
+        acc = tl.dot(dh.to(DTYPE).T, x.to(DTYPE), acc, input_precision=PRECISION)
+
+    offs_r = r + tl.arange(0, BLOCK_R)
+    offs_k = k + tl.arange(0, BLOCK_K)
+    offs_da = (part * R + offs_r).to(tl.int64)[:, None] * K + offs_k[None, :]
+    tl.store(da_ptr + offs_da, acc, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])
+
+
+def da(
+    dh: Tensor,
+    x: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    dtype: torch.dtype,
+    numerics: Numerics,
+    config: Skinny | None = None,
+) -> Tensor:
+    """da = dhᵀ·(x where kept); dh carries the mask's scale. Shapes: [M, R], [M, K] -> [R, K]."""
+    (m, k), r = x.shape, dh.shape[1]
+    config = config or choose_skinny(CONFIGS, x.device, numerics.rank)
+    block_r = rank_block(r, numerics.rank)
+    cols, ranks = triton.cdiv(k, config.BLOCK_COLS), triton.cdiv(r, block_r)
+    parts, m_slice = slices(m, config.BLOCK_ROWS, cols * ranks, x.device)
+    out = torch.empty((parts, r, k), dtype=torch.float32, device=x.device)
+    launch(
+        _da_kernel, (cols, ranks, parts),
+        dh, x, seed, out,
+        m, k, r, m_slice, philox.threshold(dropout_p) * 65536,
+        x.stride(0),
+        DROPOUT=dropout_p > 0, DTYPE=numerics.rank, PRECISION=numerics.precision,
+        BLOCK_M=config.BLOCK_ROWS, BLOCK_K=config.BLOCK_COLS, BLOCK_R=block_r,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return sum_parts(out, dtype)

@@ -1,0 +1,37 @@
+"""The dropout mask in Triton: the bits of philox.py, for any tile of x."""
+
+import triton
+import triton.language as tl
+
+from lora_kernels import philox
+
+_GROUP = tl.constexpr(philox.GROUP)
+_ROUNDS = tl.constexpr(philox.ROUNDS)
+_M0 = tl.constexpr(philox.MULTIPLIERS[0])
+_M1 = tl.constexpr(philox.MULTIPLIERS[1])
+_W0 = tl.constexpr(philox.WEYL[0])
+_W1 = tl.constexpr(philox.WEYL[1])
+
+
+@triton.jit
+def keep_tile(seed, row, col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """keep(seed, row.., col..) -> bool [BLOCK_ROWS, BLOCK_COLS].
+
+    row: int64; col: a multiple of 8; threshold: philox.threshold(p) * 65536, so that a draw is
+    compared where it lies in its word.
+    """
+    rows = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_ROWS)[:, None]
+    groups = col // _GROUP + tl.arange(0, BLOCK_COLS // _GROUP)[None, :]
+    c0, c1 = groups.to(tl.uint32), (rows >> 32).to(tl.uint32)
+    c2, c3 = rows.to(tl.uint32), tl.zeros_like(groups).to(tl.uint32)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    # Words 0 and 1 follow from the rows alone after one round, 2 and 3 from the columns: shapes
+    # [ROWS, 1] and [1, COLS / 8]. The second round joins them.
+    for _ in tl.static_range(_ROUNDS):
+        product_0, product_1 = c0 * _M0, c2 * _M1
+        c0, c2 = tl.umulhi(c2, _M1) ^ c1 ^ k0, tl.umulhi(c0, _M0) ^ c3 ^ k1
+        c1, c3 = product_1, product_0
+        k0, k1 = k0 + _W0, k1 + _W1
+    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # [ROWS, COLS / 8, 2, 2]: 0 1 2 3
+    halves = tl.join(words << 16, words).to(tl.int32, bitcast=True)
+    return (halves >= threshold).reshape(BLOCK_ROWS, BLOCK_COLS)

@@ -1,0 +1,146 @@
+"""dh = scale_dh · dy · b and db = scale_db · dyᵀ · h from one read of dy.
+
+One program owns BLOCK_M rows of dy and one slice of the columns of one enabled group, for BLOCK_R
+ranks. Its slice gives a part of these rows of dh, its rows a part of these columns of db; sum_parts
+adds both in a fixed order. Disabled groups are not read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.kernels.launch import (
+    Numerics,
+    Skinny,
+    choose_skinny,
+    launch,
+    rank_block,
+    slices,
+)
+from lora_kernels.kernels.sum_parts import sum_parts
+from lora_kernels.kernels.tiles import load_tile
+
+CONFIGS = {
+    "interpreter": dict.fromkeys(("narrow", "wide"), Skinny(32, 64, num_warps=4, num_stages=1)),
+    "sm_80": {
+        "narrow": Skinny(128, 64, num_warps=4, num_stages=3),
+        "wide": Skinny(64, 32, num_warps=4, num_stages=2),
+    },
+    "sm_90": {
+        "narrow": Skinny(128, 64, num_warps=4, num_stages=3),
+        "wide": Skinny(64, 32, num_warps=4, num_stages=3),
+    },
+    "sm_100": {
+        "narrow": Skinny(128, 64, num_warps=4, num_stages=3),
+        "wide": Skinny(64, 32, num_warps=4, num_stages=3),
+    },
+    "hip": {
+        "narrow": Skinny(64, 64, num_warps=4, num_stages=2),
+        "wide": Skinny(64, 32, num_warps=4, num_stages=2),
+    },
+    "other": {
+        "narrow": Skinny(64, 64, num_warps=4, num_stages=2),
+        "wide": Skinny(32, 32, num_warps=4, num_stages=2),
+    },
+}
+
+
+@triton.jit(do_not_specialize=["M", "parts"])
+def _dy_pass_kernel(
+    dy_ptr, b_ptr, h_ptr, dh_ptr, db_ptr,
+    M, R, rank_total, b_rows, sizes, parts, scale_dh, scale_db,
+    stride_dym, stride_bn,
+    ENABLED: tl.constexpr, NEEDS_DH: tl.constexpr, NEEDS_DB: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr, RANK_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pid_m = tl.program_id(0).to(tl.int64)
+    group, part = tl.program_id(1) // parts, tl.program_id(1) % parts
+    r = tl.program_id(2) * BLOCK_R
+    row = pid_m * BLOCK_M
+
+    # The group-th enabled group: its first column of dy, its first row of b, its size.
+    start, b_start, size = 0, 0, 0
+    column, b_row, seen = 0, 0, 0
+    for g in tl.static_range(len(ENABLED)):
+        if ENABLED[g]:
+            here = group == seen
+            start = tl.where(here, column, start)
+            b_start = tl.where(here, b_row, b_start)
+            size = tl.where(here, sizes[g], size)
+            b_row += sizes[g]
+            seen += 1
+        column += sizes[g]
+    n_slice = tl.cdiv(tl.cdiv(size, BLOCK_N), parts) * BLOCK_N
+    first_n = part * n_slice
+    steps = tl.cdiv(tl.maximum(min(size - first_n, n_slice), 0), BLOCK_N)
+
+    offs_r = r + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    if NEEDS_DB:
+        h = load_tile(h_ptr + group * R, row, r, rank_total, M, R, BLOCK_M, BLOCK_R)
+        h = h.to(RANK_DTYPE)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for step in tl.range(0, steps):
+        n = first_n + step * BLOCK_N
+        dy = load_tile(dy_ptr, row, start + n, stride_dym, M, start + size, BLOCK_M, BLOCK_N)
+        if NEEDS_DH:
+            b = load_tile(b_ptr, b_start + n, r, stride_bn, b_start + size, R, BLOCK_N, BLOCK_R)
+            acc = tl.dot(dy.to(FACTOR_DTYPE), b.to(FACTOR_DTYPE), acc, input_precision=PRECISION)
+        if NEEDS_DB:
+            db = tl.dot(dy.to(RANK_DTYPE).T, h, input_precision=PRECISION) * scale_db
+            offs_n = n + tl.arange(0, BLOCK_N)
+            offs_b = (pid_m * b_rows + b_start + offs_n)[:, None] * R + offs_r[None, :]
+            tl.store(db_ptr + offs_b, db, mask=(offs_n < size)[:, None] & mask_r[None, :])
+
+    if NEEDS_DH:
+        offs_m = row + tl.arange(0, BLOCK_M)
+        offs_dh = (tl.cast(part, tl.int64) * M + offs_m)[:, None] * rank_total + group * R
+        mask = (offs_m < M)[:, None] & mask_r[None, :]
+        tl.store(dh_ptr + offs_dh + offs_r[None, :], acc * scale_dh, mask=mask)
+
+
+def dy_pass(
+    dy: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    scale_dh: float,
+    scale_db: float,
+    out_splits: tuple[int, ...],
+    enable_lora: tuple[bool, ...],
+    needs_dh: bool,
+    needs_db: bool,
+    numerics: Numerics,
+    config: Skinny | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dh_g = scale_dh·dy_g·b_g and db_g = scale_db·dy_gᵀ·h_g for each enabled group g.
+
+    Shapes: dy [M, N], b [sum of enabled splits, r], h [M, E*r] -> dh [M, E*r] float32, db like b;
+    None for what is not needed.
+    """
+    m, (b_rows, r) = dy.shape[0], b.shape
+    config = config or choose_skinny(CONFIGS, dy.device, numerics.rank)
+    groups, largest = sum(enable_lora), max(out_splits)
+    block_r = rank_block(r, numerics.rank)
+    rows, ranks = triton.cdiv(m, config.BLOCK_ROWS), triton.cdiv(r, block_r)
+    parts, _ = slices(largest, config.BLOCK_COLS, rows * ranks * groups, dy.device)
+    dh = db = None
+    if needs_dh:
+        dh = torch.empty((parts, m, groups * r), dtype=torch.float32, device=dy.device)
+    if needs_db:
+        db = torch.empty((rows, b_rows, r), dtype=torch.float32, device=dy.device)
+    launch(
+        _dy_pass_kernel, (rows, groups * parts, ranks),
+        dy, b, h, dh, db,
+        m, r, groups * r, b_rows, out_splits, parts, scale_dh, scale_db,
+        dy.stride(0), b.stride(0),
+        ENABLED=enable_lora, NEEDS_DH=needs_dh, NEEDS_DB=needs_db,
+        FACTOR_DTYPE=numerics.factor, RANK_DTYPE=numerics.rank, PRECISION=numerics.precision,
+        BLOCK_M=config.BLOCK_ROWS, BLOCK_N=config.BLOCK_COLS, BLOCK_R=block_r,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return (
+        sum_parts(dh, torch.float32) if needs_dh else None,
+        sum_parts(db, b.dtype) if needs_db else None,
+    )

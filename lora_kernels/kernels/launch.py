@@ -1,0 +1,200 @@
+"""What launchers share: the target, the configurations, the numerics and the launch itself."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+__all__ = [
+    "Gemm", "Numerics", "Skinny", "choose_gemm", "choose_skinny", "fits_tma", "launch",
+    "numerics_of", "operand", "programs", "programs_at_once", "rank_block", "slices", "target_of",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Skinny:
+    """Tiles of a kernel that reads one large matrix once: BLOCK_ROWS x BLOCK_COLS of it."""
+
+    BLOCK_ROWS: int
+    BLOCK_COLS: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Tiles of a large product.
+
+    tma: operands come and go through tensor descriptors, and programs stay to take several tiles.
+    pieces: how many pieces a tile is finished in where a dropout mask needs registers: 1, 2 or 4.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    pieces: int = 1
+    GROUP_M: int = 8
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """In which dtypes the operands of a dot meet, and how float32 ones are multiplied.
+
+    main: x·wᵀ and dy·w. factor: x or dy with a factor, for h and dh. rank: h or dh with dy or x,
+    for db and da; precision goes with these two. update: h or dh with a factor, for y and dx.
+    """
+
+    main: tl.dtype
+    factor: tl.dtype
+    rank: tl.dtype
+    update: tl.dtype
+    precision: str
+    update_precision: str
+
+
+_TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def numerics_of(x: Tensor, *factors: Tensor | None) -> Numerics:
+    """How precise each product is: as precise as what it is rounded to.
+
+    float32 layers multiply as torch's float32 products do, with TF32 only where that is allowed.
+    16-bit layers multiply in their dtype; but h and dh of a float16 layer are float32 and meet
+    others as TF32, which has float16's bits and a range that no scaling overflows. float32 factors
+    over a 16-bit layer get float32 gradients, so what these are made of is multiplied as float32.
+    """
+    hip = target_of(x.device) == "hip"  # where TF32 is not everywhere
+    tf32 = "ieee" if hip else "tf32"
+    exact = "ieee" if hip else "tf32x3"
+    # Triton's interpreter would multiply bfloat16 as integers.
+    interpreted_bf16 = x.dtype == torch.bfloat16 and target_of(x.device) == "interpreter"
+    main = tl.float32 if interpreted_bf16 else _TL[x.dtype]
+    update = main if main == tl.bfloat16 else tl.float32
+    if x.dtype == torch.float32:
+        precision = tf32 if _tf32_allowed() else "ieee"
+        return Numerics(main, main, main, main, precision, precision)
+    if all(factor is None or factor.dtype == x.dtype for factor in factors):
+        return Numerics(main, main, update, update, tf32, tf32)
+    precision = tf32 if _tf32_allowed() else exact
+    return Numerics(main, tl.float32, tl.float32, update, precision, tf32)
+
+
+def _tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # The older of the two settings cannot be read where the newer one was used.
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
+
+
+def target_of(device: torch.device) -> str:
+    """The key of a device in the tables of configurations."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "hip"
+    return {
+        (8, 0): "sm_80",
+        (9, 0): "sm_90",
+        (10, 0): "sm_100",
+        (10, 3): "sm_100",
+    }.get(_capability(device), "other")
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def programs_at_once(device: torch.device) -> int:
+    """Multiprocessors of a device; a handful in the interpreter, which runs one after another."""
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def rank_block(r: int, dtype: tl.dtype, beside_acc: bool = False) -> int:
+    """How many ranks a dot takes at once: r padded to what a dot takes, up to a limit.
+
+    The limit keeps float32 operands, split for TF32 products, within registers; beside_acc: next to
+    the accumulator of a large product.
+    """
+    limits = (16, 32) if dtype == tl.float32 else (64, 128)
+    return min(max(16, triton.next_power_of_2(r)), limits[0 if beside_acc else 1])
+
+
+def slices(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """(count, size): length cut into slices of whole blocks until the device has work.
+
+    programs: how many there are without slicing. A slice has two blocks at least.
+    """
+    blocks = triton.cdiv(length, block)
+    wanted = max(1, 2 * programs_at_once(device) // programs)
+    size = max(triton.cdiv(blocks, wanted), min(2, blocks))
+    return triton.cdiv(blocks, size), size * block
+
+
+def choose_skinny(
+    configs: dict[str, dict[str, Skinny]], device: torch.device, dtype: tl.dtype
+) -> Skinny:
+    """The entry of a table for dots in this dtype: "wide" for float32, "narrow" for 16 bits."""
+    return configs[target_of(device)]["wide" if dtype == tl.float32 else "narrow"]
+
+
+def choose_gemm(
+    configs: dict[str, dict[str, Gemm]], m: int, block_r: int, *operands: Tensor
+) -> Gemm:
+    """The entry of a table for products of m rows with these operands and block_r ranks at once.
+
+    A target's entries: "float32"; for 16-bit operands "few_rows" (up to 64) and "pointer"; and
+    "tma" where the target has descriptors and the operands fit them, with "tma_high_rank" beside it
+    where more than 16 ranks at once need smaller tiles.
+    """
+    table = configs[target_of(operands[0].device)]
+    if operands[0].dtype == torch.float32:
+        return table["float32"]
+    if m <= 64:
+        return table["few_rows"]
+    if "tma" not in table or not fits_tma(*operands):
+        return table["pointer"]
+    return table.get("tma_high_rank", table["tma"]) if block_r > 16 else table["tma"]
+
+
+def fits_tma(*matrices: Tensor) -> bool:
+    """Whether tensor descriptors can hold all of them: 16-byte rows that do not overlap."""
+    return all(
+        t.data_ptr() % 16 == 0
+        and t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
+        and t.stride(0) * t.element_size() % 16 == 0
+        and max(t.shape) < 2**31
+        for t in matrices
+    )
+
+
+def operand(tensor: Tensor, block_rows: int, block_cols: int, tma: bool):
+    """What a kernel gets for a matrix: its descriptor for tiles of this shape, or its pointer."""
+    if tma:
+        return TensorDescriptor.from_tensor(tensor, [block_rows, block_cols])
+    return tensor
+
+
+def programs(tiles: int, config: Gemm, device: torch.device) -> int:
+    """How many programs share the tiles: as many as run at once, or one each.
+
+    One each in the interpreter too, where programs run one after the other.
+    """
+    return min(tiles, programs_at_once(device)) if config.tma else tiles
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
+    """Every launch of a kernel passes here."""
+    kernel[grid](*args, **meta)

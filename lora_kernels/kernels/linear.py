@@ -1,0 +1,120 @@
+"""The two ops of reference.py, made of kernels by plan.
+
+============  ==========================================  ===============================
+plan          forward                                     backward
+============  ==========================================  ===============================
+``fused``     down, forward                               dy_pass, dx, da
+``sandwich``  down, fill_y, then cuBLAS adds x·wᵀ to it   dy_pass, fill_dx, cuBLAS, da
+============  ==========================================  ===============================
+
+Gradients of weight and bias, which LoRA leaves frozen, are PyTorch's own products.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels import philox
+from lora_kernels.kernels.da import da
+from lora_kernels.kernels.down import down
+from lora_kernels.kernels.dx import dx
+from lora_kernels.kernels.dy_pass import dy_pass
+from lora_kernels.kernels.fill import fill_dx, fill_y
+from lora_kernels.kernels.forward import forward
+from lora_kernels.kernels.launch import numerics_of
+
+__all__ = ["lora_linear_backward", "lora_linear_forward"]
+
+
+def lora_linear_forward(
+    plan: str,
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    out_splits: Sequence[int],
+    enable_lora: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """reference.lora_linear_forward by plan "fused" or "sandwich"."""
+    rows, w, a, b = _rows(x), _either_way(w), _rows(a), _rows(b)
+    bias = bias if bias is None else bias.contiguous()
+    sizes, enabled = tuple(out_splits), tuple(enable_lora)
+    numerics = numerics_of(x, a, b)
+    with _current(x):
+        h = down(rows, a, seed, dropout_p, numerics)
+        if plan == "fused":
+            y = forward(rows, w, h, b, bias, scaling, sizes, enabled, numerics)
+        else:
+            y = fill_y(h, b, bias, scaling, sizes, enabled, x.dtype, numerics)
+            y.addmm_(rows, w.T)
+    return y.view(*x.shape[:-1], y.shape[1]), h
+
+
+def lora_linear_backward(
+    plan: str,
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    w: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    out_splits: Sequence[int],
+    enable_lora: Sequence[bool],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """reference.lora_linear_backward by plan "fused" or "sandwich"."""
+    needs_x, needs_w, needs_a, needs_b, needs_bias = needs
+    dy_rows = _rows(dy)
+    x_rows = None if x is None else _rows(x)
+    a = None if a is None else _rows(a)
+    numerics = numerics_of(dy, a, b)
+    grad_x = grad_w = grad_a = grad_b = grad_bias = None
+    with _current(dy):
+        if needs_x or needs_a or needs_b:
+            keep_scale = philox.keep_scale(dropout_p)
+            dh, grad_b = dy_pass(
+                dy_rows, _rows(b), h, scaling * keep_scale, scaling,
+                tuple(out_splits), tuple(enable_lora), needs_x or needs_a, needs_b, numerics,
+            )  # fmt: skip
+        if needs_x:
+            w = _either_way(w)
+            if plan == "fused":
+                grad_x = dx(dy_rows, w, dh, a, seed, dropout_p, numerics)
+            else:
+                grad_x = fill_dx(dh, a, seed, dropout_p, dy.dtype, numerics)
+                grad_x.addmm_(dy_rows, w)
+            grad_x = grad_x.view(*dy.shape[:-1], grad_x.shape[1])
+        if needs_w:
+            grad_w = dy_rows.T @ x_rows
+        if needs_a:
+            grad_a = da(dh, x_rows, seed, dropout_p, a.dtype, numerics)
+        if needs_bias:
+            grad_bias = dy_rows.sum(0)
+    return [g for g in (grad_x, grad_w, grad_a, grad_b, grad_bias) if g is not None]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[..., C] as a matrix [M, C] whose rows are whole in memory; copies only where it must."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _either_way(w: Tensor) -> Tensor:
+    """w with a unit stride along N or along K; copies only where it has neither."""
+    return w if 1 in w.stride() else w.contiguous()
+
+
+def _current(tensor: Tensor):
+    """Makes tensor's device the current one: Triton launches there, under its stream."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()

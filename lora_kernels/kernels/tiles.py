@@ -1,0 +1,136 @@
+"""Device code that kernels share: tiles in memory, tile order, the products of tiles."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(
+    source, row, col, stride, rows, cols,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, TMA: tl.constexpr = False,
+):  # fmt: skip
+    """source[row.., col..] -> [BLOCK_ROWS, BLOCK_COLS], zero from rows and cols on.
+
+    source: a pointer to rows of unit inner stride, or with TMA a tensor descriptor.
+    """
+    if TMA:
+        tile = source.load([tl.cast(row, tl.int32), tl.cast(col, tl.int32)])
+    else:
+        offs_row = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_ROWS)
+        offs_col = col + tl.arange(0, BLOCK_COLS)
+        mask = (offs_row < rows)[:, None] & (offs_col < cols)[None, :]
+        pointers = source + offs_row[:, None] * stride + offs_col[None, :]
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(target, tile, row, col, stride, rows, cols, TMA: tl.constexpr = False):
+    """target[row.., col..] = tile in target's dtype, up to rows and cols."""
+    if TMA:
+        target.store([tl.cast(row, tl.int32), tl.cast(col, tl.int32)], tile.to(target.dtype))
+    else:
+        offs_row = tl.cast(row, tl.int64) + tl.arange(0, tile.shape[0])
+        offs_col = col + tl.arange(0, tile.shape[1])
+        mask = (offs_row < rows)[:, None] & (offs_col < cols)[None, :]
+        pointers = target + offs_row[:, None] * stride + offs_col[None, :]
+        tl.store(pointers, tile.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def swizzle(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """The tile-th tile (m, n): down GROUP_M rows, then right, so that operands stay in L2."""
+    in_band = GROUP_M * tiles_n
+    first_m = tile // in_band * GROUP_M
+    height = min(tiles_m - first_m, GROUP_M)
+    return first_m + tile % in_band % height, tile % in_band // height
+
+
+@triton.jit
+def count_tiles(sizes, ENABLED: tl.constexpr, BLOCK: tl.constexpr):
+    """How many tiles cover the groups of columns, none of them across two groups."""
+    tiles = 0
+    for g in tl.static_range(len(ENABLED)):
+        tiles += tl.cdiv(sizes[g], BLOCK)
+    return tiles
+
+
+@triton.jit
+def locate(tile, sizes, ENABLED: tl.constexpr, BLOCK: tl.constexpr):
+    """The tile-th tile over the groups: (column, end of the group, row of b, group of h, enabled).
+
+    The row of b and the group of h mean nothing where enabled is 0.
+    """
+    column, end, b_row, group, enabled = 0, 0, 0, 0, 0
+    first, start, b_start, h_group = 0, 0, 0, 0
+    for g in tl.static_range(len(ENABLED)):
+        inside = tile >= first
+        offset = (tile - first) * BLOCK
+        column = tl.where(inside, start + offset, column)
+        end = tl.where(inside, start + sizes[g], end)
+        b_row = tl.where(inside, b_start + offset, b_row)
+        group = tl.where(inside, h_group, group)
+        enabled = tl.where(inside, 1 if ENABLED[g] else 0, enabled)
+        first += tl.cdiv(sizes[g], BLOCK)
+        start += sizes[g]
+        if ENABLED[g]:
+            b_start += sizes[g]
+            h_group += 1
+    return column, end, b_row, group, enabled
+
+
+@triton.jit
+def matmul(
+    left, right, row, col, stride_left, stride_right, rows, cols, depth,
+    RIGHT_T: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """left[row..] · right[:, col..] in float32: left [rows, depth], right [depth, cols].
+
+    RIGHT_T: right is stored [cols, depth].
+    """
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in tl.range(0, tl.cdiv(depth, BLOCK_K)):
+        k = step * BLOCK_K
+        tile = load_tile(left, row, k, stride_left, rows, depth, BLOCK_M, BLOCK_K, TMA)
+        if RIGHT_T:
+            other = load_tile(right, col, k, stride_right, cols, depth, BLOCK_N, BLOCK_K, TMA).T
+        else:
+            other = load_tile(right, k, col, stride_right, depth, cols, BLOCK_K, BLOCK_N, TMA)
+        acc = tl.dot(tile.to(DTYPE), other.to(DTYPE), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def add_low_rank(
+    acc, left_ptr, right_ptr, row, right_row, scale, stride_left, stride_right, rows, right_end, R,
+    RIGHT_T: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """acc + scale · left[row..] · right[:, right_row..]: left float32 [rows, R] (h or dh).
+
+    RIGHT_T: right is stored [.., R] (b), otherwise [R, ..] (a). scale meets left in float32.
+    """
+    # One stage: the factors are read once, and buffers would stand beside those of the product.
+    for block in tl.range(0, RANK_BLOCKS, num_stages=1):
+        r = block * BLOCK_R
+        left = load_tile(left_ptr, row, r, stride_left, rows, R, acc.shape[0], BLOCK_R)
+        if RIGHT_T:
+            right = load_tile(
+                right_ptr, right_row, r, stride_right, right_end, R, acc.shape[1], BLOCK_R
+            ).T
+        else:
+            right = load_tile(
+                right_ptr, r, right_row, stride_right, R, right_end, BLOCK_R, acc.shape[1]
+            )
+        left = (left * scale).to(DTYPE)
+        acc = tl.dot(left, right.to(DTYPE), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns; costs no data movement."""
+    rows: tl.constexpr = tile.shape[0]
+    cols: tl.constexpr = tile.shape[1]
+    return tile.reshape(rows, 2, cols // 2).permute(0, 2, 1).split()

@@ -1,0 +1,172 @@
+"""Which plan a product takes, and why: the Triton kernels, or PyTorch's own operators.
+
+``fused`` and ``sandwich`` run the kernels, see kernels/; ``reference`` runs reference.py. The
+environment variable LORA_KERNELS_PLAN = auto | fused | sandwich | reference is read in every call.
+"""
+
+import functools
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["PLANS", "Measured", "Plan", "Product", "aligned", "choose", "run"]
+
+PLANS = ("fused", "sandwich", "reference")
+_VARIABLE = "LORA_KERNELS_PLAN"
+_Result = TypeVar("_Result")
+
+
+class Product(NamedTuple):
+    """What a plan is chosen by: x [m, k], w [n, k], rank r, and how they lie in memory.
+
+    aligned: whether the large operands can be read through tensor descriptors, see aligned().
+    """
+
+    m: int
+    n: int
+    k: int
+    r: int
+    dtype: torch.dtype
+    device: torch.device
+    dropout: bool = False
+    aligned: bool = True
+
+
+class Plan(NamedTuple):
+    """The plan of a product, and the reason in words."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of the table: this plan was the fastest on this part for products within the bounds."""
+
+    capability: tuple[int, int]
+    dtype: torch.dtype
+    plan: str
+    source: str  # the result file
+    m: tuple[float, float] = (1, math.inf)
+    n: tuple[float, float] = (1, math.inf)
+    k: tuple[float, float] = (1, math.inf)
+    r: tuple[float, float] = (1, math.inf)
+    dropout: bool | None = None  # None: with and without
+    aligned: bool | None = True
+
+    def holds(self, product: Product, capability: tuple[int, int]) -> bool:
+        return (
+            self.capability == capability
+            and self.dtype == product.dtype
+            and self.dropout in (None, product.dropout)
+            and self.aligned in (None, product.aligned)
+            and all(
+                low <= getattr(product, name) <= high
+                for name in ("m", "n", "k", "r")
+                for low, high in [getattr(self, name)]
+            )
+        )
+
+
+# Filled by measurement; the first row that holds decides. A product that no row holds for takes the
+# sandwich: with cuBLAS for its large part it is never far from the best.
+TABLE: tuple[Measured, ...] = ()
+
+
+def choose(product: Product) -> Plan:
+    """The plan that lora_linear or its backward takes for a product, and the reason.
+
+    Raises: ValueError where LORA_KERNELS_PLAN holds none of its values.
+    """
+    asked = os.environ.get(_VARIABLE, "auto")
+    if asked not in ("auto", *PLANS):
+        raise ValueError(f"{_VARIABLE} must be one of auto, {', '.join(PLANS)}, got {asked!r}")
+    device = product.device
+    if asked == "reference":
+        return Plan("reference", f"{_VARIABLE}=reference")
+    if min(product.m, product.n, product.k, product.r) == 0:
+        return Plan("reference", "the product is empty")
+    if product.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return Plan("reference", f"the kernels take no {product.dtype}")
+    if device.type not in ("cpu", "cuda"):
+        return Plan("reference", f"there are no kernels for {device.type}")
+    if device.type == "cpu" and not _interpreted():
+        return Plan("reference", "CPU tensors reach the kernels only under TRITON_INTERPRET=1")
+    if not _has_triton():
+        return Plan("reference", "triton is not installed")
+    if asked != "auto":
+        return Plan(asked, f"{_VARIABLE}={asked}")
+    if device.type == "cpu":
+        return Plan("fused", "TRITON_INTERPRET=1")
+    capability = _capability(device)
+    for row in TABLE:
+        if row.holds(product, capability):
+            return Plan(row.plan, f"measured: {row.source}")
+    return Plan("sandwich", f"no measurement for capability {capability} holds here")
+
+
+def aligned(*matrices: Tensor | None) -> bool:
+    """Whether tensor descriptors can hold these: 16-byte rows, one unit stride each."""
+    return all(
+        t is None
+        or (
+            t.data_ptr() % 16 == 0
+            and 1 in t.stride()
+            and all(s == 1 or s * t.element_size() % 16 == 0 for s in t.stride())
+        )
+        for t in matrices
+    )
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def run(plan: Plan, by_plan: Callable[[str], _Result]) -> _Result:
+    """by_plan(plan.name); where its kernels do not compile or launch, the next plan's result.
+
+    That is said once for each reason. Running out of memory and errors of the device are raised.
+    """
+    for name in PLANS[PLANS.index(plan.name) : -1]:
+        try:
+            return by_plan(name)
+        except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):
+            raise
+        except (ImportError, RuntimeError, *_triton_errors()) as error:
+            _warn_once(name, f"{type(error).__name__}: {error}")
+    return by_plan("reference")
+
+
+def _triton_errors() -> tuple[type[Exception], ...]:
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return ()
+    return (TritonError,)
+
+
+@functools.cache
+def _warn_once(name: str, reason: str) -> None:
+    following = PLANS[PLANS.index(name) + 1]
+    warnings.warn(
+        f"lora_kernels: plan {name} failed and {following} takes its place: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )

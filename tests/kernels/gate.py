@@ -1,0 +1,132 @@
+"""The ahead-of-time gate: ``python -m tests.kernels.gate TARGET [--all]`` needs no GPU.
+
+Every kernel, in the configurations that the tables can pick for the target, has to compile without
+a spill, within the target's shared memory, with matrix instructions wherever a 16-bit or TF32 dot
+is. Prints a line per compilation and exits with 1 where one is at fault. Without --all: a
+representative of each kernel.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from lora_kernels.kernels import da, down, dx, dy_pass, fill, forward, linear, sum_parts
+from tests.kernels import aot
+
+KERNELS = (
+    down._down_kernel, forward._forward_kernel, dy_pass._dy_pass_kernel, dx._dx_kernel,
+    da._da_kernel, fill._fill_kernel, sum_parts._sum_parts_kernel,
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """A layer whose kernels are compiled: where its operands lie decides about configurations."""
+
+    dtype: torch.dtype = torch.bfloat16
+    lora_dtype: torch.dtype = torch.bfloat16
+    tf32: bool = False
+    m: int = 8192
+    aligned: bool = True
+    fan_in_fan_out: bool = False
+    r: int = 16
+    dropout_p: float = 0.1
+    merged: bool = False
+
+    def __str__(self) -> str:
+        short = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+        words = [short[self.dtype], f"m{self.m}", f"r{self.r}", f"p{self.dropout_p:g}"]
+        if self.lora_dtype != self.dtype:
+            words[0] += f"/{short[self.lora_dtype]}"
+        words += [name for name in ("tf32", "fan_in_fan_out", "merged") if getattr(self, name)]
+        return " ".join(words + ["unaligned"] * (not self.aligned))
+
+
+REPRESENTATIVES = (
+    Case(),
+    Case(dropout_p=0.0, fan_in_fan_out=True),
+    Case(aligned=False),
+    Case(m=16, merged=True),
+    Case(dtype=torch.float16, lora_dtype=torch.float16),
+    Case(lora_dtype=torch.float32, r=64),
+    Case(dtype=torch.float32, lora_dtype=torch.float32),
+)
+
+
+def every_case() -> Iterator[Case]:
+    """All that decides about a configuration, crossed."""
+    f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    dtypes = [(bf16, bf16, False), (f16, f16, False), (f32, f32, False), (f32, f32, True)]
+    dtypes += [(bf16, f32, False), (bf16, f32, True), (f16, f32, False)]
+    for (dtype, lora_dtype, tf32), (m, aligned), transposed, r, p, merged in itertools.product(
+        dtypes, [(8192, True), (8192, False), (16, True)], [False, True], [16, 32, 64, 256],
+        [0.1, 0.0], [False, True],
+    ):  # fmt: skip
+        if dtype != f32 or (m, aligned) == (8192, True):
+            yield Case(dtype, lora_dtype, tf32, m, aligned, transposed, r, p, merged)
+
+
+def compile_layer(case: Case) -> None:
+    """Launches all kernels of both plans on a layer of this case."""
+    m, k = case.m, 4096 if case.aligned else 4095
+    sizes, enabled = (
+        ((2048, 1024, 1024), (True, False, True)) if case.merged else ((4096,), (True,))
+    )
+    n = sum(sizes)
+
+    def meta(*shape, dtype=case.dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    b_rows = sum(size for size, on in zip(sizes, enabled, strict=True) if on)
+    w = meta(k, n).T if case.fan_in_fan_out else meta(n, k)
+    a = meta(case.r * sum(enabled), k, dtype=case.lora_dtype)
+    b = meta(b_rows, case.r, dtype=case.lora_dtype)
+    x, dy, bias, seed = meta(m, k), meta(m, n), meta(n), meta(1, dtype=torch.int64)
+    constants = (seed, 2.0, case.dropout_p, sizes, enabled)
+    torch.backends.cuda.matmul.allow_tf32 = case.tf32
+    for plan in ("fused", "sandwich"):
+        _, h = linear.lora_linear_forward(plan, x, w, a, b, bias, *constants)
+        needs = [True, False, True, True, False]
+        linear.lora_linear_backward(plan, dy, x, h, w, a, b, *constants, needs)
+
+
+def run(target: str, cases: tuple[Case, ...], write: Callable[[str], None] = print) -> int:
+    """Compiles the cases, writes the table, and returns the number of faults."""
+    seen: dict[str, set] = {kernel.fn.__name__: set() for kernel in KERNELS}
+    count = faults = 0
+    write(f"{target:8} {'kernel':18} {'registers':>9} {'shared':>7} {'spills':>6} {'matrix':>6}")
+    with aot.compiling_for(target):
+        for case in cases:
+            try:
+                compile_layer(case)
+            except Exception as error:
+                faults += 1
+                write(f"{target:8} {case}: {type(error).__name__}: {error}  <-- does not compile")
+            for kernel in KERNELS:
+                for report in aot.reports(kernel, seen[kernel.fn.__name__]):
+                    count += 1
+                    found = report.faults(target)
+                    faults += bool(found)
+                    write(
+                        f"{target:8} {report.kernel[1:-7]:18} {report.registers:9} "
+                        f"{report.shared:7} {report.spills:6} {report.matrix_instructions:6}  "
+                        f"{case}" + ("  <-- " + ", ".join(found) if found else "")
+                    )
+    write(f"{target:8} {count} compilations, {faults} faults")
+    return faults
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", choices=aot.TARGETS)
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args(arguments)
+    cases = tuple(every_case()) if options.all else REPRESENTATIVES
+    return min(run(options.target, cases), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
