@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
 from lora_kernels import ops
+from tests.calls import call, solve
 from tests.formula import OPERANDS, make_problem
 from tests.tolerance import assert_close
 
@@ -15,28 +16,8 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 QKV = [(12, True), (4, False), (8, True)]
 
 
-def call(problem, **operands):
-    """The public function on problem's operands, some of them replaced."""
-    x, w, a, b, bias = (operands.get(name, getattr(problem, name)) for name in OPERANDS)
-    constants = {
-        "scaling": problem.scaling,
-        "dropout_p": problem.dropout_p,
-        "seed": problem.seed if problem.dropout_p else None,
-    }
-    if len(problem.groups) == 1:
-        return lora_kernels.lora_linear(x, w, a, b, bias, **constants)
-    return lora_kernels.lora_merged_linear(
-        x, w, a, b, bias, enable_lora=problem.enable_lora, out_splits=problem.out_splits,
-        **constants,
-    )  # fmt: skip
-
-
-def solve(problem) -> dict:
-    """y and all gradients through the public function."""
-    leaves = {name: v.detach().clone().requires_grad_() for name, v in problem.operands().items()}
-    y = call(problem, **leaves)
-    grads = torch.autograd.grad(y, list(leaves.values()), problem.dy)
-    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+# Results must not depend on how they are computed. On a CPU the kernels are interpreted.
+every_plan = pytest.mark.parametrize("plan", ["reference", "fused", "sandwich"], indirect=True)
 
 
 @pytest.mark.parametrize("groups", [None, QKV], ids=["linear", "merged"])
@@ -70,6 +51,7 @@ def test_gradcheck_and_gradgradcheck(groups, dropout_p, seed, device):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@every_plan
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=5)))
 @pytest.mark.parametrize("groups", [None, QKV], ids=["linear", "merged"])
 def test_every_subset_of_gradients(groups, needs, seed, device):
@@ -131,6 +113,7 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch, needs, seed, dev
     assert count_backward_products(monkeypatch, needs, problem) == [list(needs)]
 
 
+@every_plan
 @pytest.mark.parametrize("needs", [n for n in itertools.product([False, True], repeat=5) if any(n)])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_saves_nothing_beyond_x_h_the_seed_and_the_parameters(needs, dropout_p, seed, device):
@@ -160,6 +143,7 @@ def test_saves_nothing_beyond_x_h_the_seed_and_the_parameters(needs, dropout_p, 
     y.backward(problem.dy)
 
 
+@every_plan
 @pytest.mark.parametrize("groups", [None, QKV], ids=["linear", "merged"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("lora_dtype", [torch.float32, torch.float64], ids=str)
@@ -178,6 +162,7 @@ def test_opcheck(groups, dropout_p, lora_dtype, seed, device):
         torch.library.opcheck(ops.lora_linear_backward, args)
 
 
+@every_plan
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("groups", [None, QKV], ids=["linear", "merged"])
 @torch._dynamo.config.patch(error_on_recompile=True)
@@ -214,6 +199,7 @@ def test_a_compiled_function_draws_a_new_seed_in_every_call(device):
     torch._dynamo.reset()
 
 
+@every_plan
 def test_exports(seed, device):
     problem = make_problem(6, 16, 24, 4, device=device, groups=QKV)
 
@@ -227,6 +213,7 @@ def test_exports(seed, device):
     assert torch.equal(exported.module()(x), call(problem, x=x))
 
 
+@every_plan
 @pytest.mark.parametrize("groups", [None, QKV], ids=["linear", "merged"])
 def test_torch_func_grad(groups, seed, device):
     problem = make_problem(5, 6, 24, 2, device=device, dropout_p=0.2, groups=groups)
@@ -272,6 +259,7 @@ def test_autocast_leaves_float64_alone(seed, device):
     assert torch.equal(y, call(problem))
 
 
+@every_plan
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("groups", [None, QKV], ids=["linear", "merged"])
 def test_checkpointing_recomputes_the_same_mask(use_reentrant, groups, seed, device):
@@ -318,6 +306,7 @@ def test_selective_checkpointing_sees_the_op(device):
     assert torch.equal(problem.a.grad, solve(problem)["a"])
 
 
+@every_plan
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_nothing_is_recorded(mode, seed, device):
     problem = make_problem(3, 4, 5, 2, device=device)
@@ -339,6 +328,7 @@ def test_meta_tensors_give_shapes():
     assert all(leaf.grad.shape == leaf.shape for leaf in leaves.values())
 
 
+@every_plan
 def test_the_seed_decides_and_the_default_comes_from_torchs_generator(device):
     problem = make_problem(16, 32, 8, 4, device=device, dropout_p=0.5)
     assert torch.equal(call(problem), call(problem))
@@ -353,6 +343,7 @@ def test_the_seed_decides_and_the_default_comes_from_torchs_generator(device):
     assert not torch.equal(first, second)
 
 
+@every_plan
 @pytest.mark.parametrize(
     "view",
     {
@@ -380,6 +371,7 @@ def test_any_strides(view, operand, seed, device):
         assert_close(result.detach(), exact[name], baseline[name], name)
 
 
+@every_plan
 @pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7), (2, 1, 2, 3, 7), (0, 7), (2, 0, 7)])
 def test_any_number_of_leading_dimensions(shape, seed, device):
     problem = make_problem(shape[:-1], 7, 24, 2, device=device, groups=QKV)
@@ -389,6 +381,7 @@ def test_any_number_of_leading_dimensions(shape, seed, device):
         assert_close(result, exact[name], baseline[name], name)
 
 
+@every_plan
 @pytest.mark.parametrize("operand", ["x", "w", "a", "b", "bias", "dy"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_value_reaches_no_unrelated_element(operand, value, seed, device):

@@ -29,11 +29,11 @@ CONFIGS = {
         "wide": Skinny(32, 64, num_warps=4, num_stages=2),
     },
     "sm_90": {
-        "narrow": Skinny(64, 128, num_warps=8, num_stages=3),
+        "narrow": Skinny(64, 64, num_warps=4, num_stages=3),
         "wide": Skinny(32, 64, num_warps=4, num_stages=3),
     },
     "sm_100": {
-        "narrow": Skinny(64, 128, num_warps=8, num_stages=3),
+        "narrow": Skinny(64, 64, num_warps=4, num_stages=3),
         "wide": Skinny(32, 64, num_warps=4, num_stages=3),
     },
     "hip": {
@@ -55,9 +55,10 @@ def _da_kernel(
     DROPOUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    k = tl.program_id(0) * BLOCK_K
-    r = tl.program_id(1) * BLOCK_R
-    part = tl.program_id(2)
+    ranks = tl.cdiv(R, BLOCK_R)  # programs of the same columns are neighbours: x comes from L2
+    k = tl.program_id(0) // ranks * BLOCK_K
+    r = tl.program_id(0) % ranks * BLOCK_R
+    part = tl.program_id(1)
     first_m = tl.cast(part, tl.int64) * m_slice
     steps = tl.cdiv(tl.maximum(min(M - first_m, m_slice), 0), BLOCK_M).to(tl.int32)
     if DROPOUT:
@@ -95,7 +96,7 @@ def da(
     parts, m_slice = slices(m, config.BLOCK_ROWS, cols * ranks, x.device)
     out = torch.empty((parts, r, k), dtype=torch.float32, device=x.device)
     launch(
-        _da_kernel, (cols, ranks, parts),
+        _da_kernel, (cols * ranks, parts),
         dh, x, seed, out,
         m, k, r, m_slice, philox.threshold(dropout_p) * 65536,
         x.stride(0),

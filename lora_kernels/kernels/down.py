@@ -33,7 +33,7 @@ CONFIGS = {
         "wide": Skinny(64, 32, num_warps=8, num_stages=3),
     },
     "sm_100": {
-        "narrow": Skinny(64, 128, num_warps=8, num_stages=3),
+        "narrow": Skinny(64, 64, num_warps=4, num_stages=3),
         "wide": Skinny(64, 32, num_warps=8, num_stages=3),
     },
     "hip": {
@@ -55,9 +55,10 @@ def _down_kernel(
     DROPOUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M
-    r = tl.program_id(1) * BLOCK_R
-    part = tl.program_id(2)
+    ranks = tl.cdiv(R, BLOCK_R)  # programs of the same rows are neighbours: x comes from L2
+    row = (tl.program_id(0) // ranks).to(tl.int64) * BLOCK_M
+    r = tl.program_id(0) % ranks * BLOCK_R
+    part = tl.program_id(1)
     first_k = part * k_slice
     steps = tl.cdiv(tl.maximum(min(K - first_k, k_slice), 0), BLOCK_K)
     if DROPOUT:
@@ -94,7 +95,7 @@ def down(
     parts, k_slice = slices(k, config.BLOCK_COLS, rows * ranks, x.device)
     h = torch.empty((parts, m, r), dtype=torch.float32, device=x.device)
     launch(
-        _down_kernel, (rows, ranks, parts),
+        _down_kernel, (rows * ranks, parts),
         x, a, seed, h,
         m, k, r, k_slice, philox.threshold(dropout_p) * 65536, philox.keep_scale(dropout_p),
         x.stride(0), a.stride(0),

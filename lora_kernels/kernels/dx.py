@@ -33,21 +33,21 @@ from lora_kernels.kernels.tiles import (
 CONFIGS = {
     "interpreter": dict.fromkeys(("float32", "few_rows", "pointer"), Gemm(32, 64, 64, 4, 1)),
     "sm_80": {
-        "float32": Gemm(64, 64, 32, num_warps=4, num_stages=3),
+        "float32": Gemm(64, 64, 32, num_warps=8, num_stages=3),
         "few_rows": Gemm(32, 64, 64, num_warps=4, num_stages=4),
         "pointer": Gemm(128, 64, 32, num_warps=8, num_stages=3, pieces=2),
     },
     "sm_90": {
-        "float32": Gemm(64, 64, 32, num_warps=4, num_stages=3),
+        "float32": Gemm(64, 64, 32, num_warps=8, num_stages=3),
         "few_rows": Gemm(64, 64, 64, num_warps=4, num_stages=4),
-        "pointer": Gemm(128, 128, 32, num_warps=8, num_stages=3, pieces=4),
+        "pointer": Gemm(128, 64, 32, num_warps=8, num_stages=3, pieces=2),
         "tma": Gemm(128, 256, 64, num_warps=8, num_stages=3, tma=True, pieces=4),
         "tma_high_rank": Gemm(128, 128, 64, num_warps=8, num_stages=4, tma=True, pieces=2),
     },
     "sm_100": {
-        "float32": Gemm(64, 64, 32, num_warps=4, num_stages=3),
+        "float32": Gemm(64, 64, 32, num_warps=8, num_stages=3),
         "few_rows": Gemm(64, 64, 64, num_warps=4, num_stages=4),
-        "pointer": Gemm(128, 128, 32, num_warps=8, num_stages=3, pieces=4),
+        "pointer": Gemm(128, 64, 32, num_warps=8, num_stages=3, pieces=2),
         "tma": Gemm(128, 256, 64, num_warps=8, num_stages=3, tma=True, pieces=4),
         "tma_high_rank": Gemm(128, 128, 64, num_warps=8, num_stages=4, tma=True, pieces=2),
     },
@@ -145,7 +145,7 @@ def dx(
     w_t = w.stride(1) != 1  # stored [K, N], so transposed for dy·w
     stored = w.T if w_t else w
     block_r = rank_block(r, numerics.update, beside_acc=True)
-    config = config or choose_gemm(CONFIGS, m, block_r, dy, stored)
+    config = config or choose_gemm(CONFIGS, m, r, dy, fits_tma(dy, stored, out))
     block_m, block_n, block_k, tma = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.tma
     pieces = config.pieces if dropout_p > 0 else 1
     tma_store = tma and fits_tma(out)

@@ -29,11 +29,11 @@ CONFIGS = {
     },
     "sm_90": {
         "narrow": Skinny(128, 64, num_warps=4, num_stages=3),
-        "wide": Skinny(64, 32, num_warps=4, num_stages=3),
+        "wide": Skinny(64, 32, num_warps=8, num_stages=3),
     },
     "sm_100": {
         "narrow": Skinny(128, 64, num_warps=4, num_stages=3),
-        "wide": Skinny(64, 32, num_warps=4, num_stages=3),
+        "wide": Skinny(64, 32, num_warps=8, num_stages=3),
     },
     "hip": {
         "narrow": Skinny(64, 64, num_warps=4, num_stages=2),
@@ -55,9 +55,10 @@ def _dy_pass_kernel(
     FACTOR_DTYPE: tl.constexpr, RANK_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    pid_m = tl.program_id(0).to(tl.int64)
+    ranks = tl.cdiv(R, BLOCK_R)  # programs of the same rows are neighbours: dy comes from L2
+    pid_m = (tl.program_id(0) // ranks).to(tl.int64)
+    r = tl.program_id(0) % ranks * BLOCK_R
     group, part = tl.program_id(1) // parts, tl.program_id(1) % parts
-    r = tl.program_id(2) * BLOCK_R
     row = pid_m * BLOCK_M
 
     # The group-th enabled group: its first column of dy, its first row of b, its size.
@@ -131,7 +132,7 @@ def dy_pass(
     if needs_db:
         db = torch.empty((rows, b_rows, r), dtype=torch.float32, device=dy.device)
     launch(
-        _dy_pass_kernel, (rows, groups * parts, ranks),
+        _dy_pass_kernel, (rows * ranks, groups * parts),
         dy, b, h, dh, db,
         m, r, groups * r, b_rows, out_splits, parts, scale_dh, scale_db,
         dy.stride(0), b.stride(0),

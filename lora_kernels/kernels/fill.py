@@ -35,11 +35,11 @@ CONFIGS = {
     },
     "sm_90": {
         "narrow": Skinny(64, 128, num_warps=4, num_stages=1),
-        "wide": Skinny(64, 64, num_warps=4, num_stages=1),
+        "wide": Skinny(64, 64, num_warps=8, num_stages=1),
     },
     "sm_100": {
         "narrow": Skinny(64, 128, num_warps=4, num_stages=1),
-        "wide": Skinny(64, 64, num_warps=4, num_stages=1),
+        "wide": Skinny(64, 64, num_warps=8, num_stages=1),
     },
     "hip": {
         "narrow": Skinny(64, 64, num_warps=4, num_stages=1),

@@ -4,6 +4,8 @@ A tile is BLOCK_M rows and BLOCK_N columns of one group. The product of rank R g
 accumulator once the loop over K is done, where it costs neither registers nor shared memory.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -116,7 +118,10 @@ def forward(
     w_t = w.stride(1) == 1  # stored [N, K], so transposed for x·wᵀ
     stored = w if w_t else w.T
     block_r = rank_block(r, numerics.update, beside_acc=True)
-    config = config or choose_gemm(CONFIGS, m, block_r, x, stored)
+    # A tile of w stored [K, N] begins with a group, and a descriptor at multiples of 16 bytes.
+    starts = itertools.accumulate(out_splits[:-1])
+    fits = fits_tma(x, stored, y) and (w_t or all(s * x.element_size() % 16 == 0 for s in starts))
+    config = config or choose_gemm(CONFIGS, m, r, x, fits)
     block_m, block_n, block_k, tma = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.tma
     # A tile that ends with its group, not with y, must not write the columns behind it.
     aligned = all(size % block_n == 0 for size in out_splits[:-1])

@@ -124,11 +124,14 @@ def programs_at_once(device: torch.device) -> int:
 def rank_block(r: int, dtype: tl.dtype, beside_acc: bool = False) -> int:
     """How many ranks a dot takes at once: r padded to what a dot takes, up to a limit.
 
-    The limit keeps float32 operands, split for TF32 products, within registers; beside_acc: next to
-    the accumulator of a large product.
+    The limit keeps operands within registers, float32 ones split for TF32 products included.
+    beside_acc: next to the accumulator of a large product.
     """
-    limits = (16, 32) if dtype == tl.float32 else (64, 128)
-    return min(max(16, triton.next_power_of_2(r)), limits[0 if beside_acc else 1])
+    if dtype == tl.float32:
+        limit = 16 if beside_acc else 32
+    else:
+        limit = 32 if beside_acc and r > 64 else 64
+    return min(max(16, triton.next_power_of_2(r)), limit)
 
 
 def slices(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
@@ -149,23 +152,21 @@ def choose_skinny(
     return configs[target_of(device)]["wide" if dtype == tl.float32 else "narrow"]
 
 
-def choose_gemm(
-    configs: dict[str, dict[str, Gemm]], m: int, block_r: int, *operands: Tensor
-) -> Gemm:
-    """The entry of a table for products of m rows with these operands and block_r ranks at once.
+def choose_gemm(configs: dict[str, dict[str, Gemm]], m: int, r: int, x: Tensor, fits: bool) -> Gemm:
+    """The entry of a table for products of x, m rows, and rank r.
 
     A target's entries: "float32"; for 16-bit operands "few_rows" (up to 64) and "pointer"; and
-    "tma" where the target has descriptors and the operands fit them, with "tma_high_rank" beside it
-    where more than 16 ranks at once need smaller tiles.
+    "tma" where the target has descriptors and they fit the matrices, with "tma_high_rank" beside it
+    where more than 16 ranks need smaller tiles.
     """
-    table = configs[target_of(operands[0].device)]
-    if operands[0].dtype == torch.float32:
+    table = configs[target_of(x.device)]
+    if x.dtype == torch.float32:
         return table["float32"]
     if m <= 64:
         return table["few_rows"]
-    if "tma" not in table or not fits_tma(*operands):
+    if "tma" not in table or not fits:
         return table["pointer"]
-    return table.get("tma_high_rank", table["tma"]) if block_r > 16 else table["tma"]
+    return table.get("tma_high_rank", table["tma"]) if r > 16 else table["tma"]
 
 
 def fits_tma(*matrices: Tensor) -> bool:

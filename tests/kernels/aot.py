@@ -1,8 +1,8 @@
-"""Compiles kernels for GPUs that are not there, by their own launchers, and reads the machine code.
+"""Compiles kernels for GPUs that are not there, by their own launchers, and reads machine code.
 
-A driver that loads and runs nothing stands in for the part's. What a launcher would launch, with the
-very arguments, specialisation and configuration, is compiled to the end; meta tensors stand in for
-operands. One process compiles for one target, and not under TRITON_INTERPRET.
+A driver that loads and runs nothing stands in for the part's. What a launcher would launch, with
+its very arguments, specialisation and configuration, is compiled to the end; meta tensors stand in
+for operands. One process compiles for one target, and not under TRITON_INTERPRET.
 """
 
 import contextlib
@@ -65,8 +65,8 @@ def compiling_for(target: str) -> Iterator[None]:
     properties = types.SimpleNamespace(multi_processor_count=PROCESSORS[target])
     driver.set_active(_Driver(target))
     with (
-        mock.patch("torch.cuda.get_device_capability", lambda device: capability),
-        mock.patch("torch.cuda.get_device_properties", lambda device: properties),
+        mock.patch("torch.cuda.get_device_capability", return_value=capability),
+        mock.patch("torch.cuda.get_device_properties", return_value=properties),
         mock.patch("torch.version.hip", "6.0" if hip else None),
     ):
         yield

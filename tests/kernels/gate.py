@@ -57,16 +57,17 @@ REPRESENTATIVES = (
 
 
 def every_case() -> Iterator[Case]:
-    """All that decides about a configuration, crossed."""
+    """All that decides about a configuration, crossed; groups, which seldom do, once a rank."""
     f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
     dtypes = [(bf16, bf16, False), (f16, f16, False), (f32, f32, False), (f32, f32, True)]
     dtypes += [(bf16, f32, False), (bf16, f32, True), (f16, f32, False)]
-    for (dtype, lora_dtype, tf32), (m, aligned), transposed, r, p, merged in itertools.product(
-        dtypes, [(8192, True), (8192, False), (16, True)], [False, True], [16, 32, 64, 256],
-        [0.1, 0.0], [False, True],
-    ):  # fmt: skip
-        if dtype != f32 or (m, aligned) == (8192, True):
-            yield Case(dtype, lora_dtype, tf32, m, aligned, transposed, r, p, merged)
+    lying = [(8192, True), (8192, False), (16, True)]  # rows, and whether descriptors fit
+    ranks = [16, 64, 256]
+    for (dtype, lora_dtype, tf32), r in itertools.product(dtypes, ranks):
+        yield Case(dtype, lora_dtype, tf32, r=r, merged=True)
+        for (m, aligned), transposed, p in itertools.product(lying, [False, True], [0.1, 0.0]):
+            if dtype != f32 or (m, aligned) == (8192, True):
+                yield Case(dtype, lora_dtype, tf32, m, aligned, transposed, r, p)
 
 
 def compile_layer(case: Case) -> None:

@@ -1,0 +1,30 @@
+"""The public functions on a Problem."""
+
+from torch import Tensor, autograd
+
+import lora_kernels
+from tests.formula import OPERANDS, Problem
+
+
+def call(problem: Problem, **operands) -> Tensor:
+    """y by the public function on problem's operands, some of them replaced."""
+    x, w, a, b, bias = (operands.get(name, getattr(problem, name)) for name in OPERANDS)
+    constants = {
+        "scaling": problem.scaling,
+        "dropout_p": problem.dropout_p,
+        "seed": problem.seed if problem.dropout_p else None,
+    }
+    if len(problem.groups) == 1:
+        return lora_kernels.lora_linear(x, w, a, b, bias, **constants)
+    return lora_kernels.lora_merged_linear(
+        x, w, a, b, bias, enable_lora=problem.enable_lora, out_splits=problem.out_splits,
+        **constants,
+    )  # fmt: skip
+
+
+def solve(problem: Problem) -> dict[str, Tensor]:
+    """y and the gradients of all operands through the public function, strides kept."""
+    leaves = {name: value.detach().requires_grad_() for name, value in problem.operands().items()}
+    y = call(problem, **leaves)
+    grads = autograd.grad(y, list(leaves.values()), problem.dy)
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}

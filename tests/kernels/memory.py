@@ -1,0 +1,51 @@
+"""Operands between NaN, and outputs whose surroundings are watched."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+_PAD = 64  # elements, so that what lies between keeps an alignment of 16 bytes
+
+
+def between_nan(tensor: Tensor, aligned: bool = True) -> Tensor:
+    """A copy of a matrix or vector inside a buffer that is NaN everywhere else.
+
+    Its rows start 16 bytes apart from a multiple of 16 bytes where aligned, and anywhere otherwise.
+    """
+    if tensor.dim() == 1:
+        buffer = torch.full((len(tensor) + 2 * _PAD,), torch.nan).to(tensor)
+        buffer[_PAD : _PAD + len(tensor)] = tensor
+        return buffer[_PAD : _PAD + len(tensor)]
+    rows, cols = tensor.shape
+    width = -(-cols // 8) * 8 + 16 if aligned else (cols + 17) | 1
+    first = 8 if aligned else 9
+    buffer = torch.full((rows + 2, width), torch.nan).to(tensor)
+    buffer[1:-1, first : first + cols] = tensor
+    return buffer[1:-1, first : first + cols]
+
+
+@contextlib.contextmanager
+def guarded_outputs() -> Iterator[None]:
+    """Fresh tensors hold NaN and lie between NaN, of which none may be left in them or missing."""
+    buffers, empty = [], torch.empty
+
+    def guarded_empty(*shape, **options):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        count = torch.Size(shape).numel()
+        buffer = empty(count + 2 * _PAD, **options)
+        if not buffer.is_floating_point():
+            return empty(shape, **options)
+        buffer.fill_(torch.nan)
+        buffers.append(buffer)
+        return buffer[_PAD : _PAD + count].view(shape)
+
+    with mock.patch("torch.empty", guarded_empty):
+        yield
+    assert buffers
+    for buffer in buffers:
+        assert buffer[:_PAD].isnan().all(), "written in front of an output"
+        assert buffer[-_PAD:].isnan().all(), "written behind an output"
+        assert not buffer[_PAD:-_PAD].isnan().any(), "an element of an output was not written"

@@ -1,0 +1,80 @@
+"""The ahead-of-time gate, in processes that do not interpret kernels."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.kernels.aot import TARGETS
+
+# Named by triton 3.9 as what it has always done; without it every process warns.
+ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("cases", ["representatives", pytest.param("all", marks=pytest.mark.gate)])
+def test_kernels_compile_without_spills(cases, target):
+    command = [sys.executable, "-m", "tests.kernels.gate", target, *["--all"][: cases == "all"]]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    print(done.stdout + done.stderr)
+    faults = [line for line in done.stdout.splitlines() if "<--" in line]
+    assert not faults
+    assert done.returncode == 0
+    assert "0 faults" in done.stdout.splitlines()[-1]
+
+
+RECOMPILATION = """
+import torch
+from lora_kernels.kernels import linear
+from tests.kernels import aot, gate
+
+def layer(m, n, k, scaling, dropout_p):
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+    x, w, a, b, dy = meta(m, k), meta(n, k), meta(16, k), meta(n, 16), meta(m, n)
+    common = (meta(1, dtype=torch.int64), scaling, dropout_p, (n,), (True,))
+    _, h = linear.lora_linear_forward(PLAN, x, w, a, b, None, *common)
+    needs = [True, False, True, True, False]
+    linear.lora_linear_backward(PLAN, dy, x, h, w, a, b, *common, needs)
+
+def compilations():
+    return [len(kernel.device_caches[0][0]) for kernel in gate.KERNELS]
+
+with aot.compiling_for("sm_90"):
+    layer(8192, 4096, 2048, 2.0, 0.1)
+    first = compilations()
+    for m, n, k, scaling, dropout_p in [
+        (8191, 4096, 2048, 2.0, 0.1), (65, 1024, 4096, 0.5, 0.2), (100000, 14336, 512, 1.0, 0.3),
+    ]:
+        layer(m, n, k, scaling, dropout_p)
+        assert compilations() == first, (m, n, k, first, compilations())
+"""
+
+
+@pytest.mark.parametrize("plan", ["fused", "sandwich"])
+def test_other_sizes_and_scalings_compile_nothing(plan):
+    code = f"PLAN = {plan!r}\n{RECOMPILATION}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_fault_is_found():
+    """A configuration that the gate must refuse: far too large for registers."""
+    code = """
+import sys
+from lora_kernels.kernels import forward
+from lora_kernels.kernels.launch import Gemm
+from tests.kernels import gate
+forward.CONFIGS["sm_80"]["pointer"] = Gemm(256, 256, 32, num_warps=4, num_stages=2)
+sys.exit(min(gate.run("sm_80", (gate.Case(),)), 1))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    (fault,) = [line for line in done.stdout.splitlines() if "<--" in line]
+    assert "forward" in fault
+    assert "spills" in fault

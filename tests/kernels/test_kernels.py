@@ -1,0 +1,250 @@
+"""Each kernel alone, launched directly: inputs between NaN, outputs guarded, all configurations."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_kernels import philox
+from lora_kernels.kernels import da, down, dx, dy_pass, fill, forward, launch, sum_parts
+from tests.formula import make_problem
+from tests.kernels.memory import between_nan, guarded_outputs
+from tests.tolerance import assert_close
+
+GPU = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
+# M, K, N, R: ones, primes, just below and above a tile, whole tiles.
+SHAPES = [(1, 1, 1, 1), (5, 7, 11, 3), (33, 65, 70, 17), (64, 64, 128, 16), (97, 96, 40, 70)]
+GROUPS = [(17, True), (5, False), (64, True), (10, False)]
+
+
+def configurations(module, entries):
+    """The configurations of a kernel's table that fit dots of these entries on this machine."""
+    target = launch.target_of(torch.device("cuda" if GPU else "cpu"))
+    table = module.CONFIGS[target]
+    return [table[entry] for entry in entries if entry in table]
+
+
+def skinny(module):
+    return configurations(module, ["narrow", "wide"])[: None if GPU else 1]
+
+
+def gemms(module):
+    """On a CPU: pointers, and descriptors with a tile finished in one, two and four pieces."""
+    if GPU:
+        return configurations(module, ["float32", "few_rows", "pointer", "tma", "tma_high_rank"])
+    tma = [launch.Gemm(32, 64, 32, 4, 1, tma=True, pieces=pieces) for pieces in (1, 2, 4)]
+    return [*configurations(module, ["float32"]), *tma[: 1 if module is forward else 3]]
+
+
+class Operands:
+    """A problem's matrices between NaN, with h and dh in float32, and the mask as it multiplies."""
+
+    def __init__(self, shape, dtype, device, dropout_p=0.0, aligned=True, groups=None, lora=None):
+        m, k, n, r = shape
+        n = sum(size for size, _ in groups) if groups else n
+        self.problem = make_problem(
+            m, k, n, r, device=device, dtype=dtype, dropout_p=dropout_p, groups=groups,
+            lora_dtype=lora,
+        )  # fmt: skip
+        problem = self.problem
+        self.aligned = aligned
+        for name in ("x", "w", "a", "b", "dy", "bias"):
+            setattr(self, name, between_nan(getattr(problem, name), aligned))
+        ranks = problem.a.shape[0]
+        # Kernels take h and dh from each other, as whole matrices.
+        self.h, self.dh = (torch.randn(m, ranks, device=device) for _ in range(2))
+        self.numerics = launch.numerics_of(self.x, self.a, self.b)
+        self.mask = torch.ones(m, k, device=device)
+        if dropout_p > 0:
+            self.mask = philox.keep_mask(problem.seed, m, k, dropout_p).float()
+
+    @property
+    def groups(self):
+        problem = self.problem
+        return tuple(problem.out_splits), tuple(problem.enable_lora)
+
+
+def enabled_groups(operands):
+    """(columns of y, rows of b, columns of h) of each enabled group."""
+    column = row = rank = 0
+    r = operands.b.shape[1]
+    for size, on in operands.problem.groups:
+        if on:
+            yield (
+                slice(column, column + size), slice(row, row + size), slice(rank, rank + r)
+            )  # fmt: skip
+            row, rank = row + size, rank + r
+        column += size
+
+
+def low_rank(operands, left, right_dtype):
+    """h·bᵀ over all columns; zero where a group is disabled."""
+    out = left.new_zeros(left.shape[0], operands.w.shape[0], dtype=right_dtype)
+    for columns, rows, ranks in enabled_groups(operands):
+        out[:, columns] = left[:, ranks].to(right_dtype) @ operands.b[rows].to(right_dtype).T
+    return out
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", skinny(down), ids=str)
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+def test_down(aligned, config, dtype, shape, dropout_p, seed, device):
+    o = Operands(shape, dtype, device, dropout_p, aligned)
+    with guarded_outputs():
+        h = down.down(o.x, o.a, o.problem.seed, dropout_p, o.numerics, config)
+
+    def expected(dtype):
+        return o.x.to(dtype) * o.mask.to(dtype) @ o.a.to(dtype).T * philox.keep_scale(dropout_p)
+
+    assert_close(h, expected(torch.float64), expected(torch.float32), "h")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", skinny(da), ids=str)
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+def test_da(aligned, config, dtype, shape, dropout_p, seed, device):
+    o = Operands(shape, dtype, device, dropout_p, aligned)
+    with guarded_outputs():
+        out = da.da(o.dh, o.x, o.problem.seed, dropout_p, o.a.dtype, o.numerics, config)
+
+    def expected(dtype):
+        return o.dh.to(dtype).T @ (o.x.to(dtype) * o.mask.to(dtype))
+
+    assert_close(out, expected(torch.float64), expected(dtype), "da")
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["linear", "merged"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", skinny(dy_pass), ids=str)
+def test_dy_pass(config, dtype, shape, groups, needs, seed, device):
+    o = Operands(shape, dtype, device, groups=groups)
+    if groups:  # nothing of a disabled group is read
+        column = 0
+        for size, on in groups:
+            if not on:
+                o.dy[:, column : column + size] = torch.nan
+            column += size
+    with guarded_outputs():
+        dh, db = dy_pass.dy_pass(o.dy, o.b, o.h, 1.5, -0.5, *o.groups, *needs, o.numerics, config)
+    assert (dh is not None, db is not None) == needs
+
+    def expected(dtype, factor):
+        dh, db = torch.empty_like(o.h, dtype=dtype), torch.empty_like(o.b, dtype=factor)
+        for columns, rows, ranks in enabled_groups(o):
+            dy = o.dy[:, columns]
+            dh[:, ranks] = dy.to(dtype) @ o.b[rows].to(dtype) * 1.5
+            db[rows] = dy.to(factor).T @ o.h[:, ranks].to(factor) * -0.5
+        return dh, db
+
+    exact = expected(torch.float64, torch.float64)
+    baseline = expected(torch.float32, dtype)
+    for result, *references, what in zip((dh, db), exact, baseline, ("dh", "db"), strict=True):
+        if result is not None:
+            assert_close(result, *references, what)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["linear", "merged"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", skinny(fill), ids=str)
+def test_fill_y(config, dtype, shape, groups, bias, seed, device):
+    o = Operands(shape, dtype, device, groups=groups)
+    vector = o.bias if bias else None
+    with guarded_outputs():
+        y = fill.fill_y(o.h, o.b, vector, 1.5, *o.groups, dtype, o.numerics, config)
+
+    def expected(dtype):
+        return low_rank(o, o.h, dtype) * 1.5 + (o.bias.to(dtype) if bias else 0)
+
+    assert_close(y, expected(torch.float64), expected(dtype), "y")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", skinny(fill), ids=str)
+def test_fill_dx(config, dtype, shape, dropout_p, seed, device):
+    o = Operands(shape, dtype, device, dropout_p)
+    with guarded_outputs():
+        out = fill.fill_dx(o.dh, o.a, o.problem.seed, dropout_p, dtype, o.numerics, config)
+
+    def expected(dtype):
+        return o.mask.to(dtype) * (o.dh.to(dtype) @ o.a.to(dtype))
+
+    assert_close(out, expected(torch.float64), expected(dtype), "dx")
+
+
+def large_products(module):
+    """Configuration, whether operands are aligned, whether w is stored [K, N]."""
+    for config, aligned, transposed in itertools.product(
+        gemms(module), [True, False], [False, True]
+    ):
+        if aligned or not config.tma:
+            words = [*(["tma"] if config.tma else []), f"{config.BLOCK_M}x{config.BLOCK_N}"]
+            words += [f"pieces{config.pieces}", "aligned" if aligned else "unaligned"]
+            name = "-".join([*words, "KN" if transposed else "NK"])
+            yield pytest.param(config, aligned, transposed, id=name)
+
+
+def stored(o, transposed):
+    """w [N, K], stored [K, N] if transposed."""
+    return between_nan(o.w.T.contiguous(), o.aligned).T if transposed else o.w
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["linear", "merged"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("config", "aligned", "transposed"), large_products(forward))
+def test_forward(config, aligned, transposed, dtype, shape, groups, seed, device):
+    if groups and config.tma and transposed:  # a descriptor starts at multiples of 16 bytes
+        groups = [(-(-size // 8) * 8, on) for size, on in groups]
+    o = Operands(shape, dtype, device, aligned=aligned, groups=groups)
+    bias = o.bias if aligned else None
+    with guarded_outputs():
+        y = forward.forward(
+            o.x, stored(o, transposed), o.h, o.b, bias, 1.5, *o.groups, o.numerics, config
+        )
+
+    def expected(dtype):
+        y = F.linear(o.x.to(dtype), o.w.to(dtype), None if bias is None else bias.to(dtype))
+        return y + low_rank(o, o.h, dtype) * 1.5
+
+    assert_close(y, expected(torch.float64), expected(dtype), "y")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("config", "aligned", "transposed"), large_products(dx))
+def test_dx(config, aligned, transposed, dtype, shape, dropout_p, seed, device):
+    o = Operands(shape, dtype, device, dropout_p, aligned)
+    with guarded_outputs():
+        out = dx.dx(
+            o.dy, stored(o, transposed), o.dh, o.a, o.problem.seed, dropout_p, o.numerics, config
+        )
+
+    def expected(dtype):
+        update = o.mask.to(dtype) * (o.dh.to(dtype) @ o.a.to(dtype))
+        return o.dy.to(dtype) @ o.w.to(dtype) + update
+
+    assert_close(out, expected(torch.float64), expected(dtype), "dx")
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 41)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sum_parts(dtype, shape, parts, seed, device):
+    values = torch.randn(parts, *shape, device=device)
+    with guarded_outputs() if parts > 1 else contextlib.nullcontext():
+        out = sum_parts.sum_parts(values, dtype)
+    assert_close(out, values.double().sum(0), values.sum(0).to(dtype), "sum")

@@ -1,0 +1,44 @@
+"""Elements further than 2^31 from the first, without the memory: operands in a sparse file."""
+
+import subprocess
+import sys
+
+import pytest
+
+# A wrong offset reads outside the file, so it ends a process of its own.
+CODE = """
+import os, sys
+import torch
+from tests.calls import solve
+from tests.formula import make_problem
+from tests.tolerance import assert_close
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.manual_seed(0)
+problem = make_problem(3, 8, 5, 3, device=device, dtype=torch.float16, dropout_p=0.3)
+exact, baseline = problem.solve(torch.float64), problem.solve()
+
+def far_apart(tensor, path):
+    stride = 2**30 + 8
+    size = (tensor.shape[0] - 1) * stride + tensor.shape[1]
+    if device == "cuda":
+        memory = torch.empty(size, dtype=tensor.dtype, device=device)
+    else:
+        memory = torch.from_file(path, shared=True, size=size, dtype=tensor.dtype)
+    rows = memory.as_strided(tensor.shape, (stride, 1))
+    return rows.copy_(tensor)
+
+name, folder = sys.argv[1:]
+setattr(problem, name, far_apart(getattr(problem, name), os.path.join(folder, name)))
+for result, value in solve(problem).items():
+    assert_close(value, exact[result], baseline[result], result)
+"""
+
+
+@pytest.mark.parametrize("plan", ["fused", "sandwich"], indirect=True)
+@pytest.mark.parametrize("operand", ["x", "w", "a", "b", "dy"])
+def test_rows_2_to_the_30_apart(operand, plan, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, operand, tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,204 @@
+"""Which plan a product takes and why, and what happens where its kernels fail."""
+
+import warnings
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import plan as plans
+from lora_kernels.plan import Measured, Plan, Product, choose
+from tests.calls import call, solve
+from tests.formula import make_problem
+
+GPU = torch.cuda.is_available()
+H200 = torch.device("cuda", 0)
+
+
+def product(**changes):
+    values = {"m": 8192, "n": 4096, "k": 4096, "r": 16, "dtype": torch.bfloat16, "device": H200}
+    return Product(**{**values, **changes})
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """A process that has an H200, as far as the choice of a plan can see, and no wish."""
+    monkeypatch.setattr(plans, "_capability", lambda device: (9, 0))
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "auto")
+
+
+@pytest.mark.parametrize("plan", plans.PLANS, indirect=True)
+def test_the_variable_decides(h200, plan, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_PLAN", plan)
+    assert choose(product()) == Plan(plan, f"LORA_KERNELS_PLAN={plan}")
+
+
+@pytest.mark.parametrize("value", ["", "Fused", "fastest"])
+def test_another_value_is_named(value, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_PLAN", value)
+    with pytest.raises(ValueError, match=f"LORA_KERNELS_PLAN .*reference.* got '{value}'"):
+        choose(product())
+    with pytest.raises(ValueError, match="LORA_KERNELS_PLAN"):
+        call(make_problem(2, 3, 4, 1, device="cpu"))
+
+
+def test_without_a_measurement_cublas_takes_the_large_product(h200):
+    assert choose(product()).name == "sandwich"
+    assert "(9, 0)" in choose(product()).reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"m": 0}, "empty"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"device": torch.device("cpu")}, "TRITON_INTERPRET"),
+        ({"device": torch.device("meta")}, "meta"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("asked", ["auto", "fused"])
+def test_what_the_kernels_do_not_take(h200, asked, changes, reason, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_PLAN", asked)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    chosen = choose(product(**changes))
+    assert chosen.name == "reference"
+    assert reason in chosen.reason
+
+
+def test_cpu_tensors_reach_the_kernels_in_the_interpreter(h200, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose(product(device=torch.device("cpu"))) == Plan("fused", "TRITON_INTERPRET=1")
+
+
+def test_without_triton(h200, monkeypatch):
+    monkeypatch.setattr(plans, "_has_triton", lambda: False)
+    assert choose(product()) == Plan("reference", "triton is not installed")
+
+
+ROW = Measured((9, 0), torch.bfloat16, "fused", "a.json", m=(512, 1e9), k=(2048, 4096), r=(1, 64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "fused"),
+        ({"m": 512, "k": 2048, "r": 64, "dropout": True}, "fused"),
+        ({"m": 511}, "sandwich"),
+        ({"k": 4097}, "sandwich"),
+        ({"r": 65}, "sandwich"),
+        ({"dtype": torch.float16}, "sandwich"),
+        ({"aligned": False}, "sandwich"),
+    ],
+    ids=str,
+)
+def test_the_first_row_of_the_table_that_holds_decides(h200, changes, name, monkeypatch):
+    monkeypatch.setattr(plans, "TABLE", (ROW,))
+    assert choose(product(**changes)).name == name
+    monkeypatch.setattr(plans, "_capability", lambda device: (8, 0))
+    assert choose(product(**changes)).name == "sandwich"
+
+
+def test_a_row_names_its_source_and_may_ask_for_dropout(h200, monkeypatch):
+    row = Measured((9, 0), torch.bfloat16, "fused", "a.json", dropout=False)
+    monkeypatch.setattr(plans, "TABLE", (row, ROW))
+    assert choose(product()) == Plan("fused", "measured: a.json")
+    monkeypatch.setattr(plans, "TABLE", (row,))
+    assert choose(product(dropout=True)).name == "sandwich"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda w: w, True),
+        (lambda w: w.T, True),
+        (lambda w: w[:, 8:], True),
+        (lambda w: w[:, 1:], False),
+        (lambda w: w[:, ::2], False),
+        (lambda w: torch.zeros(7, 9, dtype=torch.float16), False),
+    ],
+)
+def test_aligned(change, expected):
+    assert plans.aligned(None, change(torch.zeros(32, 64, dtype=torch.float16))) == expected
+
+
+def broken(error):
+    def launch(*args, **kwargs):
+        raise error
+
+    return launch
+
+
+@pytest.fixture
+def forgetful():
+    """Each warning counts as the first."""
+    plans._warn_once.cache_clear()
+    yield
+    plans._warn_once.cache_clear()
+
+
+def test_a_kernel_that_does_not_compile_is_named_once_and_the_result_is_right(
+    forgetful, monkeypatch, device
+):
+    from triton.runtime.errors import OutOfResources
+
+    from lora_kernels.kernels import dx, forward
+
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "fused")
+    problem = make_problem(9, 8, 7, 2, device=device, dropout_p=0.3)
+    expected = solve(problem)
+    error = OutOfResources(300000, 232448, "shared memory")
+    monkeypatch.setattr(forward, "launch", broken(error))
+    monkeypatch.setattr(dx, "launch", broken(error))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            results = solve(problem)
+    ours = [str(w.message) for w in caught if "lora_kernels" in str(w.message)]
+    assert len(ours) == 1
+    assert "plan fused failed and sandwich takes its place: OutOfResources" in ours[0]
+    assert "300000" in ours[0]
+    for name, result in results.items():
+        torch.testing.assert_close(result, expected[name], msg=name)
+
+
+def test_where_both_plans_fail_the_reference_computes(forgetful, monkeypatch, device):
+    from lora_kernels.kernels import down, dy_pass
+
+    problem = make_problem(9, 8, 7, 2, device=device)
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "reference")
+    expected = solve(problem)
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "fused")
+    for module in (down, dy_pass):
+        monkeypatch.setattr(module, "launch", broken(RuntimeError("PassManager::run failed")))
+    with pytest.warns(RuntimeWarning, match="PassManager"):
+        results = solve(problem)
+    for name, result in results.items():
+        assert torch.equal(result, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), ValueError("a bug"), KeyError("a bug")]
+)
+def test_other_errors_are_raised(error, monkeypatch, device):
+    from lora_kernels.kernels import down
+
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "fused")
+    monkeypatch.setattr(down, "launch", broken(error))
+    with pytest.raises(type(error)):
+        call(make_problem(9, 8, 7, 2, device=device))
+
+
+@pytest.mark.parametrize("plan", ["fused", "sandwich", "reference"], indirect=True)
+def test_layers_take_the_plan_that_is_chosen(plan, monkeypatch, device):
+    from lora_kernels.kernels import linear
+
+    seen = []
+    for name in ("lora_linear_forward", "lora_linear_backward"):
+        real = getattr(linear, name)
+        monkeypatch.setattr(
+            linear, name, lambda plan, *args, real=real: (seen.append(plan), real(plan, *args))[1]
+        )
+    layer = lora_kernels.Linear(8, 6, r=2, device=device)
+    layer(torch.randn(3, 8, device=device)).sum().backward()
+    assert seen == ([] if plan == "reference" else [plan, plan])
