@@ -32,14 +32,15 @@ PUBLIC = [
 LEVELS = {
     "philox": 0,
     "reference": 1,
-    "kernels": 1,
-    "ops": 2,
-    "functional": 3,
-    "layers": 4,
-    "adapt": 5,
-    "checkpoint": 5,
-    "peft_format": 5,
-    "": 6,  # lora_kernels/__init__.py
+    "plan": 0,
+    "kernels": 2,
+    "ops": 3,
+    "functional": 4,
+    "layers": 5,
+    "adapt": 6,
+    "checkpoint": 6,
+    "peft_format": 6,
+    "": 7,  # lora_kernels/__init__.py
 }
 
 

@@ -29,11 +29,11 @@ CONFIGS = {
     },
     "sm_90": {
         "narrow": Skinny(128, 64, num_warps=4, num_stages=3),
-        "wide": Skinny(64, 32, num_warps=8, num_stages=3),
+        "wide": Skinny(64, 32, num_warps=8, num_stages=2),
     },
     "sm_100": {
         "narrow": Skinny(128, 64, num_warps=4, num_stages=3),
-        "wide": Skinny(64, 32, num_warps=8, num_stages=3),
+        "wide": Skinny(64, 32, num_warps=8, num_stages=2),
     },
     "hip": {
         "narrow": Skinny(64, 64, num_warps=4, num_stages=2),

@@ -12,16 +12,39 @@ from tests.kernels.aot import TARGETS
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
 
 
+def gate(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.kernels.gate", *arguments],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def running():
+    """The gate's processes on the representatives, all targets at once."""
+    processes = {target: gate(target) for target in TARGETS}
+    yield processes
+    for process in processes.values():
+        process.kill()
+
+
+def check(process):
+    table, _ = process.communicate()
+    print(table)
+    assert not [line for line in table.splitlines() if "<--" in line]
+    assert process.returncode == 0
+    assert "0 faults" in table.splitlines()[-1]
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("cases", ["representatives", pytest.param("all", marks=pytest.mark.gate)])
-def test_kernels_compile_without_spills(cases, target):
-    command = [sys.executable, "-m", "tests.kernels.gate", target, *["--all"][: cases == "all"]]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    print(done.stdout + done.stderr)
-    faults = [line for line in done.stdout.splitlines() if "<--" in line]
-    assert not faults
-    assert done.returncode == 0
-    assert "0 faults" in done.stdout.splitlines()[-1]
+def test_representatives_compile_without_spills(running, target):
+    check(running[target])
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_configuration_compiles_without_spills(target):
+    check(gate(target, "--all"))
 
 
 RECOMPILATION = """

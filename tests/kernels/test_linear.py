@@ -213,14 +213,13 @@ class TestOnAGPU:
             assert_close(result, exact[name], baseline[name], name)
 
     @kernels
-    @pytest.mark.parametrize("tf32", [True, False])
-    def test_float32_obeys_allow_tf32(self, tf32, plan, seed, device, monkeypatch):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    @pytest.mark.parametrize("allow_tf32", [True, False], indirect=True)
+    def test_float32_obeys_allow_tf32(self, allow_tf32, plan, seed, device):
         problem = make_problem(256, 512, 384, 16, device=device)
         exact, baseline = problem.solve(torch.float64), problem.solve()
         for name, result in solve(problem).items():
             assert_close(result, exact[name], baseline[name], name)
-            if tf32 and name == "y":
+            if allow_tf32 and name == "y":
                 error = (result.double() - exact[name]).norm() / exact[name].norm()
                 assert error > 1e-5, "TF32 was allowed and not used"
 

@@ -1,0 +1,15 @@
+"""Fixtures of the kernels' tests."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def allow_tf32(request) -> Iterator[bool]:
+    """torch's permission to multiply float32 as TF32, as the parameter says, for one test."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32 = before

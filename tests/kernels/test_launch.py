@@ -1,0 +1,132 @@
+"""What launchers decide on the host: numerics, slices, descriptors, tables."""
+
+import pytest
+import torch
+import triton.language as tl
+
+from lora_kernels.kernels import da, down, dx, dy_pass, fill, forward, launch
+from lora_kernels.kernels.launch import Numerics
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Meta tensors count as tensors of an H200."""
+    monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "programs_at_once", lambda device: 132)
+
+
+@pytest.mark.parametrize(
+    ("x", "factor", "allow_tf32", "expected"),
+    [
+        (F32, F32, False, Numerics(tl.float32, tl.float32, tl.float32, tl.float32, "ieee", "ieee")),
+        (F32, F32, True, Numerics(tl.float32, tl.float32, tl.float32, tl.float32, "tf32", "tf32")),
+        (
+            BF16, BF16, False,
+            Numerics(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, "tf32", "tf32"),
+        ),
+        (
+            F16, F16, False,
+            Numerics(tl.float16, tl.float16, tl.float32, tl.float32, "tf32", "tf32"),
+        ),
+        (
+            BF16, F32, False,
+            Numerics(tl.bfloat16, tl.float32, tl.float32, tl.bfloat16, "tf32x3", "tf32"),
+        ),
+        (
+            F16, F32, True,
+            Numerics(tl.float16, tl.float32, tl.float32, tl.float32, "tf32", "tf32"),
+        ),
+    ],
+    ids=str,
+    indirect=["allow_tf32"],
+)  # fmt: skip
+def test_numerics(hopper, x, factor, allow_tf32, expected):
+    operands = [torch.empty(4, 4, dtype=dtype, device=META) for dtype in (x, factor, factor)]
+    assert launch.numerics_of(*operands) == expected
+    assert launch.numerics_of(operands[0], None, operands[1]) == expected
+
+
+def test_amd_parts_multiply_float32_as_float32(hopper, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    x, a = torch.empty(4, 4, dtype=F16, device=META), torch.empty(4, 4, device=META)
+    numerics = launch.numerics_of(x, a)
+    assert (numerics.precision, numerics.update_precision) == ("ieee", "ieee")
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [((8, 0), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((8, 9), "other")],
+    ids=str,
+)
+def test_a_part_without_a_table_takes_the_smallest_tiles(monkeypatch, capability, target):
+    monkeypatch.setattr(launch, "_capability", lambda device: capability)
+    assert launch.target_of(torch.device("cuda", 0)) == target
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 4096])
+@pytest.mark.parametrize("programs", [1, 5, 1000])
+@pytest.mark.parametrize("block", [16, 64])
+def test_slices_cover_the_length_in_whole_blocks(length, programs, block):
+    count, size = launch.slices(length, block, programs, CPU)
+    assert size % block == 0
+    assert count * size >= length > (count - 1) * size
+    assert count == 1 or size >= 2 * block
+    assert count == 1 or count * programs <= 2 * launch.programs_at_once(CPU)
+
+
+@pytest.mark.parametrize(
+    ("r", "dtype", "expected"),
+    [
+        (1, tl.bfloat16, (16, 16)), (17, tl.bfloat16, (32, 32)), (64, tl.bfloat16, (64, 64)),
+        (65, tl.bfloat16, (64, 32)), (300, tl.bfloat16, (64, 32)), (300, tl.float32, (32, 16)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ranks_are_padded_up_to_a_limit(r, dtype, expected):
+    assert (launch.rank_block(r, dtype), launch.rank_block(r, dtype, beside_acc=True)) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        (lambda t: t, True),
+        (lambda t: t[:, :40], True),
+        (lambda t: t[:, 1:], False),
+        (lambda t: t[:, ::2], False),
+        (lambda t: t[:1].expand(8, -1), False),
+        (lambda t: t.flatten()[: 8 * 65].view(8, 65), False),
+        (lambda t: t.flatten().as_strided((8, 64), (8, 1)), False),
+    ],
+)
+def test_what_fits_a_descriptor(change, fits):
+    assert launch.fits_tma(change(torch.zeros(16, 64, dtype=F16))) == fits
+
+
+@pytest.mark.parametrize(
+    ("m", "r", "dtype", "fits", "entry"),
+    [
+        (8192, 16, BF16, True, "tma"),
+        (8192, 17, BF16, True, "tma_high_rank"),
+        (8192, 16, BF16, False, "pointer"),
+        (64, 16, F16, True, "few_rows"),
+        (64, 16, F32, True, "float32"),
+    ],
+    ids=str,
+)
+def test_entries_of_the_table(hopper, m, r, dtype, fits, entry):
+    x = torch.empty(m, 16, dtype=dtype, device=META)
+    assert launch.choose_gemm(dx.CONFIGS, m, r, x, fits) is dx.CONFIGS["sm_90"][entry]
+    if entry == "tma_high_rank":
+        entry = "tma"  # no other tiles are needed in the forward
+    assert launch.choose_gemm(forward.CONFIGS, m, r, x, fits) is forward.CONFIGS["sm_90"][entry]
+
+
+@pytest.mark.parametrize("module", [down, da, dy_pass, fill, forward, dx], ids=lambda m: m.__name__)
+def test_every_table_has_every_target(module):
+    targets = {"interpreter", "sm_80", "sm_90", "sm_100", "hip", "other"}
+    assert set(module.CONFIGS) == targets
+    needed = {"float32", "few_rows", "pointer"} if module in (forward, dx) else {"narrow", "wide"}
+    assert all(needed <= set(module.CONFIGS[target]) for target in targets)
