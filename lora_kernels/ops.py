@@ -57,7 +57,9 @@ def _run(name: str, product: plan.Product, args: tuple):
 
         return getattr(linear, name)(chosen, *args)
 
-    return plan.run(plan.choose(product), by_plan)
+    dtypes = dict.fromkeys(t.dtype for t in args if isinstance(t, torch.Tensor))
+    what = (name, product.device, *dtypes)
+    return plan.run(plan.choose(product), what, by_plan)
 
 
 def _without_autocast(op):

@@ -8,6 +8,8 @@ import functools
 import importlib.util
 import math
 import os
+import re
+import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["PLANS", "Measured", "Plan", "Product", "aligned", "choose", "run"]
+__all__ = ["PLANS", "Measured", "Plan", "Product", "aligned", "capability_of", "choose", "run"]
 
 PLANS = ("fused", "sandwich", "reference")
 _VARIABLE = "LORA_KERNELS_PLAN"
@@ -100,12 +102,12 @@ def choose(product: Product) -> Plan:
     if device.type == "cpu" and not _interpreted():
         return Plan("reference", "CPU tensors reach the kernels only under TRITON_INTERPRET=1")
     if not _has_triton():
-        return Plan("reference", "triton is not installed")
+        return Plan("reference", "triton 3.4 or newer is not installed")
     if asked != "auto":
         return Plan(asked, f"{_VARIABLE}={asked}")
     if device.type == "cpu":
         return Plan("fused", "TRITON_INTERPRET=1")
-    capability = _capability(device)
+    capability = capability_of(device)
     for row in TABLE:
         if row.holds(product, capability):
             return Plan(row.plan, f"measured: {row.source}")
@@ -126,32 +128,63 @@ def aligned(*matrices: Tensor | None) -> bool:
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def capability_of(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_devicecapability_of(device)
 
 
 @functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether there is a triton with tensor descriptors that launchers make."""
+    try:
+        return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def run(plan: Plan, by_plan: Callable[[str], _Result]) -> _Result:
+_failed: set[tuple] = set()  # (plan, what) that did not compile or launch in this process
+# The device's own errors, which come from wherever it is asked next, and memory that ran out.
+_NOT_OURS = re.compile(
+    "out of memory|ALLOC_FAILED|CUDA error|illegal|misaligned|unspecified launch failure|device-side assert"
+    "|captur",
+    re.IGNORECASE,
+)
+
+
+def run(plan: Plan, what: tuple, by_plan: Callable[[str], _Result]) -> _Result:
     """by_plan(plan.name); where its kernels do not compile or launch, the next plan's result.
 
-    That is said once for each reason. Running out of memory and errors of the device are raised.
+    what: the op, device and dtypes. A plan that failed for them is not tried again, and that is
+    said once. Running out of memory and the device's own errors are raised.
     """
     for name in PLANS[PLANS.index(plan.name) : -1]:
+        if (name, what) in _failed:
+            continue
         try:
             return by_plan(name)
-        except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):
-            raise
-        except (ImportError, RuntimeError, *_triton_errors()) as error:
-            _warn_once(name, f"{type(error).__name__}: {error}")
+        except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+            if _NOT_OURS.search(str(error)) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            _give_up(name, what, error)
+        except Exception as error:
+            if not isinstance(error, _triton_errors()):
+                raise
+            _give_up(name, what, error)
     return by_plan("reference")
+
+
+def _give_up(name: str, what: tuple, error: Exception) -> None:
+    _failed.add((name, what))
+    following = PLANS[PLANS.index(name) + 1]
+    warnings.warn(
+        f"lora_kernels: plan {name} failed for {' '.join(map(str, what))} and {following} takes "
+        f"its place: {type(error).__name__}: {error}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _triton_errors() -> tuple[type[Exception], ...]:
@@ -160,13 +193,3 @@ def _triton_errors() -> tuple[type[Exception], ...]:
     except ImportError:
         return ()
     return (TritonError,)
-
-
-@functools.cache
-def _warn_once(name: str, reason: str) -> None:
-    following = PLANS[PLANS.index(name) + 1]
-    warnings.warn(
-        f"lora_kernels: plan {name} failed and {following} takes its place: {reason}",
-        RuntimeWarning,
-        stacklevel=2,
-    )

@@ -1,5 +1,6 @@
 """Which plan a product takes and why, and what happens where its kernels fail."""
 
+import subprocess
 import warnings
 
 import pytest
@@ -23,7 +24,7 @@ def product(**changes):
 @pytest.fixture
 def h200(monkeypatch):
     """A process that has an H200, as far as the choice of a plan can see, and no wish."""
-    monkeypatch.setattr(plans, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(plans, "capability_of", lambda device: (9, 0))
     monkeypatch.setenv("LORA_KERNELS_PLAN", "auto")
 
 
@@ -73,7 +74,7 @@ def test_cpu_tensors_reach_the_kernels_in_the_interpreter(h200, monkeypatch):
 
 def test_without_triton(h200, monkeypatch):
     monkeypatch.setattr(plans, "_has_triton", lambda: False)
-    assert choose(product()) == Plan("reference", "triton is not installed")
+    assert choose(product()) == Plan("reference", "triton 3.4 or newer is not installed")
 
 
 ROW = Measured((9, 0), torch.bfloat16, "fused", "a.json", m=(512, 1e9), k=(2048, 4096), r=(1, 64))
@@ -95,7 +96,7 @@ ROW = Measured((9, 0), torch.bfloat16, "fused", "a.json", m=(512, 1e9), k=(2048,
 def test_the_first_row_of_the_table_that_holds_decides(h200, changes, name, monkeypatch):
     monkeypatch.setattr(plans, "TABLE", (ROW,))
     assert choose(product(**changes)).name == name
-    monkeypatch.setattr(plans, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(plans, "capability_of", lambda device: (8, 0))
     assert choose(product(**changes)).name == "sandwich"
 
 
@@ -131,10 +132,10 @@ def broken(error):
 
 @pytest.fixture
 def forgetful():
-    """Each warning counts as the first."""
-    plans._warn_once.cache_clear()
+    """No plan has failed yet."""
+    plans._failed.clear()
     yield
-    plans._warn_once.cache_clear()
+    plans._failed.clear()
 
 
 def test_a_kernel_that_does_not_compile_is_named_once_and_the_result_is_right(
@@ -155,8 +156,9 @@ def test_a_kernel_that_does_not_compile_is_named_once_and_the_result_is_right(
         for _ in range(3):
             results = solve(problem)
     ours = [str(w.message) for w in caught if "lora_kernels" in str(w.message)]
-    assert len(ours) == 1
-    assert "plan fused failed and sandwich takes its place: OutOfResources" in ours[0]
+    assert len(ours) == 2  # the forward and the backward
+    assert "plan fused failed for lora_linear_forward" in ours[0]
+    assert "sandwich takes its place: OutOfResources" in ours[0]
     assert "300000" in ours[0]
     for name, result in results.items():
         torch.testing.assert_close(result, expected[name], msg=name)
@@ -177,9 +179,34 @@ def test_where_both_plans_fail_the_reference_computes(forgetful, monkeypatch, de
         assert torch.equal(result, expected[name]), name
 
 
+def test_a_plan_that_failed_is_not_tried_again(forgetful, monkeypatch, device):
+    from lora_kernels.kernels import down
+
+    tried = []
+
+    def launch(*args, **kwargs):
+        tried.append(args)
+        raise subprocess.CalledProcessError(1, "gcc")
+
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "sandwich")
+    monkeypatch.setattr(down, "launch", launch)
+    problem = make_problem(9, 8, 7, 2, device=device)
+    with pytest.warns(RuntimeWarning, match="gcc"):
+        call(problem)
+    call(problem)
+    assert len(tried) == 1
+
+
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("out of memory"), ValueError("a bug"), KeyError("a bug")]
-)
+    "error",
+    [
+        torch.OutOfMemoryError("out of memory"), ValueError("a bug"), KeyError("a bug"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_other_errors_are_raised(error, monkeypatch, device):
     from lora_kernels.kernels import down
 

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels import philox
-from lora_kernels.kernels.dropout import keep_tile
+from lora_kernels.kernels.dropout import keep_tile, word_threshold
 from lora_kernels.kernels.launch import (
     Numerics,
     Skinny,
@@ -98,7 +97,7 @@ def da(
     launch(
         _da_kernel, (cols * ranks, parts),
         dh, x, seed, out,
-        m, k, r, m_slice, philox.threshold(dropout_p) * 65536,
+        m, k, r, m_slice, word_threshold(dropout_p),
         x.stride(0),
         DROPOUT=dropout_p > 0, DTYPE=numerics.rank, PRECISION=numerics.precision,
         BLOCK_M=config.BLOCK_ROWS, BLOCK_K=config.BLOCK_COLS, BLOCK_R=block_r,

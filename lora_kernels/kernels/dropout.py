@@ -13,12 +13,16 @@ _W0 = tl.constexpr(philox.WEYL[0])
 _W1 = tl.constexpr(philox.WEYL[1])
 
 
+def word_threshold(dropout_p: float) -> int:
+    """philox.threshold(p) for a draw that is compared where it lies, in a word's upper half."""
+    return philox.threshold(dropout_p) * 65536
+
+
 @triton.jit
 def keep_tile(seed, row, col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """keep(seed, row.., col..) -> bool [BLOCK_ROWS, BLOCK_COLS].
 
-    row: int64; col: a multiple of 8; threshold: philox.threshold(p) * 65536, so that a draw is
-    compared where it lies in its word.
+    row: int64; col: a multiple of 8; threshold: word_threshold(p).
     """
     rows = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_ROWS)[:, None]
     groups = col // _GROUP + tl.arange(0, BLOCK_COLS // _GROUP)[None, :]

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels import philox
-from lora_kernels.kernels.dropout import keep_tile
+from lora_kernels.kernels.dropout import keep_tile, word_threshold
 from lora_kernels.kernels.launch import (
     Gemm,
     Numerics,
@@ -46,7 +45,7 @@ CONFIGS = {
     },
     "sm_100": {
         "float32": Gemm(64, 64, 16, num_warps=4, num_stages=3),
-        "few_rows": Gemm(64, 64, 64, num_warps=4, num_stages=4),
+        "few_rows": Gemm(64, 64, 64, num_warps=8, num_stages=4),
         "pointer": Gemm(128, 64, 32, num_warps=8, num_stages=3, pieces=2),
         "tma": Gemm(128, 256, 64, num_warps=8, num_stages=3, tma=True, pieces=4),
         "tma_high_rank": Gemm(128, 128, 64, num_warps=8, num_stages=4, tma=True, pieces=2),
@@ -156,7 +155,7 @@ def dx(
         operand(stored, *((block_n, block_k) if w_t else (block_k, block_n)), tma),
         dh, a, seed,
         operand(out, block_m, block_n // pieces, tma_store),
-        m, n, k, r, philox.threshold(dropout_p) * 65536,
+        m, n, k, r, word_threshold(dropout_p),
         dy.stride(0), stored.stride(0), a.stride(0), k,
         W_T=w_t, DROPOUT=dropout_p > 0,
         MAIN_DTYPE=numerics.main, UPDATE_DTYPE=numerics.update, PRECISION=numerics.update_precision,

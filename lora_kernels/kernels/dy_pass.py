@@ -3,6 +3,9 @@
 One program owns BLOCK_M rows of dy and one slice of the columns of one enabled group, for BLOCK_R
 ranks. Its slice gives a part of these rows of dh, its rows a part of these columns of db; sum_parts
 adds both in a fixed order. Disabled groups are not read.
+
+The parts of db are 4·r / BLOCK_M as large as dy. Where that is more than reading dy again, db comes
+from da's kernel instead: dbᵀ = scale_db · hᵀ · dy.
 """
 
 import torch
@@ -10,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.kernels.da import da
 from lora_kernels.kernels.launch import (
     Numerics,
     Skinny,
@@ -123,17 +127,23 @@ def dy_pass(
     m, (b_rows, r) = dy.shape[0], b.shape
     config = config or choose_skinny(CONFIGS, dy.device, numerics.rank)
     groups, largest = sum(enable_lora), max(out_splits)
+    db = None
+    if needs_db and 4 * r > config.BLOCK_ROWS:
+        db = _db_alone(dy, h, scale_db, out_splits, enable_lora, r, b.dtype, numerics)
+        needs_db = False
+    if not (needs_dh or needs_db):
+        return None, db
     block_r = rank_block(r, numerics.rank)
     rows, ranks = triton.cdiv(m, config.BLOCK_ROWS), triton.cdiv(r, block_r)
     parts, _ = slices(largest, config.BLOCK_COLS, rows * ranks * groups, dy.device)
-    dh = db = None
+    dh = db_parts = None
     if needs_dh:
         dh = torch.empty((parts, m, groups * r), dtype=torch.float32, device=dy.device)
     if needs_db:
-        db = torch.empty((rows, b_rows, r), dtype=torch.float32, device=dy.device)
+        db_parts = torch.empty((rows, b_rows, r), dtype=torch.float32, device=dy.device)
     launch(
         _dy_pass_kernel, (rows * ranks, groups * parts),
-        dy, b, h, dh, db,
+        dy, b, h, dh, db_parts,
         m, r, groups * r, b_rows, out_splits, parts, scale_dh, scale_db,
         dy.stride(0), b.stride(0),
         ENABLED=enable_lora, NEEDS_DH=needs_dh, NEEDS_DB=needs_db,
@@ -143,5 +153,26 @@ def dy_pass(
     )  # fmt: skip
     return (
         sum_parts(dh, torch.float32) if needs_dh else None,
-        sum_parts(db, b.dtype) if needs_db else None,
+        sum_parts(db_parts, b.dtype) if needs_db else db,
     )
+
+
+def _db_alone(
+    dy: Tensor,
+    h: Tensor,
+    scale: float,
+    out_splits: tuple[int, ...],
+    enable_lora: tuple[bool, ...],
+    r: int,
+    dtype: torch.dtype,
+    numerics: Numerics,
+) -> Tensor:
+    """db by da's kernel, a group at a time. Shapes as in dy_pass."""
+    parts, column = [], 0
+    for size, enabled in zip(out_splits, enable_lora, strict=True):
+        if enabled:
+            ranks = slice(len(parts) * r, (len(parts) + 1) * r)
+            dy_group, h_group = dy[:, column : column + size], h[:, ranks].contiguous()
+            parts.append(da(h_group, dy_group, None, 0.0, torch.float32, numerics))
+        column += size
+    return (torch.cat(parts, 1).T * scale).to(dtype).contiguous()

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels import philox
-from lora_kernels.kernels.dropout import keep_tile
+from lora_kernels.kernels.dropout import keep_tile, word_threshold
 from lora_kernels.kernels.launch import (
     Numerics,
     Skinny,
@@ -94,7 +93,7 @@ def _fill(
     launch(
         _fill_kernel, (tiles,),
         left, right, bias, seed, out,
-        m, r, left.shape[1], sizes, scale, philox.threshold(dropout_p) * 65536,
+        m, r, left.shape[1], sizes, scale, word_threshold(dropout_p),
         right.stride(0), out.stride(0),
         ENABLED=enabled, RIGHT_T=right_t, HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0,
         DTYPE=numerics.update, PRECISION=numerics.update_precision,

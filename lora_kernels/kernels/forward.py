@@ -45,7 +45,7 @@ CONFIGS = {
     },
     "sm_100": {
         "float32": Gemm(64, 64, 32, num_warps=4, num_stages=3),
-        "few_rows": Gemm(64, 64, 64, num_warps=4, num_stages=4),
+        "few_rows": Gemm(64, 64, 64, num_warps=8, num_stages=4),
         "pointer": Gemm(128, 128, 32, num_warps=8, num_stages=3),
         "tma": Gemm(128, 256, 64, num_warps=8, num_stages=3, tma=True),
     },
@@ -124,8 +124,8 @@ def forward(
     config = config or choose_gemm(CONFIGS, m, r, x, fits)
     block_m, block_n, block_k, tma = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.tma
     # A tile that ends with its group, not with y, must not write the columns behind it.
-    aligned = all(size % block_n == 0 for size in out_splits[:-1])
-    tma_store = tma and aligned and fits_tma(y)
+    whole_tiles = all(size % block_n == 0 for size in out_splits[:-1])
+    tma_store = tma and whole_tiles and fits_tma(y)
     tiles = triton.cdiv(m, block_m) * sum(triton.cdiv(size, block_n) for size in out_splits)
     launch(
         _forward_kernel, (programs(tiles, config, x.device),),

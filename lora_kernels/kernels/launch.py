@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_kernels.plan import capability_of
+
 __all__ = [
     "Gemm", "Numerics", "Skinny", "choose_gemm", "choose_skinny", "fits_tma", "launch",
     "numerics_of", "operand", "programs", "programs_at_once", "rank_block", "slices", "target_of",
@@ -105,12 +107,7 @@ def target_of(device: torch.device) -> str:
         (9, 0): "sm_90",
         (10, 0): "sm_100",
         (10, 3): "sm_100",
-    }.get(_capability(device), "other")
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    }.get(capability_of(device), "other")
 
 
 @functools.cache
@@ -191,7 +188,7 @@ def operand(tensor: Tensor, block_rows: int, block_cols: int, tma: bool):
 def programs(tiles: int, config: Gemm, device: torch.device) -> int:
     """How many programs share the tiles: as many as run at once, or one each.
 
-    One each in the interpreter too, where programs run one after the other.
+    Where they run one after the other, as in the interpreter, that changes nothing.
     """
     return min(tiles, programs_at_once(device)) if config.tma else tiles
 

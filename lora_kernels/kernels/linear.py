@@ -75,6 +75,7 @@ def lora_linear_backward(
     needs_x, needs_w, needs_a, needs_b, needs_bias = needs
     dy_rows = _rows(dy)
     x_rows = None if x is None else _rows(x)
+    h = None if h is None else h.contiguous()
     a = None if a is None else _rows(a)
     numerics = numerics_of(dy, a, b)
     grad_x = grad_w = grad_a = grad_b = grad_bias = None

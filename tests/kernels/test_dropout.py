@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels import philox
-from lora_kernels.kernels.dropout import keep_tile
+from lora_kernels.kernels.dropout import keep_tile, word_threshold
 
 
 @triton.jit(do_not_specialize=["row", "col", "threshold"])
@@ -18,7 +18,7 @@ def _keep_kernel(seed_ptr, out_ptr, row, col, threshold, ROWS: tl.constexpr, COL
 
 def tile(seed, row, col, rows, cols, dropout_p):
     out = torch.full((rows, cols), -1, dtype=torch.int8, device=seed.device)
-    threshold = philox.threshold(dropout_p) * 65536
+    threshold = word_threshold(dropout_p)
     _keep_kernel[(1,)](seed, out, row, col, threshold, ROWS=rows, COLS=cols)
     return out
 

@@ -14,7 +14,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 @pytest.fixture
 def hopper(monkeypatch):
     """Meta tensors count as tensors of an H200."""
-    monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "capability_of", lambda device: (9, 0))
     monkeypatch.setattr(launch, "programs_at_once", lambda device: 132)
 
 
@@ -62,7 +62,7 @@ def test_amd_parts_multiply_float32_as_float32(hopper, monkeypatch):
     ids=str,
 )
 def test_a_part_without_a_table_takes_the_smallest_tiles(monkeypatch, capability, target):
-    monkeypatch.setattr(launch, "_capability", lambda device: capability)
+    monkeypatch.setattr(launch, "capability_of", lambda device: capability)
     assert launch.target_of(torch.device("cuda", 0)) == target
 
 

@@ -14,8 +14,8 @@ KERNELS = Path("lora_kernels/kernels")
 # What finds most faults soonest comes first.
 SUITE = [
     "tests/kernels/test_linear.py::test_output_and_gradients", "tests/kernels/test_dropout.py",
+    "tests/kernels/test_launch.py", "tests/kernels/test_offsets.py",
     "tests/kernels/test_kernels.py", "tests/kernels/test_linear.py",
-    "tests/kernels/test_offsets.py", "tests/kernels/test_launch.py",
 ]  # fmt: skip
 
 
