@@ -129,7 +129,7 @@ def aligned(*matrices: Tensor | None) -> bool:
 
 @functools.cache
 def capability_of(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_devicecapability_of(device)
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache
@@ -148,8 +148,8 @@ def _interpreted() -> bool:
 _failed: set[tuple] = set()  # (plan, what) that did not compile or launch in this process
 # The device's own errors, which come from wherever it is asked next, and memory that ran out.
 _NOT_OURS = re.compile(
-    "out of memory|ALLOC_FAILED|CUDA error|illegal|misaligned|unspecified launch failure|device-side assert"
-    "|captur",
+    "out of memory|ALLOC_FAILED|CUDA error|illegal|misaligned|unspecified launch failure"
+    "|device-side assert|captur",
     re.IGNORECASE,
 )
 
