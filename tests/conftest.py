@@ -7,8 +7,10 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Read when triton is imported: kernels run in its interpreter, on CPU tensors.
+    # Read when triton is imported: kernels run in its interpreter, on CPU tensors. Fixtures of a
+    # wider scope than a test, and processes that they start, are not to run them unasked.
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["LORA_KERNELS_PLAN"] = "reference"
 
 
 @pytest.fixture
