@@ -33,7 +33,7 @@ CONFIGS = {
     },
     "sm_100": {
         "narrow": Skinny(64, 64, num_warps=4, num_stages=3),
-        "wide": Skinny(32, 64, num_warps=4, num_stages=3),
+        "wide": Skinny(32, 64, num_warps=8, num_stages=3),
     },
     "hip": {
         "narrow": Skinny(64, 64, num_warps=4, num_stages=2),
