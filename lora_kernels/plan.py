@@ -165,12 +165,8 @@ def run(plan: Plan, what: tuple, by_plan: Callable[[str], _Result]) -> _Result:
             continue
         try:
             return by_plan(name)
-        except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-            if _NOT_OURS.search(str(error)) or isinstance(error, torch.OutOfMemoryError):
-                raise
-            _give_up(name, what, error)
         except Exception as error:
-            if not isinstance(error, _triton_errors()):
+            if not _is_a_kernels(error):
                 raise
             _give_up(name, what, error)
     return by_plan("reference")
@@ -187,9 +183,14 @@ def _give_up(name: str, what: tuple, error: Exception) -> None:
     )
 
 
-def _triton_errors() -> tuple[type[Exception], ...]:
+def _is_a_kernels(error: Exception) -> bool:
+    """Whether compiling or launching a kernel failed, and not the device or this package."""
     try:
         from triton.errors import TritonError
     except ImportError:
-        return ()
-    return (TritonError,)
+        return isinstance(error, ImportError)
+    if isinstance(error, TritonError):
+        return True
+    faults = (ImportError, OSError, RuntimeError, subprocess.SubprocessError)
+    outside = isinstance(error, torch.OutOfMemoryError) or _NOT_OURS.search(str(error))
+    return isinstance(error, faults) and not outside

@@ -55,6 +55,11 @@ class Problem:
     def operands(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in OPERANDS if getattr(self, name) is not None}
 
+    def without_cancellation(self) -> "Problem":
+        """The same with nothing negative: a lone sum that cancels has no digits to compare."""
+        values = {name: getattr(self, name).abs() for name in (*self.operands(), "dy")}
+        return dataclasses.replace(self, scaling=abs(self.scaling), **values)
+
     def mask(self) -> Tensor | None:
         if self.dropout_p == 0:
             return None

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels import reference
 from lora_kernels.kernels.da import da
 from lora_kernels.kernels.launch import (
     Numerics,
@@ -168,11 +169,8 @@ def _db_alone(
     numerics: Numerics,
 ) -> Tensor:
     """db by da's kernel, a group at a time. Shapes as in dy_pass."""
-    parts, column = [], 0
-    for size, enabled in zip(out_splits, enable_lora, strict=True):
-        if enabled:
-            ranks = slice(len(parts) * r, (len(parts) + 1) * r)
-            dy_group, h_group = dy[:, column : column + size], h[:, ranks].contiguous()
-            parts.append(da(h_group, dy_group, None, 0.0, torch.float32, numerics))
-        column += size
+    parts = [
+        da(h[:, ranks].contiguous(), dy[:, columns], None, 0.0, torch.float32, numerics)
+        for columns, _, ranks in reference.groups(out_splits, enable_lora, r)
+    ]
     return (torch.cat(parts, 1).T * scale).to(dtype).contiguous()

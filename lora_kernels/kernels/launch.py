@@ -72,11 +72,11 @@ def numerics_of(x: Tensor, *factors: Tensor | None) -> Numerics:
     others as TF32, which has float16's bits and a range that no scaling overflows. float32 factors
     over a 16-bit layer get float32 gradients, so what these are made of is multiplied as float32.
     """
-    hip = target_of(x.device) == "hip"  # where TF32 is not everywhere
-    tf32 = "ieee" if hip else "tf32"
-    exact = "ieee" if hip else "tf32x3"
+    target = target_of(x.device)
+    # TF32 is not everywhere on AMD's parts.
+    tf32, exact = ("ieee", "ieee") if target == "hip" else ("tf32", "tf32x3")
     # Triton's interpreter would multiply bfloat16 as integers.
-    interpreted_bf16 = x.dtype == torch.bfloat16 and target_of(x.device) == "interpreter"
+    interpreted_bf16 = x.dtype == torch.bfloat16 and target == "interpreter"
     main = tl.float32 if interpreted_bf16 else _TL[x.dtype]
     update = main if main == tl.bfloat16 else tl.float32
     if x.dtype == torch.float32:
