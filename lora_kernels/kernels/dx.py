@@ -32,9 +32,9 @@ from lora_kernels.kernels.tiles import (
 CONFIGS = {
     "interpreter": dict.fromkeys(("float32", "few_rows", "pointer"), Gemm(32, 64, 64, 4, 1)),
     "sm_80": {
-        "float32": Gemm(64, 64, 16, num_warps=4, num_stages=3, pieces=2),
+        "float32": Gemm(64, 64, 16, num_warps=8, num_stages=3, pieces=2),
         "few_rows": Gemm(32, 64, 64, num_warps=4, num_stages=4),
-        "pointer": Gemm(128, 64, 32, num_warps=8, num_stages=3, pieces=2),
+        "pointer": Gemm(128, 64, 32, num_warps=8, num_stages=4, pieces=4),
     },
     "sm_90": {
         "float32": Gemm(64, 64, 16, num_warps=4, num_stages=3, pieces=2),
