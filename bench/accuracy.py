@@ -1,14 +1,16 @@
 """The gate in front of every time: results against float64, by the one rule of the tests."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from bench.timing import trained
 from tests.formula import Problem, lora_formula
 from tests.tolerance import assert_close
 
-__all__ = ["check", "dropout_mask"]
+__all__ = ["check", "compare", "dropout_mask"]
 
 _SEED = 1234  # of torch's generator in front of a forward; equal seeds, equal masks
 
@@ -16,45 +18,66 @@ _SEED = 1234  # of torch's generator in front of a forward; equal seeds, equal m
 def check(name: str, build: Callable[[Problem], nn.Module], problem: Problem) -> None:
     """AssertionError unless y, dx, da and db of a provider in training mode are right.
 
-    They are compared with the formula under the provider's own dropout mask.
+    They are compared with the formula under the provider's own dropout mask. Of a module in which
+    nothing trains, the frozen layer, y and dx are, with the formula under a mask that drops all.
     """
-    mask = dropout_mask(build, problem)
-    _check_mask(name, mask, problem.dropout_p)
-    exact = _formula(problem, mask, torch.float64)
-    baseline = _formula(problem, mask, problem.x.dtype)
-
     module = build(problem)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    x = problem.x.clone().requires_grad_()
+    if trained(module):
+        mask = dropout_mask(name, build, problem)
+    else:
+        mask = torch.zeros_like(problem.x, dtype=torch.float64)
+    actual = solve(module, problem.x, problem.dy)
+    exact = _formula(problem, mask, torch.float64)[: len(actual)]
+    baseline = _formula(problem, mask, problem.x.dtype)[: len(actual)]
+    compare(name, ("y", "dx", "da", "db")[: len(actual)], actual, exact, baseline)
+
+
+def compare(
+    name: str,
+    labels: Sequence[str],
+    actual: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    baseline: Sequence[Tensor],
+) -> None:
+    """AssertionError that names the provider and the first tensor which is wrong."""
+    for label, *results in zip(labels, actual, exact, baseline, strict=True):
+        assert_close(*results, what=f"{name} {label}")
+
+
+def solve(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    """y, dx and the gradient of each trained parameter, in their order."""
+    x = x.detach().clone().requires_grad_()
     torch.manual_seed(_SEED)
     y = module(x)
-    actual = (y, *torch.autograd.grad(y, (x, *trained), problem.dy))
-    for what, *results in zip(("y", "dx", "da", "db"), actual, exact, baseline, strict=True):
-        assert_close(*results, what=f"{name} {what}")
+    return y.detach(), *torch.autograd.grad(y, (x, *trained(module)), dy)
 
 
-def dropout_mask(build: Callable[[Problem], nn.Module], problem: Problem) -> Tensor:
+def dropout_mask(name: str, build: Callable[[Problem], nn.Module], problem: Problem) -> Tensor:
     """What a provider's dropout multiplies x by [M, K], in float64: 0 or 1 / (1 - p).
 
-    Read off dx = dy·w + mask∘(dh·a) of a module with w = 0 and ones for a, b and dy.
+    Read off dx = dy·w + mask∘(dh·a) of a module with w = 0, ones for x, a and dy, and for b a
+    power of two that makes dh·a about one without rounding.
+    Raises: AssertionError where it keeps too much or too little, or scales wrongly.
     """
-    ones = {name: torch.ones_like(getattr(problem, name)) for name in ("x", "a", "b", "dy")}
-    probe = Problem(**{**vars(problem), **ones, "w": torch.zeros_like(problem.w)})
-    module = build(probe)  # draws initial weights, so before the seed
-    x = probe.x.requires_grad_()
-    torch.manual_seed(_SEED)
-    (dx,) = torch.autograd.grad(module(x), x, probe.dy)
-    return dx.double() / (problem.scaling * problem.b.numel())
+    ones = {what: torch.ones_like(getattr(problem, what)) for what in ("x", "a", "dy")}
+    _, exponent = math.frexp(problem.scaling * problem.b.numel())
+    b = torch.full_like(problem.b, 2.0**-exponent)
+    probe = Problem(**{**vars(problem), **ones, "b": b, "w": torch.zeros_like(problem.w)})
+    _, dx, *_ = solve(build(probe), probe.x, probe.dy)
+    observed = dx.double() / (problem.scaling * b.double().sum())
 
-
-def _check_mask(name: str, mask: Tensor, p: float) -> None:
-    kept = mask != 0
-    sigma = (p * (1 - p) / mask.numel()) ** 0.5
+    kept, p = observed != 0, problem.dropout_p
+    sigma = (p * (1 - p) / kept.numel()) ** 0.5
     rate = kept.double().mean().item()
     assert abs(rate - (1 - p)) <= 5 * sigma, f"{name} keeps {rate:.4f} of x at dropout {p}"
-    scale = torch.full_like(mask, 1 / (1 - p)).where(kept, 0)
-    # p may be rounded to 16 bits.
-    torch.testing.assert_close(mask, scale, rtol=1e-4, atol=0, msg=f"{name} scales x wrongly")
+    scale = torch.where(kept, 1 / (1 - p), 0.0).double()
+    # p may be rounded to 16 bits; the probe rounds as its dtype does, a few times over.
+    tolerance = max(1e-4, 8 * torch.finfo(problem.x.dtype).eps)
+    torch.testing.assert_close(
+        observed, scale, rtol=tolerance, atol=0, msg=f"{name} scales x wrongly"
+    )
+    # In 16 bits the probe is too coarse to be the mask itself, and p's rounding too fine to count.
+    return observed if tolerance == 1e-4 else scale
 
 
 def _formula(problem: Problem, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -1,32 +1,112 @@
 """``pytest bench/``: measures each cell, feeds pytest-benchmark, prints and writes the rows."""
 
-import json
 import pathlib
 import platform
 
 import pytest
 import torch
 
-from bench import accuracy, report, timing
+from bench import ceilings, cuda, report, repository, rows, shapes, timing
+from bench.measure import measure, subject_of
+from bench.providers import OURS, PROVIDERS, choose
 
 ROWS = pytest.StashKey[list[dict]]()
+MEASURED = pytest.StashKey[dict]()
+DEVICE = pytest.StashKey[str]()
+RECORD = pytest.StashKey[pathlib.Path]()
 CLOCK = timing.RecordedClock()
 
 
+def listed(kind, choices=()):
+    """A comma-separated option as a list of kind, each one of choices where there are any."""
+
+    def parse(text):
+        values = [kind(part.strip()) for part in text.split(",")]
+        for value in values:
+            if choices and value not in choices:
+                raise pytest.UsageError(f"{value!r} is none of {', '.join(choices)}")
+        return values
+
+    return parse
+
+
 def pytest_addoption(parser):
-    group = parser.getgroup("bench", "layers against their peers")
+    group = parser.getgroup("bench", "layers against their peers; lists are comma-separated")
+    names = [provider.name for provider in PROVIDERS]
+    modes = {"forward": shapes.FORWARD, "backward": shapes.BACKWARD, "both": shapes.BOTH}
+    lists = {
+        "--shapes": (listed(str, shapes.SETS), f"sets of layers: {', '.join(shapes.SETS)}"),
+        "--mode": (
+            lambda text: [modes[mode] for mode in listed(str, modes)(text)],
+            "forward, backward, both (one step of forward and backward)",
+        ),
+        "--execution": (listed(str, shapes.EXECUTIONS), "eager, graph (CUDA graphs)"),
+        "--peers": (
+            listed(str, names),
+            "providers by name; frozen and lora_kernels always take part",
+        ),
+        "--tokens": (listed(int), "numbers of tokens M"),
+        "--ranks": (listed(int), "ranks r"),
+        "--dropout": (listed(float), "dropout probabilities p"),
+    }
+    for name, (kind, text) in lists.items():
+        group.addoption(name, type=kind, default=[], metavar="LIST", help=text)
     group.addoption(
-        "--bench-seconds", type=float, default=8.0, metavar="S", help="time to spend on a cell"
+        "--bench-device", choices=("cpu", "cuda"), help="default: cuda where there is one"
     )
+    group.addoption(
+        "--bench-seconds", type=float, metavar="S",
+        help="time to spend on a cell; default: 6 on a CPU, 2 on a GPU",
+    )  # fmt: skip
     group.addoption("--bench-results", metavar="FILE.json", help="write the rows to this file")
+    group.addoption(
+        "--bench-record", action="store_true",
+        help="write the rows to bench/results/<gpu>/<commit>.json; refuses a dirty tree",
+    )  # fmt: skip
     group.addoption(
         "--bench-assert", action="store_true", help="fail where ours is slower than it must be"
     )
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[MEASURED] = [], {}
+    on_gpu = torch.cuda.is_available()
+    device = config.option.bench_device or ("cuda" if on_gpu else "cpu")
+    config.stash[DEVICE] = device
+    if config.option.bench_seconds is None:
+        config.option.bench_seconds = 2.0 if device == "cuda" else 6.0
+    if config.option.bench_record:
+        try:  # before minutes are spent
+            config.stash[RECORD] = repository.result_file(repository.commit(), gpu_name(device))
+        except repository.DirtyTreeError as error:
+            raise pytest.UsageError(str(error)) from None
     config.option.benchmark_quiet = True  # the table below says more; -v prints both
+
+
+def gpu_name(device: str) -> str | None:
+    return torch.cuda.get_device_name() if device == "cuda" else None
+
+
+def pytest_generate_tests(metafunc):
+    """A test for every cell that its module has among the chosen ones, and for every provider."""
+    if "row" not in metafunc.fixturenames:
+        return
+    option = metafunc.config.option
+    layers = shapes.select(
+        metafunc.config.stash[DEVICE], option.shapes, modes=option.mode,
+        executions=option.execution, tokens=option.tokens, ranks=option.ranks,
+        dropout=option.dropout,
+    )  # fmt: skip
+    module = metafunc.module
+    pairs = [
+        pytest.param(cell, name, id=f"{cell}-{name}")
+        for cell in module.cells(layers, metafunc.config.stash[DEVICE], asked=bool(option.shapes))
+        for name in choose(cell, option.peers, module.PROVIDERS)
+    ]
+    metafunc.parametrize(
+        ("cell", "provider"),
+        pairs,
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -37,47 +117,47 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def environment(request) -> dict:
-    """What a row says of the machine and the code it was measured on."""
+    """What a row says of the machine and the code it was measured on, ceilings included."""
     config, hook = request.config, request.config.hook
-    commit = hook.pytest_benchmark_generate_commit_info(config=config)
     machine = hook.pytest_benchmark_generate_machine_info(config=config)
+    device = config.stash[DEVICE]
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = None
     return {
-        "commit": commit["id"] + ("-dirty" if commit["dirty"] else ""),
+        "commit": repository.commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": triton,
         "cpu": machine["cpu"].get("brand_raw"),
         "threads": torch.get_num_threads(),
+        "gpu": gpu_name(device),
+        "driver": cuda.gpu_state().get("driver_version") if device == "cuda" else None,
+        **ceilings.measure(device, shapes.AXES[device].dtype),
     }
-
-
-@pytest.fixture(scope="module")
-def cell(request):
-    return request.module.CELLS[request.param]
-
-
-@pytest.fixture(scope="module")
-def measured(cell, environment, request) -> dict[str, tuple[dict, list[float]]]:
-    """Row and times by provider: first all are checked, then timed in one interleaved loop."""
-    config, providers = request.config, request.module.PROVIDERS
-    problem = cell.problem()
-    for name, build in providers.items():
-        if name != report.FLOOR:
-            accuracy.check(name, build, problem)
-    x = problem.x.requires_grad_()
-    steps = {
-        name: timing.step(build(problem), x, problem.dy, cell.mode)
-        for name, build in providers.items()
-    }
-    samples = timing.interleave(steps, config.getoption("bench_seconds"))
-    rows = {name: row | environment for name, row in report.make_rows(cell, samples).items()}
-    config.stash[ROWS] += rows.values()
-    return {name: (row, samples[name]) for name, row in rows.items()}
 
 
 @pytest.fixture
-def row(measured, provider, benchmark) -> dict:
+def measured(cell, environment, request) -> dict[str, tuple[dict, list[float]]]:
+    """Row and times by provider; the first test of a cell measures all of them, interleaved."""
+    option, done = request.config.option, request.config.stash[MEASURED]
+    if cell not in done:
+        providers = choose(cell, option.peers, request.module.PROVIDERS)
+        by_name, samples = measure(cell, subject_of(cell), providers, option.bench_seconds)
+        by_name = {name: row | environment for name, row in by_name.items()}
+        request.config.stash[ROWS] += by_name.values()
+        done[cell] = {name: (row, samples.get(name)) for name, row in by_name.items()}
+    return done[cell]
+
+
+@pytest.fixture
+def row(measured, provider, request) -> dict:
     """One provider's row; its times go to pytest-benchmark on the way."""
     row, samples = measured[provider]
+    if row["withheld"]:
+        (pytest.fail if provider == OURS else pytest.skip)(f"{provider}: {row['withheld']}")
+    benchmark = request.getfixturevalue("benchmark")
     benchmark.group = row["cell"]
     benchmark.extra_info = row
     times = iter(samples)
@@ -91,11 +171,11 @@ def enforced(request) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
-    if not rows:
+    measured = config.stash[ROWS]
+    if not measured:
         return
     terminalreporter.section("lora_kernels against its peers")
-    terminalreporter.write_line(report.table(rows))
-    path = config.getoption("bench_results")
-    if path:
-        pathlib.Path(path).write_text(json.dumps(rows, indent=1) + "\n")
+    terminalreporter.write_line(report.terminal(measured))
+    for path in (config.option.bench_results, config.stash.get(RECORD, None)):
+        if path:
+            rows.save(measured, pathlib.Path(path))

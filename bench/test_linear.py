@@ -1,19 +1,12 @@
-"""LoRALinear: never slower than loralib or PEFT."""
+"""LoRALinear: never slower than a peer."""
 
-import pytest
-
-from bench import providers, report, shapes
-
-CELLS = {str(cell): cell for cell in shapes.LINEAR}
-PROVIDERS = {
-    "frozen": providers.frozen,
-    "loralib": providers.loralib,
-    "peft": providers.peft,
-    "lora_kernels": providers.lora_kernels,
-}
+from bench import rows
+from bench.providers import PROVIDERS  # noqa: F401 - read by conftest.py
 
 
-@pytest.mark.parametrize("cell", CELLS, indirect=True, scope="module")
-@pytest.mark.parametrize("provider", PROVIDERS)
+def cells(layers, device, asked):
+    return [cell for cell in layers if not cell.merged]
+
+
 def test_linear(row, enforced):
-    assert not (enforced and report.lost(row)), report.describe(row)
+    assert not (enforced and rows.lost(row)), row["ours_over_peer"]

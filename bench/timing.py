@@ -1,41 +1,98 @@
 """Interleaved timing: every round calls each provider once, in a new order."""
 
+import contextlib
 import gc
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["RecordedClock", "interleave", "step"]
+from bench.shapes import BACKWARD, BOTH, FORWARD
+
+__all__ = ["RecordedClock", "Step", "Stopwatch", "interleave", "nothing", "step", "wall_seconds"]
 
 WARMUP_ROUNDS = 3
-MIN_ROUNDS = 20  # the fewest that the 99 % interval of report.py makes sense of
+MIN_ROUNDS = 20  # the fewest that the 99 % interval of rows.py makes sense of
 
-# Untimed preparation, and the call that is timed.
-Step = tuple[Callable[[], None], Callable[[], object]]
+# Runs a call and says how many seconds it took.
+Stopwatch = Callable[[Callable[[], object]], float]
 
 
-def step(module: nn.Module, x: Tensor, dy: Tensor, mode: str) -> Step:
-    """One training step of a layer alone; "forward" stops before the backward."""
+def nothing() -> None:
+    """The preparation of a step that needs none."""
 
-    def prepare():
-        module.zero_grad(set_to_none=True)
-        x.grad = None
+
+@dataclass(frozen=True)
+class Step:
+    """What is timed, and what is not: a context around it and a preparation before it.
+
+    times: how many times the call does the work of one step.
+    """
+
+    call: Callable[[], object]
+    prepare: Callable[[], object] = nothing
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    times: int = 1
+
+
+def step(
+    modules: Sequence[nn.Module],
+    x: Tensor,
+    dy: Tensor,
+    mode: str,
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Step:
+    """One training step of modules that all take x, as a stack of layers would run them.
+
+    First every forward, then every backward in reverse: a layer's weight is read again only after
+    those of the others. The call returns the tensors that it computed.
+    """
+    leaves = [(x, *trained(module)) for module in modules]
+    outputs: list[Tensor] = []
 
     def forward():
-        module(x)
+        return [module(x) for module in modules]
+
+    def keep_outputs():
+        outputs[:] = forward()
+
+    def backward(results=outputs):
+        pairs = zip(reversed(results), reversed(leaves), strict=True)
+        return [grad for y, inputs in pairs for grad in torch.autograd.grad(y, inputs, dy)]
 
     def forward_backward():
-        module(x).backward(dy)
+        return backward(forward())
 
-    return prepare, {"forward": forward, "forward+backward": forward_backward}[mode]
+    calls = {
+        FORWARD: (forward, nothing),
+        BACKWARD: (backward, keep_outputs),
+        BOTH: (forward_backward, nothing),
+    }
+    return Step(*calls[mode], context, times=len(modules))
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train, in their order."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def wall_seconds(call: Callable[[], object]) -> float:
+    """The stopwatch of the CPU."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def interleave(
-    steps: Mapping[str, Step], seconds: float, clock: Callable[[], float] = time.perf_counter
+    steps: Mapping[str, Step],
+    seconds: float,
+    stopwatch: Stopwatch = wall_seconds,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each call; entry i of every list comes from round i.
+    """Seconds of each step; entry i of every list comes from round i.
 
     Noise of the machine hits all providers of a round alike, and no provider always runs in the
     wake of the same other. Rounds go on until ``seconds`` have passed, warm-up not counted.
@@ -47,11 +104,10 @@ def interleave(
     def run_round(record: bool) -> None:
         shuffle(order)
         for name in order:
-            prepare, call = steps[name]
-            prepare()
-            start = clock()
-            call()
-            elapsed = clock() - start
+            step = steps[name]
+            with step.context():
+                step.prepare()
+                elapsed = stopwatch(step.call) / step.times
             if record:
                 samples[name].append(elapsed)
 

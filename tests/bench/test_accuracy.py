@@ -1,10 +1,12 @@
 """The gate lets right providers through and no wrong one."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
-from bench import accuracy, providers
+from bench import accuracy, peers, providers
 from bench.shapes import Cell
 
 LINEAR = Cell(m=64, k=48, n=40, r=4, dropout_p=0.0, mode="forward")
@@ -16,6 +18,39 @@ MERGED = Cell(64, 48, 30, 4, 0.25, "forward", enable_lora=(True, False, True))
 @pytest.mark.parametrize("name", ["loralib", "peft", "lora_kernels"])
 def test_gate_lets_linear_providers_through(name, cell):
     accuracy.check(name, getattr(providers, name), cell.problem())
+
+
+@pytest.mark.parametrize("cell", [LINEAR, LINEAR_DROPOUT], ids=str)
+@pytest.mark.parametrize("build", [peers.Formula, peers.Sandwich, providers.frozen])
+def test_gate_lets_the_peers_written_here_through(build, cell):
+    accuracy.check(build.__name__, build, cell.problem())
+
+
+def test_gate_lets_unsloth_through_where_there_is_no_dropout():
+    accuracy.check("unsloth", peers.Unsloth, LINEAR.problem())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("build", [providers.lora_kernels, providers.peft, peers.Sandwich])
+def test_gate_works_in_16_bits(build, dtype):
+    cell = dataclasses.replace(LINEAR_DROPOUT, dtype=dtype)
+    accuracy.check(build.__name__, build, cell.problem())
+
+
+@pytest.mark.parametrize("build", [providers.lora_kernels, peers.Formula])
+def test_gate_lets_groups_of_unequal_size_through(build):
+    cell = dataclasses.replace(MERGED, out_splits=(14, 8, 8))
+    accuracy.check(build.__name__, build, cell.problem())
+
+
+def test_gate_refuses_a_wrong_floor():
+    def doubled(problem):
+        layer = providers.frozen(problem)
+        layer.weight.data *= 2
+        return layer
+
+    with pytest.raises(AssertionError, match="frozen y rms error"):
+        accuracy.check("frozen", doubled, LINEAR.problem())
 
 
 @pytest.mark.parametrize("name", ["loralib", "lora_kernels"])

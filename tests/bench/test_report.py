@@ -1,96 +1,172 @@
-"""Quantiles, the verdict on who is slower, and the order of the table."""
+"""The report of a canned result file is exact, and refuses what it must."""
 
-import random
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import report, rows, summary
+from bench.providers import FLOOR, OURS
 from bench.shapes import Cell
 
-CELL = Cell(m=512, k=8, n=16, r=4, dropout_p=0.1, mode="forward")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MACHINE = {
+    "commit": COMMIT, "python": "3.12.1", "torch": "2.11.0", "triton": "3.6.0", "cpu": "a CPU",
+    "threads": 2, "gpu": None, "driver": None, "copy_tb_s": 0.02, "product_tflop_s": 0.1,
+    "launch_us": 1.0,
+}  # fmt: skip
+WON = Cell(m=512, k=1024, n=3072, r=8, dropout_p=0.1, mode="forward+backward",
+           enable_lora=(True, False, True))  # fmt: skip
+LOST = Cell(m=512, k=768, n=768, r=8, dropout_p=0.1, mode="forward+backward")
+CPU_RESULTS = sorted((Path(report.__file__).parent / "results/cpu").glob("*.json"))
 
 
-def make_row(cell, provider, ratio=None):
-    return {
-        "cell": cell, "provider": provider, "median_ms": 1.0, "p10_ms": 0.9, "p90_ms": 1.2,
-        "over_frozen": 1.1, "ours_over_peer": ratio,
-    }  # fmt: skip
+def canned(cell, seconds, **changes):
+    """Rows of a run in which every round took the same time; saved: 1 MB, of the floor nothing."""
+    samples = {name: [value] * 20 for name, value in seconds.items()}
+    withheld = {"sandwich": "wrong: sandwich y rms error 1e-3 > 1e-6"}
+    made = rows.make_rows(cell.fields(), [*seconds, "sandwich"], samples, withheld)
+    for name, row in made.items():
+        if not row["withheld"]:
+            row["saved_bytes"] = 0 if name == FLOOR else 1_000_000
+    return [{**row, **MACHINE, **changes} for row in made.values()]
 
 
-def test_quantiles_are_those_of_a_uniform_grid():
-    samples = list(range(101))
-    random.Random(0).shuffle(samples)
-    assert report.quantiles(samples) == (10, 50, 90)
+def canned_rows(**changes):
+    won = canned(WON, {FLOOR: 0.010, "loralib": 0.030, OURS: 0.012}, **changes)
+    lost = canned(LOST, {FLOOR: 0.010, "loralib": 0.012, "peft": 0.015, OURS: 0.0125}, **changes)
+    return won + lost
 
 
-def test_median_interval_holds_the_median_and_narrows_with_the_rounds():
-    widths = []
-    for count in (21, 101, 1001):
-        low, high = report.median_interval(range(count))
-        assert low < (count - 1) / 2 < high
-        widths.append((high - low) / count)
-    assert widths == sorted(widths, reverse=True)
-    assert widths[-1] < 0.1
+TERMINAL = """\
+cells lost to a peer: 1 of 2
+  linear 768x768 m512 r8 p0.1 float32 cpu forward+backward: loralib
+not measured:
+  sandwich: wrong: sandwich y rms error 1e-3 > 1e-6 (2 cells)
+ceilings: copy 0.020 TB/s, product 0.100 TFLOP/s, launch 1.00 us
+
+cell                                                          provider     median ms      p10      p90  /frozen  model saved MB  ours/peer (99 %)
+linear 768x768 m512 r8 p0.1 float32 cpu forward+backward      frozen          10.000   10.000   10.000    1.000            0.00
+                                                              loralib         12.000   12.000   12.000    1.200   1.14     1.00  1.042 (1.042-1.042) !
+                                                              peft            15.000   15.000   15.000    1.500   1.14     1.00  0.833 (0.833-0.833)
+                                                              lora_kernels    12.500   12.500   12.500    1.250   1.03     1.00
+merged101 1024x3072 m512 r8 p0.1 float32 cpu forward+backward frozen          10.000   10.000   10.000    1.000            0.00
+                                                              loralib         30.000   30.000   30.000    3.000            1.00  0.400 (0.400-0.400)
+                                                              lora_kernels    12.000   12.000   12.000    1.200            1.00
+"""  # noqa: E501
+
+MARKDOWN = """\
+| forward + backward, ms (over frozen) | frozen | loralib | peft | sandwich | lora_kernels |
+|---|---|---|---|---|---|
+| linear 768x768 m512 r8 p0.1 float32 cpu | 10 | **12 (1.20)** | 15 (1.50) | withheld | 12.5 (1.25) |
+| merged101 1024x3072 m512 r8 p0.1 float32 cpu | 10 | 30 (3.00) | - | withheld | 12 (1.20) |
+"""  # noqa: E501
 
 
-def test_median_interval_misses_the_true_median_in_about_one_of_a_hundred_samples():
-    draw = random.Random(0)
-    misses = 0
-    for _ in range(2000):
-        low, high = report.median_interval(draw.gauss(0, 1) for _ in range(41))
-        misses += not low <= 0 <= high
-    assert misses <= 40
+@pytest.fixture
+def result_file(tmp_path):
+    path = tmp_path / "canned.json"
+    rows.save(canned_rows(), path)
+    return path
 
 
-def test_rows_pair_the_times_of_a_round():
-    noise = [1.0, 3.0, 2.0, 5.0] * 10  # five times as large as the difference, but shared
-    samples = {
-        "frozen": noise,
-        "peer": [2 * t for t in noise],
-        "lora_kernels": [1.5 * t for t in noise],
-    }
-    rows = report.make_rows(CELL, samples)
-    assert rows["peer"]["ours_over_peer"] == (0.75, 0.75, 0.75)
-    assert rows["lora_kernels"]["over_frozen"] == 1.5
-    assert rows["frozen"]["ours_over_peer"] is rows["lora_kernels"]["ours_over_peer"] is None
-    assert rows["peer"]["median_ms"] == pytest.approx(5000)
-    assert rows["peer"]["rounds"] == 40
+def test_terminal_table_is_exact():
+    assert report.terminal(canned_rows()) + "\n" == TERMINAL
+
+
+def test_report_of_a_canned_file_is_exact(result_file, capsys):
+    assert report.main([str(result_file)]) == 0
+    folder = result_file.parent
+    assert (folder / "table.md").read_text() == MARKDOWN
+    made = json.loads((folder / "summary.json").read_text())
+    assert list(made)[:3] == ["cells", "cells_lost", "lost"]
+    assert (made["cells"], made["cells_lost"]) == (2, 1)
+    assert made["lost"] == [{"cell": str(LOST), "faster": ["loralib"]}]
+    measured = {goal["goal"]: (goal["measured"], goal["met"]) for goal in made["goals"]}
+    assert measured["cells in which a peer is faster"] == (1.0, False)
+    merged, met = measured["CPU: MergedLinear, times faster than loralib"]
+    assert (merged, met) == (pytest.approx(2.5), True)
+    assert measured["4096x4096, time over frozen"] == (None, None)
+    assert made["machine"]["commit"] == COMMIT
+    assert [entry["provider"] for entry in made["withheld"]] == ["sandwich"] * 2
+    for picture in ("tax.png", "roofline.png", "memory.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    assert output.startswith("cells lost to a peer: 1 of 2\n")
+    assert "| 4096x4096, time over frozen | at most 1.08 | not measured |" in output
+    assert "| cells in which a peer is faster | at most 0 | 1, not met |" in output
 
 
 @pytest.mark.parametrize(
-    ("ratio", "speedup", "lost"),
+    ("changes", "message"),
     [
-        ((1.2, 1.1, 1.3), 1, True),
-        ((1.2, 0.9, 1.3), 1, False),  # one noisy median is no verdict
-        ((0.8, 0.7, 0.9), 1, False),
-        ((0.8, 0.7, 0.9), 2, True),
-        ((0.4, 0.3, 0.6), 2, False),
-        (None, 1, False),
+        ({"commit": COMMIT + "-dirty"}, "results are kept of committed code only"),
+        ({"commit": "another"}, "rows of one commit are needed"),
     ],
 )
-def test_a_peer_wins_only_where_the_whole_interval_says_so(ratio, speedup, lost):
-    assert report.lost(make_row("c", "peer", ratio), speedup) is lost
+def test_dirty_and_mixed_rows_are_refused_and_nothing_is_written(
+    tmp_path, capsys, changes, message
+):
+    path = tmp_path / "canned.json"
+    mixed = canned_rows() if changes["commit"] == "another" else []
+    rows.save(mixed + canned_rows(**changes), path)
+    assert report.main([str(path)]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_rows_of_lost_cells_come_first_and_keep_their_order():
-    rows = [
-        make_row("won", "frozen"),
-        make_row("won", "peer", (0.5, 0.4, 0.6)),
-        make_row("lost", "frozen"),
-        make_row("lost", "peer", (0.9, 0.8, 1.1)),
-        make_row("lost", "other", (1.5, 1.4, 1.6)),
-    ]
-    assert report.losses_first(rows) == rows[2:] + rows[:2]
+def goal_rows(sizes, seconds, **changes):
+    fields = {"m": 8192, "r": 16, "dropout_p": 0.1, "device": "cuda", "execution": "graph"}
+    made = []
+    for k, n in sizes:
+        cell = Cell(mode="forward+backward", k=k, n=n, **{**fields, **changes})
+        made += canned(cell, seconds, dtype="bfloat16", gpu="a GPU")
+    return made
 
 
-def test_table_names_the_peer_that_won_before_anything_else():
-    rows = [
-        make_row("first cell", "peer", (0.5, 0.4, 0.6)),
-        make_row("second cell", "other", (1.5, 1.4, 1.6)),
-    ]
-    lines = report.table(rows).splitlines()
-    assert lines[:2] == ["cells lost to a peer: 1 of 2", "  second cell: other"]
-    assert lines[-2].startswith("second cell")
-    assert lines[-2].endswith("1.500 (1.400-1.600) !")
-    assert lines[-1].startswith("first cell")
-    assert lines[-1].endswith("0.500 (0.400-0.600)")
+def test_goals_of_a_gpu_are_found_among_its_rows():
+    times = {FLOOR: 0.100, "peft": 0.150, OURS: 0.104}
+    measured = goal_rows([*summary.SEVEN, (8192, 8192)], times)
+    measured += goal_rows([(4096, 4096)], {FLOOR: 1.0, OURS: 1.2}, m=16)
+    measured += goal_rows([(4096, 4096)], {FLOOR: 1.0, OURS: 9.0}, execution="eager")
+    values = {goal["goal"]: goal["measured"] for goal in summary.goals(measured)}
+    assert values["Llama-3-8B's seven linears, time over frozen"] == pytest.approx(1.04)
+    assert values["8192x8192, time over frozen"] == pytest.approx(1.04)
+    assert values["times faster than PEFT at 4096x4096"] == pytest.approx(1.5 / 1.04)
+    assert values[
+        "decode (M <= 64) under a CUDA graph at 4096x4096, time over frozen"
+    ] == pytest.approx(1.2)
+    assert values["saved for backward beyond x at 4096x4096, over x"] == pytest.approx(
+        1_000_000 / (2 * 8192 * 4096)
+    )
+    assert values["CPU: MergedLinear, times faster than loralib"] is None
+
+
+def test_seven_linears_are_not_measured_while_one_is_missing():
+    measured = goal_rows(list(summary.SEVEN)[:3], {FLOOR: 0.1, OURS: 0.1})
+    assert summary.goals(measured)[1]["measured"] is None
+
+
+def test_prediction_is_that_of_the_scheme_on_the_machine_of_the_row():
+    by_name = {row["provider"]: row for row in canned_rows() if row["cell"] == str(LOST)}
+    assert report.predicted(by_name[FLOOR]) is None
+    assert 1.0 < report.predicted(by_name[OURS]) < report.predicted(by_name["peft"])
+    assert report.predicted({**by_name["peft"], "dropout_p": 0.0}) is None
+    assert report.predicted({**by_name[OURS], "copy_tb_s": None}) is None
+    assert report.predicted({**by_name[OURS], "mode": "forward"}) is None
+
+
+def test_models_are_told_in_tokens_per_second():
+    row = {**canned_rows()[0], "kind": "model", "model": "m", "m": 256, "peak_bytes": 2_000_000}
+    assert summary.tokens_per_second(row) == pytest.approx(25_600)
+    assert report.terminal([row]).endswith(", frozen: 25600 tokens/s, peak 2.00 MB")
+
+
+@pytest.mark.parametrize("path", CPU_RESULTS, ids=lambda path: path.name)
+def test_results_in_the_repository_can_be_read(path, tmp_path):
+    copied = shutil.copy(path, tmp_path)
+    assert report.main([str(copied)]) == 0
+    made = json.loads((tmp_path / "summary.json").read_text())
+    assert made["cells"] >= 12
+    assert (tmp_path / "tax.png").exists()

@@ -17,7 +17,7 @@ def run(tmp_path_factory):
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "bench/test_merged_linear.py",
-            "-k", "not p0.1 and not backward", "--bench-seconds=0",
+            "--mode=forward", "--dropout=0", "--bench-seconds=0", "--bench-device=cpu",
             f"--bench-results={folder / 'rows.json'}",
             f"--benchmark-json={folder / 'benchmark.json'}", "-p", "no:cacheprovider",
         ],

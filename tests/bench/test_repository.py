@@ -1,0 +1,45 @@
+"""Figures are kept of committed code only."""
+
+import subprocess
+
+import pytest
+
+from bench import repository
+
+
+def git(folder, *arguments):
+    identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+    subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    git(tmp_path, "init")
+    (tmp_path / "code.py").write_text("x = 1\n")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    return tmp_path
+
+
+def test_clean_tree_is_its_commit_and_names_the_file(checkout):
+    commit = repository.commit(checkout)
+    assert len(commit) == 40
+    path = repository.result_file(commit, "NVIDIA H200", checkout)
+    assert path == checkout / "bench/results/nvidia-h200" / f"{commit[:10]}.json"
+    assert repository.result_file(commit, None, checkout).parent.name == "cpu"
+
+
+@pytest.mark.parametrize("name", ["code.py", "new.py"])
+def test_changed_or_new_file_makes_the_tree_dirty(checkout, name):
+    (checkout / name).write_text("x = 2\n")
+    commit = repository.commit(checkout)
+    assert commit.endswith(repository.DIRTY)
+    with pytest.raises(repository.DirtyTreeError, match="committed code only"):
+        repository.result_file(commit, None, checkout)
+
+
+def test_results_themselves_do_not_make_the_tree_dirty(checkout):
+    results = checkout / "bench/results/cpu"
+    results.mkdir(parents=True)
+    (results / "0.json").write_text("[]")
+    assert not repository.commit(checkout).endswith(repository.DIRTY)
