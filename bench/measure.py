@@ -12,6 +12,7 @@ from bench import accuracy, counters, cuda, timing
 from bench.providers import FLOOR, Provider
 from bench.rows import make_rows
 from bench.shapes import GRAPH, Cell
+from lora_kernels.plan import failures
 
 __all__ = ["LayerSubject", "Subject", "measure", "subject_of"]
 
@@ -90,11 +91,19 @@ def _prepare(cell, subject: Subject, provider: Provider, x: Tensor) -> tuple[tim
     modules = [subject.build(provider) for _ in range(subject.copies)]
     single = timing.step(modules[:1], x, subject.dy, cell.mode, provider.context)
     counted = counters.count(modules[0], x, single)
+    _require_plan(provider, x)
     step = timing.step(modules, x, subject.dy, cell.mode, provider.context)
     if cell.execution == GRAPH:
         random = cell.dropout_p > 0 and provider.name != FLOOR
         step = cuda.capture(step, random)
     return step, counted
+
+
+def _require_plan(provider: Provider, x: Tensor) -> None:
+    """WithheldError where another plan took the place of the provider's own."""
+    for (name, what), reason in failures().items():
+        if name == provider.plan and x.dtype in what and x.device in what:
+            raise WithheldError(f"plan {name} failed: {reason.splitlines()[0]}")
 
 
 def _reason(error: Exception) -> str:

@@ -18,7 +18,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["PLANS", "Measured", "Plan", "Product", "aligned", "capability_of", "choose", "run"]
+__all__ = [
+    "PLANS", "Measured", "Plan", "Product", "aligned", "capability_of", "choose", "failures", "run",
+]  # fmt: skip
 
 PLANS = ("fused", "sandwich", "reference")
 _VARIABLE = "LORA_KERNELS_PLAN"
@@ -145,7 +147,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-_failed: set[tuple] = set()  # (plan, what) that did not compile or launch in this process
+_failed: dict[tuple[str, tuple], str] = {}
 # The device's own errors, which come from wherever it is asked next, and memory that ran out.
 _NOT_OURS = re.compile(
     "out of memory|ALLOC_FAILED|CUDA error|illegal|misaligned|unspecified launch failure"
@@ -172,12 +174,20 @@ def run(plan: Plan, what: tuple, by_plan: Callable[[str], _Result]) -> _Result:
     return by_plan("reference")
 
 
+def failures() -> dict[tuple[str, tuple], str]:
+    """The reason by (plan, what) of all that did not compile or launch in this process.
+
+    what: as in run().
+    """
+    return dict(_failed)
+
+
 def _give_up(name: str, what: tuple, error: Exception) -> None:
-    _failed.add((name, what))
+    reason = _failed[name, what] = f"{type(error).__name__}: {error}"
     following = PLANS[PLANS.index(name) + 1]
     warnings.warn(
         f"lora_kernels: plan {name} failed for {' '.join(map(str, what))} and {following} takes "
-        f"its place: {type(error).__name__}: {error}",
+        f"its place: {reason}",
         RuntimeWarning,
         stacklevel=3,
     )

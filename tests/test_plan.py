@@ -195,6 +195,10 @@ def test_a_plan_that_failed_is_not_tried_again(forgetful, monkeypatch, device):
         call(problem)
     call(problem)
     assert len(tried) == 1
+    [((name, what), reason)] = plans.failures().items()
+    assert name == "sandwich"
+    assert problem.x.dtype in what
+    assert "gcc" in reason
 
 
 @pytest.mark.parametrize(
