@@ -228,6 +228,14 @@ def put_lora_kernels(model: nn.Module, adapters: Adapters, dropout_p: float) -> 
     _replace(model, adapters, wrap)
 
 
+def put_shared(model: nn.Module, adapters: Adapters, dropout_p: float) -> None:
+    """q, k and v, and gate and up, in one call each."""
+    import lora_kernels as lora
+
+    put_lora_kernels(model, adapters, dropout_p)
+    lora.share_inputs(model)
+
+
 def put_loralib(model: nn.Module, adapters: Adapters, dropout_p: float) -> None:
     """loralib has no way to wrap a layer: one is made and its weight and bias replaced."""
     import loralib as lora
@@ -282,6 +290,7 @@ MODEL_PROVIDERS = (
     Provider(FLOOR, put_nothing),
     Provider("loralib", put_loralib, needs="loralib"),
     Provider("peft", put_peft, lambda cell: cell.model.startswith("llama"), needs="peft"),
+    Provider(f"{OURS}[shared inputs]", put_shared, lambda cell: cell.model.startswith("llama")),
     Provider(OURS, put_lora_kernels),
 )
 

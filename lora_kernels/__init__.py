@@ -18,7 +18,9 @@ from lora_kernels.layers import (
     LoRALinear,
     LoRAMergedLinear,
     MergedLinear,
+    share_inputs,
 )
+from lora_kernels.shared import lora_shared_linear
 
 __version__ = "0.1.0"
 
@@ -41,8 +43,10 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_merged_linear",
+    "lora_shared_linear",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merged_state_dict",
     "save_adapter",
+    "share_inputs",
 ]

@@ -16,6 +16,8 @@ __all__ = [
     "lora_forward",
     "lora_linear",
     "lora_merged_linear",
+    "prepared",
+    "seeds_for",
 ]
 
 _LARGEST = sys.float_info.max
@@ -136,6 +138,29 @@ def lora_forward(
     enable_lora: Sequence[bool],
 ) -> Tensor:
     """The common path of both functions and of the layers, which name themselves in errors."""
+    x, weight, bias, out_splits = prepared(
+        layer, x, weight, a, b, bias, scaling, dropout_p, out_splits, enable_lora
+    )
+    seed = seeds_for(layer, x, dropout_p, seed)
+    y, _ = _LoRALinear.apply(
+        x, weight, a, b, bias, seed, scaling, dropout_p, out_splits, enable_lora
+    )
+    return y
+
+
+def prepared(
+    layer: str | nn.Module,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    out_splits: Sequence[int] | None,
+    enable_lora: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Sequence[int]]:
+    """x, weight, bias and out_splits as the op takes them, or an error that names the layer."""
     check_tensor(layer, "weight", weight)
     if weight.dim() != 2:
         raise ValueError(
@@ -160,16 +185,7 @@ def lora_forward(
         raise ValueError(f"{layer_name(layer)}: dropout_p must be in [0, 1), got {dropout_p!r}")
     if not -_LARGEST <= scaling <= _LARGEST:
         raise ValueError(f"{layer_name(layer)}: scaling must be finite, got {scaling!r}")
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    else:
-        _check_seed(layer, seed, x)
-    y, _ = _LoRALinear.apply(
-        x, weight, a, b, bias, seed, scaling, dropout_p, out_splits, enable_lora
-    )
-    return y
+    return x, weight, bias, out_splits
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -375,13 +391,22 @@ def _check_fit(layer, x, weight, a, b, bias, out_splits, enable_lora) -> None:
             fail(name, f"be on x's device {x.device}", operand.device)
 
 
-def _check_seed(layer, seed, x) -> None:
+def seeds_for(
+    layer: str | nn.Module, x: Tensor, dropout_p: float, seed: Tensor | None, count: int = 1
+) -> Tensor | None:
+    """seed where it is one of count masks, drawn where it is None; None without dropout."""
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=x.device)
     if not isinstance(seed, Tensor):
         raise TypeError(
             f"{layer_name(layer)}: seed must be a torch.Tensor, got {type(seed).__name__}"
         )
-    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+    if seed.dtype != torch.int64 or seed.numel() != count or seed.device != x.device:
+        elements = "one element" if count == 1 else f"{count} elements"
         raise ValueError(
-            f"{layer_name(layer)}: seed must be an int64 tensor of one element on {x.device}, got "
+            f"{layer_name(layer)}: seed must be an int64 tensor of {elements} on {x.device}, got "
             f"{seed.dtype} {list(seed.shape)} on {seed.device}"
         )
+    return seed.reshape(count)

@@ -19,6 +19,8 @@ __all__ = [
     "groups",
     "lora_linear_backward",
     "lora_linear_forward",
+    "lora_shared_linear_backward",
+    "lora_shared_linear_forward",
     "low_rank_input",
 ]
 
@@ -151,6 +153,79 @@ def lora_linear_backward(
     if needs_bias:
         dbias = dy_rows.sum(0)
     return [grad for grad in (dx, dw, da, db, dbias) if grad is not None]
+
+
+def lora_shared_linear_forward(
+    x: Tensor,
+    ws: Sequence[Tensor],
+    a: Tensor,
+    bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    seeds: Tensor | None,
+    scalings: Sequence[float],
+    dropout_p: float,
+) -> list[Tensor]:
+    """lora_linear_forward of L layers that share x, each with a mask of its own; the y, then h.
+
+    Shapes: x [..., K], ws L of [N_l, K], a [L, r, K], bs L of [N_l, r], seeds [L]
+    -> L of y [..., N_l], and h [L, M, r].
+    """
+    results = [
+        lora_linear_forward(
+            x, w, a[i], b, bias, _seed(seeds, i), scalings[i], dropout_p, (w.shape[0],), (True,)
+        )
+        for i, (w, b, bias) in enumerate(zip(ws, bs, biases, strict=True))
+    ]
+    ys, hs = zip(*results, strict=True)
+    return [*ys, torch.stack(hs)]
+
+
+def lora_shared_linear_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    h: Tensor | None,
+    ws: Sequence[Tensor],
+    a: Tensor,
+    bs: Sequence[Tensor],
+    seeds: Tensor | None,
+    scalings: Sequence[float],
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of lora_shared_linear_forward that needs = (x, ws, a, bs, biases) asks for.
+
+    One dx, the sum over the layers; L of dw; da [L, r, K]; L of db; L of dbias; in that order.
+    x may be None but for dw and da, h but for db.
+    """
+    grads: list[list[Tensor]] = []
+    for i, (dy, w, b) in enumerate(zip(dys, ws, bs, strict=True)):
+        grads.append(
+            lora_linear_backward(
+                dy, x, None if h is None else h[i], w, a[i], b, _seed(seeds, i), scalings[i],
+                dropout_p, (w.shape[0],), (True,), needs,
+            )
+        )  # fmt: skip
+    results: list[Tensor] = []
+    for name, *of_layers in zip(_needed(needs), *grads, strict=True):
+        if name == "x":
+            dx = of_layers[0]
+            for other in of_layers[1:]:
+                dx.add_(other)
+            results.append(dx)
+        elif name == "a":
+            results.append(torch.stack(of_layers))
+        else:
+            results += of_layers
+    return results
+
+
+def _seed(seeds: Tensor | None, layer: int) -> Tensor | None:
+    return None if seeds is None else seeds[layer : layer + 1]
+
+
+def _needed(needs: Sequence[bool]) -> list[str]:
+    names = ("x", "w", "a", "b", "bias")
+    return [name for name, needed in zip(names, needs, strict=True) if needed]
 
 
 def add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:

@@ -24,7 +24,7 @@ PUBLIC = [
     "LoRALayer",
     "Linear", "MergedLinear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ConvLoRA",
     "mark_only_lora_as_trainable", "lora_state_dict",
-    "lora_linear", "lora_merged_linear",
+    "lora_linear", "lora_merged_linear", "lora_shared_linear", "share_inputs",
     "apply_lora", "save_adapter", "load_adapter", "merged_state_dict",
 ]  # fmt: skip
 
@@ -36,11 +36,12 @@ LEVELS = {
     "kernels": 2,
     "ops": 3,
     "functional": 4,
-    "layers": 5,
-    "adapt": 6,
-    "checkpoint": 6,
-    "peft_format": 6,
-    "": 7,  # lora_kernels/__init__.py
+    "shared": 5,
+    "layers": 6,
+    "adapt": 7,
+    "checkpoint": 7,
+    "peft_format": 7,
+    "": 8,  # lora_kernels/__init__.py
 }
 
 

@@ -1,6 +1,7 @@
 """da = dhᵀ · x_hat. One program owns BLOCK_R rows and BLOCK_K columns of da and one slice of M.
 
-It reads its part of x once and draws the mask again. Slices of M have a da each; sum_parts adds
+It reads its part of x once and draws the mask again. Layers that share x each have a da, a dh and a
+mask. Slices of M have a da each; sum_parts adds
 them in a fixed order.
 """
 
@@ -49,19 +50,21 @@ CONFIGS = {
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _da_kernel(
     dh_ptr, x_ptr, seed_ptr, da_ptr,
-    M, K, R, m_slice, threshold,
+    M, K, R, layers, m_slice, threshold,
     stride_xm,
     DROPOUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     ranks = tl.cdiv(R, BLOCK_R)  # programs of the same columns are neighbours: x comes from L2
-    k = tl.program_id(0) // ranks * BLOCK_K
+    k = tl.program_id(0) // (ranks * layers) * BLOCK_K
+    layer = tl.program_id(0) // ranks % layers
     r = tl.program_id(0) % ranks * BLOCK_R
+    dh_ptr += tl.cast(layer, tl.int64) * M * R
     part = tl.program_id(1)
     first_m = tl.cast(part, tl.int64) * m_slice
     steps = tl.cdiv(tl.maximum(min(M - first_m, m_slice), 0), BLOCK_M).to(tl.int32)
     if DROPOUT:
-        seed = tl.load(seed_ptr)
+        seed = tl.load(seed_ptr + layer)
 
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for step in tl.range(0, steps):
@@ -74,7 +77,7 @@ def _da_kernel(
 
     offs_r = r + tl.arange(0, BLOCK_R)
     offs_k = k + tl.arange(0, BLOCK_K)
-    offs_da = (part * R + offs_r).to(tl.int64)[:, None] * K + offs_k[None, :]
+    offs_da = ((part * layers + layer) * R + offs_r).to(tl.int64)[:, None] * K + offs_k[None, :]
     tl.store(da_ptr + offs_da, acc, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])
 
 
@@ -87,17 +90,21 @@ def da(
     numerics: Numerics,
     config: Skinny | None = None,
 ) -> Tensor:
-    """da = dhᵀ·(x where kept); dh carries the mask's scale. Shapes: [M, R], [M, K] -> [R, K]."""
-    (m, k), r = x.shape, dh.shape[1]
+    """da = dhᵀ·(x where kept); dh carries the mask's scale. Shapes: [M, R], [M, K] -> [R, K].
+
+    For L layers that share x: dh [L, M, R], seed [L] -> [L, R, K].
+    """
+    (m, k), r, layers = x.shape, dh.shape[-1], dh.shape[:-2].numel()
     config = config or choose_skinny(CONFIGS, x.device, numerics.rank)
     block_r = rank_block(r, numerics.rank)
     cols, ranks = triton.cdiv(k, config.BLOCK_COLS), triton.cdiv(r, block_r)
-    parts, m_slice = slices(m, config.BLOCK_ROWS, cols * ranks, x.device)
-    out = torch.empty((parts, r, k), dtype=torch.float32, device=x.device)
+    programs = cols * layers * ranks
+    parts, m_slice = slices(m, config.BLOCK_ROWS, programs, x.device)
+    out = torch.empty((parts, *dh.shape[:-2], r, k), dtype=torch.float32, device=x.device)
     launch(
-        _da_kernel, (cols * ranks, parts),
+        _da_kernel, (programs, parts),
         dh, x, seed, out,
-        m, k, r, m_slice, word_threshold(dropout_p),
+        m, k, r, layers, m_slice, word_threshold(dropout_p),
         x.stride(0),
         DROPOUT=dropout_p > 0, DTYPE=numerics.rank, PRECISION=numerics.precision,
         BLOCK_M=config.BLOCK_ROWS, BLOCK_K=config.BLOCK_COLS, BLOCK_R=block_r,

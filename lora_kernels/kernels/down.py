@@ -1,6 +1,7 @@
 """h = x_hat · aᵀ. One program owns BLOCK_M rows of h, BLOCK_R of its columns and one slice of K.
 
-It reads its part of x once and drops elements in registers. Where M alone gives too few programs, K
+It reads its part of x once and drops elements in registers. Layers that share x each have an h,
+an a and a mask. Where M alone gives too few programs, K
 is cut into slices, each with an h of its own, and sum_parts adds these in a fixed order.
 """
 
@@ -50,19 +51,21 @@ CONFIGS = {
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _down_kernel(
     x_ptr, a_ptr, seed_ptr, h_ptr,
-    M, K, R, k_slice, threshold, scale,
+    M, K, R, layers, k_slice, threshold, scale,
     stride_xm, stride_ar,
     DROPOUT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     ranks = tl.cdiv(R, BLOCK_R)  # programs of the same rows are neighbours: x comes from L2
-    row = (tl.program_id(0) // ranks).to(tl.int64) * BLOCK_M
+    row = (tl.program_id(0) // (ranks * layers)).to(tl.int64) * BLOCK_M
+    layer = tl.program_id(0) // ranks % layers
     r = tl.program_id(0) % ranks * BLOCK_R
+    a_ptr += tl.cast(layer, tl.int64) * R * stride_ar
     part = tl.program_id(1)
     first_k = part * k_slice
     steps = tl.cdiv(tl.maximum(min(K - first_k, k_slice), 0), BLOCK_K)
     if DROPOUT:
-        seed = tl.load(seed_ptr)
+        seed = tl.load(seed_ptr + layer)
 
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for step in tl.range(0, steps):
@@ -75,7 +78,7 @@ def _down_kernel(
 
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_r = r + tl.arange(0, BLOCK_R)
-    offs_h = (tl.cast(part, tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
+    offs_h = (tl.cast(part * layers + layer, tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
     tl.store(h_ptr + offs_h, acc * scale, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
 
 
@@ -87,18 +90,22 @@ def down(
     numerics: Numerics,
     config: Skinny | None = None,
 ) -> Tensor:
-    """h = dropout(x)·aᵀ in float32. Shapes: x [M, K], a [R, K], seed [1] -> [M, R]."""
-    (m, k), r = x.shape, a.shape[0]
+    """h = dropout(x)·aᵀ in float32. Shapes: x [M, K], a [R, K], seed [1] -> [M, R].
+
+    For L layers that share x: a [L, R, K], seed [L] -> [L, M, R].
+    """
+    (m, k), r, layers = x.shape, a.shape[-2], a.shape[:-2].numel()
     config = config or choose_skinny(CONFIGS, x.device, numerics.factor)
     block_r = rank_block(r, numerics.factor)
     rows, ranks = triton.cdiv(m, config.BLOCK_ROWS), triton.cdiv(r, block_r)
-    parts, k_slice = slices(k, config.BLOCK_COLS, rows * ranks, x.device)
-    h = torch.empty((parts, m, r), dtype=torch.float32, device=x.device)
+    programs = rows * layers * ranks
+    parts, k_slice = slices(k, config.BLOCK_COLS, programs, x.device)
+    h = torch.empty((parts, *a.shape[:-2], m, r), dtype=torch.float32, device=x.device)
     launch(
-        _down_kernel, (rows * ranks, parts),
+        _down_kernel, (programs, parts),
         x, a, seed, h,
-        m, k, r, k_slice, word_threshold(dropout_p), philox.keep_scale(dropout_p),
-        x.stride(0), a.stride(0),
+        m, k, r, layers, k_slice, word_threshold(dropout_p), philox.keep_scale(dropout_p),
+        x.stride(0), a.stride(-2),
         DROPOUT=dropout_p > 0, DTYPE=numerics.factor, PRECISION=numerics.precision,
         BLOCK_M=config.BLOCK_ROWS, BLOCK_K=config.BLOCK_COLS, BLOCK_R=block_r,
         num_warps=config.num_warps, num_stages=config.num_stages,

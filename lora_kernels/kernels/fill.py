@@ -56,7 +56,8 @@ def _fill_kernel(
     left_ptr, right_ptr, bias_ptr, seed_ptr, out_ptr,
     M, R, rank_total, sizes, scale, threshold,
     stride_right, stride_om,
-    ENABLED: tl.constexpr, RIGHT_T: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    LAYERS: tl.constexpr, ENABLED: tl.constexpr, RIGHT_T: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
@@ -67,14 +68,23 @@ def _fill_kernel(
     column, end, right_row, group, enabled = locate(tile_n, sizes, ENABLED, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if enabled:
-        acc = add_low_rank(
-            acc, left_ptr + group * R, right_ptr, row, right_row, scale,
-            rank_total, stride_right, M, right_row + end - column, R,
-            RIGHT_T, DTYPE, PRECISION, BLOCK_R, RANK_BLOCKS,
-        )  # fmt: skip
-    if DROPOUT:
-        keep = keep_tile(tl.load(seed_ptr), row, column, threshold, BLOCK_M, BLOCK_N)
-        acc = tl.where(keep, acc, 0.0)
+        for layer in tl.static_range(LAYERS):
+            update = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            update = add_low_rank(
+                update, left_ptr + tl.cast(layer, tl.int64) * M * R + group * R,
+                right_ptr + tl.cast(layer, tl.int64) * R * stride_right, row, right_row, scale,
+                rank_total, stride_right, M, right_row + end - column, R,
+                RIGHT_T, DTYPE, PRECISION, BLOCK_R, RANK_BLOCKS,
+            )  # fmt: skip
+            if DROPOUT:
+                keep = keep_tile(
+                    tl.load(seed_ptr + layer), row, column, threshold, BLOCK_M, BLOCK_N
+                )
+                update = tl.where(keep, update, 0.0)
+            if layer == 0:
+                acc = update
+            else:
+                acc += update
     if HAS_BIAS:
         offs_n = column + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < end, other=0.0).to(tl.float32)[None, :]
@@ -84,7 +94,7 @@ def _fill_kernel(
 def _fill(
     left, right, right_t, bias, seed, scale, dropout_p, sizes, enabled, r, dtype, numerics, config
 ) -> Tensor:
-    m, device = left.shape[0], left.device
+    (m, rank_total), device = left.shape[-2:], left.device
     config = config or choose_skinny(CONFIGS, device, numerics.update)
     out = torch.empty((m, sum(sizes)), dtype=dtype, device=device)
     block_r = rank_block(r, numerics.update)
@@ -93,9 +103,10 @@ def _fill(
     launch(
         _fill_kernel, (tiles,),
         left, right, bias, seed, out,
-        m, r, left.shape[1], sizes, scale, word_threshold(dropout_p),
-        right.stride(0), out.stride(0),
-        ENABLED=enabled, RIGHT_T=right_t, HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0,
+        m, r, rank_total, sizes, scale, word_threshold(dropout_p),
+        right.stride(-2), out.stride(0),
+        LAYERS=left.shape[:-2].numel(), ENABLED=enabled, RIGHT_T=right_t,
+        HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0,
         DTYPE=numerics.update, PRECISION=numerics.update_precision,
         BLOCK_M=config.BLOCK_ROWS, BLOCK_N=config.BLOCK_COLS,
         BLOCK_R=block_r, RANK_BLOCKS=triton.cdiv(r, block_r),
@@ -131,8 +142,11 @@ def fill_dx(
     numerics: Numerics,
     config: Skinny | None = None,
 ) -> Tensor:
-    """dh·a where kept, else 0; dh carries the mask's scale. Shapes: [M, R], [R, K] -> [M, K]."""
+    """dh·a where kept, else 0; dh carries the mask's scale. Shapes: [M, R], [R, K] -> [M, K].
+
+    For L layers that share x, their sum: dh [L, M, R], a [L, R, K], seed [L] -> [M, K].
+    """
     return _fill(
-        dh, a, False, None, seed, 1.0, dropout_p, (a.shape[1],), (True,), a.shape[0],
+        dh, a, False, None, seed, 1.0, dropout_p, (a.shape[-1],), (True,), a.shape[-2],
         dtype, numerics, config,
     )  # fmt: skip

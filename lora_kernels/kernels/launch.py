@@ -1,5 +1,6 @@
 """What launchers share: the target, the configurations, the numerics and the launch itself."""
 
+import contextlib
 import functools
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lora_kernels.plan import capability_of
 
 __all__ = [
-    "Gemm", "Numerics", "Skinny", "choose_gemm", "choose_skinny", "fits_tma", "launch",
+    "Gemm", "Numerics", "Skinny", "choose_gemm", "choose_skinny", "current", "fits_tma", "launch",
     "numerics_of", "operand", "programs", "programs_at_once", "rank_block", "slices", "target_of",
 ]  # fmt: skip
 
@@ -191,6 +192,13 @@ def programs(tiles: int, config: Gemm, device: torch.device) -> int:
     Where they run one after the other, as in the interpreter, that changes nothing.
     """
     return min(tiles, programs_at_once(device)) if config.tma else tiles
+
+
+def current(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes tensor's device the current one: Triton launches there, under its stream."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:

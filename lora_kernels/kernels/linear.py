@@ -10,10 +10,8 @@ plan          forward                                     backward
 Gradients of weight and bias, which LoRA leaves frozen, are PyTorch's own products.
 """
 
-import contextlib
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lora_kernels import philox
@@ -23,7 +21,8 @@ from lora_kernels.kernels.dx import dx
 from lora_kernels.kernels.dy_pass import dy_pass
 from lora_kernels.kernels.fill import fill_dx, fill_y
 from lora_kernels.kernels.forward import forward
-from lora_kernels.kernels.launch import numerics_of
+from lora_kernels.kernels.launch import current, numerics_of
+from lora_kernels.kernels.layout import either_way, rows
 
 __all__ = ["lora_linear_backward", "lora_linear_forward"]
 
@@ -42,17 +41,17 @@ def lora_linear_forward(
     enable_lora: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """reference.lora_linear_forward by plan "fused" or "sandwich"."""
-    rows, w, a, b = _rows(x), _either_way(w), _rows(a), _rows(b)
+    x_rows, w, a, b = rows(x), either_way(w), rows(a), rows(b)
     bias = bias if bias is None else bias.contiguous()
     sizes, enabled = tuple(out_splits), tuple(enable_lora)
     numerics = numerics_of(x, a, b)
-    with _current(x):
-        h = down(rows, a, seed, dropout_p, numerics)
+    with current(x):
+        h = down(x_rows, a, seed, dropout_p, numerics)
         if plan == "fused":
-            y = forward(rows, w, h, b, bias, scaling, sizes, enabled, numerics)
+            y = forward(x_rows, w, h, b, bias, scaling, sizes, enabled, numerics)
         else:
             y = fill_y(h, b, bias, scaling, sizes, enabled, x.dtype, numerics)
-            y.addmm_(rows, w.T)
+            y.addmm_(x_rows, w.T)
     return y.view(*x.shape[:-1], y.shape[1]), h
 
 
@@ -73,21 +72,21 @@ def lora_linear_backward(
 ) -> list[Tensor]:
     """reference.lora_linear_backward by plan "fused" or "sandwich"."""
     needs_x, needs_w, needs_a, needs_b, needs_bias = needs
-    dy_rows = _rows(dy)
-    x_rows = None if x is None else _rows(x)
+    dy_rows = rows(dy)
+    x_rows = None if x is None else rows(x)
     h = None if h is None else h.contiguous()
-    a = None if a is None else _rows(a)
+    a = None if a is None else rows(a)
     numerics = numerics_of(dy, a, b)
     grad_x = grad_w = grad_a = grad_b = grad_bias = None
-    with _current(dy):
+    with current(dy):
         if needs_x or needs_a or needs_b:
             keep_scale = philox.keep_scale(dropout_p)
             dh, grad_b = dy_pass(
-                dy_rows, _rows(b), h, scaling * keep_scale, scaling,
+                dy_rows, rows(b), h, scaling * keep_scale, scaling,
                 tuple(out_splits), tuple(enable_lora), needs_x or needs_a, needs_b, numerics,
             )  # fmt: skip
         if needs_x:
-            w = _either_way(w)
+            w = either_way(w)
             if plan == "fused":
                 grad_x = dx(dy_rows, w, dh, a, seed, dropout_p, numerics)
             else:
@@ -101,21 +100,3 @@ def lora_linear_backward(
         if needs_bias:
             grad_bias = dy_rows.sum(0)
     return [g for g in (grad_x, grad_w, grad_a, grad_b, grad_bias) if g is not None]
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """[..., C] as a matrix [M, C] whose rows are whole in memory; copies only where it must."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _either_way(w: Tensor) -> Tensor:
-    """w with a unit stride along N or along K; copies only where it has neither."""
-    return w if 1 in w.stride() else w.contiguous()
-
-
-def _current(tensor: Tensor):
-    """Makes tensor's device the current one: Triton launches there, under its stream."""
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()

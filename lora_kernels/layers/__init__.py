@@ -5,6 +5,7 @@ from lora_kernels.layers.conv import ConvLoRA, LoRAConv1d, LoRAConv2d, LoRAConv3
 from lora_kernels.layers.embedding import LoRAEmbedding
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
+from lora_kernels.layers.shared_input import share_inputs
 
 # loralib's names
 Linear = LoRALinear
@@ -29,4 +30,5 @@ __all__ = [
     "LoRALinear",
     "LoRAMergedLinear",
     "MergedLinear",
+    "share_inputs",
 ]

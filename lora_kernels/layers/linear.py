@@ -22,6 +22,7 @@ class LinearLayer(LoRALayer, nn.Linear):
 
     out_splits: list[int] | None = None
     enable_lora: list[bool] = [True]  # noqa: RUF012 - replaced, never changed
+    _shared_input = None  # a SharedInput where share_inputs joined the layer with others
 
     def _set_layout(self, fan_in_fan_out: bool) -> None:
         self.fan_in_fan_out = fan_in_fan_out
@@ -74,6 +75,10 @@ class LinearLayer(LoRALayer, nn.Linear):
             self._refresh()
             functional.check_input(self, x, weight)
             return F.linear(x, weight, self.bias)
+        if self._shared_input is not None:
+            y = self._shared_input.output(self, x)
+            if y is not None:
+                return y
         return functional.lora_forward(
             self, x, weight, self.lora_A, self.lora_B, self.bias, self.scaling,
             self._dropout_p(), None, self.out_splits, self.enable_lora,

@@ -14,7 +14,17 @@ from typing import NamedTuple
 
 import torch
 
-from lora_kernels.kernels import da, down, dx, dy_pass, fill, forward, linear, sum_parts
+from lora_kernels.kernels import (
+    da,
+    down,
+    dx,
+    dy_pass,
+    fill,
+    forward,
+    linear,
+    shared_linear,
+    sum_parts,
+)  # fmt: skip
 from tests.kernels import aot
 
 KERNELS = (
@@ -71,7 +81,10 @@ def every_case() -> Iterator[Case]:
 
 
 def compile_layer(case: Case) -> None:
-    """Launches all kernels of both plans on a layer of this case."""
+    """Launches all kernels of both plans on a layer of this case.
+
+    Groups of a merged layer are taken for layers that share x, too.
+    """
     m, k = case.m, 4096 if case.aligned else 4095
     sizes, enabled = (
         ((2048, 1024, 1024), (True, False, True)) if case.merged else ((4096,), (True,))
@@ -86,12 +99,25 @@ def compile_layer(case: Case) -> None:
     a = meta(case.r * sum(enabled), k, dtype=case.lora_dtype)
     b = meta(b_rows, case.r, dtype=case.lora_dtype)
     x, dy, bias, seed = meta(m, k), meta(m, n), meta(n), meta(1, dtype=torch.int64)
-    constants = (seed, 2.0, case.dropout_p, sizes, enabled)
+    layer = (seed, 2.0, case.dropout_p, sizes, enabled)
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
     for plan in ("fused", "sandwich"):
-        _, h = linear.lora_linear_forward(plan, x, w, a, b, bias, *constants)
+        _, h = linear.lora_linear_forward(plan, x, w, a, b, bias, *layer)
         needs = [True, False, True, True, False]
-        linear.lora_linear_backward(plan, dy, x, h, w, a, b, *constants, needs)
+        linear.lora_linear_backward(plan, dy, x, h, w, a, b, *layer, needs)
+        if case.merged:
+            ws, dys, bs, biases = (
+                [meta(n, k) for n in sizes], [meta(m, n) for n in sizes],
+                [meta(n, case.r, dtype=case.lora_dtype) for n in sizes], [None] * len(sizes),
+            )  # fmt: skip
+            stacked = meta(len(sizes), case.r, k, dtype=case.lora_dtype)
+            constants = (meta(len(sizes), dtype=torch.int64), [2.0] * len(sizes), case.dropout_p)
+            *_, h = shared_linear.lora_shared_linear_forward(
+                plan, x, ws, stacked, bs, biases, *constants
+            )
+            shared_linear.lora_shared_linear_backward(
+                plan, dys, x, h, ws, stacked, bs, *constants, needs
+            )
 
 
 def run(target: str, cases: tuple[Case, ...], write: Callable[[str], None] = print) -> int:

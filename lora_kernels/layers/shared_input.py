@@ -1,0 +1,131 @@
+"""share_inputs: LoRALinear layers of a block that take the same x compute in one call."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import functional
+from lora_kernels.layers.linear import LoRALinear
+from lora_kernels.shared import lora_shared_linear
+
+__all__ = ["SharedInput", "share_inputs"]
+
+# Names that attention and feed-forward blocks of Transformers give to linears over one input.
+GROUPS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+)
+
+
+def share_inputs(
+    model: nn.Module, groups: Iterable[Collection[str]] = GROUPS
+) -> list[tuple[str, ...]]:
+    """Has LoRALinear layers that take the same input compute together; returns their paths.
+
+    groups: names that children of one module have. Of each module's children in a group, those
+    LoRALinear layers that agree in in_features, r, dropout and dtypes are joined, two or more of
+    them. Layers, parameters and state dicts stay what they are; calls stay what they are too:
+    ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)``. The first call with a new x computes for all and
+    the others fetch what is theirs: the same x, unchanged, and unchanged adapters. x is then read
+    once for all low-rank products and the layers add to one dx in place, see lora_shared_linear;
+    each layer keeps a dropout mask of its own. A call with another x, as in cross-attention, is
+    right, but what was computed for the others is thrown away: leave such blocks out of groups.
+    Merged layers, and layers that FSDP or a parametrization gives other weights, compute alone.
+    A layer that is copied on its own takes copies of the layers it is joined with along.
+    Raises: ValueError where no layers were found to join.
+    """
+    groups = [tuple(group) for group in groups]
+    joined = []
+    for path, module in model.named_modules():
+        for names in groups:
+            alike = defaultdict(list)
+            for name in names:
+                layer = module._modules.get(name)
+                if isinstance(layer, LoRALinear) and layer.has_lora:
+                    alike[_kind(layer)].append((f"{path}.{name}" if path else name, layer))
+            for members in alike.values():
+                if len(members) > 1:
+                    paths, layers = zip(*members, strict=True)
+                    SharedInput(layers)
+                    joined.append(paths)
+    if not joined:
+        raise ValueError(
+            f"share_inputs: no module has two LoRALinear children that agree in in_features, r, "
+            f"dropout and dtypes under the names of one of groups={groups}"
+        )
+    return joined
+
+
+def _kind(layer: LoRALinear) -> tuple:
+    weights = (layer._weight(), layer.lora_A, layer.lora_B)
+    return layer.in_features, layer.r, layer.lora_dropout.p, *((w.dtype, w.device) for w in weights)
+
+
+class SharedInput:
+    """The layers that share their input, and the outputs that some of them have not fetched yet."""
+
+    def __init__(self, layers: Iterable[LoRALinear]):
+        self.layers = tuple(layers)
+        self._x: Tensor | None = None
+        self._state: tuple = ()
+        self._outputs: dict[int, Tensor] = {}
+        for layer in self.layers:
+            layer._shared_input = self
+
+    def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
+        """layer's output for x, or None where it has to compute alone."""
+        index = next((i for i, member in enumerate(self.layers) if member is layer), None)
+        if index is None or not isinstance(x, Tensor):
+            return None
+        if x is self._x and index in self._outputs and self._state == self._state_for(x):
+            y = self._outputs.pop(index)
+        elif self._together():
+            ys = self._compute(x)
+            self._x, self._state = x, self._state_for(x)
+            self._outputs = {i: y for i, y in enumerate(ys) if i != index}
+            y = ys[index]
+        else:
+            self._outputs, y = {}, None
+        if not self._outputs:
+            self._x = None
+        return y
+
+    def _together(self) -> bool:
+        """Whether every layer runs its adapter, on plain weights, with one dropout."""
+        return len({layer._dropout_p() for layer in self.layers}) == 1 and not any(
+            layer.merged or type(tensor) not in (nn.Parameter, Tensor)
+            for layer in self.layers
+            for tensor in (layer.weight, layer.lora_A, layer.lora_B)
+        )
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        layers = self.layers
+        for layer in layers:
+            functional.check_shape(layer, x, layer._oriented(layer.weight))
+        return lora_shared_linear(
+            x,
+            [layer._oriented(layer.weight) for layer in layers],
+            [layer.lora_A for layer in layers],
+            [layer.lora_B for layer in layers],
+            [layer.bias for layer in layers],
+            scalings=[layer.scaling for layer in layers],
+            dropout_p=layers[0]._dropout_p(),
+        )
+
+    def _state_for(self, x: Tensor) -> tuple:
+        """What must not have changed between the computation and the fetching of an output."""
+        state = (torch.is_grad_enabled(), functional.autocast_dtype(x))
+        if torch.compiler.is_compiling() or x.is_inference():
+            return state
+        adapters = (t for layer in self.layers for t in (layer.lora_A, layer.lora_B))
+        return (
+            *state, x._version, *(layer.scaling for layer in self.layers),
+            *((id(t), 0 if t.is_inference() else t._version) for t in adapters),
+        )  # fmt: skip
+
+    def __getstate__(self) -> dict:
+        return {"layers": self.layers, "_x": None, "_state": (), "_outputs": {}}

@@ -1,0 +1,249 @@
+"""share_inputs: the same results, in one call where layers see the same x."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_kernels as lora
+from lora_kernels.layers.shared_input import SharedInput
+from tests.test_shared import Calls
+from tests.tolerance import assert_close
+
+NAMES = ("q_proj", "k_proj", "v_proj")
+SHARED, ALONE = "lora_shared_linear_forward", "lora_linear_forward"
+
+
+class Attention(nn.Module):
+    """Three linears over one input, or keys and values of another, and one on top."""
+
+    def __init__(self, width=12, kv=8, dropout=0.0, **options):
+        super().__init__()
+        options = {"r": 3, "lora_alpha": 6, "lora_dropout": dropout, **options}
+        self.q_proj = lora.LoRALinear(width, width, **options)
+        self.k_proj = lora.LoRALinear(width, kv, **options)
+        self.v_proj = lora.LoRALinear(width, kv, **options)
+        self.o_proj = lora.LoRALinear(width + 2 * kv, width, **options)
+        for layer in self.children():
+            nn.init.normal_(layer.lora_B)
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        joined = torch.cat([self.q_proj(x), self.k_proj(context), self.v_proj(context)], -1)
+        return self.o_proj(joined)
+
+
+def make(device, **options):
+    model = Attention(**options).to(device)
+    lora.mark_only_lora_as_trainable(model)
+    return model, torch.randn(2, 5, 12, device=device)
+
+
+def solve(model, x, *context):
+    x = x.detach().requires_grad_()
+    y = model(x, *context)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(y.square().sum(), [x, *trained.values()])
+    return {"y": y.detach(), **dict(zip(["x", *trained], grads, strict=True))}
+
+
+def calls_of(function, *args):
+    with Calls() as calls:
+        function(*args)
+    return [name for name in calls.names if name.endswith("forward")]
+
+
+def assert_same(model, shared, x, *context):
+    exact = copy.deepcopy(model).double()
+    reference = solve(exact, x.double(), *(c.double() for c in context))
+    baseline = solve(model, x, *context)
+    for name, result in solve(shared, x, *context).items():
+        assert_close(result, reference[name], baseline[name], name)
+
+
+@pytest.mark.parametrize("plan", ["reference", "fused", "sandwich"], indirect=True)
+def test_same_numbers_in_one_call(plan, seed, device):
+    model, x = make(device)
+    shared = copy.deepcopy(model)
+    assert lora.share_inputs(shared) == [NAMES]
+    assert calls_of(shared, x) == [SHARED, ALONE]
+    assert calls_of(model, x) == [ALONE] * 4
+    assert_same(model, shared, x)
+
+
+def test_state_dict_and_parameters_stay_what_they_are(seed, device):
+    model, _ = make(device)
+    before = {name: id(p) for name, p in model.named_parameters()}
+    keys = list(model.state_dict())
+    lora.share_inputs(model)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert list(model.state_dict()) == keys
+
+
+def test_cross_attention_is_right(seed, device):
+    model, x = make(device)
+    shared = copy.deepcopy(model)
+    lora.share_inputs(shared)
+    assert_same(model, shared, x, torch.randn_like(x))
+
+
+def test_an_input_changed_in_place_is_another_one(seed, device):
+    model, x = make(device)
+    lora.share_inputs(model)
+    with torch.no_grad():
+        model.q_proj(x)
+        x.mul_(2)
+        changed = model.k_proj(x)
+        model.q_proj._shared_input = model.k_proj._shared_input = None
+        assert torch.equal(changed, model.k_proj(x))
+
+
+@pytest.mark.parametrize("change", ["lora_A", "lora_B", "scaling"])
+def test_adapters_changed_in_between_take_effect(change, seed, device):
+    model, x = make(device)
+    lora.share_inputs(model)
+    with torch.no_grad():
+        model.q_proj(x)
+        if change == "scaling":
+            model.k_proj.scaling = 5.0
+        else:
+            getattr(model.k_proj, change).mul_(3)
+        assert torch.equal(model.k_proj(x), alone(model.k_proj, x))
+
+
+def alone(layer, x):
+    single = copy.deepcopy(layer)
+    single._shared_input = None
+    return single(x)
+
+
+def test_no_graph_is_handed_from_no_grad_to_grad(seed, device):
+    model, x = make(device)
+    lora.share_inputs(model)
+    with torch.no_grad():
+        assert not model.q_proj(x).requires_grad
+    assert model.k_proj(x).requires_grad
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_with_dropout_gives_the_same_gradients(use_reentrant, seed, device):
+    model, x = make(device, dropout=0.3)
+    lora.share_inputs(model)
+
+    def run(x):
+        return checkpoint(model, x, use_reentrant=use_reentrant)
+
+    results = []
+    for function in (model, run):
+        torch.manual_seed(3)
+        leaf = x.detach().requires_grad_()
+        model.zero_grad()
+        function(leaf).square().sum().backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        results.append({"x": leaf.grad, **grads})
+    for name, grad in results[0].items():
+        assert torch.equal(grad, results[1][name]), name
+
+
+def test_merged_layers_compute_alone(seed, device):
+    model, x = make(device)
+    lora.share_inputs(model)
+    trained = model(x)
+    model.eval()
+    assert calls_of(model, x) == []
+    assert_close(model(x), trained.double(), trained, "merged")
+    model.train()
+    assert calls_of(model, x) == [SHARED, ALONE]
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_share_among_themselves(way, seed, device):
+    model, x = make(device)
+    lora.share_inputs(model)
+    model.q_proj(x)  # what waits to be fetched is not copied
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert twin.q_proj._shared_input is twin.k_proj._shared_input
+    assert twin.q_proj._shared_input.layers[0] is twin.q_proj
+    assert calls_of(twin, x) == [SHARED, ALONE]
+    with torch.no_grad():
+        twin.k_proj.lora_B.zero_()
+    assert not torch.equal(twin.k_proj(x), model.k_proj(x))
+
+
+def test_a_layer_put_elsewhere_computes_alone(seed, device):
+    model, x = make(device)
+    lora.share_inputs(model)
+    stranger = lora.LoRALinear(12, 8, r=3).to(device)
+    stranger._shared_input = model.q_proj._shared_input
+    assert calls_of(stranger, x) == [ALONE]
+
+
+def test_only_layers_that_agree_are_joined(seed, device):
+    model, _ = make(device)
+    model.k_proj = lora.LoRALinear(12, 8, r=4).to(device)
+    assert lora.share_inputs(model) == [("q_proj", "v_proj")]
+    assert model.k_proj._shared_input is None
+
+
+@pytest.mark.parametrize(
+    "groups", [(), [("a", "b")], [("q_proj", "o_proj")], [("q_proj",)]], ids=str
+)
+def test_nothing_to_join_is_an_error(groups, seed, device):
+    model, _ = make(device)
+    with pytest.raises(ValueError, match="share_inputs: no module has two LoRALinear children"):
+        lora.share_inputs(model, groups)
+
+
+def test_nothing_is_kept_once_all_have_fetched(seed, device):
+    model, x = make(device)
+    lora.share_inputs(model)
+    model(x)
+    sharing: SharedInput = model.q_proj._shared_input
+    assert sharing._outputs == {}
+    assert sharing._x is None
+
+
+def test_compiles_as_one_graph(seed, device):
+    model, x = make(device)
+    lora.share_inputs(model)
+    eager = solve(model, x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    leaf = x.detach().requires_grad_()
+    y = compiled(leaf)
+    assert torch.equal(y, eager["y"])
+    (grad,) = torch.autograd.grad(y.square().sum(), leaf)
+    assert torch.equal(grad, eager["x"])
+
+
+def test_errors_name_the_layer(seed, device):
+    model, x = make(device)
+    lora.share_inputs(model)
+    with pytest.raises(ValueError, match=r"LoRALinear\(in_features=12.*x must have shape"):
+        model.q_proj(x[..., :5])
+
+
+def test_a_llama_takes_one_call_for_attention_and_one_for_its_gates(seed, device):
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=11,
+    )  # fmt: skip
+    model = lora.apply_lora(LlamaModel(config).to(device), r=2, lora_alpha=4)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    tokens = torch.randint(11, (2, 6), device=device)
+    expected = model(tokens).last_hidden_state
+    assert len(lora.share_inputs(model)) == 4
+    assert calls_of(model, tokens) == [SHARED, ALONE, SHARED, ALONE] * 2
+    torch.testing.assert_close(model(tokens).last_hidden_state, expected)
