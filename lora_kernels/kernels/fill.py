@@ -33,7 +33,7 @@ CONFIGS = {
         "wide": Skinny(64, 64, num_warps=8, num_stages=1),
     },
     "sm_90": {
-        "narrow": Skinny(64, 128, num_warps=4, num_stages=1),
+        "narrow": Skinny(64, 128, num_warps=8, num_stages=1),
         "wide": Skinny(64, 64, num_warps=8, num_stages=1),
     },
     "sm_100": {
