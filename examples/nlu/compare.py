@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--train", 12000, "sentences to train on"),
         ("--validation", 1000, "sentences to choose learning rates on"),
         ("--held-out", 2000, "sentences to measure on"),
-        ("--epochs", 2, "passes over the training sentences"),
+        ("--epochs", 1, "passes over the training sentences"),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"{help} (default: {default})")
     return parser

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint

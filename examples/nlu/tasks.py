@@ -58,7 +58,9 @@ TASKS = {
             "cola", "CoLA", (("sentence",),), ("unacceptable", "acceptable"), ("matthews",),
             ONE_DEV_SET,
         ),
-        Task("qnli", "QNLI", (("question",), ("sentence",)), ENTAILMENT, ("accuracy",), ONE_DEV_SET),
+        Task(
+            "qnli", "QNLI", (("question",), ("sentence",)), ENTAILMENT, ("accuracy",), ONE_DEV_SET
+        ),
         Task(
             "qqp", "QQP", (("question1",), ("question2",)), ("not_duplicate", "duplicate"),
             ("accuracy", "f1"), ONE_DEV_SET,
