@@ -47,7 +47,7 @@ def load(
     Raises: InputError, which names the file, the line and the value.
     """
     path = Path(source)
-    if path.is_file():
+    if path.is_file() or path.suffix == ".tsv":
         return _split(read(path, task), source, held_out, validation, train)
     if held_out is not None or validation is not None:
         raise InputError("--held-out and --validation: only for --data that is one TSV file")

@@ -21,6 +21,10 @@ __all__ = ["METHODS", "adapt", "load_model", "start_from"]
 METHODS = ("lora", "full", "head")
 TARGETS = {"deberta-v2": ["query_proj", "value_proj"], "distilbert": ["q_lin", "v_lin"]}
 PEFT_PREFIX = "base_model.model."
+# What torch.load and safetensors raise for files that are none of theirs.
+UNREADABLE = (
+    OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError
+)  # fmt: skip
 
 
 def load_model(location: str, task: Task, settings: Settings, tokenizer, seed: int) -> nn.Module:
@@ -113,14 +117,7 @@ def _read(path: Path, settings: Settings) -> Mapping[str, Tensor]:
         else:
             config = {}  # loralib's files do not say their alpha
             tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        UnpicklingError,
-        SafetensorError,
-    ) as error:
+    except UNREADABLE as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(f"{path}: cannot be read: {reason}") from None
     for key, value in tensors.items():
