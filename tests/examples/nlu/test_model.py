@@ -1,0 +1,194 @@
+"""What trains, and adapters: ours, loralib's released ones, those of another task."""
+
+import re
+
+import loralib
+import pytest
+import torch
+import transformers
+
+import lora_kernels as lora
+from examples.finetune.errors import InputError
+from examples.nlu.model import adapt, start_from
+from examples.nlu.tasks import settings
+
+SETTINGS = settings("roberta-base-scripts", "mnli")
+
+
+@pytest.fixture
+def released(tiny_roberta, tmp_path):
+    """A file with the keys of roberta_base_lora_mnli.bin, written by loralib itself."""
+    model = tiny_roberta(3)
+    for layer in model.roberta.encoder.layer:
+        for name in ("query", "value"):
+            setattr(layer.attention.self, name, loralib.Linear(8, 8, r=8, lora_alpha=16))
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    tensors = loralib.lora_state_dict(model)
+    tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("classifier.")}
+    path = tmp_path / "roberta_base_lora_mnli.bin"
+    torch.save(tensors, path)
+    return path
+
+
+def adapted(tiny_roberta, labels=3):
+    return adapt(tiny_roberta(labels), "lora", SETTINGS)
+
+
+def test_the_file_has_the_48_and_4_tensors_of_the_released_one(released):
+    keys = torch.load(released, weights_only=True)
+    pattern = r"roberta\.encoder\.layer\.\d+\.attention\.self\.(query|value)\.lora_[AB]"
+    assert sum(bool(re.fullmatch(pattern, key)) for key in keys) == 48
+    head = {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"}
+    assert {key.removeprefix("classifier.") for key in keys if "lora" not in key} == head
+    assert len(keys) == 52
+
+
+def test_a_released_adapter_loads_whole_and_computes_what_loralib_does(
+    released, tiny_roberta, device
+):
+    model = adapted(tiny_roberta)
+    assert start_from(model, released, SETTINGS, with_head=True) == []
+    tensors = torch.load(released, weights_only=True)
+    own = model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in tensors.items())
+
+    theirs = tiny_roberta(3)
+    for layer in theirs.roberta.encoder.layer:
+        for name in ("query", "value"):
+            old, new = getattr(layer.attention.self, name), loralib.Linear(8, 8, r=8, lora_alpha=16)
+            new.load_state_dict(old.state_dict(), strict=False)
+            setattr(layer.attention.self, name, new)
+    _, unexpected = theirs.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    ids = torch.tensor([[0, 5, 6, 2], [0, 7, 8, 2]], device=device)
+    # float64, where the order of sums does not show.
+    ours, theirs = (m.double().to(device).eval()(ids).logits for m in (model, theirs))
+    torch.testing.assert_close(ours, theirs)
+    plain = tiny_roberta(3).double().to(device).eval()(ids).logits
+    assert not torch.allclose(ours, plain)
+
+
+def test_another_task_takes_the_adapter_without_its_head(released, tiny_roberta):
+    model = adapted(tiny_roberta, labels=2)
+    head = {k: v.clone() for k, v in model.classifier.state_dict().items()}
+    left_out = start_from(model, released, SETTINGS, with_head=False)
+    assert left_out == [
+        "classifier.dense.bias", "classifier.dense.weight", "classifier.out_proj.bias",
+        "classifier.out_proj.weight",
+    ]  # fmt: skip
+    assert all(torch.equal(model.classifier.state_dict()[k], v) for k, v in head.items())
+    tensors = torch.load(released, weights_only=True)
+    own = model.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in tensors.items() if k not in left_out)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.pop("classifier.out_proj.bias"), ["missing classifier.out_proj.bias"]),
+        (
+            lambda t: t.update({"roberta.layer.12.lora_A": t.pop("classifier.dense.bias")}),
+            ["unexpected roberta.layer.12.lora_A", "missing classifier.dense.bias"],
+        ),
+        (
+            lambda t: t.update({"classifier.dense.bias": torch.zeros(9)}),
+            ["classifier.dense.bias is [9], must be [8]"],
+        ),
+        (lambda t: t.update(extra=torch.zeros(1)), ["unexpected extra"]),
+        (lambda t: t.update(note="hello"), ["note must be a tensor, got str"]),
+    ],
+)  # fmt: skip
+def test_every_key_is_accounted_for(released, tiny_roberta, change, named):
+    tensors = torch.load(released, weights_only=True)
+    change(tensors)
+    torch.save(tensors, released)
+    model = adapted(tiny_roberta)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(InputError) as error:
+        start_from(model, released, SETTINGS, with_head=True)
+    assert all(name in str(error.value) for name in [*named, str(released)])
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_a_head_of_another_width_is_named(released, tiny_roberta):
+    with pytest.raises(InputError, match=r"out_proj.weight is \[3, 8\], must be \[2, 8\]"):
+        start_from(adapted(tiny_roberta, labels=2), released, SETTINGS, with_head=True)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, tiny_roberta):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    torch.save({"a": Evil()}, tmp_path / "evil.bin")
+    with pytest.raises(InputError, match=r"evil.bin: cannot be read"):
+        start_from(adapted(tiny_roberta), tmp_path / "evil.bin", SETTINGS, with_head=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no zip file"])
+def test_a_file_that_is_none_is_named(tmp_path, tiny_roberta, content):
+    path = tmp_path / "some.bin"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"some.bin: cannot be read"):
+        start_from(adapted(tiny_roberta), path, SETTINGS, with_head=True)
+
+
+def test_our_own_folder_loads_with_and_without_its_head(tmp_path, tiny_roberta):
+    trained = adapted(tiny_roberta)
+    torch.manual_seed(2)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    lora.save_adapter(trained, tmp_path)
+    whole, part = adapted(tiny_roberta), adapted(tiny_roberta, labels=2)
+    assert start_from(whole, tmp_path, SETTINGS, with_head=True) == []
+    assert len(start_from(part, tmp_path, SETTINGS, with_head=False)) == 4
+    state = trained.state_dict()
+    assert all(torch.equal(whole.state_dict()[key], value) for key, value in state.items())
+    factors = [key for key in state if "lora_" in key]
+    assert all(torch.equal(part.state_dict()[key], state[key]) for key in factors)
+
+
+def test_a_folder_with_another_alpha_is_refused(tmp_path, tiny_roberta):
+    lora.save_adapter(adapted(tiny_roberta), tmp_path)
+    paper = settings("roberta-base", "mnli")
+    model = adapt(tiny_roberta(3), "lora", paper)
+    with pytest.raises(InputError, match="has alpha 16, this run 8"):
+        start_from(model, tmp_path, paper, with_head=True)
+
+
+def test_deberta_gets_lora_in_its_projections_and_trains_pooler_and_classifier():
+    config = transformers.DebertaV2Config(
+        vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=12, max_position_embeddings=9, num_labels=3,
+    )  # fmt: skip
+    model = transformers.DebertaV2ForSequenceClassification(config)
+    adapt(model, "lora", settings("deberta-v2-xxlarge", "mnli"))
+    wrapped = {n for n, m in model.named_modules() if isinstance(m, lora.LoRALayer)}
+    assert wrapped == {
+        f"deberta.encoder.layer.{i}.attention.self.{name}"
+        for i in range(2) for name in ("query_proj", "value_proj")
+    }  # fmt: skip
+    trains = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert trains == {
+        "pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "trainable"), [("lora", 24 * 2 * 8 * 8 + 99), ("head", 99), ("full", None)]
+)
+def test_what_trains(tiny_roberta, method, trainable):
+    model = adapt(tiny_roberta(3), method, SETTINGS)
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    total = sum(p.numel() for p in model.parameters())
+    assert sum(sizes) == (trainable or total)
+
+
+def test_targets_that_match_nothing_are_named(tiny_roberta):
+    with pytest.raises(InputError, match="--targets nowhere"):
+        adapt(tiny_roberta(3), "lora", SETTINGS, targets=["nowhere"])

@@ -1,0 +1,266 @@
+"""Training through the Trainer: checkpoints, resuming, the best epoch, the whole program."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from matplotlib import image
+from safetensors.torch import load_file
+
+import lora_kernels as lora
+from examples.finetune.model import load_tokenizer
+from examples.nlu import compare, report
+from examples.nlu.__main__ import main
+from examples.nlu.data import load
+from examples.nlu.model import adapt, load_model
+from examples.nlu.tasks import TASKS, settings
+from examples.nlu.train import AdapterTrainer, encode, make_trainer
+from tests.examples.nlu.conftest import REPOSITORY
+
+# Two layers, query and value, r = 4, width 64; a head of 64·2 + 2.
+TRAINABLE = 2 * 2 * 4 * 128 + 130
+
+
+PEFT = "base_model.model."
+
+
+def losses(result) -> list[float]:
+    return [entry["loss"] for entry in result["log"] if "loss" in entry]
+
+
+def test_a_run_learns_and_leaves_results_curves_and_the_adapter(nlu, tmp_path, device, capsys):
+    result = nlu(epochs="4")
+    assert result["dev"]["held_out"]["accuracy"] > 0.9
+    assert result["dev"]["held_out"]["examples"] == 50
+    assert result["trainable_parameters"] == TRAINABLE
+    assert result["settings"]["lr"] == 0.01
+    assert result["settings"]["batch_size"] == 16
+    assert result["device"].startswith(device.type)
+    assert result["peak_memory_bytes"] > 0
+    assert result["train_seconds"] > 0
+    assert losses(result)[-1] < 0.5 * losses(result)[0]
+    assert [entry["epoch"] for entry in result["log"] if "eval_accuracy" in entry] == [1, 2, 3, 4]
+    assert image.imread(tmp_path / "run" / "curves.png").std() > 0
+    saved = tmp_path / "run" / "trained"
+    assert result["saved_bytes"] == (saved / "adapter_model.safetensors").stat().st_size
+    assert f"{TRAINABLE:,} train" in capsys.readouterr().out
+
+
+def test_checkpoints_behind_an_evaluation_hold_the_adapter_and_no_base_weight(
+    tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    task, chosen = TASKS["sst2"], replace(settings("roberta-base", "sst2"), epochs=2, lr=1e-2)
+    tokenizer = load_tokenizer(tiny_model)
+    data = load(task, tiny_data, held_out=50)
+    model = adapt(load_model(tiny_model, task, chosen, tokenizer, 0), "lora", chosen)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, lora.LoRALayer)}
+    merged = []
+    save_model = AdapterTrainer.save_model
+
+    def watched(self, *args, **kwargs):
+        merged.append({layer.merged for layer in layers.values()})
+        save_model(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "save_model", watched)
+    trainer = make_trainer(
+        model, tokenizer, task, chosen, encode(tokenizer, data.train, 32),
+        encode(tokenizer, data.dev["held_out"], 32), method="lora", output=tmp_path, seed=0,
+    )  # fmt: skip
+    trainer.train()
+
+    assert merged == [{True}, {True}]  # so a plain state dict of the weights would be a wrong one
+    folders = list(tmp_path.glob("checkpoint-*"))
+    assert folders
+    factors = {f"{PEFT}{path}.lora_{x}.weight" for path in layers for x in "AB"}
+    for folder in folders:
+        stored = load_file(folder / "adapter_model.safetensors")
+        assert set(stored) == factors | {f"{PEFT}classifier.weight", f"{PEFT}classifier.bias"}
+        assert not {"model.safetensors", "pytorch_model.bin"} & set(os.listdir(folder))
+    # The model's own state dict holds the base bit for bit, though its layers are merged.
+    model.eval()
+    assert {layer.merged for layer in layers.values()} == {True}
+    state = {key: value.cpu() for key, value in model.state_dict().items()}
+    changed = {key for key, value in state.items() if not torch.equal(value, before[key])}
+    assert changed == {key for key, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("sampling", [(), ("--group-by-length",)], ids=["random", "by length"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(nlu, tmp_path, monkeypatch, sampling):
+    flags = ("--keep", "last", "--dropout", "0.1", *sampling)
+    whole = nlu(*flags, name="whole")
+    step = AdapterTrainer.training_step
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 25:  # of 30; the checkpoints are behind 10 and 20
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            nlu(*flags, name="killed")
+    assert (tmp_path / "killed" / "checkpoint-20").is_dir()
+    resumed = nlu(*flags, "--resume", name="killed")
+
+    assert resumed["dev"] == whole["dev"]
+    assert losses(resumed) == losses(whole)
+    first, second = (
+        load_file(tmp_path / name / "trained" / "adapter_model.safetensors")
+        for name in ("whole", "killed")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_an_old_run_is_neither_overwritten_nor_resumed_unasked(nlu, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoint-10").mkdir(parents=True)
+    with pytest.raises(AssertionError):
+        nlu()
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_the_best_epoch_counts_and_not_the_last(nlu, tmp_path, monkeypatch):
+    # From the second epoch on, the labels are turned round.
+    step = AdapterTrainer.training_step
+
+    def spoiled(self, model, inputs, *args, **kwargs):
+        if self.state.epoch >= 2:
+            inputs["labels"] = 1 - inputs["labels"]
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", spoiled)
+    result = nlu(epochs="4", warmup="0")
+    seen = [entry["eval_accuracy"] for entry in result["log"] if "eval_accuracy" in entry]
+    assert seen[-1] < max(seen)
+    assert result["dev"]["held_out"]["accuracy"] == max(seen)
+
+
+def test_the_saved_adapter_alone_gives_the_scores_back(nlu, tmp_path):
+    trained = nlu()
+    again = nlu("--evaluate-only", name="again", adapter=tmp_path / "run" / "trained", seed="7")
+    assert again["dev"] == trained["dev"]
+    assert again["train_seconds"] == 0
+
+
+def test_rte_starts_from_the_adapter_of_mnli(nlu, pairs, tmp_path, capsys):
+    mnli = nlu(task="mnli", data=pairs, name="mnli", epochs="1")
+    assert set(mnli["dev"]) == {"matched", "mismatched"}
+    correct = [one["accuracy"] * one["examples"] for one in mnli["dev"].values()]
+    assert mnli["paper_score"] == pytest.approx(sum(correct) / 24)
+
+    rte = tmp_path / "rte"
+    rte.mkdir()
+    for name in ("train", "dev"):
+        rows = ["sentence1\tsentence2\tlabel", "the soup was bad\tthe soup was cold\t0"]
+        (rte / f"{name}.tsv").write_text("\n".join([*rows, "the train was good\t.\t1"]))
+    start = tmp_path / "mnli" / "trained"
+    nlu("--evaluate-only", task="rte", data=rte, name="out", start_from=start)
+    printed = capsys.readouterr().out
+    assert "without its head: left out classifier.bias, classifier.weight" in printed
+    nlu("--evaluate-only", task="rte", data=rte, name="plain")
+    assert "(--start-from)" in capsys.readouterr().out
+
+
+def test_stsb_is_a_regression(nlu, tmp_path):
+    words = ["bad", "dreary", "cold", "kind", "warm", "good"]
+    rows = [f"the {s} was {w}\tthe {s}\t{y}.0" for s in ("soup", "train", "coat", "film")
+            for y, w in enumerate(words)]  # fmt: skip
+    for name in ("train", "dev"):
+        text = "\n".join(["sentence1\tsentence2\tscore", *rows])
+        (tmp_path / f"{name}.tsv").write_text(text)
+    result = nlu(task="stsb", data=tmp_path, epochs="15", batch_size="8")
+    assert result["dev"]["dev"]["pearson"] > 0.8
+    assert result["dev"]["dev"]["combined"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--data", "nowhere.tsv"], "nowhere.tsv"),
+        (["--settings", "bert"], "--settings must be one of"),
+        (["--model", "/nowhere"], "--model /nowhere"),
+        (["--adapter", "nowhere"], "nowhere: cannot be read"),
+        (["--targets", "nowhere"], "--targets nowhere"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_line(
+    extra, message, tiny_model, tiny_data, tmp_path, capsys
+):
+    arguments = ["--task", "sst2", "--model", tiny_model, "--data", tiny_data]
+    assert main([*arguments, "--output", str(tmp_path), *extra]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+# ---- comparing and reporting ----
+
+
+def test_the_comparison_sums_up_and_draws_runs_of_all_methods(nlu, tmp_path):
+    runs = [
+        nlu("--keep", "none", name=method, method=method, epochs="1", validation="20")
+        for method in compare.METHODS
+    ]
+    lora_run, full_run, head_run = runs
+    rows = compare.summarise([*runs, {**lora_run, "dev": full_run["dev"]}])
+    assert [row["trainable_parameters"] for row in rows.values()] == [
+        TRAINABLE, full_run["total_parameters"], 130
+    ]  # fmt: skip
+    first, second, third = (run["dev"]["held_out"]["accuracy"] for run in runs)
+    assert rows["lora"]["accuracies"] == [first, second]
+    assert rows["lora"]["accuracy"] == pytest.approx((first + second) / 2, rel=1e-15)
+    assert rows["head"]["accuracies"] == [third]
+    assert head_run["saved_bytes"] > 10 * lora_run["saved_bytes"]
+    table = compare.table(rows).splitlines()
+    assert len(table) == 5
+    assert f"| LoRA | {50 * (first + second):.2f} |" in table[2]
+    assert "| 2,178 |" in table[2]
+    assert compare.tuning_table(runs).count("0.01: ") == 3
+    best = {"dev": {"validation": {"accuracy": 1.1}}, "method": "lora", "settings": {"lr": 3.0}}
+    assert compare._best_rate([*runs, best], "lora") == 3.0
+    compare.plot(runs, tmp_path / "compare.png")
+    assert image.imread(tmp_path / "compare.png").std() > 0
+
+
+def test_the_comparison_starts_runs_as_processes_and_reads_them_back(
+    tiny_model, sst2, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(REPOSITORY)
+    options = compare._parser().parse_args(
+        ["--data", sst2, "--model", tiny_model, "--output", str(tmp_path), "--train", "64",
+         "--validation", "20", "--held-out", "40"]
+    )  # fmt: skip
+    result = compare._run(options, "lora", 1, 1e-3, "one")
+    assert {name: one["examples"] for name, one in result["dev"].items()} == {
+        "validation": 20, "held_out": 40
+    }  # fmt: skip
+    assert (result["settings"]["lr"], result["seed"]) == (1e-3, 1)
+    assert result["training_examples"] == 64
+    # A fresh process: its peak is its own, and training adds to it.
+    assert result["peak_memory_bytes"] >= result["memory_before_training_bytes"] > 0
+
+
+def test_the_report_is_the_papers_table(tmp_path, capsys):
+    row = dict(zip(TASKS, (87.5, 95.1, 89.7, 63.4, 93.3, 90.8, 86.6, 91.5), strict=True))
+    for task, value in row.items():
+        for seed, shift in enumerate((-1, 0, 2)):
+            folder = tmp_path / task / str(seed)
+            folder.mkdir(parents=True)
+            result = {
+                "task": task,
+                "model": "roberta-base",
+                "method": "lora",
+                "trainable_parameters": 887042,
+                "paper_score": (value + shift) / 100,
+            }
+            report.write_json(result, folder / "results.json")  # fmt: skip
+    assert report.main([str(tmp_path)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        "| roberta-base | lora | 887,042 | 87.5 | 95.1 | 89.7 | 63.4 | 93.3 | 90.8 | 86.6 | 91.5 "
+        "| 87.2 |"
+    )
+    assert report.main([str(tmp_path / "rte" / "0")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("|  |  | 85.6 |  |  |")
