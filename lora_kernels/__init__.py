@@ -19,6 +19,8 @@ from lora_kernels.layers import (
     LoRAMergedLinear,
     MergedLinear,
 )
+from lora_kernels.peft import patch_peft, unpatch_peft
+from lora_kernels.report import report
 
 __version__ = "0.1.0"
 
@@ -44,5 +46,8 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merged_state_dict",
+    "patch_peft",
+    "report",
     "save_adapter",
+    "unpatch_peft",
 ]

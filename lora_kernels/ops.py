@@ -34,7 +34,10 @@ def _forward(x, w, a, b, bias, seed, scaling, dropout_p, *groups):
         dropout=dropout_p > 0, aligned=plan.aligned(x, w),
     )  # fmt: skip
     args = (x, w, a, b, bias, seed, scaling, dropout_p, *groups)
-    return _run("lora_linear_forward", product, args)
+    y, h = _run("lora_linear_forward", product, args)
+    # No view of its rows: y may be changed in place (nn.ReLU(inplace=True)), which autograd forbids
+    # for a view that a Function returns.
+    return torch.ops.aten._unsafe_view.default(y, y.shape), h
 
 
 def _backward(dy, x, h, w, a, b, seed, scaling, dropout_p, *groups_and_needs):

@@ -26,6 +26,7 @@ PUBLIC = [
     "mark_only_lora_as_trainable", "lora_state_dict",
     "lora_linear", "lora_merged_linear",
     "apply_lora", "save_adapter", "load_adapter", "merged_state_dict",
+    "patch_peft", "unpatch_peft", "report",
 ]  # fmt: skip
 
 # One direction of travel: a module may import those of its own level and below.
@@ -40,7 +41,9 @@ LEVELS = {
     "adapt": 6,
     "checkpoint": 6,
     "peft_format": 6,
-    "": 7,  # lora_kernels/__init__.py
+    "peft": 6,
+    "report": 7,
+    "": 8,  # lora_kernels/__init__.py
 }
 
 
