@@ -126,7 +126,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
         row.kind,
-        "×".join(map(str, row.weight)),
+        "x".join(map(str, row.weight)),
         ", ".join(map(str, row.ranks)),
         str(row.dtype).removeprefix("torch."),
         "yes" if row.fused else "no",

@@ -11,8 +11,10 @@ def tiny_bert(**kwargs):
     return transformers.BertForSequenceClassification(config)
 
 
-def tiny_gpt2():
-    config = transformers.GPT2Config(vocab_size=13, n_positions=9, n_embd=8, n_layer=2, n_head=2)
+def tiny_gpt2(**kwargs):
+    config = transformers.GPT2Config(
+        vocab_size=13, n_positions=9, n_embd=8, n_layer=2, n_head=2, **kwargs
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
