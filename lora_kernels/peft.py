@@ -107,7 +107,7 @@ def _warn_unless_known(forward: Callable) -> None:
 def _patched(upstream: Callable) -> Callable:
     @functools.wraps(upstream)
     def forward(self, x, *args, **kwargs):
-        if args or kwargs:
+        if args or kwargs or torch.jit.is_tracing():
             return upstream(self, x, *args, **kwargs)
         operands = operands_of(self)
         if isinstance(operands, str) or misfit(x, operands) is not None:
@@ -235,8 +235,6 @@ def misfit(x, operands: Operands) -> str | None:
         return "there are hooks on all modules"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a transform of torch.func or forward-mode AD is active"
-    if torch.jit.is_tracing():
-        return "torch.jit traces"
     return None
 
 
