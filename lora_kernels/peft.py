@@ -97,8 +97,9 @@ def _warn_unless_known(forward: Callable) -> None:
         source = ""
     if hashlib.sha256(source.encode()).hexdigest() not in _KNOWN_FORWARDS:
         warnings.warn(
-            "patch_peft: lora.Linear.forward of this PEFT is not one that lora_kernels was tested "
-            "with (0.16.0 to 0.21.2). It is patched all the same; compare results with and without",
+            "patch_peft: lora.Linear.forward of this PEFT is none that lora_kernels knows "
+            "(those of 0.16.0 to 0.21.2). It is patched all the same: compare results with and "
+            "without the patch",
             RuntimeWarning,
             stacklevel=3,
         )
