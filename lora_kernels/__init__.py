@@ -20,6 +20,8 @@ from lora_kernels.layers import (
     MergedLinear,
     share_inputs,
 )
+from lora_kernels.peft import patch_peft, unpatch_peft
+from lora_kernels.report import report
 from lora_kernels.shared import lora_shared_linear
 
 __version__ = "0.1.0"
@@ -47,6 +49,9 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merged_state_dict",
+    "patch_peft",
+    "report",
     "save_adapter",
     "share_inputs",
+    "unpatch_peft",
 ]

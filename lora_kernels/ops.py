@@ -49,7 +49,8 @@ def _forward(x, w, a, b, bias, seed, scaling, dropout_p, *groups):
         dropout=dropout_p > 0, aligned=plan.aligned(x, w),
     )  # fmt: skip
     args = (x, w, a, b, bias, seed, scaling, dropout_p, *groups)
-    return _run("lora_linear_forward", product, args)
+    y, h = _run("lora_linear_forward", product, args)
+    return _no_view(y), h
 
 
 def _backward(dy, x, h, w, a, b, seed, scaling, dropout_p, *groups_and_needs):
@@ -71,7 +72,8 @@ def _shared_forward(x, ws, a, bs, *rest):
         r=a.shape[1], dtype=x.dtype, device=x.device, dropout=dropout_p > 0,
         aligned=plan.aligned(x, *ws),
     )  # fmt: skip
-    return _run("lora_shared_linear_forward", product, (x, ws, a, bs, *rest), (x, a, *bs))
+    *ys, h = _run("lora_shared_linear_forward", product, (x, ws, a, bs, *rest), (x, a, *bs))
+    return [*map(_no_view, ys), h]
 
 
 def _shared_backward(dys, x, h, ws, a, bs, *rest):
@@ -83,6 +85,13 @@ def _shared_backward(dys, x, h, ws, a, bs, *rest):
     )  # fmt: skip
     args = (dys, x, h, ws, a, bs, *rest)
     return _run("lora_shared_linear_backward", product, args, (dy, a, *bs))
+
+
+def _no_view(y: torch.Tensor) -> torch.Tensor:
+    """y as no view of its rows: it may be changed in place (nn.ReLU(inplace=True)), which autograd
+    forbids for a view that a Function returns.
+    """
+    return torch.ops.aten._unsafe_view.default(y, y.shape)
 
 
 def _run(name: str, product: plan.Product, args: tuple, tensors: Sequence | None = None):

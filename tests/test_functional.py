@@ -382,6 +382,17 @@ def test_any_number_of_leading_dimensions(shape, seed, device):
 
 
 @every_plan
+@pytest.mark.parametrize("groups", [None, QKV], ids=["linear", "merged"])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7)])
+def test_the_output_may_be_changed_in_place(shape, groups, seed, device):
+    problem = make_problem(shape[:-1], 7, 24, 2, device=device, groups=groups)
+    x = problem.x.requires_grad_()
+    (expected,) = torch.autograd.grad(torch.relu(call(problem)).sum(), x)
+    (actual,) = torch.autograd.grad(torch.nn.ReLU(inplace=True)(call(problem)).sum(), x)
+    assert torch.equal(actual, expected)
+
+
+@every_plan
 @pytest.mark.parametrize("operand", ["x", "w", "a", "b", "bias", "dy"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_value_reaches_no_unrelated_element(operand, value, seed, device):

@@ -26,6 +26,7 @@ PUBLIC = [
     "mark_only_lora_as_trainable", "lora_state_dict",
     "lora_linear", "lora_merged_linear", "lora_shared_linear", "share_inputs",
     "apply_lora", "save_adapter", "load_adapter", "merged_state_dict",
+    "patch_peft", "unpatch_peft", "report",
 ]  # fmt: skip
 
 # One direction of travel: a module may import those of its own level and below.
@@ -41,7 +42,9 @@ LEVELS = {
     "adapt": 7,
     "checkpoint": 7,
     "peft_format": 7,
-    "": 8,  # lora_kernels/__init__.py
+    "peft": 7,
+    "report": 8,
+    "": 9,  # lora_kernels/__init__.py
 }
 
 

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
+from tests.dispatch import Calls
 from tests.formula import make_problem
 from tests.tolerance import assert_close
 
@@ -190,24 +190,26 @@ def test_saved_for_backward_are_x_h_and_seeds(dropout_p, seed, device):
     del ys
 
 
-class Calls(TorchDispatchMode):
-    """The names of this package's operators, as they are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "lora_kernels":
-            self.names.append(function._opname)
-        return function(*args, **(kwargs or {}))
-
-
 def test_one_call_each_way(seed, device):
     layers = problems(device)
     with Calls() as calls:
         solve(layers)
     assert calls.names == ["lora_shared_linear_forward", "lora_shared_linear_backward"]
+
+
+@every_plan
+def test_outputs_may_be_changed_in_place(plan, seed, device):
+    layers = problems(device)
+
+    def in_place(*args):
+        return [torch.relu_(y) for y in call(*args)]
+
+    def copied(*args):
+        return [torch.relu(y) for y in call(*args)]
+
+    expected = solve(layers, copied)
+    for name, value in solve(layers, in_place).items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_compiles_as_one_graph(seed, device):

@@ -11,14 +11,16 @@ def tiny_bert(**kwargs):
     return transformers.BertForSequenceClassification(config)
 
 
-def tiny_gpt2():
-    config = transformers.GPT2Config(vocab_size=13, n_positions=9, n_embd=8, n_layer=2, n_head=2)
+def tiny_gpt2(layers=2, **kwargs):
+    config = transformers.GPT2Config(
+        vocab_size=13, n_positions=9, n_embd=8, n_layer=layers, n_head=2, **kwargs
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
-def tiny_llama():
+def tiny_llama(layers=2):
     config = transformers.LlamaConfig(
-        vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+        vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=9,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)

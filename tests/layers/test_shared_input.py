@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lora
 from lora_kernels.layers.shared_input import SharedInput
-from tests.test_shared import Calls
+from tests.dispatch import Calls
 from tests.tolerance import assert_close
 
 NAMES = ("q_proj", "k_proj", "v_proj")

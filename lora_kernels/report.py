@@ -1,0 +1,135 @@
+"""report(): every LoRA layer of a model, the package's own or PEFT's, and how it runs."""
+
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lora_kernels import functional, peft, plan
+from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.linear import LinearLayer
+
+__all__ = ["Report", "Row", "report"]
+
+
+class Row(NamedTuple):
+    """How one LoRA layer runs, as it stands."""
+
+    name: str  # in the model
+    kind: str  # its class; for one of PEFT's also that of its base layer
+    weight: tuple[int, ...]  # shape of the base weight: [N, K] of a linear, as stored of others
+    ranks: tuple[int, ...]  # of the active adapters
+    dtype: torch.dtype | None  # of the base weight
+    fused: bool  # whether the forward is the one operation lora_linear
+    plan: str | None  # "fused", "sandwich" or "reference" where it is
+    reason: str  # of the plan, or why the layer is not fused
+
+
+class Report(list[Row]):
+    """A list of rows; str() is a table."""
+
+    def __init__(self, rows: list[Row], tokens: int):
+        super().__init__(rows)
+        self.tokens = tokens
+
+    def __str__(self) -> str:
+        fused = sum(row.fused for row in self)
+        summary = f"{len(self)} LoRA layers, {fused} fused; plans for {self.tokens} tokens"
+        head = ("layer", "kind", "weight", "rank", "dtype", "fused", "plan", "reason")
+        table = [head, *(_cells(row) for row in self)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+        return "\n".join([summary, *(lines if self else [])])
+
+
+def report(model: nn.Module, tokens: int = 4096) -> Report:
+    """Every LoRA layer of a model: fused, and by which plan for this many tokens, or why not.
+
+    It tells what the next forward would do with an input of the base weight's dtype: with the
+    adapters that are active now, in this mode, under the autocast that is on. Parameters that
+    fully_shard has sharded are DTensors until a forward gathers them; ask inside of one.
+
+    Raises: ValueError where tokens is no integer >= 1.
+    """
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"report: tokens must be an integer >= 1, got {tokens!r}")
+    # Where peft was never imported, the model has no layer of it.
+    upstream = sys.modules.get("peft.tuners.lora.layer")
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            rows.append(_own_row(name, module, tokens))
+        elif upstream is not None and isinstance(module, upstream.LoraLayer):
+            rows.append(_peft_row(name, module, tokens))
+    return Report(rows, tokens)
+
+
+def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
+    weight = layer.base_weight()
+    taken, reason = None, None
+    if not layer.has_lora:
+        reason = "it has no adapter (r = 0)"
+    elif layer.merged:
+        reason = "its adapter is merged"
+    elif not isinstance(layer, LinearLayer):
+        reason = "there are no kernels for it, it runs PyTorch's operators"
+    elif type(layer).forward is not LinearLayer.forward or "forward" in layer.__dict__:
+        reason = "it has a forward of its own"
+    else:
+        taken = _plan(layer._oriented(weight), layer.r, layer._dropout_p(), tokens)
+    shape = layer._oriented(weight).shape if isinstance(layer, LinearLayer) else weight.shape
+    ranks = (layer.r,) if layer.has_lora else ()
+    return _row(name, type(layer).__name__, shape, ranks, weight.dtype, taken, reason)
+
+
+def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    shape, dtype = (weight.shape, weight.dtype) if isinstance(weight, torch.Tensor) else ((), None)
+    ranks = tuple(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.r)
+    taken, reason = None, peft.unreached(layer)
+    if reason is None:
+        operands = peft.operands_of(layer)
+        if isinstance(operands, str):
+            reason = operands
+        else:
+            shape = operands.weight.shape
+            reason = peft.misfit(_example(operands.weight), operands)
+    if reason is None:
+        taken = _plan(operands.weight, operands.a.shape[0], operands.dropout_p, tokens)
+    kind = f"peft {type(layer).__name__}({type(base).__name__})"
+    return _row(name, kind, shape, ranks, dtype, taken, reason)
+
+
+def _row(name, kind, shape, ranks, dtype, taken: plan.Plan | None, reason: str | None) -> Row:
+    chosen, why = (None, reason) if taken is None else taken
+    return Row(name, kind, tuple(shape), ranks, dtype, taken is not None, chosen, why)
+
+
+def _example(weight: torch.Tensor) -> torch.Tensor:
+    """An input of no rows for weight [N, K]."""
+    return torch.empty((0, weight.shape[1]), dtype=weight.dtype, device=weight.device)
+
+
+def _plan(weight: torch.Tensor, r: int, dropout_p: float, tokens: int) -> plan.Plan:
+    n, k = weight.shape
+    x = _example(weight)
+    dtype = functional.autocast_dtype(x) or x.dtype
+    if dtype != weight.dtype:
+        weight = torch.empty_like(weight, dtype=dtype, device="meta")  # as autocast will lay it out
+    aligned = plan.aligned(x, weight)
+    return plan.choose(plan.Product(tokens, n, k, r, dtype, x.device, dropout_p > 0, aligned))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.name,
+        row.kind,
+        "x".join(map(str, row.weight)),
+        ", ".join(map(str, row.ranks)),
+        str(row.dtype).removeprefix("torch."),
+        "yes" if row.fused else "no",
+        row.plan or "",
+        row.reason,
+    )

@@ -1,0 +1,230 @@
+"""report(): what it says of each layer is what the layer then does."""
+
+import pickle
+
+import peft
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from torch import nn
+
+import lora_kernels as lora
+from lora_kernels import patch_peft, plan, report, unpatch_peft
+from lora_kernels.report import Report, Row
+from tests.dispatch import FusedCalls
+from tests.tiny_models import tiny_gpt2, tiny_llama
+
+REFERENCE = "CPU tensors reach the kernels only under TRITON_INTERPRET=1"
+
+
+@pytest.fixture(autouse=True)
+def _unpatched():
+    yield
+    unpatch_peft()
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """As in the process of a user without a GPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "auto")
+
+
+class Net(nn.Module):
+    """Every kind of layer in a row: ids [B, 5] -> [B, 12, 5]."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.lin = nn.Linear(16, 8)
+        self.conv = nn.Conv1d(8, 12, 3, padding=1)
+
+    def forward(self, ids):
+        return self.conv(self.lin(self.embed(ids)).transpose(1, 2))
+
+
+def own_model(**options):
+    options = {"r": 2, "lora_alpha": 4, "target_modules": ["embed", "lin", "conv"], **options}
+    return lora.apply_lora(Net(), **options)
+
+
+def peft_model(base=None, **options):
+    options = {"r": 2, "target_modules": ["embed", "lin", "conv"], **options}
+    return peft.get_peft_model(Net() if base is None else base, peft.LoraConfig(**options))
+
+
+def test_own_layers(device):
+    linear, reason = torch.float32, "there are no kernels for it, it runs PyTorch's operators"
+    model = own_model().to(device)
+    chosen = plan.choose(plan.Product(4096, 8, 16, 2, torch.float32, device))
+    assert report(model) == [
+        Row("embed", "LoRAEmbedding", (11, 16), (2,), linear, False, None, reason),
+        Row("lin", "LoRALinear", (8, 16), (2,), linear, True, *chosen),
+        Row("conv", "LoRAConv1d", (12, 8, 3), (2,), linear, False, None, reason),
+    ]
+    with FusedCalls() as calls:
+        model(torch.zeros(1, 5, dtype=torch.int64, device=device))
+    assert calls.count == 1
+
+
+def test_own_layers_that_run_as_plain_ones(device):
+    merged = own_model().eval()
+    assert {row.reason for row in report(merged)} == {"its adapter is merged"}
+    assert {row.ranks for row in report(merged)} == {(2,)}
+    (row,) = report(lora.Linear(4, 6))
+    assert (row.ranks, row.fused, row.reason) == ((), False, "it has no adapter (r = 0)")
+
+    class Own(lora.LoRALinear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    assert report(Own(4, 6, r=1))[0].reason == "it has a forward of its own"
+
+
+def test_layouts_and_groups(device):
+    layers = nn.Sequential(
+        lora.Linear(4, 6, r=1, fan_in_fan_out=True),
+        lora.MergedLinear(6, 9, r=3, enable_lora=[True, False, True]),
+    ).to(device)
+    first, second = report(layers)
+    assert (first.name, first.weight, first.fused) == ("0", (6, 4), True)
+    assert (second.name, second.weight, second.ranks, second.fused) == ("1", (9, 6), (3,), True)
+    with FusedCalls() as calls:
+        layers(torch.randn(2, 4, device=device))
+    assert calls.count == 2
+
+
+def test_pefts_layers(device):
+    model = peft_model().to(device)
+    assert {row.reason for row in report(model)} == {"patch_peft() has not been called"}
+    patch_peft()
+    embed, linear, conv = report(model)
+    assert embed.name == "base_model.model.embed"
+    assert embed.reason == "Embedding of PEFT has a forward of its own"
+    assert (embed.kind, embed.weight) == ("peft Embedding(Embedding)", (11, 16))
+    assert (linear.kind, linear.weight) == ("peft Linear(Linear)", (8, 16))
+    assert (linear.ranks, linear.dtype, linear.fused) == ((2,), torch.float32, True)
+    assert (conv.kind, conv.fused, conv.plan) == ("peft Conv1d(Conv1d)", False, None)
+
+
+def test_all_of_a_llama_and_a_gpt2():
+    patch_peft()
+    llama = report(peft_model(tiny_llama(), target_modules="all-linear"))
+    assert len(llama) == 14
+    assert {(row.kind, row.fused) for row in llama} == {("peft Linear(Linear)", True)}
+    gpt2 = report(peft_model(tiny_gpt2(), target_modules=["c_attn"], fan_in_fan_out=True))
+    assert {(row.kind, row.weight) for row in gpt2} == {("peft Linear(Conv1D)", (24, 8))}
+    assert all(row.fused for row in gpt2)
+
+
+def test_active_adapters():
+    patch_peft()
+    model = peft_model(target_modules=["lin"])
+    model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["lin"]))
+    assert report(model)[0].ranks == (2,)
+    model.set_adapter("other")
+    assert report(model)[0].ranks == (3,)
+    model.base_model.set_adapter(["default", "other"])
+    (row,) = report(model)
+    assert (row.ranks, row.fused) == ((2, 3), False)
+    assert row.reason == "2 of its adapters are active"
+
+
+def test_hooks_of_accelerate_before_and_after_the_patch(device):
+    model = peft_model(target_modules=["lin"]).to(device)
+    layer = model.base_model.model.lin
+    add_hook_to_module(layer, ModelHook())
+    patch_peft()
+    (row,) = report(model)
+    assert row.reason == "it has a forward of its own, such as a hook from before patch_peft()"
+    again = peft_model(target_modules=["lin"]).to(device)
+    add_hook_to_module(again.base_model.model.lin, ModelHook())
+    assert report(again)[0].fused
+    for tree, expected in ((model, 0), (again, 1)):
+        with FusedCalls() as calls:
+            tree(torch.zeros(1, 5, dtype=torch.int64, device=device))
+        assert calls.count == expected
+
+
+def test_a_cpu_has_the_reference_and_says_why(no_interpreter):
+    patch_peft()
+    for model in (own_model(), peft_model()):
+        assert [row.plan for row in report(model) if row.fused] == ["reference"]
+        assert REFERENCE in str(report(model))
+
+
+def test_the_plan_is_that_of_the_product(monkeypatch):
+    """At these tokens, in the dtype under autocast, with dropout in training only."""
+    products = []
+
+    def choose(product):
+        products.append(product)
+        return plan.Plan("sandwich", "because")
+
+    monkeypatch.setattr(plan, "choose", choose)
+    patch_peft()
+    for model in (own_model(lora_dropout=0.1, merge_weights=False), peft_model(lora_dropout=0.1)):
+        assert [row[-2:] for row in report(model, tokens=7) if row.fused] == [
+            ("sandwich", "because")
+        ]
+        with torch.autocast("cpu", torch.bfloat16):
+            report(model.eval(), tokens=9)
+    cpu = torch.device("cpu")
+    expected = [
+        plan.Product(7, 8, 16, 2, torch.float32, cpu, dropout=True, aligned=True),
+        plan.Product(9, 8, 16, 2, torch.bfloat16, cpu, dropout=False, aligned=True),
+    ]
+    assert products == 2 * expected
+
+
+@pytest.mark.parametrize(
+    ("in_features", "dtype", "aligned"),
+    [(8, "float32", True), (6, "float32", False), (8, "bfloat16", True), (4, "bfloat16", False)],
+)
+def test_alignment_is_that_of_x_and_weight(in_features, dtype, aligned, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plan, "choose", lambda p: seen.append(p.aligned) or plan.Plan("x", "y"))
+    report(lora.Linear(in_features, 8, r=1, dtype=getattr(torch, dtype)))
+    with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
+        report(lora.Linear(in_features, 8, r=1))
+    assert seen == [aligned, aligned]
+
+
+def test_meta_models():
+    patch_peft()
+    for model in (own_model(), peft_model()):
+        (row,) = [row for row in report(model.to("meta")) if row.fused]
+        assert row.plan == "reference"
+
+
+def test_is_a_list_and_a_table(no_interpreter):
+    model = own_model(r=3)
+    rows = report(model, tokens=12)
+    assert isinstance(rows, list)
+    assert [row._asdict()["name"] for row in rows] == ["embed", "lin", "conv"]
+    assert rows.tokens == 12
+    copied = pickle.loads(pickle.dumps(rows))
+    assert (copied, copied.tokens, str(copied)) == (rows, 12, str(rows))
+    assert str(rows).splitlines() == [
+        "3 LoRA layers, 1 fused; plans for 12 tokens",
+        "layer  kind           weight  rank  dtype    fused  plan       reason",
+        "embed  LoRAEmbedding  11x16   3     float32  no                there are no kernels for "
+        "it, it runs PyTorch's operators",
+        "lin    LoRALinear     8x16    3     float32  yes    reference  CPU tensors reach the "
+        "kernels only under TRITON_INTERPRET=1",
+        "conv   LoRAConv1d     12x8x3  3     float32  no                there are no kernels for "
+        "it, it runs PyTorch's operators",
+    ]
+
+
+def test_a_model_without_lora():
+    rows = report(nn.Linear(2, 2))
+    assert isinstance(rows, Report)
+    assert rows == []
+    assert str(rows) == "0 LoRA layers, 0 fused; plans for 4096 tokens"
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 1.5, None, "8"])
+def test_tokens_that_are_no_count(tokens):
+    with pytest.raises(ValueError, match=r"report: tokens must be an integer >= 1, got"):
+        report(nn.Linear(2, 2), tokens=tokens)
