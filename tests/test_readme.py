@@ -14,9 +14,12 @@ def test_python_blocks_run_one_after_the_other(tmp_path, monkeypatch, seed):
     blocks = list(re.finditer(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
     assert len(blocks) == README.count("```python")
     names = {}
-    for block in blocks:
-        line = README[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block[1], "README.md", "exec"), names)
+    try:
+        for block in blocks:
+            line = README[: block.start(1)].count("\n")
+            exec(compile("\n" * line + block[1], "README.md", "exec"), names)
+    finally:
+        lora_kernels.unpatch_peft()
     assert blocks
 
 
@@ -27,7 +30,11 @@ def test_every_name_it_mentions_with_the_package_exists():
 
 
 def test_commands_that_ci_runs_stand_right_behind_their_markers():
-    for marker, ending in (("main", "python -m examples.finetune"), ("test", "pytest tests")):
+    commands = {
+        "main": "python -m examples.finetune",
+        "test": "pytest tests -n 2 --dist loadfile",
+    }
+    for marker, ending in commands.items():
         blocks = re.findall(rf"^<!-- ci: {marker} -->\n```bash\n(.*?)^```$", README, re.M | re.S)
         assert len(blocks) == 1
         assert blocks[0].endswith(f"{ending}\n")
