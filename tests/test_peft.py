@@ -1,7 +1,6 @@
 """patch_peft(): what PEFT does without the patch it does with it, and fused where it should be."""
 
 import copy
-import functools
 import inspect
 import pickle
 import re
@@ -25,21 +24,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import ops, patch_peft, report, unpatch_peft
 from tests.dispatch import FusedCalls
-from tests.tiny_models import tiny_gpt2, tiny_llama
+from tests.tiny_models import BASES, LAYERS, TARGETS, randomise, tiny_llama
 from tests.tolerance import assert_close
 
 UPSTREAM = PeftLinear.forward
 
-# Models and the layers of a block that LoRA goes into: nn.Linear without bias, Conv1D with one.
-BASES = {
-    "llama": tiny_llama,
-    "gpt2": functools.partial(tiny_gpt2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-}
-TARGETS = {
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],  # c_proj twice
-}
-LAYERS = {"llama": 14, "gpt2": 8}
 both_models = pytest.mark.parametrize("family", list(BASES))
 
 
@@ -54,14 +43,6 @@ def _unpatched():
 @pytest.fixture
 def patched():
     patch_peft()
-
-
-def randomise(model):
-    """Weights as after training: nothing is zero, every layer tells in the result."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.4)
-    return model
 
 
 def config(family, **options):

@@ -1,5 +1,8 @@
 """Hugging Face models of a few hundred weights, freshly initialised."""
 
+import functools
+
+import torch
 import transformers
 
 
@@ -24,3 +27,23 @@ def tiny_llama(layers=2):
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=9,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
+
+
+# Models and the layers of a block that LoRA goes into: nn.Linear without bias, Conv1D with one.
+BASES = {
+    "llama": tiny_llama,
+    "gpt2": functools.partial(tiny_gpt2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+}
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],  # c_proj twice
+}
+LAYERS = {"llama": 14, "gpt2": 8}
+
+
+def randomise(model):
+    """Weights as after training: nothing is zero, every layer tells in the result."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.4)
+    return model
