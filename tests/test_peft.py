@@ -305,7 +305,9 @@ def test_mixed_batches(seed, device):
     model.add_adapter("other", config("llama", r=2))
     randomise(model).to(device).eval()
     assert_as_without(
-        model, lambda model: logits(model, adapter_names=["other", "__base__", "default", "other"]), fused=0
+        model,
+        lambda model: logits(model, adapter_names=["other", "__base__", "default", "other"]),
+        fused=0,
     )
 
 
