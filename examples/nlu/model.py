@@ -16,9 +16,8 @@ from examples.finetune.errors import InputError
 from examples.finetune.model import head_names
 from examples.nlu.tasks import Settings, Task
 
-__all__ = ["METHODS", "adapt", "load_model", "start_from"]
+__all__ = ["adapt", "load_model", "start_from", "task_head"]
 
-METHODS = ("lora", "full", "head")
 TARGETS = {"deberta-v2": ["query_proj", "value_proj"], "distilbert": ["q_lin", "v_lin"]}
 PEFT_PREFIX = "base_model.model."
 # What torch.load and safetensors raise for files that are none of theirs.
@@ -55,11 +54,11 @@ def adapt(
     """Decides what of model trains: "lora" and the head, all of it ("full"), the "head" alone.
 
     targets: ends of the names of the layers that get LoRA; query and value of attention where
-    None. The head is all that lies outside the pretrained body, as in loralib's scripts.
+    None.
     """
     if method == "head":
         model.requires_grad_(False)
-        for name in head_names(model):
+        for name in task_head(model):
             model.get_submodule(name).requires_grad_(True)
     elif method == "lora":
         targets = list(targets or TARGETS.get(model.config.model_type, ["query", "value"]))
@@ -70,11 +69,23 @@ def adapt(
                 lora_alpha=settings.alpha,
                 lora_dropout=dropout,
                 target_modules=targets,
-                modules_to_save=head_names(model),
+                modules_to_save=task_head(model),
             )
         except ValueError as error:
             raise InputError(f"--targets {','.join(targets)}: {error}") from None
     return model
+
+
+def task_head(model: nn.Module) -> list[str]:
+    """Paths of the modules of the head: all outside the pretrained body, as in loralib's scripts.
+
+    RoBERTa's is a dense layer and a projection, and DeBERTa's a pooler and a classifier. BERT has
+    the same two, but keeps the pooler in its body; it belongs to the head all the same.
+    """
+    body, names = model.base_model_prefix, head_names(model)
+    if isinstance(getattr(model.base_model, "pooler", None), nn.Module):
+        names.append(f"{body}.pooler")
+    return names
 
 
 def start_from(
@@ -89,7 +100,7 @@ def start_from(
     """
     tensors = _read(Path(path), settings)
     own = lora.lora_state_dict(model)
-    heads = tuple(f"{name}." for name in head_names(model))
+    heads = tuple(f"{name}." for name in task_head(model))
     head = {key for key in tensors if key.startswith(heads)}
     left_out = set() if with_head else head
     wanted = {key for key in own if with_head or not key.startswith(heads)}

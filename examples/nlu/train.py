@@ -12,10 +12,8 @@ from examples.nlu import metrics
 from examples.nlu.data import Example
 from examples.nlu.tasks import Settings, Task
 
-__all__ = ["KEEP", "PRECISIONS", "AdapterTrainer", "encode", "make_trainer"]
+__all__ = ["AdapterTrainer", "encode", "make_trainer"]
 
-KEEP = ("best", "last", "none")
-PRECISIONS = ("fp32", "bf16", "fp16")
 PREDICTION_BATCH = 64
 LOGGED_SHARE = 0.01  # of the steps: a hundred points make a curve
 

@@ -15,6 +15,15 @@ REPOSITORY = Path(__file__).parents[3]
 SHARED_DATA = Path(os.environ.get("LORA_KERNELS_DATA", REPOSITORY.parent / "shared" / "data"))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models of this size are no faster on several, and far slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def sst2(tiny_data) -> str:
     """Path of SST-2's training sentences, or of a small file in their layout."""
