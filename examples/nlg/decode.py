@@ -85,9 +85,7 @@ def _no_repeat(size: int, width: int) -> LogitsProcessorList:
     return LogitsProcessorList([_NoRepeatInCompletion(size, width)] if size else [])
 
 
-def write_predictions(
-    path: Path, groups: Sequence[Group], predictions: Sequence[str]
-) -> None:
+def write_predictions(path: Path, groups: Sequence[Group], predictions: Sequence[str]) -> None:
     """A line of JSON per context: context, prediction, references, category."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:

@@ -17,7 +17,18 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from examples.nlg.data import SEEN_CATEGORIES, Group
 
-__all__ = ["Missing", "bleu", "cider", "e2e", "meteor", "nist", "rouge_l", "score", "ter", "triples"]
+__all__ = [
+    "Missing",
+    "bleu",
+    "cider",
+    "e2e",
+    "meteor",
+    "nist",
+    "rouge_l",
+    "score",
+    "ter",
+    "triples",
+]
 
 MAX_REFERENCES = 6  # per context for DART and WebNLG, the first ones, as in the original
 NIST_ORDER = 5
@@ -64,15 +75,17 @@ def e2e(predictions: Texts, references: References) -> dict[str, Score]:
         "BLEU": bleu(predictions, references, lowercase=True),
         "NIST": nist(predictions, references),
     }
-    tokens = _computed(lambda: penn_treebank(predictions, references))
-    for name, metric, factor in (
-        ("METEOR", meteor, 100), ("ROUGE-L", rouge_l, 100), ("CIDEr", cider, 1),
-    ):  # fmt: skip
-        scores[name] = tokens
-        if not isinstance(tokens, Missing):
-            value = _computed(lambda metric=metric: metric(*tokens))
-            scores[name] = value if isinstance(value, Missing) else factor * value
-    return scores
+    tokens = _computed(penn_treebank, predictions, references)
+
+    def on_tokens(metric: Callable, unit: float) -> Score:
+        value = tokens if isinstance(tokens, Missing) else _computed(metric, *tokens)
+        return value if isinstance(value, Missing) else unit * value
+
+    return scores | {
+        "METEOR": on_tokens(meteor, 100),
+        "ROUGE-L": on_tokens(rouge_l, 100),
+        "CIDEr": on_tokens(cider, 1),
+    }
 
 
 def triples(predictions: Texts, references: References) -> dict[str, Score]:
@@ -82,7 +95,7 @@ def triples(predictions: Texts, references: References) -> dict[str, Score]:
     words = _each(_treebank, predictions, references)
     return {
         "BLEU": bleu(predictions, references),
-        "METEOR": _computed(lambda: meteor(*words)),
+        "METEOR": _computed(meteor, *words),
         "TER": ter(*words),
     }
 
@@ -94,9 +107,7 @@ def bleu(predictions: Texts, references: References, lowercase: bool = False) ->
     """BLEU-4 of the corpus in per cent on mteval-v13a's tokens: sacrebleu without smoothing."""
     most = max(map(len, references))
     streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
-    metric = sacrebleu.BLEU(
-        lowercase=lowercase, tokenize="13a", smooth_method="none", force=True
-    )
+    metric = sacrebleu.BLEU(lowercase=lowercase, tokenize="13a", smooth_method="none", force=True)
     return metric.corpus_score(list(predictions), streams).score
 
 
@@ -177,7 +188,9 @@ def penn_treebank(predictions: Texts, references: References) -> tuple[list[str]
     if len(tokens) != len(flat):
         raise ValueError(f"the tokenizer gave {len(tokens)} lines for {len(flat)}")
     lines = iter(tokens[i][0] for i in range(len(flat)))
-    return [next(lines) for _ in predictions], [[next(lines) for _ in texts] for texts in references]
+    return [next(lines) for _ in predictions], [
+        [next(lines) for _ in texts] for texts in references
+    ]
 
 
 def _one_line(text: str) -> str:
@@ -231,9 +244,9 @@ def _need_java() -> None:
         raise FileNotFoundError("java is not installed")
 
 
-def _computed(metric: Callable):
-    """What metric gives, or Missing where Java or a library is not there or fails."""
+def _computed(function: Callable, *arguments):
+    """What function gives, or Missing where Java or a library is not there or fails."""
     try:
-        return metric()
+        return function(*arguments)
     except (ImportError, OSError, ValueError) as error:
         return Missing(f"{type(error).__name__}: {error}")

@@ -17,7 +17,7 @@ import lora_kernels as lora
 from examples.finetune.errors import InputError
 from examples.nlg.model import CompletionLoss
 
-__all__ = ["Progress", "Settings", "mean_loss", "train"]
+__all__ = ["Progress", "Settings", "check_fresh", "mean_loss", "train"]
 
 BETAS, EPS = (0.9, 0.999), 1e-6
 
@@ -181,12 +181,10 @@ def mean_loss(model, tokenizer, features: Sequence[dict], batch_size: int = 32) 
 
 
 def check_fresh(checkpoints: Path, resume: bool) -> None:
-    """A run is resumed where asked for, and never mixed up with an earlier one's checkpoints."""
+    """No checkpoints of an earlier run are there, or it is to be resumed; else an InputError."""
     found = _complete(checkpoints)
     if found and not resume:
         raise InputError(f"{found[-1]}: left by an earlier run: --resume goes on with it")
-    if resume and not found:
-        raise InputError(f"{checkpoints}: no checkpoint to resume from")
 
 
 def _complete(checkpoints: Path) -> list[Path]:
