@@ -1,0 +1,1 @@
+"""The paper's experiment on text generation, GPT-2 with LoRA: ``python -m examples.nlg``."""

@@ -1,0 +1,246 @@
+"""Command line of the text generation example; see ``python -m examples.nlg --help``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from examples.finetune.errors import InputError
+from examples.nlg import data
+
+ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; 0, 1 where a check of the result failed, 2 where the input is at fault."""
+    options = _parser().parse_args(argv)
+    try:
+        return options.command(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+# ---- the commands; what takes seconds to import is imported where it is needed ----
+
+
+def train(options: argparse.Namespace) -> int:
+    """Adapts a model to a task; writes an adapter after every epoch."""
+    examples = data.load(options.task, options.data, options.split)
+    held = data.load(options.task, options.valid, options.valid_split) if options.valid else []
+    import torch
+
+    import lora_kernels as lora
+    from examples.nlg.model import add_lora, load_model, load_tokenizer
+    from examples.nlg.train import Settings, check_fresh, mean_loss
+    from examples.nlg.train import train as run
+
+    check_fresh(options.output / CHECKPOINTS, options.resume)
+    tokenizer = load_tokenizer(options.model)
+    features = data.encode(tokenizer, examples, options.max_length)
+    held_features = data.encode(tokenizer, held, options.max_length)
+    model = load_model(options.model)
+    torch.manual_seed(options.seed)
+    add_lora(model, options.rank, options.alpha, options.dropout)
+
+    def after_epoch(done: int) -> None:
+        lora.save_adapter(model, options.output / f"epoch-{done}")
+        lora.save_adapter(model, options.output / ADAPTER)
+        if held_features:
+            print(f"epoch {done}: loss on {options.valid} "
+                  f"{mean_loss(model, tokenizer, held_features):.4f}", flush=True)  # fmt: skip
+
+    names = Settings.__dataclass_fields__
+    progress = run(
+        model,
+        tokenizer,
+        features,
+        Settings(**{name: getattr(options, name) for name in names}),
+        mixed_precision=options.mixed_precision,
+        checkpoints=options.output / CHECKPOINTS,
+        save_every=options.save_every,
+        resume=options.resume,
+        after_epoch=after_epoch,
+    )
+    result = {
+        name: getattr(options, name)
+        for name in ("model", "task", "rank", "alpha", "dropout", "max_length", *names)
+    } | {
+        "examples": len(features),
+        "steps": progress.step,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "tokens_per_second": progress.tokens / progress.seconds,
+        "seconds": progress.seconds,
+        "losses": progress.losses,
+    }
+    _write(result, options.output / "metrics.json")
+    return 0
+
+
+def decode(options: argparse.Namespace) -> int:
+    """Loads an adapter onto its base model and writes predictions."""
+    groups = data.group(data.load(options.task, options.data, options.split))
+    import torch
+
+    import lora_kernels as lora
+    from examples.nlg import decode as decoding
+    from examples.nlg.model import load_model, load_tokenizer
+
+    tokenizer, model = load_tokenizer(options.model), load_model(options.model)
+    if options.adapter is not None:
+        try:
+            lora.load_adapter(model, options.adapter)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--adapter {options.adapter}: {error}") from None
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # merged by eval()
+    names = decoding.Search.__dataclass_fields__
+    search = decoding.Search(**{name: getattr(options, name) for name in names})
+    predictions = decoding.decode(model, tokenizer, groups, search)
+    decoding.write_predictions(options.output, groups, predictions)
+    print(f"{len(groups):,} predictions in {options.output}")
+    return 0
+
+
+def score(options: argparse.Namespace) -> int:
+    """Prints the metrics of the task for a file of predictions, and writes them as JSON."""
+    from examples.nlg.decode import read_predictions
+    from examples.nlg.metrics import Missing
+    from examples.nlg.metrics import score as measure
+
+    groups, predictions = read_predictions(options.predictions)
+    results = measure(options.task, groups, predictions)
+    for part, scores in results.items():
+        for name, value in scores.items():
+            told = f"missing: {value.reason}" if isinstance(value, Missing) else f"{value:.4f}"
+            print(f"{part:<8}{name:<10}{told}")
+    plain = {
+        part: {
+            name: {"missing": value.reason} if isinstance(value, Missing) else value
+            for name, value in scores.items()
+        }
+        for part, scores in results.items()
+    }
+    _write(plain, options.output or options.predictions.with_suffix(".scores.json"))
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    """The whole way on a small model that is pretrained first."""
+    examples = data.load("e2e", options.data)
+    from examples.nlg.demo import run
+
+    return run(options, examples)
+
+
+def _write(result: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- options ----
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.nlg",
+        description="GPT-2 with LoRA on E2E, DART and WebNLG: train, decode, score; or a small "
+        "demonstration of all three.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function: Callable) -> Callable:
+        added = commands.add_parser(
+            function.__name__, help=function.__doc__, description=function.__doc__
+        )
+        added.set_defaults(command=function)
+
+        def option(flag: str, default, help: str, **kwargs) -> None:
+            told = f"{help} (default: {default})" if default is not None else help
+            added.add_argument(flag, default=default, help=told, **kwargs)
+
+        return option
+
+    def sources(option: Callable, split: str) -> None:
+        option("--task", None, "whose format and metrics", choices=data.TASKS, required=True)
+        option(
+            "--data", None, "a file of the task's authors, or NAME or NAME:CONFIG on the hub",
+            required=True, metavar="SOURCE",
+        )  # fmt: skip
+        option("--split", split, "which part of a data set of the hub")
+
+    def model(option: Callable) -> None:
+        option(
+            "--model", "medium", "GPT-2 small, medium or large, or another name or path",
+            metavar="MODEL",
+        )  # fmt: skip
+        option("--max-length", 512, "tokens of a sequence", type=_number(int, 2), metavar="N")
+
+    option = command(train)
+    sources(option, "train")
+    model(option)
+    option("--valid", None, "held-out data, to measure the loss on after each epoch")
+    option("--valid-split", "validation", "which part of it")
+    option("--output", Path("runs/nlg"), "where the results go", type=Path, metavar="DIR")
+    option("--rank", 4, "r of every LoRA layer", type=_number(int, 1), metavar="R")
+    option("--alpha", 32.0, "updates are scaled by alpha / r", type=_number(float, 0), metavar="A")
+    option("--dropout", 0.1, "before lora_A", type=_number(float, 0, 1), metavar="P")
+    option("--epochs", 5, "passes over the data", type=_number(int, 1), metavar="N")
+    option("--batch-size", 8, "sequences a batch and device", type=_number(int, 1), metavar="N")
+    option("--accumulation", 1, "batches a step", type=_number(int, 1), metavar="N")
+    option("--lr", 2e-4, "peak learning rate", type=_number(float, 0), metavar="LR")
+    option("--warmup", 500, "steps to the peak", type=_number(int, 0), metavar="N")
+    option("--weight-decay", 0.01, "AdamW's", type=_number(float, 0), metavar="D")
+    option("--label-smoothing", 0.1, "ε", type=_number(float, 0, 1), metavar="E")
+    option("--seed", 110, "of batches, dropout and lora_A", type=_number(int, 0), metavar="N")
+    option("--mixed-precision", "no", "accelerate's", choices=("no", "fp16", "bf16"))
+    option("--save-every", 100, "steps between checkpoints", type=_number(int, 1), metavar="N")
+    option("--resume", False, "go on from the newest checkpoint", action="store_true")
+
+    option = command(decode)
+    sources(option, "test")
+    model(option)
+    option("--adapter", None, "what train wrote; without it the base decodes", metavar="DIR")
+    option(
+        "--output", Path("runs/nlg/predictions.jsonl"), "a line for each context", type=Path,
+        metavar="FILE.jsonl",
+    )  # fmt: skip
+    option("--beams", 10, "width of the beam", type=_number(int, 1), metavar="N")
+    option("--length-penalty", 0.8, "exponent of the length", type=float, metavar="P")
+    option(
+        "--no-repeat-ngram", 4, "n-grams of this size come once in a completion; 0: any",
+        type=_number(int, 0), metavar="N",
+    )  # fmt: skip
+    option("--new-tokens", 64, "at most", type=_number(int, 1), metavar="N")
+    option("--batch-size", 16, "contexts a batch", type=_number(int, 1), metavar="N")
+
+    option = command(score)
+    option("--task", None, "whose metrics", choices=data.TASKS, required=True)
+    option("predictions", None, "what decode wrote", type=Path, metavar="FILE.jsonl")
+    option("--output", None, "default: beside it, .scores.json", type=Path, metavar="FILE.json")
+
+    option = command(demo)
+    option("--data", None, "an E2E file", required=True, type=Path, metavar="FILE.txt")
+    option(
+        "--vocabulary", "gpt2", "the tokenizer of this model, or a folder with its vocab.json and "
+        "merges.txt", metavar="NAME_OR_DIR",
+    )  # fmt: skip
+    option("--output", Path("runs/nlg-demo"), "where the results go", type=Path, metavar="DIR")
+    return parser
+
+
+def _number(kind: type, low: float, below: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: a number of this kind in [low, below)."""
+
+    def number(text: str):
+        value = kind(text)
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f"must be in [{low}, {below}), got {text}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it where kind(text) fails
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

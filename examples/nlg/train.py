@@ -1,0 +1,221 @@
+"""Training through accelerate: any number of devices, mixed precision, accumulation, resuming."""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import DataCollatorForSeq2Seq, get_scheduler
+
+import lora_kernels as lora
+from examples.finetune.errors import InputError
+from examples.nlg.model import CompletionLoss
+
+__all__ = ["Progress", "Settings", "check_fresh", "mean_loss", "train"]
+
+BETAS, EPS = (0.9, 0.999), 1e-6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are the paper's for GPT-2 medium on E2E (appendix D.3)."""
+
+    epochs: int = 5
+    batch_size: int = 8  # per device
+    accumulation: int = 1  # batches per step
+    lr: float = 2e-4
+    warmup: int = 500  # steps
+    weight_decay: float = 0.01
+    label_smoothing: float = 0.1
+    seed: int = 110
+
+
+class Progress:
+    """How far training is, and what was measured; saved and loaded with each checkpoint.
+
+    batch counts within the epoch; tokens are those of this process.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.step = self.epoch = self.batch = 0
+        self.losses: list = []  # of each step, its batches' mean on this process
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict:
+        state = vars(self) | {"settings": asdict(self.settings), "tokens": int(self.tokens)}
+        return state | {"losses": [float(loss) for loss in self.losses]}
+
+    def load_state_dict(self, state: dict) -> None:
+        changed = {
+            name: (value, getattr(self.settings, name))
+            for name, value in state["settings"].items()
+            if value != getattr(self.settings, name)
+        }
+        if changed:
+            told = ", ".join(f"{name} was {was}, is {now}" for name, (was, now) in changed.items())
+            raise InputError(f"the checkpoint is of a run with other settings: {told}")
+        vars(self).update(state, settings=self.settings)
+
+
+def train(
+    model,
+    tokenizer,
+    features: Sequence[dict],
+    settings: Settings,
+    *,
+    mixed_precision: str = "no",
+    checkpoints: Path | None = None,
+    save_every: int = 100,
+    resume: bool = False,
+    after_epoch: Callable[[int], None] | None = None,
+) -> Progress:
+    """Trains what requires a gradient in model, in place, and leaves it on accelerate's device.
+
+    features: of data.encode. checkpoints: a directory that gets the newest checkpoint every
+    save_every steps and after each epoch: the adapter, and the state of optimizer, schedule,
+    random numbers and data loader. resume: goes on from there, as if there had been no break.
+    after_epoch(number of epochs done) runs on the main process.
+    """
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=settings.accumulation,
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=settings.seed
+        ),
+    )
+    set_seed(settings.seed, device_specific=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=settings.lr, betas=BETAS, eps=EPS, weight_decay=settings.weight_decay,
+    )  # fmt: skip
+    loader = DataLoader(
+        features, settings.batch_size, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer),
+        # A loader without one draws from the global generator whenever an epoch starts or resumes.
+        generator=torch.Generator(),
+    )  # fmt: skip
+    module, prepared, loader = accelerator.prepare(
+        CompletionLoss(model, settings.label_smoothing), optimizer, loader
+    )
+    steps_per_epoch = -(-len(loader) // settings.accumulation)
+    total = settings.epochs * steps_per_epoch
+    # Not prepared: accelerate would step it once per device.
+    schedule = get_scheduler("linear", optimizer, settings.warmup, total)
+    progress = Progress(settings)
+    accelerator.register_for_checkpointing(schedule, progress)
+    _keep_adapters_only(accelerator)
+    if resume and (found := _complete(checkpoints)):
+        accelerator.load_state(found[-1])
+
+    def save() -> None:
+        if checkpoints is not None:
+            _save(accelerator, checkpoints, progress.step)
+
+    bar = tqdm(
+        total=total, initial=progress.step, unit="step", desc="training",
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
+    with bar:
+        while progress.epoch < settings.epochs:
+            loader.set_epoch(progress.epoch)
+            batches = accelerator.skip_first_batches(loader, progress.batch)
+            module.train()
+            start, losses = time.perf_counter(), []
+            for batch in batches:
+                with accelerator.accumulate(module):
+                    loss = module(**batch)
+                    accelerator.backward(loss)
+                    prepared.step()
+                    prepared.zero_grad()
+                losses.append(loss.detach())
+                progress.tokens += batch["attention_mask"].sum()
+                progress.batch += 1
+                if not accelerator.sync_gradients:
+                    continue
+                if not accelerator.optimizer_step_was_skipped:
+                    schedule.step()
+                progress.losses.append(torch.stack(losses).mean())
+                progress.step += 1
+                losses = []
+                bar.update()
+                if progress.step % 10 == 0:
+                    bar.set_postfix(loss=f"{float(progress.losses[-1]):.3f}")
+                if progress.step % save_every == 0 and progress.step % steps_per_epoch:
+                    progress.seconds += time.perf_counter() - start
+                    save()
+                    start = time.perf_counter()
+            float(progress.tokens)  # waits for the device
+            progress.seconds += time.perf_counter() - start
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+            if after_epoch is not None and accelerator.is_main_process:
+                after_epoch(progress.epoch)
+            save()
+    accelerator.wait_for_everyone()
+    progress.load_state_dict(progress.state_dict())  # numbers, no tensors of a device
+    progress.tokens *= accelerator.num_processes
+    accelerator.free_memory()
+    return progress
+
+
+@torch.no_grad()
+def mean_loss(model, tokenizer, features: Sequence[dict], batch_size: int = 32) -> float:
+    """Mean negative log-likelihood of the predicted tokens, without smoothing, in eval mode."""
+    was_training = model.training
+    module = CompletionLoss(model, 0.0).eval()
+    collate, total, count = DataCollatorForSeq2Seq(tokenizer), 0.0, 0
+    ordered = sorted(features, key=lambda row: len(row["input_ids"]))
+    for start in range(0, len(ordered), batch_size):
+        batch = collate(ordered[start : start + batch_size]).to(model.device)
+        predicted = int((batch["labels"][:, 1:] != -100).sum())
+        total += float(module(**batch)) * predicted
+        count += predicted
+    model.train(was_training)
+    return total / count
+
+
+def check_fresh(checkpoints: Path, resume: bool) -> None:
+    """No checkpoints of an earlier run are there, or it is to be resumed; else an InputError."""
+    found = _complete(checkpoints)
+    if found and not resume:
+        raise InputError(f"{found[-1]}: left by an earlier run: --resume goes on with it")
+
+
+def _complete(checkpoints: Path) -> list[Path]:
+    """Checkpoints that were written to the end, oldest first."""
+    return sorted(checkpoints.glob("step-*"))
+
+
+def _save(accelerator: Accelerator, checkpoints: Path, step: int) -> None:
+    """Written beside, then renamed: a kill at any moment leaves a complete one."""
+    partial = checkpoints / f"partial-{step:08d}"
+    accelerator.save_state(partial)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        older = [*_complete(checkpoints), *checkpoints.glob("partial-*")]
+        partial.rename(checkpoints / f"step-{step:08d}")
+        for path in older:
+            shutil.rmtree(path, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _keep_adapters_only(accelerator: Accelerator) -> None:
+    """Has accelerate's checkpoints hold an adapter in the place of the whole model."""
+
+    def save(models, weights, directory) -> None:
+        if accelerator.is_main_process:
+            lora.save_adapter(accelerator.unwrap_model(models[0]).model, directory)
+        weights.clear()
+
+    def load(models, directory) -> None:
+        lora.load_adapter(accelerator.unwrap_model(models[0]).model, directory)
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

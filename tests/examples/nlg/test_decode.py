@@ -1,0 +1,178 @@
+"""Beam search, files of predictions, and the commands from training to scores."""
+
+import json
+
+import pytest
+import torch
+
+import lora_kernels as lora
+from examples.finetune.errors import InputError
+from examples.finetune.model import set_merging
+from examples.nlg import data
+from examples.nlg.__main__ import main
+from examples.nlg.decode import (
+    Search,
+    _NoRepeatInCompletion,
+    decode,
+    read_predictions,
+    write_predictions,
+)
+from examples.nlg.model import add_lora, load_model
+
+SEARCH = Search(beams=4, new_tokens=12, batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def groups(restaurants):
+    return data.group(restaurants)[::3]  # names of one to three tokens: unequal lengths
+
+
+@pytest.fixture
+def adapted(tiny_gpt2):
+    """In float64: beams do not change places by rounding."""
+    torch.manual_seed(3)
+    model = add_lora(load_model(tiny_gpt2), rank=4, alpha=32, dropout=0.0)
+    for block in model.transformer.h:
+        torch.nn.init.normal_(block.attn.c_attn.lora_B, std=0.2)
+    return model.double().eval()
+
+
+def test_the_defaults_are_those_of_the_issue():
+    assert vars(Search()) == {
+        "beams": 10, "length_penalty": 0.8, "no_repeat_ngram": 4, "new_tokens": 64,
+        "max_length": 512, "batch_size": 16,
+    }  # fmt: skip
+
+
+def test_batched_with_padding_is_one_at_a_time(adapted, tokenizer, groups):
+    lengths = {len(tokenizer(item.context)["input_ids"]) for item in groups}
+    assert len(lengths) > 1
+    together = decode(adapted, tokenizer, groups, SEARCH)
+    alone = [decode(adapted, tokenizer, [item], SEARCH)[0] for item in groups]
+    assert together == alone
+    assert len(set(together)) > 1
+
+
+def test_merged_is_unmerged(adapted, tokenizer, groups):
+    assert adapted.transformer.h[0].attn.c_attn.merged
+    merged = decode(adapted, tokenizer, groups, SEARCH)
+    assert decode(set_merging(adapted, False), tokenizer, groups, SEARCH) == merged
+    assert not adapted.transformer.h[0].attn.c_attn.merged
+
+
+def test_an_adapter_loaded_onto_the_base_decodes_as_the_trained_model(
+    adapted, tokenizer, groups, tiny_gpt2, tmp_path
+):
+    """The original's decoding reads the checkpoint's LoRA alone, onto a random base."""
+    base = load_model(tiny_gpt2).double().eval()
+    before = decode(base, tokenizer, groups, SEARCH)
+    lora.save_adapter(adapted, tmp_path)
+    loaded = lora.load_adapter(load_model(tiny_gpt2), tmp_path).double().eval()
+    expected = decode(adapted, tokenizer, groups, SEARCH)
+    assert decode(loaded, tokenizer, groups, SEARCH) == expected
+    assert expected != before
+
+
+def test_a_wider_beam_finds_no_less_likely_text(adapted, tokenizer, groups):
+    def likelihood(text: str) -> float:
+        context = [*tokenizer(groups[0].context)["input_ids"], tokenizer.eos_token_id]
+        tokens = torch.tensor([context + tokenizer(text)["input_ids"]])
+        scores = adapted(tokens).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        return float(scores.gather(1, tokens[0, len(context) :, None]).sum())
+
+    plain = {"new_tokens": 4, "length_penalty": 0.0, "no_repeat_ngram": 0}
+    with torch.no_grad():
+        narrow, wide = (
+            likelihood(decode(adapted, tokenizer, groups[:1], Search(beams=n, **plain))[0])
+            for n in (1, 330)
+        )
+    assert wide >= narrow
+
+
+def test_four_words_come_once_in_a_completion_but_may_be_copied_from_the_context():
+    ban = _NoRepeatInCompletion(4, width=5)
+    context = [1, 2, 3, 4, 0]
+    copied = torch.tensor([[*context, 1, 2, 3]])
+    scores = torch.zeros(1, 10)
+    assert torch.equal(ban(copied, scores), scores)
+    repeated = torch.tensor([[*context, 5, 6, 7, 8, 5, 6, 7]])
+    assert ban(repeated, scores)[0].isinf().nonzero().flatten().tolist() == [8]
+
+
+def test_a_completion_ends_at_a_blank_line(tokenizer, groups, monkeypatch):
+    class Model:
+        device = "cpu"
+
+        def generate(self, input_ids, **kwargs):
+            text = tokenizer(" One .\n\nTwo")["input_ids"]
+            return torch.cat([input_ids, torch.tensor([text] * len(input_ids))], 1)
+
+    assert decode(Model(), tokenizer, groups[:2], SEARCH) == ["One .", "One ."]
+
+
+def test_predictions_are_read_as_written(groups, tmp_path):
+    path = tmp_path / "some" / "predictions.jsonl"
+    predictions = [f"Café {i}\u2028." for i in range(len(groups))]
+    write_predictions(path, groups, predictions)
+    assert read_predictions(path) == (groups, predictions)
+    first = json.loads(path.read_text().split("\n")[0])
+    assert first == {
+        "context": groups[0].context, "references": list(groups[0].references), "category": None,
+        "prediction": predictions[0],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "{}", '{"context": "a", "prediction": "b", "references": []}']
+)
+def test_a_bad_line_of_predictions_is_named(line, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(line)
+    with pytest.raises(InputError, match=r"bad.jsonl:1: "):
+        read_predictions(path)
+
+
+def test_train_decode_score(e2e_file, tiny_gpt2, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)  # METEOR has a test of its own
+    common = ["--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file), "--max-length", "64"]
+    out = tmp_path / "out"
+    arguments = [
+        "train", *common, "--valid", str(e2e_file), "--output", str(out), "--epochs", "3",
+        "--lr", "2e-2", "--warmup", "4",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("loss on") == 3
+    result = json.loads((out / "metrics.json").read_text())
+    assert result["steps"] == len(result["losses"]) == 3 * 6
+    assert result["losses"][-1] < result["losses"][0]
+    assert result["trainable_parameters"] == 1024
+    assert result["tokens_per_second"] > 0
+    assert {path.name for path in out.iterdir()} == {
+        "adapter", "checkpoints", "epoch-1", "epoch-2", "epoch-3", "metrics.json",
+    }  # fmt: skip
+    assert main(arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+
+    rows = {}
+    for name, extra in (("adapted", ["--adapter", str(out / "adapter")]), ("base", [])):
+        path = tmp_path / f"{name}.jsonl"
+        options = ["--output", str(path), "--max-length", "120", "--new-tokens", "8", *extra]
+        assert main(["decode", *common[:-2], "--beams", "2", *options]) == 0
+        assert main(["score", "--task", "e2e", str(path)]) == 0
+        assert "java is not installed" in capsys.readouterr().out
+        rows[name] = read_predictions(path)
+    assert len(rows["base"][0]) == 24
+    assert rows["adapted"][1] != rows["base"][1]
+    scores = json.loads((tmp_path / "adapted.scores.json").read_text())["all"]
+    assert scores["METEOR"] == {"missing": "FileNotFoundError: java is not installed"}
+    assert scores["BLEU"] >= 0
+
+
+def test_what_the_user_has_to_put_right_is_told(e2e_file, tiny_gpt2, tmp_path, capsys):
+    common = ["--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file)]
+    assert main(["decode", *common, "--adapter", str(tmp_path)]) == 2
+    assert "adapter_config.json: no such file" in capsys.readouterr().err
+    assert main(["score", "--task", "e2e", str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", *common, "--lr", "-1"])
