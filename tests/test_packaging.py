@@ -41,6 +41,8 @@ LEVELS = {
     "checkpoint": 6,
     "peft_format": 6,
     "": 7,  # lora_kernels/__init__.py
+    "cli": 8,
+    "__main__": 9,
 }
 
 
