@@ -1,7 +1,7 @@
 """The command line, ``lora-kernels`` or ``python -m lora_kernels``: run, doctor, convert.
 
-Exit codes: 0; 1 where doctor found something missing; 2 where the user is at fault, with one line on
-stderr. What ``run`` runs ends with its own exit code.
+Exit codes: 0; 1 where doctor found something missing; 2 where the user is at fault, with one line
+on stderr. What ``run`` runs ends with its own exit code.
 """
 
 import argparse

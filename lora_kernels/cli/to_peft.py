@@ -102,7 +102,7 @@ def _factors(path: str, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         weight is not None and weight.dim() > 2
     ):
         raise ValueError(
-            f"{path}: a convolution; PEFT's shapes depend on its kernel and channels, which are not "
+            f"{path}: a convolution; PEFT's shapes depend on kernel and channels, which are not "
             f"in its factors: load the file into the model and call lora_kernels.save_adapter"
         )
     for name in _FACTORS:
