@@ -1,4 +1,6 @@
-"""lora-kernels doctor: what is installed, which plans products take, what is missing."""
+"""lora-kernels doctor: what is installed, which plans products take, whether PEFT's layers are
+fused under patch_peft(), what is missing.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -10,9 +12,10 @@ import sys
 import warnings
 
 import torch
+from torch import nn
 
 import lora_kernels
-from lora_kernels import functional, plan
+from lora_kernels import functional, patch_peft, plan, report, unpatch_peft
 
 __all__ = ["Findings", "Missing", "as_json", "as_text", "examine"]
 
@@ -35,7 +38,8 @@ class Findings:
     """What was found. A version that is None: not installed; a variable: not set.
 
     gpus: device, name, capability, driver of each; no_gpu: why there is none. plans: device,
-    product, plan and reason. missing: empty where the kernels will run on every GPU.
+    product, plan and reason. peft: what patch_peft() does with the PEFT that is installed.
+    missing: empty where the kernels will run on every GPU, for PEFT too where it is installed.
     """
 
     python: str
@@ -44,6 +48,7 @@ class Findings:
     gpus: list[dict[str, str]]
     no_gpu: str | None
     plans: list[dict[str, str]]
+    peft: str
     missing: list[Missing]
 
 
@@ -63,6 +68,7 @@ def examine() -> Findings:
         plans += chosen
         if gpus:
             missing += _why_reference(chosen) or _failures(device)
+    peft, not_fused = _peft()
     return Findings(
         python=f"{platform.python_version()}, {sys.executable}",
         versions={"lora_kernels": lora_kernels.__version__}
@@ -71,7 +77,8 @@ def examine() -> Findings:
         gpus=gpus,
         no_gpu=no_gpu and no_gpu.what,
         plans=plans,
-        missing=list(dict.fromkeys(missing)),
+        peft=peft,
+        missing=list(dict.fromkeys(missing + not_fused)),
     )
 
 
@@ -98,6 +105,7 @@ def as_text(findings: Findings) -> str:
         (f"plan on {row['device']}", f"{row['product']}: {row['plan']}, {row['reason']}")
         for row in findings.plans
     ]
+    rows.append(("patch_peft()", findings.peft))
     rows += [("missing", f"{missing.what}: {missing.mend}") for missing in findings.missing]
     if not findings.missing:
         rows.append(("missing", "nothing"))
@@ -110,6 +118,35 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _peft() -> tuple[str, list[Missing]]:
+    """What report() tells of a layer of PEFT's under patch_peft(), which is undone again."""
+    if _version("peft") is None:
+        return "peft is not installed", []
+    try:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora.layer import Linear
+    except Exception as error:  # versions that do not go together fail in many ways
+        reason = f"peft cannot be imported: {' '.join(str(error).split())}"
+        return reason, [Missing(reason, "pip install --upgrade peft transformers accelerate")]
+    upstream = Linear.forward
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+        caught.clear()
+        patch_peft()
+    try:
+        (row,) = report(model)
+    except ValueError as error:  # LORA_KERNELS_PLAN, which examine() has named as missing
+        return f"not known: {error}", []
+    finally:
+        if Linear.forward is not upstream:
+            unpatch_peft()
+    if not row.fused:
+        reason = f"lora.Linear of peft is not fused: {row.reason}"
+        return reason, [Missing(reason, "pip install --upgrade peft")]
+    return "; ".join(["lora.Linear of peft is fused", *(str(w.message) for w in caught)]), []
 
 
 def _gpu(index: int) -> dict[str, str]:

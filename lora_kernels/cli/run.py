@@ -38,7 +38,8 @@ def run_script(path: str, arguments: Sequence[str]) -> int:
     sys.argv = [path, *arguments]
     _replace_first_path(os.path.dirname(os.path.realpath(file)))
     patch_on_import()
-    return _outcome(lambda: exec(loader.source_to_code(source, file), main.__dict__))
+    # Not loader.source_to_code, whose frames a SyntaxError's traceback would show.
+    return _outcome(lambda: exec(compile(source, file, "exec", dont_inherit=True), main.__dict__))
 
 
 def run_module(name: str, arguments: Sequence[str]) -> int:
