@@ -40,6 +40,8 @@ def to_peft(source: Path, destination: Path, options: argparse.Namespace) -> lis
         bias, saved = _add_others(model, state, layers, options.modules_to_save)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    except KeyError as error:  # a part of a key that PyTorch does not take as a module's name
+        raise ValueError(f"{source}: a key does not fit a model: {error.args[0]}") from None
     adapt.record_trained(model, bias, saved)
     checkpoint.save_adapter(model, destination)
     return [f"{destination}: LoRA on {len(layers)} modules, bias={bias}, modules_to_save={saved}"]
@@ -76,6 +78,11 @@ def _layers(state: dict[str, Tensor], options: argparse.Namespace) -> dict[str, 
     paths = sorted({_split(key)[0] for key in state if _split(key)[1] in _FACTORS})
     if not paths:
         raise ValueError("no key ends with lora_A or lora_B")
+    if "" in paths:
+        raise ValueError(
+            "lora_A, lora_B: a LoRA layer that is the whole model has no name for PEFT: put it in "
+            "a module"
+        )
     enabled = _Numbers("--enable-lora", options.enable_lora, paths)
     splits = _Numbers("--out-splits", options.out_splits, paths)
     embeddings = _matches("--embedding", options.embedding, paths)
