@@ -1,7 +1,9 @@
 """lora-kernels run: a script or a module as Python runs it, with PEFT patched on its import."""
 
 import json
+import multiprocessing.spawn
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -41,8 +43,9 @@ def in_process(monkeypatch):
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setattr(
-        "multiprocessing.spawn.get_preparation_data",
-        sys.modules["multiprocessing.spawn"].get_preparation_data,
+        multiprocessing.spawn,
+        "get_preparation_data",
+        multiprocessing.spawn.get_preparation_data,
     )
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     yield main
@@ -129,6 +132,20 @@ def test_peft_that_is_there_already_is_patched_at_once(tmp_path, in_process, cap
     script.write_text(PATCHED)
     assert in_process(["run", str(script)]) == 0
     assert capsys.readouterr().out.startswith("patched True")
+
+
+def test_what_a_spawned_process_unpickles_patches_peft(tmp_path, in_process):
+    from peft.tuners.lora.layer import Linear
+
+    (tmp_path / "script.py").touch()
+    assert in_process(["run", str(tmp_path / "script.py")]) == 0
+    unpatch_peft()
+    data = multiprocessing.spawn.get_preparation_data("child")
+    del data["authkey"]  # which is pickled only while a process starts
+    pickled = pickle.dumps(data)
+    assert not hasattr(Linear.forward, "__wrapped__")
+    assert pickle.loads(pickled) == dict(data)
+    assert hasattr(Linear.forward, "__wrapped__")
 
 
 @pytest.mark.parametrize(
