@@ -49,6 +49,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["lora_kernels", "lora_kernels.*"]),
     package_data={"lora_kernels": ["py.typed"]},
+    entry_points={"console_scripts": ["lora-kernels = lora_kernels.cli:main"]},
     install_requires=["safetensors", "torch>=2.6", 'triton; platform_system == "Linux"'],
     extras_require={
         "bench": BENCH,

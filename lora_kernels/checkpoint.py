@@ -26,9 +26,9 @@ __all__ = ["load_adapter", "lora_state_dict", "merged_state_dict", "save_adapter
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _METADATA = "lora_kernels"
-_PEFT_COPIES = ("original_module", "modules_to_save")
+PEFT_COPIES = ("original_module", "modules_to_save")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -165,7 +165,7 @@ def load_adapter(
     as it was.
     """
     directory = Path(directory)
-    adapter = _read(directory)
+    adapter = read_adapter(directory)
     plans, state, saved = _fit(model, adapter)
     config = adapter.config
     if _adapted(model):
@@ -217,7 +217,7 @@ def _bias_keys(model: nn.Module, bias: str) -> set[str]:
 
 def _adapter_keys(path: str, module: nn.Module) -> tuple[str, str]:
     a, b = peft_format.key_names(module)
-    return f"{_PREFIX}{path}.{a}", f"{_PREFIX}{path}.{b}"
+    return f"{PREFIX}{path}.{a}", f"{PREFIX}{path}.{b}"
 
 
 def _other_keys(
@@ -227,7 +227,7 @@ def _other_keys(
 
     PEFT keeps what a LoRA layer wraps as its base_layer.
     """
-    keys = {_PREFIX + key: key for key in model.state_dict() if adapt.is_inside(key, saved)}
+    keys = {PREFIX + key: key for key in model.state_dict() if adapt.is_inside(key, saved)}
     for path, module in model.named_modules():
         if bias == "none" or adapt.is_inside(path, saved):
             continue
@@ -235,9 +235,9 @@ def _other_keys(
         target = parent if isinstance(targets.get(parent), ConvLoRA) else path
         for name in adapt.bias_names(module):
             if target in targets:
-                keys[f"{_PREFIX}{target}.base_layer.{name}"] = _join(path, name)
+                keys[f"{PREFIX}{target}.base_layer.{name}"] = _join(path, name)
             elif bias == "all":
-                keys[_PREFIX + _join(path, name)] = _join(path, name)
+                keys[PREFIX + _join(path, name)] = _join(path, name)
     return keys
 
 
@@ -253,7 +253,7 @@ def _base_keys(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, 
             for path, candidate in model.named_modules():
                 if candidate is module:
                     base = f"{path}.base_layer" if path in targets else path
-                    keys[f"{_PREFIX}{base}.weight"] = f"{path}.weight"
+                    keys[f"{PREFIX}{base}.weight"] = f"{path}.weight"
     return keys
 
 
@@ -272,7 +272,7 @@ def _saved_in_peft(
             takes_part = not any(adapt.is_inside(layer, [path]) for layer in adapted)
         else:
             takes_part = any(
-                _PREFIX + key in stored for key in state if adapt.is_inside(key, [path])
+                PREFIX + key in stored for key in state if adapt.is_inside(key, [path])
             )
         exact = any(path == name or path.endswith(f".{name}") for name in names)
         loose = takes_part and any(path.endswith(name) for name in names)
@@ -304,7 +304,8 @@ def _naming(where):
         raise ValueError(f"{where}: {error}") from error
 
 
-def _read(directory: Path) -> _Adapter:
+def read_adapter(directory: Path) -> _Adapter:
+    """Both files of an adapter; the errors of load_adapter for what is damaged in itself."""
     config_path, weights_path = directory / _CONFIG, directory / _WEIGHTS
     if not weights_path.is_file() and (directory / _PICKLE).exists():
         raise ValueError(
@@ -388,11 +389,11 @@ def _check_keys(
     required = {key for path, module in targets.items() for key in _adapter_keys(path, module)}
     for key in other_keys:
         # PEFT does not count in_proj_bias and its like among the biases.
-        if adapt.is_inside(key.removeprefix(_PREFIX), saved) or _leaf(key) == "bias":
+        if adapt.is_inside(key.removeprefix(PREFIX), saved) or _leaf(key) == "bias":
             required.add(key)
     allowed = required.union(other_keys, base_keys)
     # With bias="all" PEFT writes the biases of modules_to_save three times.
-    repeated = [f"{_PREFIX}{path}.{copy}" for path in saved for copy in _PEFT_COPIES]
+    repeated = [f"{PREFIX}{path}.{copy}" for path in saved for copy in PEFT_COPIES]
     for key in sorted(required - set(adapter.tensors)):
         raise ValueError(
             f"{adapter.weights_path}: {key}: missing, though {_CONFIG} and the model ask for it"

@@ -32,8 +32,8 @@ PUBLIC = [
 # One direction of travel: a module may import those of its own level and below.
 LEVELS = {
     "philox": 0,
-    "reference": 1,
     "plan": 0,
+    "reference": 1,
     "kernels": 2,
     "ops": 3,
     "functional": 4,
@@ -45,6 +45,8 @@ LEVELS = {
     "peft": 7,
     "report": 8,
     "": 9,  # lora_kernels/__init__.py
+    "cli": 10,
+    "__main__": 11,
 }
 
 

@@ -1,0 +1,135 @@
+"""The command line, ``lora-kernels`` or ``python -m lora_kernels``: run, doctor, convert.
+
+Exit codes: 0; 1 where doctor found something missing; 2 where the user is at fault, with one line
+on stderr. What ``run`` runs ends with its own exit code.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lora_kernels.cli.errors import UsageError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; argv: without the program's name, None takes sys.argv. The exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        return options.command(options)
+    except UsageError as error:
+        print(f"lora-kernels: error: {error}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lora-kernels", description="LoRA on Triton kernels.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for add in (_add_run, _add_doctor, _add_convert):
+        add(commands)
+    return parser
+
+
+def _add_run(commands) -> None:
+    run = commands.add_parser(
+        "run",
+        usage="%(prog)s [-m] SCRIPT_OR_MODULE [ARGUMENT ...]",
+        help="run a Python script with PEFT's LoRA layers on this package's kernels",
+        description="Runs a script as `python SCRIPT` does, or a module as `python -m MODULE` "
+        "does, with PEFT patched as by lora_kernels.patch_peft() once the program imports PEFT. "
+        "Works under launchers: torchrun -m lora_kernels run SCRIPT, accelerate launch -m "
+        "lora_kernels run SCRIPT. PyTorch is imported before the program starts: environment "
+        "variables that it reads on import, OMP_NUM_THREADS for one, are to be set outside.",
+    )
+    run.add_argument("-m", dest="as_module", action="store_true", help="run a module by its name")
+    run.add_argument("target", metavar="SCRIPT_OR_MODULE")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="of its own")
+    run.set_defaults(command=_run)
+
+
+def _add_doctor(commands) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="print versions, GPUs, what will be fused and what is missing",
+        description="Prints versions, GPUs, the plan of representative products and what is "
+        "missing, with the command that mends it. Exit code: 0 where the kernels will run, 1 where "
+        "something keeps them from it.",
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    doctor.set_defaults(command=_doctor)
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser(
+        "convert",
+        usage="%(prog)s SOURCE DESTINATION [options]",
+        help="convert an adapter between loralib's .pt and PEFT's directory",
+        description="SOURCE is a directory with adapter_config.json and adapter_model.safetensors, "
+        "as PEFT and save_adapter write it: DESTINATION becomes a file that torch.save wrote, with "
+        "the keys of loralib's lora_state_dict. Or SOURCE is such a file: DESTINATION becomes such "
+        "a directory. Nothing pickled is executed.",
+    )
+    convert.add_argument("source", metavar="SOURCE")
+    convert.add_argument("destination", metavar="DESTINATION")
+    to_peft = convert.add_argument_group(
+        "what a loralib file does not hold, from loralib to PEFT",
+        "NAME is the path of a module in the model, or the end of one.",
+    )
+    to_peft.add_argument(
+        "--lora-alpha", type=float, metavar="ALPHA", help="lora_alpha of the layers; required"
+    )
+    to_peft.add_argument(
+        "--lora-dropout", type=float, default=0.0, metavar="P", help="(default: %(default)s)"
+    )
+    to_peft.add_argument(
+        "--fan-in-fan-out", action="store_true",
+        help="the base weights are stored [in, out], as in GPT-2",
+    )  # fmt: skip
+    to_peft.add_argument(
+        "--enable-lora", action="append", default=[], metavar="[NAME=]1,0,1",
+        help="enable_lora of a MergedLinear; without NAME, of all that have stacked factors",
+    )  # fmt: skip
+    to_peft.add_argument(
+        "--out-splits", action="append", default=[], metavar="[NAME=]4096,1024,1024",
+        help="sizes of its groups where they are not equal",
+    )  # fmt: skip
+    to_peft.add_argument(
+        "--embedding", action="append", default=[], metavar="NAME", help="NAME is an Embedding"
+    )
+    to_peft.add_argument(
+        "--modules-to-save", action="append", default=[], metavar="NAME",
+        help="NAME is in the file as a whole, as a new head is",
+    )  # fmt: skip
+    convert.set_defaults(command=_convert)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from lora_kernels.cli.run import run_module, run_script
+
+    run = run_module if options.as_module else run_script
+    return run(options.target, options.arguments)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from lora_kernels.cli import doctor
+
+    found = doctor.examine()
+    print(doctor.as_json(found) if options.json else doctor.as_text(found))
+    return 1 if found.missing else 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from lora_kernels.cli.convert import convert
+
+    for line in convert(options):
+        print(line)
+    return 0

@@ -1,0 +1,240 @@
+"""lora-kernels doctor: what is installed, which plans products take, whether PEFT's layers are
+fused under patch_peft(), what is missing.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import warnings
+
+import torch
+from torch import nn
+
+import lora_kernels
+from lora_kernels import functional, patch_peft, plan, report, unpatch_peft
+
+__all__ = ["Findings", "Missing", "as_json", "as_text", "examine"]
+
+PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate")
+VARIABLES = ("LORA_KERNELS_PLAN", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+# Tokens of products with a 4096 x 4096 weight at rank 16, as in a model of 7 billion parameters.
+PRODUCTS = {"training": 8192, "decoding": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """Something that keeps the kernels from running, and the command that mends it."""
+
+    what: str
+    mend: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What was found. A version that is None: not installed; a variable: not set.
+
+    gpus: device, name, capability, driver of each; no_gpu: why there is none. plans: device,
+    product, plan and reason. peft: what patch_peft() does with the PEFT that is installed.
+    missing: empty where the kernels will run on every GPU, for PEFT too where it is installed.
+    """
+
+    python: str
+    versions: dict[str, str | None]
+    variables: dict[str, str | None]
+    gpus: list[dict[str, str]]
+    no_gpu: str | None
+    plans: list[dict[str, str]]
+    peft: str
+    missing: list[Missing]
+
+
+def examine() -> Findings:
+    """Looks at the environment of this process and runs a small product on every GPU."""
+    gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
+    no_gpu = None if gpus else _why_no_gpu()
+    missing = [no_gpu] if no_gpu else []
+    plans = []
+    for name in [gpu["device"] for gpu in gpus] or ["cpu"]:
+        device = torch.device(name)
+        try:
+            chosen = _plans(device)
+        except ValueError as error:
+            missing.append(Missing(str(error), "unset LORA_KERNELS_PLAN"))
+            break
+        plans += chosen
+        if gpus:
+            missing += _why_reference(chosen) or _failures(device)
+    peft, not_fused = _peft()
+    return Findings(
+        python=f"{platform.python_version()}, {sys.executable}",
+        versions={"lora_kernels": lora_kernels.__version__}
+        | {name: _version(name) for name in PACKAGES},
+        variables={name: os.environ.get(name) for name in VARIABLES},
+        gpus=gpus,
+        no_gpu=no_gpu and no_gpu.what,
+        plans=plans,
+        peft=peft,
+        missing=list(dict.fromkeys(missing + not_fused)),
+    )
+
+
+def as_json(findings: Findings) -> str:
+    """The findings as one JSON object, with the names of their fields."""
+    return json.dumps(dataclasses.asdict(findings), indent=2)
+
+
+def as_text(findings: Findings) -> str:
+    """The findings as lines for people."""
+    rows = [("python", findings.python)]
+    rows += [
+        (name, version or f"not installed: pip install {name}")
+        for name, version in findings.versions.items()
+    ]
+    rows += [(name, "not set" if v is None else v) for name, v in findings.variables.items()]
+    rows += [
+        (gpu["device"], f"{gpu['name']}, {gpu['capability']}, driver {gpu['driver']}")
+        for gpu in findings.gpus
+    ]
+    if findings.no_gpu:
+        rows.append(("GPU", f"none: {findings.no_gpu}"))
+    rows += [
+        (f"plan on {row['device']}", f"{row['product']}: {row['plan']}, {row['reason']}")
+        for row in findings.plans
+    ]
+    rows.append(("patch_peft()", findings.peft))
+    rows += [("missing", f"{missing.what}: {missing.mend}") for missing in findings.missing]
+    if not findings.missing:
+        rows.append(("missing", "nothing"))
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _peft() -> tuple[str, list[Missing]]:
+    """What report() tells of a layer of PEFT's under patch_peft(), which is undone again."""
+    if _version("peft") is None:
+        return "peft is not installed", []
+    try:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora.layer import Linear
+    except Exception as error:  # versions that do not go together fail in many ways
+        reason = f"peft cannot be imported: {' '.join(str(error).split())}"
+        return reason, [Missing(reason, "pip install --upgrade peft transformers accelerate")]
+    upstream = Linear.forward
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+        caught.clear()
+        patch_peft()
+    try:
+        (row,) = report(model)
+    except ValueError as error:  # LORA_KERNELS_PLAN, which examine() has named as missing
+        return f"not known: {error}", []
+    finally:
+        if Linear.forward is not upstream:
+            unpatch_peft()
+    if not row.fused:
+        reason = f"lora.Linear of peft is not fused: {row.reason}"
+        return reason, [Missing(reason, "pip install --upgrade peft")]
+    return "; ".join(["lora.Linear of peft is fused", *(str(w.message) for w in caught)]), []
+
+
+def _gpu(index: int) -> dict[str, str]:
+    properties = torch.cuda.get_device_properties(index)
+    hip = torch.version.hip
+    return {
+        "device": f"cuda:{index}",
+        "name": properties.name,
+        "capability": properties.gcnArchName if hip else f"sm_{properties.major}{properties.minor}",
+        "driver": f"HIP {hip}" if hip else _driver() or "unknown",
+    }
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, which PyTorch does not tell; None where there is none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else None
+
+
+def _why_no_gpu() -> Missing:
+    driver = _driver()
+    if driver is None and torch.version.hip is None:
+        return Missing("no NVIDIA driver answers", "install one, or run on a machine with a GPU")
+    if torch.version.cuda is None and torch.version.hip is None:
+        return Missing(
+            f"driver {driver} is there, torch {torch.__version__} is built without CUDA",
+            "pip install --force-reinstall torch",
+        )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        return Missing(
+            f"CUDA_VISIBLE_DEVICES={hidden!r} shows no GPU", "unset CUDA_VISIBLE_DEVICES"
+        )
+    try:
+        torch.cuda.init()
+        reason = "PyTorch sees no GPU"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+    return Missing(reason, "update the driver, or run on a machine with a GPU")
+
+
+def _plans(device: torch.device) -> list[dict[str, str]]:
+    rows = []
+    for name, tokens in PRODUCTS.items():
+        chosen = plan.choose(plan.Product(tokens, 4096, 4096, 16, torch.bfloat16, device))
+        what = f"{name}, [{tokens}, 4096] x [4096, 4096], r=16, bfloat16"
+        rows.append(
+            {"device": str(device), "product": what, "plan": chosen.name, "reason": chosen.reason}
+        )
+    return rows
+
+
+def _why_reference(plans: list[dict[str, str]]) -> list[Missing]:
+    """What keeps a GPU's products from the kernels."""
+    return [
+        Missing(
+            row["reason"],
+            "unset LORA_KERNELS_PLAN"
+            if "LORA_KERNELS_PLAN" in row["reason"]
+            else 'pip install --upgrade "triton>=3.4"',
+        )
+        for row in plans
+        if row["plan"] == "reference"
+    ]
+
+
+def _failures(device: torch.device) -> list[Missing]:
+    """What went wrong when a small product's forward and backward ran on device."""
+    x, w, a, b = (
+        torch.ones(shape, dtype=torch.bfloat16, device=device, requires_grad=True)
+        for shape in ((16, 64), (64, 64), (8, 64), (64, 8))
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            functional.lora_linear(x, w.detach(), a, b, dropout_p=0.1).sum().backward()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            return [Missing(f"{device}: {reason}", "see what nvidia-smi says of it")]
+    return [
+        Missing(
+            " ".join(str(warning.message).split()),
+            "Triton compiles with gcc and Python's headers: apt-get install gcc python3-dev",
+        )
+        for warning in caught
+        if str(warning.message).startswith("lora_kernels: plan")
+    ]

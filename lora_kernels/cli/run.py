@@ -1,0 +1,150 @@
+"""lora-kernels run: a program as Python itself would run it, with PEFT patched when it is imported.
+
+PEFT takes seconds to import, so nothing is imported for a program that does not use it. A finder
+in front of sys.meta_path waits for ``import peft`` and calls patch_peft() right after it, in this
+process and in those that multiprocessing spawns.
+"""
+
+import builtins
+import importlib.util
+import multiprocessing.spawn
+import os
+import runpy
+import sys
+import types
+from collections.abc import Sequence
+from importlib.machinery import SourceFileLoader
+
+from lora_kernels.cli.errors import UsageError
+
+__all__ = ["patch_on_import", "run_module", "run_script"]
+
+
+def run_script(path: str, arguments: Sequence[str]) -> int:
+    """Runs a file as ``python path arguments`` would; its exit code.
+
+    __main__, __file__, sys.argv, sys.path[0] and tracebacks are those of that command.
+    Raises: UsageError where the file cannot be read; SystemExit as the script does.
+    """
+    file = os.path.abspath(path)
+    loader = SourceFileLoader("__main__", file)
+    try:
+        source = loader.get_data(file)
+    except OSError as error:
+        raise UsageError(f"run: cannot open {path}: {error.strerror}") from None
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__builtins__=builtins, __file__=file, __cached__=None, __loader__=loader)
+    sys.modules["__main__"] = main
+    sys.argv = [path, *arguments]
+    _replace_first_path(os.path.dirname(os.path.realpath(file)))
+    patch_on_import()
+    # Not loader.source_to_code, whose frames a SyntaxError's traceback would show.
+    return _outcome(lambda: exec(compile(source, file, "exec", dont_inherit=True), main.__dict__))
+
+
+def run_module(name: str, arguments: Sequence[str]) -> int:
+    """Runs a module as ``python -m name arguments`` would; its exit code.
+
+    Raises: UsageError where there is no such module; SystemExit as the module does.
+    """
+    _replace_first_path(os.getcwd())
+    sys.argv = ["-m", *arguments]  # while packages around the module are imported, as in Python
+    patch_on_import()
+    if not _is_executable(name):
+        raise UsageError(f"run: no module named {name} that can be run")
+    return _outcome(lambda: runpy.run_module(name, run_name="__main__", alter_sys=True))
+
+
+def _is_executable(module: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return False
+    if spec is not None and spec.submodule_search_locations is not None:
+        return not module.endswith(".__main__") and _is_executable(f"{module}.__main__")
+    return spec is not None
+
+
+def _replace_first_path(directory: str) -> None:
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = directory
+
+
+def _outcome(run) -> int:
+    """0, or 1 after an exception, whose traceback starts where the program does."""
+    try:
+        run()
+    except Exception as error:
+        traceback = error.__traceback__
+        while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
+            traceback = traceback.tb_next
+        sys.excepthook(type(error), error.with_traceback(traceback), traceback)
+        return 1
+    return 0
+
+
+# ---- patching PEFT when it is imported ----
+
+
+def patch_on_import() -> None:
+    """Has patch_peft() called as soon as peft is imported, here and in processes spawned from here.
+
+    Idempotent.
+    """
+    if "peft" in sys.modules:
+        _patch()
+    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PeftFinder())
+    if not isinstance(multiprocessing.spawn.get_preparation_data, _PreparationOfChildren):
+        multiprocessing.spawn.get_preparation_data = _PreparationOfChildren(
+            multiprocessing.spawn.get_preparation_data
+        )
+
+
+def _patch() -> None:
+    from lora_kernels.peft import patch_peft
+
+    patch_peft()
+
+
+class _PeftFinder:
+    """Finds peft as the other finders do, and patches it when it has been executed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "peft":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            _patch()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+class _PreparationOfChildren:
+    """multiprocessing.spawn.get_preparation_data, whose result calls patch_on_import() when it is
+    unpickled: the first thing that a spawned process does, before it imports the main module.
+    """
+
+    def __init__(self, get_preparation_data):
+        self.get_preparation_data = get_preparation_data
+
+    def __call__(self, name):
+        return _Preparation(self.get_preparation_data(name))
+
+
+class _Preparation(dict):
+    def __reduce__(self):
+        return _prepare_child, (dict(self),)
+
+
+def _prepare_child(data: dict) -> dict:
+    patch_on_import()
+    return data

@@ -1,0 +1,292 @@
+"""lora-kernels convert: loralib's file and PEFT's directory, both ways, and what is refused."""
+
+import copy
+import json
+import os
+
+import loralib
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lora_kernels import (
+    LoRAEmbedding,
+    LoRALinear,
+    LoRAMergedLinear,
+    load_adapter,
+    lora_state_dict,
+    save_adapter,
+)
+from lora_kernels.cli import main
+from tests.tolerance import assert_close
+
+ALPHA = ["--lora-alpha", "6"]
+
+
+class Attention(nn.Module):
+    """A MergedLinear and a Linear of the package given: loralib's names, or PyTorch's bases."""
+
+    def __init__(self, linear, merged):
+        super().__init__()
+        self.qkv = merged(8, 24)
+        self.out = linear(24, 8)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.qkv(x)))
+
+
+def plain():
+    return Attention(nn.Linear, nn.Linear)
+
+
+def adapted(package=loralib, enable_lora=(True, False, True)):
+    return Attention(
+        lambda k, n: package.Linear(k, n, r=4, lora_alpha=6),
+        lambda k, n: package.MergedLinear(
+            k, n, r=4, lora_alpha=6, enable_lora=list(enable_lora)
+        ),
+    )  # fmt: skip
+
+
+def trained(model):
+    """Weights as after training: nothing is zero."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def base_of(model):
+    """The same weights without LoRA."""
+    base = plain()
+    state = {k: v for k, v in model.state_dict().items() if "lora_" not in k}
+    base.load_state_dict(state)
+    return base
+
+
+@pytest.fixture
+def convert(tmp_path, monkeypatch, capsys):
+    """Runs convert in tmp_path: exit code, lines of stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            code = main(["convert", *arguments])
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return run
+
+
+@pytest.fixture
+def refused(convert, tmp_path):
+    """Runs convert, which must end with 2 and one line, and leave every file as it was."""
+
+    def files():
+        return {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    def run(*arguments):
+        before = files()
+        code, lines, err = convert(*arguments)
+        assert code == 2
+        assert lines == []
+        assert err.startswith("lora-kernels")
+        assert err.count("\n") == 1
+        assert files() == before
+        return err
+
+    return run
+
+
+def assert_same(actual, expected):
+    assert set(actual) == set(expected)
+    for key, value in expected.items():
+        assert actual[key].dtype == value.dtype, key
+        assert torch.equal(actual[key], value), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("enable_lora", [(1, 0, 1), (1, 1, 1)])
+def test_there_and_back_is_bit_for_bit(convert, seed, enable_lora, dtype):
+    state = loralib.lora_state_dict(trained(adapted(enable_lora=map(bool, enable_lora))).to(dtype))
+    torch.save(state, "lora.pt")
+    flags = ",".join(map(str, enable_lora))
+    code, lines, err = convert("lora.pt", "peft", *ALPHA, "--enable-lora", flags)
+    assert (code, err) == (0, "")
+    assert "LoRA on 2 modules" in lines[0]
+    code, lines, err = convert("peft", "back.pt")
+    assert (code, err) == (0, "")
+    assert_same(torch.load("back.pt"), state)
+    assert any(line.endswith(": out") and "Linear(r=4, lora_alpha=6)" in line for line in lines)
+    assert any("MergedLinear(r=4, lora_alpha=6" in line and "qkv" in line for line in lines)
+
+
+def test_one_enabled_group_is_told_by_name(convert, seed):
+    state = loralib.lora_state_dict(trained(adapted(enable_lora=(False, True, False))))
+    torch.save(state, "lora.pt")
+    assert convert("lora.pt", "peft", *ALPHA, "--enable-lora", "qkv=0,1,0")[0] == 0
+    assert convert("peft", "back.pt")[0] == 0
+    assert_same(torch.load("back.pt"), state)
+
+
+def test_the_directory_gives_loralibs_outputs(convert, seed):
+    model = trained(adapted()).eval()
+    base = base_of(copy.deepcopy(model).train())  # train(): base weights without the update
+    model.train()
+    torch.save(loralib.lora_state_dict(model), "lora.pt")
+    assert convert("lora.pt", "peft", *ALPHA, "--enable-lora", "1,0,1")[0] == 0
+    x = torch.randn(5, 8)
+    expected = copy.deepcopy(model).double()(x.double())
+    ours = load_adapter(copy.deepcopy(base), "peft")
+    assert isinstance(ours.qkv, LoRAMergedLinear)
+    assert isinstance(ours.out, LoRALinear)
+    assert_close(ours(x), expected, model(x))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), "peft")
+    assert_close(theirs(x), expected, model(x))
+
+
+def test_a_directory_of_peft_becomes_a_file_that_loralib_loads(convert, seed):
+    base = plain()
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["out", "qkv"])
+    theirs = trained(peft.get_peft_model(copy.deepcopy(base), config))
+    base = copy.deepcopy(theirs).unload()
+    theirs.save_pretrained("peft")
+    assert convert("peft", "lora.pt")[0] == 0
+
+    def linear(k, n):
+        return loralib.Linear(k, n, r=4, lora_alpha=6)
+
+    model = Attention(linear, linear)
+    state = base.state_dict() | torch.load("lora.pt")
+    model.load_state_dict(state)  # strict: every key of both
+    x = torch.randn(5, 8)
+    assert_close(model(x), copy.deepcopy(theirs).double()(x.double()), theirs(x))
+
+
+def test_biases_heads_and_embeddings_go_along(convert, seed):
+    model = nn.ModuleDict(
+        {"emb": LoRAEmbedding(10, 8, 4, 6), "out": LoRALinear(8, 8, 4, 6), "head": nn.Linear(8, 2)}
+    )
+    trained(model)
+    state = lora_state_dict(model, "lora_only")
+    state |= {f"head.{name}": value for name, value in model["head"].state_dict().items()}
+    torch.save({"model_state_dict": {f"module.{k}": v for k, v in state.items()}}, "lora.pt")
+    options = ["--embedding", "emb", "--modules-to-save", "head"]
+    code, lines, err = convert("lora.pt", "peft", *ALPHA, *options)
+    assert (code, err) == (0, "")
+    assert "bias=lora_only, modules_to_save=['head']" in lines[0]
+    with open("peft/adapter_config.json") as file:
+        assert json.load(file)["modules_to_save"] == ["head"]
+    assert "base_model.model.emb.lora_embedding_A" in load_file("peft/adapter_model.safetensors")
+    assert convert("peft", "back.pt")[0] == 0
+    assert_same(torch.load("back.pt"), state)
+
+
+def test_factors_that_are_views_are_written(convert, seed):
+    state = {"out.lora_A": torch.randn(8, 4).T, "out.lora_B": torch.randn(16, 8)[::2, ::2]}
+    torch.save(state, "lora.pt")
+    assert convert("lora.pt", "peft", *ALPHA)[0] == 0
+    assert convert("peft", "back.pt")[0] == 0
+    assert_same(torch.load("back.pt"), state)
+
+
+# ---- what is refused ----
+
+A, B = torch.ones(4, 8), torch.ones(8, 4)
+FACTORS = {"out.lora_A": A, "out.lora_B": B}
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "named"),
+    [
+        (FACTORS, [], "--lora-alpha"),
+        (FACTORS, ["--lora-alpha", "much"], "much"),
+        (FACTORS, ["--lora-alpha", "nan"], "nan"),
+        (FACTORS, [*ALPHA, "--lora-dropout", "1.5"], "1.5"),
+        (FACTORS, [*ALPHA, "--embedding", "emb"], "emb"),
+        (FACTORS, [*ALPHA, "--enable-lora", "qkv=1,0"], "qkv"),
+        (FACTORS, [*ALPHA, "--enable-lora", "out=yes"], "out=yes"),
+        (FACTORS, [*ALPHA, "--enable-lora", "out=1,1"], "[1, 1]"),
+        (FACTORS, [*ALPHA, "--modules-to-save", "head"], "head"),
+        (FACTORS | {"head.weight": A}, ALPHA, "head.weight"),
+        (FACTORS | {"out.lora_C": A}, ALPHA, "out.lora_C"),
+        (FACTORS | {"step": 3}, ALPHA, "step"),
+        ({"out.lora_A": A}, ALPHA, "out.lora_B"),
+        ({"out.lora_A": A, "out.lora_B": torch.ones(8, 3)}, ALPHA, "rank"),
+        ({"qkv.lora_A": A, "qkv.lora_B": torch.ones(8, 2)}, ALPHA, "--enable-lora"),
+        ({"out.lora_A": A * float("inf"), "out.lora_B": B}, ALPHA, "finite"),
+        ({"out.lora_A": A.long(), "out.lora_B": B}, ALPHA, "out.lora_A"),
+        ({"lora_A": A, "lora_B": B}, ALPHA, "no name"),
+        ({"a..lora_A": A, "a..lora_B": B}, ALPHA, "empty"),
+        ({"type.lora_A": A, "type.lora_B": B}, ALPHA, "'type'"),
+        ({"head.weight": A}, ALPHA, "lora_A"),
+        ({}, ALPHA, "state dict"),
+        ([A], ALPHA, "list"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(refused, state, options, named):
+    torch.save(state, "lora.pt")
+    assert named in refused("lora.pt", "peft", *options)
+
+
+class Command:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_pickle_with_code_is_refused(refused, tmp_path):
+    torch.save(FACTORS | {"step": Command()}, "lora.pt")
+    assert "lora.pt: holds more than tensors" in refused("lora.pt", "peft", *ALPHA)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"PK\x03\x04 cut off"])
+def test_a_damaged_file_is_refused(refused, tmp_path, content):
+    (tmp_path / "lora.pt").write_bytes(content)
+    assert "lora.pt" in refused("lora.pt", "peft", *ALPHA)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A directory of PEFT's format, written by save_adapter."""
+    model = nn.ModuleDict({"out": LoRALinear(8, 8, 4, 6)})
+    save_adapter(model, tmp_path / "peft")
+    return tmp_path / "peft"
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("content", [None, b"{", b""])
+def test_a_directory_without_or_with_damaged_files_is_refused(
+    refused, directory, tmp_path, name, content
+):
+    (directory / name).unlink()
+    if content is not None:
+        (directory / name).write_bytes(content)
+    (tmp_path / "lora.pt").write_bytes(b"older")
+    assert name in refused("peft", "lora.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"use_dora": True}, "use_dora"), ({"r": 3}, "rank 3"), ({"peft_type": "IA3"}, "peft_type")],
+)
+def test_what_loralib_cannot_express_is_refused(refused, directory, change, named):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert named in refused("peft", "lora.pt")
+
+
+def test_places_that_cannot_be_read_or_written_are_refused(refused, directory, tmp_path):
+    torch.save(FACTORS, "lora.pt")
+    (tmp_path / "a_file").write_bytes(b"")
+    assert "nowhere" in refused("nowhere", "peft", *ALPHA)
+    assert "a_file" in refused("lora.pt", "a_file", *ALPHA)
+    assert "a_file" in refused("lora.pt", "a_file/peft", *ALPHA)
+    assert "is a directory" in refused("peft", ".")
+    assert "a_file" in refused("peft", "a_file/lora.pt")
+    assert "DESTINATION" in refused("lora.pt")

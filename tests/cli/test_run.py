@@ -1,0 +1,177 @@
+"""lora-kernels run: a script or a module as Python runs it, with PEFT patched on its import."""
+
+import json
+import multiprocessing.spawn
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_kernels
+from lora_kernels import unpatch_peft
+from lora_kernels.cli import main
+
+# What a program can see of how it was started.
+FACTS = """
+import json, os, sys
+print(json.dumps({
+    "argv": sys.argv, "path": sys.path[0], "file": __file__, "name": __name__,
+    "main": sys.modules["__main__"].__dict__ is globals(), "package": __package__ or None,
+    "peft": "peft" in sys.modules,
+}), flush=True)
+"""
+ARGUMENTS = ["--rank", "4", "-m", "x", "-h", "--", "last"]
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """What ``python arguments`` does in directory cwd."""
+    root = str(Path(lora_kernels.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """main(), with all that it changes of the process put back; it starts as a new one does."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(
+        multiprocessing.spawn,
+        "get_preparation_data",
+        multiprocessing.spawn.get_preparation_data,
+    )
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    yield main
+    unpatch_peft()
+
+
+@pytest.mark.parametrize("as_module", [False, True], ids=["script", "module"])
+def test_a_program_sees_what_it_sees_under_python(tmp_path, as_module):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "program.py").write_text(FACTS + "sys.exit(3)")
+    target = ["-m", "package.program"] if as_module else ["package/program.py"]
+    expected = python(*target, *ARGUMENTS, cwd=tmp_path)
+    actual = python("-m", "lora_kernels", "run", *target, *ARGUMENTS, cwd=tmp_path)
+    assert actual.returncode == expected.returncode == 3, actual.stderr
+    facts = json.loads(actual.stdout)
+    assert facts == json.loads(expected.stdout)
+    assert facts["argv"][1:] == ARGUMENTS
+    assert facts["name"] == "__main__"
+    assert not facts["peft"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["def f():\n    raise KeyError('left out')\n\nf()\n", "print(1\n", "import not_there_at_all\n"],
+    ids=["raises", "syntax", "import"],
+)
+def test_an_exception_ends_it_with_pythons_traceback_and_1(tmp_path, in_process, capsys, source):
+    script = tmp_path / "script.py"
+    script.write_text(source)
+    expected = python(str(script), cwd=tmp_path)
+    assert in_process(["run", str(script)]) == expected.returncode == 1
+    assert capsys.readouterr().err == expected.stderr
+
+
+def test_a_script_without_an_exception_ends_with_0(tmp_path, in_process):
+    (tmp_path / "script.py").write_text("seen = 1")
+    assert in_process(["run", str(tmp_path / "script.py")]) == 0
+    assert sys.modules["__main__"].seen == 1
+
+
+PATCHED = """
+from peft.tuners.lora.layer import Linear
+print("patched", hasattr(Linear.forward, "__wrapped__"), Linear.forward.__module__)
+"""
+
+
+def test_accelerate_launch_runs_a_script_with_peft_patched(tmp_path):
+    (tmp_path / "script.py").write_text(PATCHED)
+    launch = "-m accelerate.commands.launch --cpu --num_processes 1 -m lora_kernels run script.py"
+    done = python(*launch.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("patched True")
+
+
+def test_torchrun_runs_a_script_in_every_process(tmp_path):
+    (tmp_path / "script.py").write_text(
+        """
+import sys
+import torch
+from torch import distributed
+distributed.init_process_group("gloo")
+rank = torch.tensor(distributed.get_rank() + 1)
+distributed.all_reduce(rank)
+with open(f"rank{distributed.get_rank()}", "w") as file:
+    print(__name__, sys.argv[1:], rank.item(), "peft" in sys.modules, file=file)
+distributed.destroy_process_group()
+"""
+    )
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 -m lora_kernels run"
+    done = python(*launch.split(), "script.py", "--lr", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        text = (tmp_path / f"rank{rank}").read_text()
+        assert text == "__main__ ['--lr', '1'] 3 False\n"
+
+
+def test_peft_that_is_there_already_is_patched_at_once(tmp_path, in_process, capsys):
+    from peft.tuners.lora.layer import Linear
+
+    assert not hasattr(Linear.forward, "__wrapped__")
+    script = tmp_path / "script.py"
+    script.write_text(PATCHED)
+    assert in_process(["run", str(script)]) == 0
+    assert capsys.readouterr().out.startswith("patched True")
+
+
+def test_what_a_spawned_process_unpickles_patches_peft(tmp_path, in_process):
+    from peft.tuners.lora.layer import Linear
+
+    (tmp_path / "script.py").touch()
+    assert in_process(["run", str(tmp_path / "script.py")]) == 0
+    unpatch_peft()
+    data = multiprocessing.spawn.get_preparation_data("child")
+    del data["authkey"]  # which is pickled only while a process starts
+    pickled = pickle.dumps(data)
+    assert not hasattr(Linear.forward, "__wrapped__")
+    assert pickle.loads(pickled) == dict(data)
+    assert hasattr(Linear.forward, "__wrapped__")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "COMMAND"),
+        (["walk"], "walk"),
+        (["run"], "SCRIPT_OR_MODULE"),
+        (["run", "--fast", "script.py"], "--fast"),
+        (["run", "nowhere/script.py"], "nowhere/script.py"),
+        (["run", "."], "cannot open ."),
+        (["run", "-m", "no_such.module"], "no_such.module"),
+        (["run", "-m", "json"], "json"),
+        (["doctor", "--xml"], "--xml"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_one_line_and_2(in_process, capsys, arguments, named):
+    try:
+        code = in_process(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith("lora-kernels")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert named in err
