@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 import lora_kernels
-from lora_kernels import functional, patch_peft, plan, report, unpatch_peft
+from lora_kernels import functional, plan
+from lora_kernels.peft import patch_peft, unpatch_peft
+from lora_kernels.report import report
 
 __all__ = ["Findings", "Missing", "as_json", "as_text", "examine"]
 
