@@ -1,6 +1,7 @@
 """``pytest bench/`` itself, on one small budget: what it measures, writes and prints."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
+    # pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist.
+    env = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "bench/test_merged_linear.py",
@@ -21,7 +24,7 @@ def run(tmp_path_factory):
             f"--bench-results={folder / 'rows.json'}",
             f"--benchmark-json={folder / 'benchmark.json'}", "-p", "no:cacheprovider",
         ],
-        cwd=REPOSITORY, capture_output=True, text=True,
+        cwd=REPOSITORY, capture_output=True, text=True, env=env,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((folder / "rows.json").read_text())
