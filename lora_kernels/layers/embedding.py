@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels import functional
+from lora_kernels import functional, sharded
 from lora_kernels.layers.base import LoRALayer, undisturbed
 
 __all__ = ["LoRAEmbedding"]
@@ -91,7 +91,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
-        return (self.lora_B.to(acc) @ self.lora_A.to(acc)).T * self.scaling
+        a, b = self._factors()
+        return (b.to(acc) @ a.to(acc)).T * self.scaling
 
     def merged_weight(self) -> Tensor:
         """base within max_norm + delta, rounded once to the weight's dtype. Not differentiable."""
@@ -100,7 +101,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         weight = self._weight()
         with undisturbed(weight):
             delta = self.delta_weight()
-            base = self.base_weight().detach().to(delta)
+            base = sharded.gathered(self.base_weight().detach()).to(delta)
             return (self._limit(base) + delta).to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

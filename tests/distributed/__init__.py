@@ -1,0 +1,1 @@
+"""Tests on two processes."""
