@@ -33,7 +33,6 @@ PUBLIC = [
 LEVELS = {
     "philox": 0,
     "plan": 0,
-    "sharded": 0,
     "reference": 1,
     "kernels": 2,
     "ops": 3,

@@ -132,8 +132,8 @@ class ConvLoRA(LoRALayer, nn.Module):
     def delta_weight(self) -> Tensor:
         weight = self.conv.weight
         acc = torch.promote_types(weight.dtype, torch.float32)
-        a, b = self._factors()
-        return (b.to(acc) @ a.to(acc) * self.scaling).view(weight.shape)
+        delta = self.lora_B.to(acc) @ self.lora_A.to(acc) * self.scaling
+        return delta.view(weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)

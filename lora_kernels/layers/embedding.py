@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels import functional, sharded
+from lora_kernels import functional
 from lora_kernels.layers.base import LoRALayer, undisturbed
 
 __all__ = ["LoRAEmbedding"]
@@ -91,8 +91,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
-        a, b = self._factors()
-        return (b.to(acc) @ a.to(acc)).T * self.scaling
+        return (self.lora_B.to(acc) @ self.lora_A.to(acc)).T * self.scaling
 
     def merged_weight(self) -> Tensor:
         """base within max_norm + delta, rounded once to the weight's dtype. Not differentiable."""
@@ -101,7 +100,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         weight = self._weight()
         with undisturbed(weight):
             delta = self.delta_weight()
-            base = sharded.gathered(self.base_weight().detach()).to(delta)
+            base = self.base_weight().detach().to(delta)
             return (self._limit(base) + delta).to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -101,10 +101,9 @@ class LoRAMergedLinear(LinearLayer):
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
-        a, b = self._factors()
-        delta = b.new_zeros((self.out_features, self.in_features), dtype=acc)
+        delta = self.weight.new_zeros((self.out_features, self.in_features), dtype=acc)
         for columns, rows, ranks in self._groups():
-            delta[columns] = b[rows].to(acc) @ a[ranks].to(acc)
+            delta[columns] = self.lora_B[rows].to(acc) @ self.lora_A[ranks].to(acc)
         return self._oriented(delta) * self.scaling
 
     def _groups(self):
