@@ -30,7 +30,7 @@ CONFIGS = {
     "interpreter": dict.fromkeys(("narrow", "wide"), Skinny(32, 64, num_warps=4, num_stages=1)),
     "sm_80": {
         "narrow": Skinny(128, 64, num_warps=4, num_stages=3),
-        "wide": Skinny(64, 32, num_warps=8, num_stages=2),
+        "wide": Skinny(64, 32, num_warps=8, num_stages=3),
     },
     "sm_90": {
         "narrow": Skinny(128, 64, num_warps=4, num_stages=3),
