@@ -30,6 +30,7 @@ def train(options: argparse.Namespace) -> int:
     examples = data.load(options.task, options.data, options.split)
     held = data.load(options.task, options.valid, options.valid_split) if options.valid else []
     import torch
+    from accelerate import PartialState
 
     import lora_kernels as lora
     from examples.nlg.model import add_lora, load_model, load_tokenizer
@@ -74,7 +75,8 @@ def train(options: argparse.Namespace) -> int:
         "seconds": progress.seconds,
         "losses": progress.losses,
     }
-    _write(result, options.output / "metrics.json")
+    if PartialState().is_main_process:
+        _write(result, options.output / "metrics.json")
     return 0
 
 
