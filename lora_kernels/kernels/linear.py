@@ -21,10 +21,10 @@ from lora_kernels.kernels.dx import dx
 from lora_kernels.kernels.dy_pass import dy_pass
 from lora_kernels.kernels.fill import fill_dx, fill_y
 from lora_kernels.kernels.forward import forward
-from lora_kernels.kernels.launch import current, numerics_of
+from lora_kernels.kernels.launch import Numerics, current, numerics_of
 from lora_kernels.kernels.layout import either_way, rows
 
-__all__ = ["lora_linear_backward", "lora_linear_forward"]
+__all__ = ["lora_linear_backward", "lora_linear_forward", "output"]
 
 
 def lora_linear_forward(
@@ -41,18 +41,37 @@ def lora_linear_forward(
     enable_lora: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """reference.lora_linear_forward by plan "fused" or "sandwich"."""
-    x_rows, w, a, b = rows(x), either_way(w), rows(a), rows(b)
-    bias = bias if bias is None else bias.contiguous()
-    sizes, enabled = tuple(out_splits), tuple(enable_lora)
+    x_rows = rows(x)
     numerics = numerics_of(x, a, b)
     with current(x):
-        h = down(x_rows, a, seed, dropout_p, numerics)
-        if plan == "fused":
-            y = forward(x_rows, w, h, b, bias, scaling, sizes, enabled, numerics)
-        else:
-            y = fill_y(h, b, bias, scaling, sizes, enabled, x.dtype, numerics)
-            y.addmm_(x_rows, w.T)
+        h = down(x_rows, rows(a), seed, dropout_p, numerics)
+        groups = tuple(out_splits), tuple(enable_lora)
+        y = output(plan, x_rows, w, h, b, bias, scaling, *groups, numerics)
     return y.view(*x.shape[:-1], y.shape[1]), h
+
+
+def output(
+    plan: str,
+    x: Tensor,
+    w: Tensor,
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    out_splits: tuple[int, ...],
+    enable_lora: tuple[bool, ...],
+    numerics: Numerics,
+) -> Tensor:
+    """y = x·wᵀ + bias + scaling·h_g·b_gᵀ by plan, of operands that lie in any way but x and h.
+
+    Shapes: as in forward.
+    """
+    w, b = either_way(w), rows(b)
+    bias = None if bias is None else bias.contiguous()
+    if plan == "fused":
+        return forward(x, w, h, b, bias, scaling, out_splits, enable_lora, numerics)
+    y = fill_y(h, b, bias, scaling, out_splits, enable_lora, x.dtype, numerics)
+    return y.addmm_(x, w.T)
 
 
 def lora_linear_backward(

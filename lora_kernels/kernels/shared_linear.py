@@ -19,10 +19,10 @@ from lora_kernels import philox
 from lora_kernels.kernels.da import da
 from lora_kernels.kernels.down import down
 from lora_kernels.kernels.dy_pass import dy_pass
-from lora_kernels.kernels.fill import fill_dx, fill_y
-from lora_kernels.kernels.forward import forward
+from lora_kernels.kernels.fill import fill_dx
 from lora_kernels.kernels.launch import current, numerics_of
 from lora_kernels.kernels.layout import either_way, rows
+from lora_kernels.kernels.linear import output
 
 __all__ = ["lora_shared_linear_backward", "lora_shared_linear_forward"]
 
@@ -45,13 +45,8 @@ def lora_shared_linear_forward(
     with current(x):
         h = down(x_rows, a, seeds, dropout_p, numerics)
         for h_l, w, b, bias, scaling in zip(h, ws, bs, biases, scalings, strict=True):
-            w, b, groups = either_way(w), rows(b), ((w.shape[0],), (True,))
-            bias = None if bias is None else bias.contiguous()
-            if plan == "fused":
-                y = forward(x_rows, w, h_l, b, bias, scaling, *groups, numerics)
-            else:
-                y = fill_y(h_l, b, bias, scaling, *groups, x.dtype, numerics)
-                y.addmm_(x_rows, w.T)
+            groups = (w.shape[0],), (True,)
+            y = output(plan, x_rows, w, h_l, b, bias, scaling, *groups, numerics)
             ys.append(y.view(*x.shape[:-1], y.shape[1]))
     return [*ys, h]
 
