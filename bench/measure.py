@@ -1,7 +1,7 @@
 """One cell from beginning to end: check every provider, count, time all interleaved, make rows."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,9 +121,6 @@ def _release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-SubjectOf = Callable[[object], Subject]
 
 
 def subject_of(cell) -> Subject:

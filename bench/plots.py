@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bench import ceilings, roofline
 from bench.providers import FLOOR, OURS
+from bench.rows import ELEMENT_BYTES
 from bench.shapes import BOTH, GRAPH
 
 __all__ = ["draw"]
@@ -13,7 +14,6 @@ COLOURS = {FLOOR: "0.4", "loralib": "tab:orange", "peft": "tab:red", "sandwich":
            "unsloth": "tab:olive", "compiled peft": "tab:pink", "compiled formula": "tab:purple",
            OURS: "tab:blue", f"{OURS}[fused]": "tab:cyan", f"{OURS}[sandwich]": "navy",
            f"{OURS}[reference]": "0.7"}  # fmt: skip
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def draw(measured: Sequence[Mapping], folder: Path) -> list[Path]:
@@ -96,7 +96,7 @@ def _work(row: Mapping) -> list[tuple[str, float, float, float]]:
     """Label, FLOPs, bytes and seconds of a step at its least traffic, and of its kernels."""
     sizes = (row["m"], row["k"], row["n"], row["r"])
     m, k, n, r = sizes
-    element = BYTES[row["dtype"]]
+    element = ELEMENT_BYTES[row["dtype"]]
     flops = 4 * m * k * n + (0 if row["provider"] == FLOOR else 6 * m * r * (k + n))
     traffic = 2 * element * (m * k + k * n + m * n)
     work = [(row["provider"], flops, traffic, row["median_ms"] / 1e3)]
@@ -152,7 +152,7 @@ def _memory(steps: Sequence[Mapping]):
         for row in kept:
             shape = (row["k"], row["n"], row["r"], len(row["enable_lora"]) > 1)
             if row["provider"] == name and row["m"] == largest[shape]:
-                x_bytes = row["m"] * row["k"] * BYTES[row["dtype"]]
+                x_bytes = row["m"] * row["k"] * ELEMENT_BYTES[row["dtype"]]
                 bars[list(largest).index(shape) + i * width] = row["saved_bytes"] / x_bytes
         axis.bar(bars.keys(), bars.values(), width, label=name, color=COLOURS.get(name))
     labels = [f"{'merged ' if merged else ''}{k}x{n}\nr = {r}" for k, n, r, merged in largest]

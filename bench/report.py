@@ -15,7 +15,6 @@ from bench.shapes import BOTH
 
 __all__ = ["describe", "main", "markdown", "predicted", "terminal"]
 
-ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2}
 # The scheme of roofline.py that each provider follows. Without dropout PEFT and loralib have fewer
 # passes than the modelled ones.
 SCHEMES = {
@@ -35,7 +34,7 @@ def predicted(row: Mapping) -> float | None:
     if scheme is None or part is None or not linear or row["mode"] != BOTH:
         return None
     return roofline.ratio(
-        scheme, row["m"], row["k"], row["n"], row["r"], part, ELEMENT[row["dtype"]]
+        scheme, row["m"], row["k"], row["n"], row["r"], part, rows.ELEMENT_BYTES[row["dtype"]]
     )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from bench.providers import FLOOR, OURS
 
 __all__ = [
-    "is_ours", "load", "losses_first", "lost", "make_rows", "median_interval", "quantiles", "save",
+    "ELEMENT_BYTES", "is_ours", "load", "losses_first", "lost", "make_rows", "median_interval",
+    "quantiles", "save",
 ]  # fmt: skip
 
 # What a row has beside the fields of its cell; the values where nothing was measured.
@@ -34,6 +35,9 @@ LATER_FIELDS = {
     "kind": "layer", "execution": "eager", "out_splits": None, "gpu": None, "copy_tb_s": None,
     "product_tflop_s": None, "launch_us": None,
 }  # fmt: skip
+
+# By the name of a dtype in rows.
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def is_ours(provider: str) -> bool:
