@@ -1,11 +1,10 @@
-"""What is dispatched: calls of lora_linear, seen from below the code that makes them."""
+"""What is dispatched: calls of operators, seen from below the code that makes them."""
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Calls(TorchDispatchMode):
-    """The names of this package's operators, as they are called."""
+    """The names of this package's operators, as they are called; a backward's recomputation too."""
 
     def __init__(self):
         super().__init__()
@@ -16,14 +15,7 @@ class Calls(TorchDispatchMode):
             self.names.append(func._opname)
         return func(*args, **(kwargs or {}))
 
-
-class FusedCalls(TorchDispatchMode):
-    """Counts the forward calls of the one operation, recomputation in a backward included."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.lora_kernels.lora_linear_forward.default
-        return func(*args, **(kwargs or {}))
+    @property
+    def fused(self) -> int:
+        """How many are forwards of lora_linear."""
+        return self.names.count("lora_linear_forward")

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import ops, patch_peft, report, unpatch_peft
-from tests.dispatch import FusedCalls
+from tests.dispatch import Calls
 from tests.tiny_models import BASES, LAYERS, TARGETS, randomise, tiny_llama
 from tests.tolerance import assert_close
 
@@ -90,7 +90,7 @@ def assert_as_without(model, run, *, fused):
     exact, expected = run(double), run(model)
     patch_peft()
     in_double = run(double)
-    with FusedCalls() as calls:
+    with Calls() as calls:
         actual = run(model)
     alone = collections.defaultdict(list)
     hook = functools.partial(solve_layer, alone)
@@ -100,7 +100,7 @@ def assert_as_without(model, run, *, fused):
         handle.remove()
     unpatch_peft()
 
-    assert calls.count == fused
+    assert calls.fused == fused
     assert actual.keys() == expected.keys() == in_double.keys()
     for name in actual:
         assert actual[name].dtype == expected[name].dtype
@@ -293,9 +293,9 @@ def test_save_and_plain_reload(family, seed, device, tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).to(device)
     expected = step(model)
-    with FusedCalls() as calls:
+    with Calls() as calls:
         actual = step(again)
-    assert calls.count == LAYERS[family]
+    assert calls.fused == LAYERS[family]
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
@@ -347,9 +347,9 @@ def test_copies_of_a_patched_model(family, copied, seed, device, patched):
     model = with_lora(family, device)
     expected = step(model)
     again = copied(model)
-    with FusedCalls() as calls:
+    with Calls() as calls:
         actual = step(again)
-    assert calls.count == LAYERS[family]
+    assert calls.fused == LAYERS[family]
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
@@ -439,10 +439,10 @@ def test_generation(seed, device):
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = model.generate(input_ids=ids, **options)
     patch_peft()
-    with FusedCalls() as calls:
+    with Calls() as calls:
         actual = model.generate(input_ids=ids, **options)
     assert actual.tolist() == expected.tolist()
-    assert calls.count == 4 * LAYERS["llama"]
+    assert calls.fused == 4 * LAYERS["llama"]
 
 
 def test_user_hooks_on_lora_a_are_called(seed, device):
@@ -494,9 +494,9 @@ def test_hooks_that_accelerate_attaches_after_the_patch(seed, device):
     patch_peft()
     for layer in peft_layers(hooked):
         add_hook_to_module(layer, Doubling())
-    with FusedCalls() as calls:
+    with Calls() as calls:
         actual = logits(hooked)
-    assert calls.count == LAYERS["llama"]
+    assert calls.fused == LAYERS["llama"]
     assert all(row.fused for row in report(hooked))
     assert_close(actual["logits"], exact["logits"], expected["logits"])
 
@@ -515,8 +515,8 @@ def test_dropout_is_off_in_eval(family, seed, device):
 def test_checkpointing_draws_the_same_masks_again(family, use_reentrant, seed, device, patched):
     def run():
         torch.manual_seed(seed)
-        with FusedCalls() as calls:
-            return step(model), calls.count
+        with Calls() as calls:
+            return step(model), calls.fused
 
     model = with_lora(family, device, lora_dropout=0.4).train()
     model.enable_input_require_grads()
@@ -536,9 +536,9 @@ def test_dropout_is_linear_and_its_backward_the_adjoint(conv1d, seed, device, pa
 
     def run(x):
         torch.manual_seed(seed)
-        with FusedCalls() as calls:
+        with Calls() as calls:
             y = layer(x)
-        assert calls.count == 1
+        assert calls.fused == 1
         return y
 
     u, v = torch.randn(2, 5, 16, dtype=torch.float64, device=device)
@@ -686,9 +686,9 @@ def test_what_the_guard_does_not_know_runs_pefts_forward(change, reason, seed, d
     x = torch.randn(3, 16, device=device)
     expected = layer(x)
     patch_peft()
-    with FusedCalls() as calls:
+    with Calls() as calls:
         actual = layer(x)
-    assert calls.count == 0
+    assert calls.fused == 0
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     (row,) = report(layer)
     assert (row.fused, row.plan) == (False, None)
@@ -820,9 +820,9 @@ def test_the_output_may_be_changed_in_place(seed, device, patched):
 def test_weights_on_several_devices(seed, patched):
     layer = lora_layer("cpu")
     layer.lora_A.to("meta")
-    with FusedCalls() as calls:
+    with Calls() as calls:
         layer(torch.randn(3, 16))
-    assert calls.count == 0
+    assert calls.fused == 0
     assert report(layer)[0].reason == "its weights are on several devices"
 
 
@@ -833,9 +833,9 @@ def test_parameters_may_be_plain_tensors_as_fsdp_and_data_parallel_have_them(see
         weight = module.weight.detach()
         del module.weight
         module.weight = weight
-    with FusedCalls() as calls:
+    with Calls() as calls:
         assert torch.equal(layer(x), expected)
-    assert calls.count == 1
+    assert calls.fused == 1
 
 
 def test_disabled_casting_by_pefts_helper(seed, device):

@@ -11,7 +11,7 @@ from torch import nn
 import lora_kernels as lora
 from lora_kernels import patch_peft, plan, report, unpatch_peft
 from lora_kernels.report import Report, Row
-from tests.dispatch import FusedCalls
+from tests.dispatch import Calls
 from tests.tiny_models import tiny_gpt2, tiny_llama
 
 REFERENCE = "CPU tensors reach the kernels only under TRITON_INTERPRET=1"
@@ -62,9 +62,9 @@ def test_own_layers(device):
         Row("lin", "LoRALinear", (8, 16), (2,), linear, True, *chosen),
         Row("conv", "LoRAConv1d", (12, 8, 3), (2,), linear, False, None, reason),
     ]
-    with FusedCalls() as calls:
+    with Calls() as calls:
         model(torch.zeros(1, 5, dtype=torch.int64, device=device))
-    assert calls.count == 1
+    assert calls.fused == 1
 
 
 def test_own_layers_that_run_as_plain_ones(device):
@@ -89,9 +89,9 @@ def test_layouts_and_groups(device):
     first, second = report(layers)
     assert (first.name, first.weight, first.fused) == ("0", (6, 4), True)
     assert (second.name, second.weight, second.ranks, second.fused) == ("1", (9, 6), (3,), True)
-    with FusedCalls() as calls:
+    with Calls() as calls:
         layers(torch.randn(2, 4, device=device))
-    assert calls.count == 2
+    assert calls.fused == 2
 
 
 def test_pefts_layers(device):
@@ -141,9 +141,9 @@ def test_hooks_of_accelerate_before_and_after_the_patch(device):
     add_hook_to_module(again.base_model.model.lin, ModelHook())
     assert report(again)[0].fused
     for tree, expected in ((model, 0), (again, 1)):
-        with FusedCalls() as calls:
+        with Calls() as calls:
             tree(torch.zeros(1, 5, dtype=torch.int64, device=device))
-        assert calls.count == expected
+        assert calls.fused == expected
 
 
 def test_a_cpu_has_the_reference_and_says_why(no_interpreter):

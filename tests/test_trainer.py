@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from lora_kernels import apply_lora, patch_peft, report, unpatch_peft
-from tests.dispatch import FusedCalls
+from tests.dispatch import Calls
 from tests.tiny_models import BASES, LAYERS, TARGETS, randomise
 from tests.tolerance import assert_close
 
@@ -58,9 +58,9 @@ def test_losses_are_those_of_peft(kind, family, seed, tmp_path):
     assert expected[-1] != expected[0]
 
     patch_peft()
-    with FusedCalls() as calls:
+    with Calls() as calls:
         actual = train(model, tmp_path)
-    assert calls.count == STEPS * LAYERS[family]
+    assert calls.fused == STEPS * LAYERS[family]
     assert len(report(model)) == LAYERS[family]
     assert all(row.fused for row in report(model))
     assert_close(actual, expected.double(), expected)
