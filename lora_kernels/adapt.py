@@ -167,7 +167,7 @@ def record_trained(model: nn.Module, bias: str, modules_to_save: Collection[str]
             if bias_names(layer._weight_owner()):
                 layer._weight_owner().__dict__[_RECORD] = "bias"
     for path, module in model.named_modules(remove_duplicate=False):
-        if _is_named(path, modules_to_save):
+        if is_named(path, modules_to_save):
             module.__dict__[_RECORD] = "module"
 
 
@@ -199,7 +199,7 @@ def saved_paths(model: nn.Module, modules_to_save: Collection[str] = ()) -> list
     _check_names_exist(model, modules_to_save)
     paths: list[str] = []
     for path, module in model.named_modules():
-        chosen = module.__dict__.get(_RECORD) == "module" or _is_named(path, modules_to_save)
+        chosen = module.__dict__.get(_RECORD) == "module" or is_named(path, modules_to_save)
         if chosen and not is_inside(path, paths):
             paths.append(path)
     return paths
@@ -210,14 +210,15 @@ def is_inside(path: str, parents: Collection[str]) -> bool:
     return any(path == parent or path.startswith(f"{parent}.") for parent in parents)
 
 
-def _is_named(path: str, names: Collection[str]) -> bool:
+def is_named(path: str, names: Collection[str]) -> bool:
+    """Whether path is one of names or ends with "." and one."""
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _check_names_exist(model: nn.Module, names: Collection[str]) -> None:
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     for name in names:
-        if not any(_is_named(path, [name]) for path in paths):
+        if not any(is_named(path, [name]) for path in paths):
             raise ValueError(f"modules_to_save: no module of the model is called {name!r}")
 
 
@@ -241,7 +242,7 @@ def match_targets(
     What lies inside a module of modules_to_save or inside a LoRA layer is left out.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    saved = [path for path in modules if _is_named(path, modules_to_save)]
+    saved = [path for path in modules if is_named(path, modules_to_save)]
     adapted = [path for path, module in modules.items() if isinstance(module, LoRALayer)]
     first_path = {id(module): path for path, module in reversed(modules.items())}
     chosen = {}
@@ -257,10 +258,10 @@ def _matching_paths(model, modules: dict[str, nn.Module], target_modules) -> lis
         return _linear_paths(model, modules)
     if not isinstance(target_modules, str):
         names = as_names("target_modules", target_modules)
-        return [path for path in modules if _is_named(path, names)]
+        return [path for path in modules if is_named(path, names)]
     pattern = _compile("target_modules", target_modules)
     matches = [path for path in modules if pattern.fullmatch(path)]
-    return matches or [path for path in modules if _is_named(path, [target_modules])]
+    return matches or [path for path in modules if is_named(path, [target_modules])]
 
 
 def _linear_paths(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:

@@ -274,7 +274,7 @@ def _saved_in_peft(
             takes_part = any(
                 PREFIX + key in stored for key in state if adapt.is_inside(key, [path])
             )
-        exact = any(path == name or path.endswith(f".{name}") for name in names)
+        exact = adapt.is_named(path, names)
         loose = takes_part and any(path.endswith(name) for name in names)
         if (exact or loose) and not adapt.is_inside(path, paths):
             paths.append(path)

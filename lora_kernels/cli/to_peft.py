@@ -212,7 +212,7 @@ def _matches(option: str, names: Sequence[str], paths: Collection[str]) -> set[s
     """The paths that are, or end with, one of names; every name means one at least."""
     matches = set()
     for name in names:
-        found = {path for path in paths if path == name or path.endswith(f".{name}")}
+        found = {path for path in paths if adapt.is_named(path, [name])}
         if not found:
             raise ValueError(f"{option}: no module in the file is called {name!r}")
         matches |= found
