@@ -2,11 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from examples.errors import InputError
 from examples.finetune import data
-from examples.finetune.errors import InputError
+from examples.options import names, number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,53 +44,32 @@ def _parser() -> argparse.ArgumentParser:
         "a line", type=Path, metavar="FILE.tsv",
     )  # fmt: skip
     parser.add_argument(
-        "--held-out", type=_number(int, 1), metavar="N",
+        "--held-out", type=number(int, 1), metavar="N",
         help="examples to measure accuracy on (default: a quarter, at most 2,000)",
     )  # fmt: skip
     parser.add_argument(
-        "--train", type=_number(int, 1), metavar="N",
+        "--train", type=number(int, 1), metavar="N",
         help="examples to train on (default: all that are not held out)",
     )  # fmt: skip
     option("--output", Path("runs/finetune"), "where the results go", type=Path, metavar="DIR")
     option("--device", "auto", "auto is CUDA where there is one, else the CPU")
-    option("--epochs", 5, "passes over the training examples", type=_number(int, 1), metavar="N")
-    option("--batch-size", 16, "sentences per step", type=_number(int, 1), metavar="N")
-    option("--lr", 2e-3, "peak learning rate", type=_number(float, 0), metavar="LR")
-    option("--max-length", 64, "tokens kept of a sentence", type=_number(int, 3), metavar="N")
-    option("--rank", 8, "r of every LoRA layer", type=_number(int, 1), metavar="R")
-    option("--alpha", 16.0, "updates are scaled by alpha / r", type=_number(float, 0), metavar="A")
-    option("--dropout", 0.1, "dropout before lora_A", type=_number(float, 0, 1), metavar="P")
+    option("--epochs", 5, "passes over the training examples", type=number(int, 1), metavar="N")
+    option("--batch-size", 16, "sentences per step", type=number(int, 1), metavar="N")
+    option("--lr", 2e-3, "peak learning rate", type=number(float, 0), metavar="LR")
+    option("--max-length", 64, "tokens kept of a sentence", type=number(int, 3), metavar="N")
+    option("--rank", 8, "r of every LoRA layer", type=number(int, 1), metavar="R")
+    option("--alpha", 16.0, "updates are scaled by alpha / r", type=number(float, 0), metavar="A")
+    option("--dropout", 0.1, "dropout before lora_A", type=number(float, 0, 1), metavar="P")
     option(
         "--targets", "query,value", "the layers that get LoRA, by the end of their names",
-        type=_names, metavar="NAME,NAME",
+        type=names, metavar="NAME,NAME",
     )  # fmt: skip
-    option("--seed", 0, "of new weights, batches and dropout", type=_number(int, 0), metavar="N")
+    option("--seed", 0, "of new weights, batches and dropout", type=number(int, 0), metavar="N")
     parser.add_argument(
         "--compare-peft", action="store_true",
         help="also train with PEFT, from the same weights on the same batches, by turns",
     )  # fmt: skip
     return parser
-
-
-def _names(text: str) -> list[str]:
-    """An argparse type: names with commas between them."""
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
-    return names
-
-
-def _number(kind: type, low: float, below: float = float("inf")) -> Callable[[str], float]:
-    """An argparse type: a number of this kind in [low, below)."""
-
-    def number(text: str):
-        value = kind(text)
-        if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"must be in [{low}, {below}), got {text}")
-        return value
-
-    number.__name__ = kind.__name__  # argparse names it where kind(text) fails
-    return number
 
 
 if __name__ == "__main__":

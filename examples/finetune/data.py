@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 
 __all__ = ["OWN_SENTENCES", "Example", "load", "random_batches", "sorted_batches", "split"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import lora_kernels as lora
+from examples.errors import InputError
 from examples.finetune import report
 from examples.finetune.data import Example
-from examples.finetune.errors import InputError
 from examples.finetune.model import add_lora, load_model, load_tokenizer, locate, set_merging
 from examples.finetune.train import Arm, Settings, accuracy, encode, predict, train
 

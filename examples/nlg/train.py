@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, get_scheduler
 
 import lora_kernels as lora
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.nlg.model import CompletionLoss
 
 __all__ = ["Progress", "Settings", "check_fresh", "mean_loss", "train"]

@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.nlu import data
 from examples.nlu.tasks import TASKS
+from examples.options import names, number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,13 +52,13 @@ def _parser() -> argparse.ArgumentParser:
         "nyu-mll/glue", metavar="PATH_OR_NAME",
     )  # fmt: skip
     option(
-        "--held-out", "of one TSV file: examples to measure on", type=_number(int, 1), metavar="N"
+        "--held-out", "of one TSV file: examples to measure on", type=number(int, 1), metavar="N"
     )
     option(
-        "--validation", "of one TSV file: examples to compare epochs on", type=_number(int, 1),
+        "--validation", "of one TSV file: examples to compare epochs on", type=number(int, 1),
         metavar="N",
     )  # fmt: skip
-    option("--train", "examples to train on, instead of all", type=_number(int, 1), metavar="N")
+    option("--train", "examples to train on, instead of all", type=number(int, 1), metavar="N")
     option("--output", "where results go (default: below runs/nlu)", type=Path, metavar="DIR")
     option("--method", "what trains", "lora", choices=["lora", "full", "head"])
 
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "or the last without any checkpoint or measurement on the way", "best",
         choices=["best", "last", "none"],
     )  # fmt: skip
-    option("--seed", "of the new head, of A, of batches and dropout", 0, type=_number(int, 0))
+    option("--seed", "of the new head, of A, of batches and dropout", 0, type=number(int, 0))
 
     option("--settings", "the rows of settings.tsv (default: the model's own)", metavar="NAME")
     for flag, kind, low, help in (
@@ -92,12 +93,12 @@ def _parser() -> argparse.ArgumentParser:
         ("--alpha", float, 0, "updates are scaled by alpha / r"),
         ("--max-length", int, 3, "tokens kept of a sentence or pair"),
     ):
-        option(flag, f"{help}, instead of the one in settings.tsv", type=_number(kind, low),
+        option(flag, f"{help}, instead of the one in settings.tsv", type=number(kind, low),
                metavar="X")  # fmt: skip
-    option("--dropout", "dropout before lora_A", 0.0, type=_number(float, 0, 1), metavar="P")
-    option("--targets", "layers that get LoRA, instead of query and value", type=_names,
+    option("--dropout", "dropout before lora_A", 0.0, type=number(float, 0, 1), metavar="P")
+    option("--targets", "layers that get LoRA, instead of query and value", type=names,
            metavar="NAME,NAME")  # fmt: skip
-    option("--accumulate", "batches per step", 1, type=_number(int, 1), metavar="N")
+    option("--accumulate", "batches per step", 1, type=number(int, 1), metavar="N")
     option("--precision", "of the arithmetic", "fp32", choices=["fp32", "bf16", "fp16"])
     option("--device", "auto is CUDA where there is one", "auto", choices=["auto", "cpu"])
     parser.add_argument(
@@ -105,27 +106,6 @@ def _parser() -> argparse.ArgumentParser:
         help="batch sentences of about one length: less padding, less random batches",
     )  # fmt: skip
     return parser
-
-
-def _names(text: str) -> list[str]:
-    """An argparse type: names with commas between them."""
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
-    return names
-
-
-def _number(kind: type, low: float, below: float = float("inf")) -> Callable[[str], float]:
-    """An argparse type: a number of this kind in [low, below)."""
-
-    def number(text: str):
-        value = kind(text)
-        if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"must be in [{low}, {below}), got {text}")
-        return value
-
-    number.__name__ = kind.__name__  # argparse names it where kind(text) fails
-    return number
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from examples.errors import InputError
 from examples.finetune.data import split
-from examples.finetune.errors import InputError
 from examples.nlu.tasks import Task
 
 __all__ = ["Data", "Example", "load"]

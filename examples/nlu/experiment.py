@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.finetune.model import load_tokenizer, locate
 from examples.nlu import metrics, report
 from examples.nlu.data import Data

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import lora_kernels as lora
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.finetune.model import head_names
 from examples.nlu.tasks import Settings, Task
+from examples.pretrained import from_pretrained
 
 __all__ = ["adapt", "load_model", "start_from", "task_head"]
 
@@ -28,20 +29,17 @@ UNREADABLE = (
 
 def load_model(location: str, task: Task, settings: Settings, tokenizer, seed: int) -> nn.Module:
     """The pretrained encoder in float32 with a new head for task, drawn from seed."""
-    try:
-        config = AutoConfig.from_pretrained(location, num_labels=task.outputs)
-        if settings.cls_dropout is not None:
-            # DeBERTa's name for it, and that of BERT and RoBERTa.
-            config.cls_dropout = config.classifier_dropout = settings.cls_dropout
-        config.problem_type = "single_label_classification" if task.labels else "regression"
-        config.pad_token_id = tokenizer.pad_token_id
-        torch.manual_seed(seed)
-        return AutoModelForSequenceClassification.from_pretrained(
-            location, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"--model {location}: {reason}") from None
+    config = from_pretrained(AutoConfig, location, num_labels=task.outputs)
+    if settings.cls_dropout is not None:
+        # DeBERTa's name for it, and that of BERT and RoBERTa.
+        config.cls_dropout = config.classifier_dropout = settings.cls_dropout
+    config.problem_type = "single_label_classification" if task.labels else "regression"
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(seed)
+    return from_pretrained(
+        AutoModelForSequenceClassification, location, config=config,
+        ignore_mismatched_sizes=True, dtype=torch.float32,
+    )  # fmt: skip
 
 
 def adapt(

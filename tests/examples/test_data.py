@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
+from examples.errors import InputError
 from examples.finetune import data
 from examples.finetune.data import Example
-from examples.finetune.errors import InputError
 
 HEADER = "sentence\tlabel\n"
 

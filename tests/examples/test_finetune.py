@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import lora_kernels as lora
+from examples.errors import InputError
 from examples.finetune import data, experiment
 from examples.finetune.__main__ import main
 from examples.finetune.data import Example
-from examples.finetune.errors import InputError
 from examples.finetune.model import DEFAULT_MODEL, load_model, load_tokenizer, locate, set_merging
 from examples.finetune.train import Arm, Settings, accuracy, encode, predict, train
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.nlg import data
 from examples.nlg.data import Example, Group
 

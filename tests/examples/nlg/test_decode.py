@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_kernels as lora
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.finetune.model import set_merging
 from examples.nlg import data
 from examples.nlg.__main__ import main

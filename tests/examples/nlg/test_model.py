@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq
 
 import lora_kernels as lora
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.nlg import data
 from examples.nlg.model import CompletionLoss, add_lora, load_model, load_tokenizer
 

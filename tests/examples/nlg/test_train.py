@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 import lora_kernels as lora
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.nlg import data
 from examples.nlg import train as training
 from examples.nlg.model import add_lora, load_model

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.nlu.data import Example, load, read
 from examples.nlu.tasks import TASKS
 

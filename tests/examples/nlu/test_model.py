@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import lora_kernels as lora
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.nlu.model import adapt, start_from
 from examples.nlu.tasks import settings
 

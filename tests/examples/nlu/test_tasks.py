@@ -2,7 +2,7 @@
 
 import pytest
 
-from examples.finetune.errors import InputError
+from examples.errors import InputError
 from examples.nlu.tasks import TASKS, Settings, settings
 
 MODELS = [
