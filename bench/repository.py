@@ -8,6 +8,7 @@ __all__ = ["DIRTY", "REPOSITORY", "DirtyTreeError", "commit", "require_clean", "
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path("bench/results")
 DIRTY = "-dirty"
+UNVERSIONED = "unversioned" + DIRTY
 
 
 class DirtyTreeError(Exception):
@@ -15,9 +16,15 @@ class DirtyTreeError(Exception):
 
 
 def commit(repository: Path = REPOSITORY) -> str:
-    """The full id of HEAD, with DIRTY behind it where a file differs; results do not count."""
-    changes = _git(repository, "status", "--porcelain", "--", ".", f":!{RESULTS}")
-    return _git(repository, "rev-parse", "HEAD") + (DIRTY if changes else "")
+    """The full id of HEAD, with DIRTY behind it where a file differs; results do not count.
+
+    Files that no git knows, as in an unpacked archive, are UNVERSIONED.
+    """
+    try:
+        changes = _git(repository, "status", "--porcelain", "--", ".", f":!{RESULTS}")
+        return _git(repository, "rev-parse", "HEAD") + (DIRTY if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return UNVERSIONED
 
 
 def require_clean(commit_id: str) -> str:

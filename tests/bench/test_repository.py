@@ -38,6 +38,18 @@ def test_changed_or_new_file_makes_the_tree_dirty(checkout, name):
         repository.result_file(commit, None, checkout)
 
 
+@pytest.mark.parametrize("git_is_there", [True, False], ids=["no repository", "no git"])
+def test_files_without_a_commit_are_measured_and_not_recorded(tmp_path, git_is_there, monkeypatch):
+    if not git_is_there:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    commit = repository.commit(tmp_path)
+    assert commit == "unversioned-dirty"
+    with pytest.raises(
+        repository.DirtyTreeError, match=r"unversioned-dirty: .*committed code only"
+    ):
+        repository.result_file(commit, None, tmp_path)
+
+
 def test_results_themselves_do_not_make_the_tree_dirty(checkout):
     results = checkout / "bench/results/cpu"
     results.mkdir(parents=True)
