@@ -192,25 +192,12 @@ def operands_of(layer: nn.Module) -> Operands | str:
         return problem
     if type(base) is not nn.Linear:
         weight = weight.T
-    (n, k), r = weight.shape, a.shape[0]
-    if r == 0 or a.shape[1] != k or b.shape[0] != n or b.shape[1] != r:
-        return f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit weight [{n}, {k}]"
-    if bias is not None and bias.shape[0] != n:
-        return f"base_layer.bias {list(bias.shape)} does not fit weight [{n}, {k}]"
-    device = weight.device
-    if not device == a.device == b.device or (bias is not None and bias.device != device):
-        return "its weights are on several devices"
-    if device.type not in _DEVICES:
-        return f"there are no operators for {device.type}"
-    if a.dtype != b.dtype:
-        return f"lora_A is {a.dtype} and lora_B {b.dtype}"
-    if a.dtype == torch.float64 != weight.dtype:
-        return f"its adapter is float64 and its base {weight.dtype}"
-    if bias is not None and bias.dtype != weight.dtype:
-        return f"base_layer.weight is {weight.dtype} and its bias {bias.dtype}"
+    problem = _unfit(weight, a, b, bias)
+    if problem:
+        return problem
     scaling = layer.scaling[name]
     if isinstance(scaling, Tensor):
-        if scaling.dim() != 0 or scaling.device not in (device, _CPU):
+        if scaling.dim() != 0 or scaling.device not in (a.device, _CPU):
             return f"scaling is a tensor of shape {list(scaling.shape)} on {scaling.device}"
     elif not isinstance(scaling, (float, int)) or not abs(scaling) < math.inf:
         return f"scaling is {scaling!r}"
@@ -236,6 +223,27 @@ def misfit(x, operands: Operands) -> str | None:
         return "there are hooks on all modules"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a transform of torch.func or forward-mode AD is active"
+    return None
+
+
+def _unfit(weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> str | None:
+    """Why PEFT would raise, or compute in float64, where lora_linear does otherwise."""
+    (n, k), r = weight.shape, a.shape[0]
+    if r == 0 or a.shape[1] != k or b.shape[0] != n or b.shape[1] != r:
+        return f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit weight [{n}, {k}]"
+    if bias is not None and bias.shape[0] != n:
+        return f"base_layer.bias {list(bias.shape)} does not fit weight [{n}, {k}]"
+    device = weight.device
+    if not device == a.device == b.device or (bias is not None and bias.device != device):
+        return "its weights are on several devices"
+    if device.type not in _DEVICES:
+        return f"there are no operators for {device.type}"
+    if a.dtype != b.dtype:
+        return f"lora_A is {a.dtype} and lora_B {b.dtype}"
+    if a.dtype == torch.float64 != weight.dtype:
+        return f"its adapter is float64 and its base {weight.dtype}"
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"base_layer.weight is {weight.dtype} and its bias {bias.dtype}"
     return None
 
 
