@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import functools
 import math
 
 import peft
@@ -64,7 +63,10 @@ def assert_as_without(model, run, *, fused):
     with Calls() as calls:
         actual = run(model)
     alone = collections.defaultdict(list)
-    hook = functools.partial(solve_layer, alone)
+
+    def hook(layer, args, _):
+        solve_layer(layer, *args, alone)
+
     handles = [layer.register_forward_hook(hook) for layer in peft_layers(model)]
     run(model)
     for handle in handles:
@@ -83,14 +85,14 @@ def assert_as_without(model, run, *, fused):
         assert_close(*(torch.cat(parts) for parts in zip(*triples, strict=True)), name)
 
 
-def solve_layer(alone, layer, args, _):
-    """A forward hook that solves the layer on this x and random gradients by itself.
+def solve_layer(layer, x, alone):
+    """Solves the layer on this x and random gradients by itself.
 
     Appends (patched, in float64, PEFT's) of y and each gradient to alone[name, dtype], scaled to
     be near one.
     """
     with torch.inference_mode(False), torch.no_grad():
-        x = args[0].clone()
+        x = x.clone()
         exact_layer = copy.deepcopy(layer).double()
         dy = torch.randn_like(UPSTREAM(layer, x))
 
