@@ -96,6 +96,8 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
         else:
             shape = operands.weight.shape
             reason = peft.misfit(_example(operands.weight), operands)
+    if reason is not None and reason.endswith("is a DTensor"):
+        reason += " as it stands; where fully_shard gathers it, ask in the forward"
     if reason is None:
         taken = _plan(operands.weight, operands.a.shape[0], operands.dropout_p, tokens)
     kind = f"peft {type(layer).__name__}({type(base).__name__})"

@@ -5,8 +5,10 @@ import pickle
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import lora_kernels as lora
 from lora_kernels import patch_peft, plan, report, unpatch_peft
@@ -215,6 +217,30 @@ def test_is_a_list_and_a_table(no_interpreter):
         "conv   LoRAConv1d     12x8x3  3     float32  no                there are no kernels for "
         "it, it runs PyTorch's operators",
     ]
+
+
+def test_what_fully_shard_gathers_is_fused_in_the_forward(tmp_path, device):
+    """fully_shard leaves DTensors behind; between its hooks the weights are plain."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        patch_peft()
+        model = peft_model(target_modules=["lin"]).to(device)
+        fully_shard(model)
+        (outside,) = report(model)
+        assert (outside.fused, outside.reason) == (
+            False,
+            "base_layer.weight is a DTensor as it stands; where fully_shard gathers it, ask in the "
+            "forward",
+        )
+        inside = []
+        model.base_model.model.lin.register_forward_hook(lambda *_: inside.extend(report(model)))
+        with FusedCalls() as calls:
+            model(torch.zeros(1, 5, dtype=torch.int64, device=device))
+        assert [row.fused for row in inside] == [True]
+        assert calls.count == 1
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_model_without_lora():
