@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 
+import lora_kernels.peft
 from lora_kernels import patch_peft, report, unpatch_peft
 from tests.dispatch import Calls
 from tests.peft_models import UPSTREAM, assert_as_without, lora_layer
@@ -126,6 +127,10 @@ LEFT_TO_PEFT = {
         lambda layer: (layer.lora_A.double(), layer.lora_B.double()),
         "its adapter is float64 and its base torch.float32",
     ),
+    "bias of one element": (
+        lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.ones(1))),
+        r"base_layer.bias \[1\] does not fit weight \[12, 16\]",
+    ),
     "infinite scaling": (scaled_by(float("inf")), "scaling is inf"),
     "scaling per column": (scaled_by(torch.ones(12)), r"tensor of shape \[12\]"),
 }
@@ -199,11 +204,20 @@ BAD_CALLS = {
     "scalar": (lambda layer: None, torch.tensor(1.0)),
     "dtype": (lambda layer: None, torch.randn(3, 16, dtype=torch.float64)),
     "integers": (lambda layer: None, torch.ones(3, 16, dtype=torch.int64)),
+    "device": (lambda layer: None, torch.empty(3, 16, device="meta")),
     "no tensor": (lambda layer: None, [1.0] * 16),
     "argument": (lambda layer: None, torch.randn(3, 16), {"surplus": 1}),
     "base dtype": (lambda layer: layer.base_layer.bfloat16(), torch.randn(3, 16)),
     "bias dtype": (
         lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.ones(12).double())),
+        torch.randn(3, 16),
+    ),
+    "float8": (
+        lambda layer: layer.base_layer.to(torch.float8_e4m3fn),
+        torch.ones(3, 16).to(torch.float8_e4m3fn),
+    ),
+    "weight without elements": (  # of ZeRO-3, outside of a forward
+        lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.empty(0))),
         torch.randn(3, 16),
     ),
     "B dtype": (lambda layer: layer.lora_B.bfloat16(), torch.randn(3, 16)),
@@ -278,6 +292,29 @@ def test_the_output_may_be_changed_in_place(seed, device, patched):
     y = layer(x)
     (actual,) = torch.autograd.grad(torch.relu_(y).sum(), x)
     assert torch.equal(actual, expected)
+
+
+def test_nested_x(seed, device):
+    layer = lora_layer(device)
+    x = torch.nested.nested_tensor([torch.randn(m, 16, device=device) for m in (2, 3)])
+    expected = layer(x)
+    patch_peft()
+    assert all(map(torch.equal, layer(x).unbind(), expected.unbind()))
+
+
+def test_a_device_without_operators(monkeypatch, seed, device, patched):
+    monkeypatch.setattr(lora_kernels.peft, "_DEVICES", ("npu",))
+    layer = lora_layer(device)
+    with FusedCalls() as calls:
+        layer(torch.randn(3, 16, device=device))
+    assert calls.count == 0
+    assert report(layer)[0].reason == f"there are no operators for {device.type}"
+
+
+def test_peft_before_it_had_variants(seed, device, patched):
+    layer = lora_layer(device)
+    del layer.lora_variant
+    assert report(layer)[0].reason == "PEFT is older than 0.16"
 
 
 def test_weights_on_several_devices(seed, patched):
