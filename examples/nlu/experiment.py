@@ -68,12 +68,9 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
         f"{len(rows):,} {name}" for name, rows in dev.items()
     ]))  # fmt: skip
     before = report.peak_memory(trainer.args.device)
-    seconds = 0.0
+    spent = {"train_seconds": 0.0, "train_cpu_seconds": 0.0}
     if not options.evaluate_only:
-        start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
-        seconds = time.perf_counter() - start
-        trainer.save_model(str(output / "trained"))
+        spent = _train(trainer, output)
     measured = {name: _measure(trainer, task, rows) for name, rows in dev.items()}
     for name, scores in measured.items():
         _say(name, ", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
@@ -90,7 +87,7 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
         "paper_score": metrics.paper_score(task, measured) if set(task.dev) <= set(dev) else None,
         "total_parameters": total,
         "trainable_parameters": trainable,
-        "train_seconds": seconds,
+        **spent,
         "peak_memory_bytes": report.peak_memory(trainer.args.device),
         "memory_before_training_bytes": before,
         "saved_bytes": report.weight_bytes(output / "trained"),
@@ -134,6 +131,18 @@ def _load_adapter(model: nn.Module, options: Namespace, task: Task, chosen: Sett
             f"none; the paper's run on {task.title} starts from one trained on {chosen.start} "
             "(--start-from)",
         )
+
+
+def _train(trainer: Trainer, output: Path) -> dict[str, float]:
+    """Trains, from the last checkpoint where there is one, and saves; the time it took."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
+    spent = {
+        "train_seconds": time.perf_counter() - wall,
+        "train_cpu_seconds": time.process_time() - cpu,
+    }
+    trainer.save_model(str(output / "trained"))
+    return spent
 
 
 def _measure(trainer: Trainer, task: Task, rows: Sequence[dict]) -> dict[str, float]:

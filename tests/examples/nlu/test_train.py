@@ -144,14 +144,14 @@ def test_the_best_epoch_counts_and_not_the_last(nlu, tmp_path, monkeypatch):
 
 
 def test_the_saved_adapter_alone_gives_the_scores_back(nlu, tmp_path):
-    trained = nlu()
+    trained = nlu("--keep", "none")
     again = nlu("--evaluate-only", name="again", adapter=tmp_path / "run" / "trained", seed="7")
     assert again["dev"] == trained["dev"]
     assert again["train_seconds"] == 0
 
 
 def test_rte_starts_from_the_adapter_of_mnli(nlu, pairs, tmp_path, capsys):
-    mnli = nlu(task="mnli", data=pairs, name="mnli", epochs="1")
+    mnli = nlu("--keep", "none", task="mnli", data=pairs, name="mnli", epochs="1")
     assert set(mnli["dev"]) == {"matched", "mismatched"}
     correct = [one["accuracy"] * one["examples"] for one in mnli["dev"].values()]
     assert mnli["paper_score"] == pytest.approx(sum(correct) / 24)
@@ -178,7 +178,7 @@ def test_stsb_is_a_regression(nlu, tmp_path):
     for name in ("train", "dev"):
         text = "\n".join(["sentence1\tsentence2\tscore", *rows])
         (tmp_path / f"{name}.tsv").write_text(text)
-    result = nlu(task="stsb", data=tmp_path, epochs="15", batch_size="8")
+    result = nlu("--keep", "none", task="stsb", data=tmp_path, epochs="15", batch_size="8")
     assert result["dev"]["dev"]["pearson"] > 0.8
     assert result["dev"]["dev"]["combined"] > 0.8
 
