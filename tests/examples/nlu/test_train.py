@@ -208,25 +208,28 @@ def test_bad_input_ends_with_2_and_one_line(
 
 def test_the_comparison_sums_up_and_draws_runs_of_all_methods(nlu, tmp_path):
     runs = [
-        nlu("--keep", "none", name=method, method=method, epochs="1", validation="20")
+        nlu("--keep", "none", *compare.FLAGS[method], name=method, epochs="1", validation="20")
+        | {"compared_as": method}
         for method in compare.METHODS
     ]
-    lora_run, full_run, head_run = runs
+    all_run, lora_run, full_run, head_run = runs
     rows = compare.summarise([*runs, {**lora_run, "dev": full_run["dev"]}])
+    # All linear layers: the two others of attention, and those of 64 x 128.
+    everywhere = TRAINABLE + 2 * (2 * 4 * 128 + 2 * 4 * 192)
     assert [row["trainable_parameters"] for row in rows.values()] == [
-        TRAINABLE, full_run["total_parameters"], HEAD
+        everywhere, TRAINABLE, full_run["total_parameters"], HEAD
     ]  # fmt: skip
-    first, second, third = (run["dev"]["held_out"]["accuracy"] for run in runs)
-    assert rows["lora"]["accuracies"] == [first, second]
-    assert rows["lora"]["accuracy"] == pytest.approx((first + second) / 2, rel=1e-15)
+    first, second, third = (run["dev"]["held_out"]["accuracy"] for run in runs[1:])
+    assert rows["query-value"]["accuracies"] == [first, second]
+    assert rows["query-value"]["accuracy"] == pytest.approx((first + second) / 2, rel=1e-15)
     assert rows["head"]["accuracies"] == [third]
     assert head_run["saved_bytes"] > 5 * lora_run["saved_bytes"]
     table = compare.table(rows).splitlines()
-    assert len(table) == 5
-    assert f"| LoRA | {50 * (first + second):.2f} |" in table[2]
-    assert f"| {TRAINABLE:,} |" in table[2]
-    assert compare.tuning_table(runs).count("0.01: ") == 3
-    best = {"dev": {"validation": {"accuracy": 1.1}}, "method": "lora", "settings": {"lr": 3.0}}
+    assert len(table) == 6
+    assert f"| LoRA, query and value | {50 * (first + second):.2f} |" in table[3]
+    assert f"| {TRAINABLE:,} |" in table[3]
+    assert compare.tuning_table(runs).count("0.01: ") == 4
+    best = {**all_run, "dev": {"validation": {"accuracy": 1.1}}, "settings": {"lr": 3.0}}
     assert compare._best_rate([*runs, best], "lora") == 3.0
     compare.plot(runs, tmp_path / "compare.png")
     assert image.imread(tmp_path / "compare.png").std() > 0
