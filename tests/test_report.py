@@ -235,10 +235,10 @@ def test_what_fully_shard_gathers_is_fused_in_the_forward(tmp_path, device):
         )
         inside = []
         model.base_model.model.lin.register_forward_hook(lambda *_: inside.extend(report(model)))
-        with FusedCalls() as calls:
+        with Calls() as calls:
             model(torch.zeros(1, 5, dtype=torch.int64, device=device))
         assert [row.fused for row in inside] == [True]
-        assert calls.count == 1
+        assert calls.fused == 1
     finally:
         dist.destroy_process_group()
 
