@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
+from lora_kernels import sharded
 from lora_kernels.layers.base import LoRALayer, check_alpha, check_dropout, check_rank
 from lora_kernels.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_kernels.layers.embedding import LoRAEmbedding
@@ -222,6 +223,11 @@ def _check_names_exist(model: nn.Module, names: Collection[str]) -> None:
             raise ValueError(f"modules_to_save: no module of the model is called {name!r}")
 
 
+def without_data_parallel(model: nn.Module) -> nn.Module:
+    """model, or the one inside DistributedDataParallel, which puts "module." before every path."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 # ---- which modules become LoRA layers ----
 
 
@@ -353,6 +359,8 @@ def check_wrappable(targets: Mapping[str, nn.Module]) -> None:
                 "only nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and Hugging Face's "
                 "Conv1D can, and no subclasses of them"
             )
+        elif any(map(sharded.is_dtensor, module._parameters.values())):
+            reason = "its weight is sharded: apply_lora goes before fully_shard"
         elif "weight" not in module._parameters:
             reason = "its weight is computed, not a parameter"
         elif "forward" in module.__dict__:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import adapt, peft_format
+from lora_kernels import adapt, peft_format, sharded
 from lora_kernels.adapt import LayerPlan
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
@@ -38,7 +38,9 @@ def lora_state_dict(
     """The entries of model.state_dict() that LoRA trains, under loralib's keys, unmerged.
 
     Keys whose last part starts with "lora_"; biases as in mark_only_lora_as_trainable; the whole
-    of each module in modules_to_save and of those recorded by mark_only_lora_as_trainable.
+    of each module in modules_to_save and of those recorded by mark_only_lora_as_trainable. As in
+    model.state_dict(), parameters that fully_shard has sharded are DTensors: ``full_tensor()``, on
+    every rank, gathers one.
     Raises: NotImplementedError for another bias; ValueError for a name that no module has.
     Source: loralib's function; a name in the middle of a path decides nothing here.
     """
@@ -59,10 +61,12 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Weights that LoRA changes are copies, the rest is shared with model as in state_dict(). Where a
     tied weight has LoRA on one side or two different ones, its entries differ: load it into an
     untied model.
+    Parameters that fully_shard has sharded are DTensors; every rank has to call it then.
     Raises: ValueError for an embedding with max_norm, which would limit the merged rows anew.
     """
     renamed, dropped, merged = {}, set(), {}
     copies: dict[int, Tensor] = {}
+    state = model.state_dict()  # first: FSDP has its parameters sharded again by this
     for path, layer in model.named_modules(remove_duplicate=False):
         if not isinstance(layer, LoRALayer):
             continue
@@ -78,7 +82,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             dropped |= {f"{prefix}lora_A", f"{prefix}lora_B"}
     return {
         renamed.get(key, key): merged.get(key, value)
-        for key, value in model.state_dict().items()
+        for key, value in state.items()
         if key not in dropped
     }
 
@@ -94,18 +98,20 @@ def save_adapter(
     mark_only_lora_as_trainable (apply_lora calls it) opened; the modules named in modules_to_save.
     LoRAMergedLinear and convolutions become PEFT layers of a higher rank with the same update;
     load_adapter gives back the original ones. Both files are complete before either replaces an
-    older one.
+    older one. DistributedDataParallel around model is looked through; one rank or all of them may
+    call it. With a model that fully_shard has sharded every rank has to: all gather, rank 0 writes,
+    and all return when it has.
     Raises: ValueError for a model without LoRA, a value that is not finite, a LoRA layer inside a
     saved module, and a convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
     """
-    from safetensors.torch import save_file
-
+    model = adapt.without_data_parallel(model)
     names = adapt.as_names("modules_to_save", modules_to_save)
     saved = _saved_in_peft(model, adapt.saved_paths(model, names))
     layers = _adapted(model)
     if not layers or "" in layers:
         what = "has no LoRA layer" if not layers else "is itself a LoRA layer: put it in a module"
         raise ValueError(f"save_adapter: the model {what}")
+    state = model.state_dict()  # first: FSDP has its parameters sharded again by this
     tensors, records, ranks = {}, {}, {}
     for path, layer in layers.items():
         if adapt.is_inside(path, saved):
@@ -121,9 +127,8 @@ def save_adapter(
         if record is not None:
             records[path] = record
     bias = adapt.recorded_biases(model)
-    state = model.state_dict()
     for key, model_key in _other_keys(model, layers, bias, saved).items():
-        tensors[key] = state[model_key]
+        tensors[key] = sharded.gathered(state[model_key])
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"save_adapter: {key} is not finite")
@@ -138,16 +143,14 @@ def save_adapter(
         metadata[_METADATA] = json.dumps({path: vars(record) for path, record in records.items()})
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
 
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory))
+    if not any(map(sharded.is_dtensor, state.values())):
+        _write(Path(directory), tensors, metadata, config)
+        return
     try:
-        save_file(tensors, scratch / _WEIGHTS, metadata)
-        (scratch / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        for name in (_WEIGHTS, _CONFIG):
-            os.replace(scratch / name, directory / name)
+        if torch.distributed.get_rank() == 0:
+            _write(Path(directory), tensors, metadata, config)
     finally:
-        shutil.rmtree(scratch)
+        torch.distributed.barrier()
 
 
 def load_adapter(
@@ -158,7 +161,8 @@ def load_adapter(
     A plain model is wrapped as by apply_lora, with adapters in float32 over 16-bit weights, and
     trains what the adapter trained. A model that has LoRA layers must have exactly those of the
     adapter, with the same ranks; it takes over values, lora_alpha and scaling, and keeps its
-    dropout and requires_grad.
+    dropout and requires_grad. DistributedDataParallel around model is looked through. A model that
+    fully_shard has sharded must have its LoRA layers already, and every rank has to call this.
     Raises: FileNotFoundError for a missing directory or file; ValueError, naming file and key, for
     all that is damaged, does not fit together or does not fit the model, for pickles (never read)
     and for what PEFT offers beyond LoRA (DoRA, lora_bias, layer_replication, ...). Then model is
@@ -166,6 +170,7 @@ def load_adapter(
     """
     directory = Path(directory)
     adapter = read_adapter(directory)
+    wrapper, model = model, adapt.without_data_parallel(model)
     plans, state, saved = _fit(model, adapter)
     config = adapter.config
     if _adapted(model):
@@ -173,6 +178,8 @@ def load_adapter(
             layer = model.get_submodule(path)
             layer.lora_alpha, layer.scaling = plan.lora_alpha, plan.scaling
         adapt.record_trained(model, config.bias, saved)
+        own = model.state_dict()
+        state = {key: sharded.spread_like(value, own[key]) for key, value in state.items()}
     else:
         adapt.wrap_modules(model, plans, config.lora_dropout, merge_weights, True)
         adapt.mark_only_lora_as_trainable(model, config.bias, saved)
@@ -181,7 +188,7 @@ def load_adapter(
         layer = model.get_submodule(path)
         if not layer.training:
             layer.eval()  # merged with its new values
-    return model
+    return wrapper
 
 
 # ---- what a model has, under the keys of the files ----
@@ -279,6 +286,26 @@ def _saved_in_peft(
         if (exact or loose) and not adapt.is_inside(path, paths):
             paths.append(path)
     return paths
+
+
+# ---- writing ----
+
+
+def _write(
+    directory: Path, tensors: dict[str, Tensor], metadata: dict[str, str], config: dict
+) -> None:
+    """Puts both files into directory; both are complete before either replaces an older one."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory))
+    try:
+        save_file(tensors, scratch / _WEIGHTS, metadata)
+        (scratch / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for name in (_WEIGHTS, _CONFIG):
+            os.replace(scratch / name, directory / name)
+    finally:
+        shutil.rmtree(scratch)
 
 
 # ---- reading ----

@@ -43,7 +43,8 @@ def lora_linear(
     have another (float32 over a 16-bit base). Gradients come back in the dtype of their operand.
     dropout_p in [0, 1) acts on x in front of lora_A alone, always (a layer passes 0 in eval). The
     mask is a pure function of (seed, row, column), see philox.py. seed: int64 tensor of one
-    element on x's device; None draws one from PyTorch's generator of that device.
+    element on x's device; None draws one from PyTorch's generator of that device, and under
+    torch.distributed one that no other rank draws.
     Raises: TypeError where an operand is no dense floating-point tensor; ValueError where shapes,
     dtypes, devices or values do not fit.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
@@ -391,6 +392,25 @@ def _check_fit(layer, x, weight, a, b, bias, out_splits, enable_lora) -> None:
             fail(name, f"be on x's device {x.device}", operand.device)
 
 
+def _draw_seeds(count: int, device: torch.device) -> Tensor:
+    """Seeds from PyTorch's generator; under torch.distributed, out of this rank's share of int64.
+
+    Ranks to which set_seed(42) gave one state of the generator draw the same numbers, and
+    nn.Dropout drops the same elements on all of them. Seeds out of disjoint ranges give every rank
+    a mask of its own. The rank only moves the bounds of the draw: checkpoint recompute, CUDA graph
+    capture and torch.compile see the one operation that they see in a single process.
+
+    Ranks that compute the same activations twice over, as tensor parallelism does around what it
+    shards, need one mask: draw seed there, equal on all of them, and pass it.
+    """
+    rank, ranks = 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    share = 2**64 // ranks
+    low = -(2**63) + rank * share
+    return torch.randint(low, low + share - 1, (count,), dtype=torch.int64, device=device)
+
+
 def seeds_for(
     layer: str | nn.Module, x: Tensor, dropout_p: float, seed: Tensor | None, count: int = 1
 ) -> Tensor | None:
@@ -398,7 +418,7 @@ def seeds_for(
     if dropout_p == 0.0:
         return None
     if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=x.device)
+        return _draw_seeds(count, x.device)
     if not isinstance(seed, Tensor):
         raise TypeError(
             f"{layer_name(layer)}: seed must be a torch.Tensor, got {type(seed).__name__}"

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import reference
+from lora_kernels import reference, sharded
 from lora_kernels.layers.base import LoRALayer, check_alpha, check_dropout, check_rank
 from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
@@ -259,7 +259,7 @@ def to_peft(layer: LoRALayer) -> tuple[Tensor, Tensor, Record | None]:
 
     Raises: ValueError for a convolution that PEFT cannot express.
     """
-    a, b = layer.lora_A.detach(), layer.lora_B.detach()
+    a, b = (sharded.gathered(factor.detach()) for factor in (layer.lora_A, layer.lora_B))
     if isinstance(layer, LoRAMergedLinear):
         record = Record(layer.r, tuple(layer.enable_lora), tuple(layer.out_splits))
         return a, _block_diagonal(b, record), record

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_kernels as lora
 from examples.errors import InputError
-from examples.finetune import report
+from examples.finetune import ranks, report
 from examples.finetune.data import Example
 from examples.finetune.model import add_lora, load_model, load_tokenizer, locate, set_merging
 from examples.finetune.train import Arm, Settings, accuracy, encode, predict, train
@@ -26,8 +26,21 @@ SETTINGS = (
 
 
 def run(options: Namespace, training: Sequence[Example], held_out: Sequence[Example]) -> int:
-    """Carries out what options ask for; 0, or 1 where the result cannot be trusted."""
+    """Carries out what options ask for; 0, or 1 where the result cannot be trusted.
+
+    Under torchrun all ranks train; the first one measures, checks and reports.
+    """
     device = _device(options.device)
+    with ranks.process_group(device):
+        return _run(options, training, held_out, device)
+
+
+def _run(
+    options: Namespace,
+    training: Sequence[Example],
+    held_out: Sequence[Example],
+    device: torch.device,
+) -> int:
     output = _output_directory(options.output)
     location = locate(options.model)
     tokenizer = load_tokenizer(location)
@@ -51,12 +64,16 @@ def run(options: Namespace, training: Sequence[Example], held_out: Sequence[Exam
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in arms[0].parameters)
     _say("model", f"{options.model} on {device}, {total:,} parameters")
+    _say("ranks", ranks.count())
     _say("data", f"{options.data}, {len(training):,} to train on, {len(held_out):,} held out")
     _say("trainable", f"{trainable:,} parameters ({100 * trainable / total:.2f} %)")
-    before = [_held_out_accuracy(arm, tokenizer, held_features) for arm in arms]
-    _say("accuracy before", report.per_cent(before[0]))
-
+    if ranks.is_first():
+        before = [_held_out_accuracy(arm, tokenizer, held_features) for arm in arms]
+        _say("accuracy before", report.per_cent(before[0]))
     train(arms, train_features, settings)
+    if not ranks.is_first():
+        return 0
+
     after = [_held_out_accuracy(arm, tokenizer, held_features) for arm in arms]
     rows = [_row(arm, *shares) for arm, *shares in zip(arms, before, after, strict=True)]
     _say("accuracy after", report.per_cent(after[0]))
@@ -94,6 +111,7 @@ def run(options: Namespace, training: Sequence[Example], held_out: Sequence[Exam
         "training_examples": len(training),
         "held_out_examples": len(held_out),
         "classes": classes,
+        "ranks": ranks.count(),
         "total_parameters": total,
         "adapter_bytes": adapter_bytes,
         **errors,
@@ -140,7 +158,7 @@ def _trusted(reload_error: float, merge_error: float, scale: float) -> bool:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = f"cuda:{ranks.local()}" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -171,7 +189,8 @@ def _held_out_accuracy(arm: Arm, tokenizer, features: Sequence[dict]) -> float:
 
 
 def _say(label: str, value) -> None:
-    print(f"{label:<16} {value}", flush=True)
+    if ranks.is_first():
+        print(f"{label:<16} {value}", flush=True)
 
 
 def _check(label: str, passed: bool, measured: str) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DataCollatorWithPadding, get_scheduler
 
+from examples.finetune import ranks
 from examples.finetune.data import Example, random_batches, sorted_batches
 
 __all__ = ["Arm", "Settings", "accuracy", "encode", "predict", "train"]
@@ -46,6 +47,7 @@ class Arm:
     def __init__(self, name: str, model: nn.Module, tokenizer, settings: Settings, steps: int):
         self.name = name
         self.model = model
+        self.parallel = ranks.parallel(model)
         self.device = next(model.parameters()).device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr)
@@ -56,20 +58,23 @@ class Arm:
         self.tokens = 0
 
     def train_on(self, batches: Sequence[list[dict]], seed: int) -> None:
-        """One optimizer step per batch. The same seed draws the same dropout in every arm."""
-        torch.manual_seed(seed)
+        """One optimizer step per batch, of which every rank computes its share.
+
+        The same seed draws the same dropout in every arm.
+        """
+        torch.manual_seed(seed * ranks.count() + ranks.rank())
         self.model.train()
         self._wait()
         start = time.perf_counter()
         for features in batches:
-            batch = self.collate(features).to(self.device)
-            loss = self.model(**batch).loss
+            rows, weight = ranks.share(features)
+            loss = self.parallel(**self.collate(rows).to(self.device)).loss * weight
             loss.backward()
             nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
-            self.losses.append(loss.detach())
+            self.losses.append(ranks.mean(loss.detach()))
         self._wait()
         self.seconds += time.perf_counter() - start
         self.tokens += sum(len(row["input_ids"]) for features in batches for row in features)
@@ -89,7 +94,8 @@ def train(arms: Sequence[Arm], features: Sequence[dict], settings: Settings) -> 
     generator = random.Random(settings.seed)
     steps = settings.epochs * -(-len(features) // settings.batch_size)
     step = 0
-    with tqdm(total=steps * len(arms), unit="step", desc="training") as progress:
+    hidden = not ranks.is_first()
+    with tqdm(total=steps * len(arms), unit="step", desc="training", disable=hidden) as progress:
         for _ in range(settings.epochs):
             batches = [
                 [features[i] for i in batch]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lora_kernels import sharded
+
 __all__ = ["LoRALayer"]
 
 
@@ -70,7 +72,9 @@ class LoRALayer:
     * the base weight itself is changed by ``load_state_dict`` or in training mode only.
 
     A weight that another module holds too is never merged in place: ``merged`` stays False and
-    the forward adds the delta on the fly.
+    the forward adds the delta on the fly. So does a layer whose weight FSDP2 (``fully_shard``) has
+    sharded; a layer that is merged already when its weight is sharded raises a RuntimeError at its
+    next forward.
     """
 
     _weight_name = "weight"
@@ -123,6 +127,10 @@ class LoRALayer:
             self.reset_lora_parameters()
         return self.train(wrapped.training)
 
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B, gathered from all ranks where they are sharded."""
+        return sharded.gathered(self.lora_A), sharded.gathered(self.lora_B)
+
     @property
     def has_lora(self) -> bool:
         """Whether the layer holds lora_A and lora_B."""
@@ -152,7 +160,7 @@ class LoRALayer:
             if not self.has_lora:
                 return weight.detach().clone()
             base = self.base_weight().detach().to(weight.device)
-            return (base + self.delta_weight()).to(weight.dtype)
+            return (base + sharded.spread_like(self.delta_weight(), base)).to(weight.dtype)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -180,9 +188,12 @@ class LoRALayer:
 
     def _unmerge(self) -> None:
         if self._base_weight is not None:
+            owner = self._weight_owner()
+            if sharded.is_managed(owner):
+                owner.state_dict()  # has it sharded again, before it is written to
             weight = self._weight()
             with undisturbed(weight):
-                weight.copy_(self._base_weight)
+                weight.copy_(sharded.spread_like(self._base_weight, weight))
             self._base_weight = self._merged_from = None
         self.merged = False
 
@@ -193,6 +204,11 @@ class LoRALayer:
         if getattr(self, "_is_replica", False):  # of nn.DataParallel: a copy of a merged layer
             return
         if self._adapter_state() != self._merged_from:
+            if sharded.is_managed(self._weight_owner()):
+                raise RuntimeError(
+                    f"{type(self).__name__}({self.extra_repr()}): eval() merged it before "
+                    f"fully_shard took its weight: call train() on the model first"
+                )
             self._write_merged()
 
     def _write_merged(self) -> None:
@@ -206,13 +222,16 @@ class LoRALayer:
         return id(a), _version(a), id(b), _version(b), self.scaling
 
     def _tied(self) -> bool:
-        """Whether some other module holds this layer's base weight or shares its storage.
+        """Whether something else holds this layer's base weight, or its storage: another module, or
+        FSDP, which gathers and drops what a forward sees as the weight.
 
         The full scan walks every live object; it runs only where reference counts leave it open.
         """
         owner = self._weight_owner()
         if owner._parameters["weight"].is_meta:
             return False
+        if sharded.is_managed(owner) or sharded.is_dtensor(owner._parameters["weight"]):
+            return True
         references, storage_uses = _reference_counts(owner)  # before a name here adds to them
         weight = owner._parameters["weight"]
         if storage_uses == _UNSHARED[1] and (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_kernels import functional
+from lora_kernels import functional, sharded
 from lora_kernels.layers.base import LoRALayer
 
 __all__ = ["ConvLoRA", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d"]
@@ -132,8 +132,8 @@ class ConvLoRA(LoRALayer, nn.Module):
     def delta_weight(self) -> Tensor:
         weight = self.conv.weight
         acc = torch.promote_types(weight.dtype, torch.float32)
-        delta = self.lora_B.to(acc) @ self.lora_A.to(acc) * self.scaling
-        return delta.view(weight.shape)
+        a, b = self._factors()
+        return (b.to(acc) @ a.to(acc) * self.scaling).view(weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
@@ -155,6 +155,11 @@ class ConvLoRA(LoRALayer, nn.Module):
         functional.check_tensor(self, "x", x)
         weight, channels = self.conv.weight, self.conv.in_channels
         unbatched = weight.dim() - 1
+        if sharded.is_dtensor(weight):
+            raise RuntimeError(
+                f"{functional.layer_name(self)}: its conv has been sharded by itself and is not "
+                f"called: apply fully_shard to the LoRA layer, or around it"
+            )
         if x.dim() not in (unbatched, unbatched + 1) or x.shape[-unbatched] != channels:
             shape = ", ".join((str(channels), *"*" * (unbatched - 1)))
             problem = f"have shape [N, {shape}] or [{shape}], got {list(x.shape)}"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels import functional
+from lora_kernels import functional, sharded
 from lora_kernels.layers.base import LoRALayer, undisturbed
 
 __all__ = ["LoRAEmbedding"]
@@ -91,7 +91,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
-        return (self.lora_B.to(acc) @ self.lora_A.to(acc)).T * self.scaling
+        a, b = self._factors()
+        return (b.to(acc) @ a.to(acc)).T * self.scaling
 
     def merged_weight(self) -> Tensor:
         """base within max_norm + delta, rounded once to the weight's dtype. Not differentiable."""
@@ -100,8 +101,9 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         weight = self._weight()
         with undisturbed(weight):
             delta = self.delta_weight()
-            base = self.base_weight().detach().to(delta)
-            return (self._limit(base) + delta).to(weight.dtype)
+            base = sharded.gathered(self.base_weight().detach()).to(delta)
+            merged = (self._limit(base) + delta).to(weight.dtype)
+            return sharded.spread_like(merged, weight)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_ids(x)
@@ -117,7 +119,9 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
             rows = self._limit(self._look_up(self.weight, ids).to(acc))
             h = self._look_up_a(ids).to(acc) * self.scaling
             y = torch.addmm(rows, h, self.lora_B.to(acc).T)
-        return y.to(self.weight.dtype).view(*x.shape, self.embedding_dim)
+        # No view: FSDP would lose its hooks on y where the caller changes y in place.
+        shape = (*x.shape, self.embedding_dim)
+        return torch.ops.aten._unsafe_view.default(y.to(self.weight.dtype), shape)
 
     def _look_up(self, table: Tensor, ids: Tensor) -> Tensor:
         return F.embedding(

@@ -140,4 +140,5 @@ class LoRALinear(LinearLayer):
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
-        return self._oriented(self.lora_B.to(acc) @ self.lora_A.to(acc)) * self.scaling
+        a, b = self._factors()
+        return self._oriented(b.to(acc) @ a.to(acc)) * self.scaling

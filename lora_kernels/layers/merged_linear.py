@@ -94,16 +94,16 @@ class LoRAMergedLinear(LinearLayer):
 
     def merge_AB(self) -> Tensor:
         """The update of the whole weight before scaling, as weight is stored."""
-        product = torch.cat(
-            [self.lora_B[rows] @ self.lora_A[ranks] for _, rows, ranks in self._groups()]
-        )
+        a, b = self._factors()
+        product = torch.cat([b[rows] @ a[ranks] for _, rows, ranks in self._groups()])
         return self._oriented(self.zero_pad(product))
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = self.weight.new_zeros((self.out_features, self.in_features), dtype=acc)
+        a, b = (factor.to(acc) for factor in self._factors())
+        delta = a.new_zeros((self.out_features, self.in_features))
         for columns, rows, ranks in self._groups():
-            delta[columns] = self.lora_B[rows].to(acc) @ self.lora_A[ranks].to(acc)
+            delta[columns] = b[rows] @ a[ranks]
         return self._oriented(delta) * self.scaling
 
     def _groups(self):

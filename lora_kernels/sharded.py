@@ -1,0 +1,35 @@
+"""Parameters that torch.distributed shards (FSDP2's fully_shard): DTensors, gathered and spread."""
+
+import sys
+
+from torch import Tensor, nn
+
+__all__ = ["gathered", "is_dtensor", "is_managed", "spread_like"]
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether tensor holds this rank's shard of a larger one."""
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, a collective that every rank takes part in; others as they are."""
+    if not is_dtensor(tensor):
+        return tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # offloaded ones lie elsewhere
+
+
+def spread_like(whole: Tensor, like: Tensor) -> Tensor:
+    """whole, equal on every rank, laid out as like: a DTensor where that is one."""
+    if not is_dtensor(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = like.device_mesh
+    return distribute_tensor(whole.to(mesh.device_type), mesh, like.placements).to(like.device)
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Whether fully_shard has taken over module's own parameters, gathered at the moment or not."""
+    return getattr(module, "_is_fsdp_managed_module", False)  # as TorchDynamo tells them

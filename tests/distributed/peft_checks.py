@@ -1,0 +1,80 @@
+"""What has to hold on every rank for PEFT models that ``lora-kernels run`` has patched."""
+
+import functools
+
+import peft
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+
+from lora_kernels import patch_peft, unpatch_peft
+from tests.dispatch import Calls
+from tests.distributed.engines import ENGINES, STEPS, cross_entropy, train, train_alone, wrap
+from tests.tiny_models import randomise, tiny_llama
+from tests.tolerance import assert_close
+
+CHECKS = {}
+PATCHED_FROM_OUTSIDE = hasattr(PeftLinear.forward, "__wrapped__")
+TARGETS = ["q_proj", "down_proj"]  # of a Llama with two blocks
+LAYERS = 4
+
+
+def check(function, *case):
+    CHECKS[", ".join([function.__name__, *case])] = functools.partial(function, *case)
+
+
+def peft_model():
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS)
+    return randomise(peft.get_peft_model(tiny_llama(), config))
+
+
+def layers(model):
+    return list(model.base_model.model.model.layers)
+
+
+def loss_of(model, ids):
+    return cross_entropy(model(input_ids=ids, use_cache=False).logits, ids * 7 % 13)
+
+
+def batch():
+    return torch.arange(4 * 7).view(4, 7) * 5 % 13
+
+
+def run_patches_it_when_it_is_imported(_):
+    assert PATCHED_FROM_OUTSIDE
+
+
+check(run_patches_it_when_it_is_imported)
+
+
+def losses_and_factors_are_those_of_one_unpatched_process(engine, mode, _):
+    recompute = mode == "checkpointed"
+    wrapped = wrap(peft_model(), engine, layers, recompute=recompute)
+    with Calls() as fused:
+        actual = train(wrapped, loss_of, batch())
+    calls = STEPS * LAYERS * (2 if recompute else 1)
+    # Sharded one by one, base layers and factors are gathered by hooks: PEFT's own code runs.
+    assert fused.fused == (0 if engine == "per leaf" else calls)
+    unpatch_peft()
+    try:
+        baseline = train_alone(peft_model(), loss_of, batch())
+        reference = train_alone(peft_model().double(), loss_of, batch())
+    finally:
+        patch_peft()
+    for name, value in baseline.items():
+        assert_close(actual[name], reference[name], value, name)
+
+
+def mixed_precision_is_that_of_one_patched_process_with_cast_weights(engine, _):
+    """Bit for bit: both sides do the same arithmetic."""
+    wrapped = wrap(peft_model(), engine, layers, dtype=torch.bfloat16)
+    actual = train(wrapped, loss_of, batch())
+    expected = train_alone(peft_model(), loss_of, batch(), torch.bfloat16, parts=2)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+for engine in ENGINES:
+    for mode in ("plain", "checkpointed"):
+        check(losses_and_factors_are_those_of_one_unpatched_process, engine, mode)
+check(mixed_precision_is_that_of_one_patched_process_with_cast_weights, "per layer")
