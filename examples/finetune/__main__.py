@@ -54,9 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--output", Path("runs/finetune"), "where the results go", type=Path, metavar="DIR")
     option("--device", "auto", "auto is CUDA where there is one, else the CPU")
     option("--epochs", 5, "passes over the training examples", type=number(int, 1), metavar="N")
-    option(
-        "--batch-size", 16, "sentences per step, of all ranks", type=number(int, 1), metavar="N"
-    )
+    option("--batch-size", 16, "sentences per step, of all ranks", type=number(int, 1), metavar="N")
     option("--lr", 2e-3, "peak learning rate", type=number(float, 0), metavar="LR")
     option("--max-length", 64, "tokens kept of a sentence", type=number(int, 3), metavar="N")
     option("--rank", 8, "r of every LoRA layer", type=number(int, 1), metavar="R")

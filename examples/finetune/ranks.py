@@ -14,8 +14,8 @@ __all__ = ["count", "is_first", "local", "mean", "parallel", "process_group", "r
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Inside, the processes that torchrun started can reach each other."""
-    if "RANK" not in os.environ:
+    """Inside, the processes that torchrun started can reach each other; a group of them stays."""
+    if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
     if device.type == "cuda":

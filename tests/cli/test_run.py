@@ -94,15 +94,8 @@ print("patched", hasattr(Linear.forward, "__wrapped__"), Linear.forward.__module
 """
 
 
-def test_accelerate_launch_runs_a_script_with_peft_patched(tmp_path):
-    (tmp_path / "script.py").write_text(PATCHED)
-    launch = "-m accelerate.commands.launch --cpu --num_processes 1 -m lora_kernels run script.py"
-    done = python(*launch.split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("patched True")
-
-
-def test_torchrun_runs_a_script_in_every_process(tmp_path):
+def test_accelerate_launch_runs_a_script_in_every_process(tmp_path):
+    """Under torchrun, and with PEFT: tests/distributed."""
     (tmp_path / "script.py").write_text(
         """
 import sys
@@ -116,7 +109,8 @@ with open(f"rank{distributed.get_rank()}", "w") as file:
 distributed.destroy_process_group()
 """
     )
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 -m lora_kernels run"
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
+    launch += " --mixed_precision no --dynamo_backend no --main_process_port 0 -m lora_kernels run"
     done = python(*launch.split(), "script.py", "--lr", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for rank in range(2):

@@ -50,11 +50,11 @@ check(run_patches_it_when_it_is_imported)
 def losses_and_factors_are_those_of_one_unpatched_process(engine, mode, _):
     recompute = mode == "checkpointed"
     wrapped = wrap(peft_model(), engine, layers, recompute=recompute)
-    with Calls() as fused:
+    with Calls() as calls:
         actual = train(wrapped, loss_of, batch())
-    calls = STEPS * LAYERS * (2 if recompute else 1)
+    expected = STEPS * LAYERS * (2 if recompute else 1)
     # Sharded one by one, base layers and factors are gathered by hooks: PEFT's own code runs.
-    assert fused.fused == (0 if engine == "per leaf" else calls)
+    assert calls.fused == (0 if engine == "per leaf" else expected)
     unpatch_peft()
     try:
         baseline = train_alone(peft_model(), loss_of, batch())

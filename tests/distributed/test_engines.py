@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import own_checks, peft_checks
+from tests.distributed.worker import CHECKS
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -29,7 +29,7 @@ def found(tmp_path_factory):
     return json.loads(results.read_text())
 
 
-@pytest.mark.parametrize("name", [*own_checks.CHECKS, *peft_checks.CHECKS])
+@pytest.mark.parametrize("name", list(CHECKS))
 def test_on_two_processes(found, name):
     for rank, outcome in enumerate(found[name]):
         assert outcome == "passed", f"rank {rank}: {outcome}"

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.distributed import own_checks, peft_checks
+from tests.distributed import example_checks, own_checks, peft_checks
+
+CHECKS = {**own_checks.CHECKS, **peft_checks.CHECKS, **example_checks.CHECKS}
 
 
 def outcome(check, directory: Path) -> str:
@@ -30,7 +32,7 @@ def main(results: Path) -> None:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     torch.set_num_threads(1)
     found = {}
-    for name, check in {**own_checks.CHECKS, **peft_checks.CHECKS}.items():
+    for name, check in CHECKS.items():
         directory = results.parent / str(len(found))
         directory.mkdir(exist_ok=True)
         found[name] = [""] * dist.get_world_size()
