@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from examples.nlu.__main__ import main
-from tests.examples.conftest import SUBJECTS, WORDS
+from tests.examples.tiny import SUBJECTS, WORDS
 
 REPOSITORY = Path(__file__).parents[3]
 SHARED_DATA = Path(os.environ.get("LORA_KERNELS_DATA", REPOSITORY.parent / "shared" / "data"))
