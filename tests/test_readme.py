@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import lora_kernels
+from tests import torchrun
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -11,6 +12,8 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 def test_python_blocks_run_one_after_the_other(tmp_path, monkeypatch, seed):
     monkeypatch.chdir(tmp_path)
+    for name, value in torchrun.environment().items():
+        monkeypatch.setenv(name, value)
     blocks = list(re.finditer(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
     assert len(blocks) == README.count("```python")
     names = {}

@@ -1,12 +1,11 @@
 """The example's share of a batch and its process group; a run on two ranks: tests/distributed."""
 
-import socket
-
 import pytest
 import torch
 from torch import distributed
 
 from examples.finetune import ranks
+from tests import torchrun
 
 
 def test_alone_there_is_one_rank_and_no_group(monkeypatch):
@@ -19,12 +18,8 @@ def test_alone_there_is_one_rank_and_no_group(monkeypatch):
 
 
 def test_what_torchrun_sets_makes_a_group_that_ends_with_the_run(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, str(value))
+    for name, value in torchrun.environment().items():
+        monkeypatch.setenv(name, value)
     device = torch.device("cpu")
     with ranks.process_group(device):
         with ranks.process_group(device):
