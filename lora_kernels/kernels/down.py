@@ -24,7 +24,7 @@ from lora_kernels.kernels.sum_parts import sum_parts
 from lora_kernels.kernels.tiles import load_tile
 
 CONFIGS = {
-    "interpreter": dict.fromkeys(("narrow", "wide"), Skinny(32, 64, num_warps=4, num_stages=1)),
+    "interpreter": dict.fromkeys(("narrow", "wide"), Skinny(64, 64, num_warps=4, num_stages=1)),
     "sm_80": {
         "narrow": Skinny(64, 64, num_warps=8, num_stages=3),
         "wide": Skinny(64, 32, num_warps=8, num_stages=3),

@@ -30,7 +30,7 @@ from lora_kernels.kernels.tiles import (
 )
 
 CONFIGS = {
-    "interpreter": dict.fromkeys(("float32", "few_rows", "pointer"), Gemm(32, 64, 64, 4, 1)),
+    "interpreter": dict.fromkeys(("float32", "few_rows", "pointer"), Gemm(64, 64, 64, 4, 1)),
     "sm_80": {
         "float32": Gemm(64, 64, 16, num_warps=8, num_stages=3, pieces=2),
         "few_rows": Gemm(32, 64, 64, num_warps=4, num_stages=4),

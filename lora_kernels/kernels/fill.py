@@ -27,7 +27,7 @@ from lora_kernels.kernels.tiles import (
 )
 
 CONFIGS = {
-    "interpreter": dict.fromkeys(("narrow", "wide"), Skinny(32, 64, num_warps=4, num_stages=1)),
+    "interpreter": dict.fromkeys(("narrow", "wide"), Skinny(64, 64, num_warps=4, num_stages=1)),
     "sm_80": {
         "narrow": Skinny(64, 128, num_warps=8, num_stages=1),
         "wide": Skinny(64, 64, num_warps=8, num_stages=1),
