@@ -44,7 +44,7 @@ CONFIGS = {
         "tma": Gemm(128, 256, 64, num_warps=8, num_stages=3, tma=True),
     },
     "sm_100": {
-        "float32": Gemm(64, 64, 32, num_warps=4, num_stages=3),
+        "float32": Gemm(64, 32, 32, num_warps=8, num_stages=3),
         "few_rows": Gemm(64, 64, 64, num_warps=8, num_stages=4),
         "pointer": Gemm(128, 128, 32, num_warps=8, num_stages=3),
         "tma": Gemm(128, 256, 64, num_warps=8, num_stages=3, tma=True),
