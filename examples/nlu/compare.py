@@ -20,21 +20,22 @@ from matplotlib.figure import Figure
 __all__ = ["METHODS", "main"]
 
 METHODS = {
-    "lora": "LoRA, all linear layers",
-    "query-value": "LoRA, query and value",
+    "lora": "LoRA, r = 32, all linear layers",
+    "query-value": "LoRA, r = 8, query and value",
     "full": "full fine-tuning",
     "head": "head only",
 }
+LORA = ("--method", "lora")
 FLAGS = {
-    "lora": ("--method", "lora", "--targets", "query,key,value,dense"),
-    "query-value": ("--method", "lora", "--targets", "query,value"),
+    "lora": (*LORA, "--targets", "query,key,value,dense", "--r", "32", "--alpha", "64"),
+    "query-value": (*LORA, "--targets", "query,value", "--r", "8", "--alpha", "16"),
     "full": ("--method", "full"),
     "head": ("--method", "head"),
 }
 # Chosen by --tune; README.md has the figures.
-RATES = {"lora": 1e-3, "query-value": 1e-3, "full": 1e-4, "head": 5e-3}
+RATES = {"lora": 5e-4, "query-value": 1e-3, "full": 1e-4, "head": 5e-3}
 GRID = {
-    "lora": (5e-4, 1e-3, 2e-3),
+    "lora": (2.5e-4, 5e-4, 1e-3),
     "query-value": (1e-3, 2e-3, 4e-3),
     "full": (5e-5, 1e-4, 2e-4),
     "head": (2e-3, 5e-3, 1e-2),
@@ -102,7 +103,7 @@ def _run(options, method: str, seed: int, lr: float, name: str) -> dict:
         "--task": "sst2", "--model": options.model, "--data": options.data,
         "--train": options.train, "--validation": options.validation,
         "--held-out": options.held_out, "--epochs": options.epochs, "--batch-size": 32, "--lr": lr,
-        "--settings": "roberta-base", "--r": 8, "--alpha": 16, "--max-length": 64,
+        "--settings": "roberta-base", "--max-length": 64,
         "--weight-decay": 0.01, "--keep": "none", "--seed": seed, "--output": output,
     }  # fmt: skip
     command = [sys.executable, "-m", "examples.nlu", "--group-by-length", *FLAGS[method]]
