@@ -22,6 +22,7 @@ _BIAS = ("none", "all", "lora_only")
 # What mark_only_lora_as_trainable opened, written on the module that holds it ("module" or "bias"),
 # where deepcopy and pickle carry it along and state_dict does not see it.
 _RECORD = "_trained_with_lora"
+_CHECKPOINTED = "_checkpoint_wrapped_module"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,7 @@ def record_trained(model: nn.Module, bias: str, modules_to_save: Collection[str]
         for _, layer in lora_layers(model):
             if bias_names(layer._weight_owner()):
                 layer._weight_owner().__dict__[_RECORD] = "bias"
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model, remove_duplicate=False):
         if is_named(path, modules_to_save):
             module.__dict__[_RECORD] = "module"
 
@@ -199,7 +200,7 @@ def saved_paths(model: nn.Module, modules_to_save: Collection[str] = ()) -> list
     """Paths of the modules that train as a whole: recorded, or named here; none inside another."""
     _check_names_exist(model, modules_to_save)
     paths: list[str] = []
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         chosen = module.__dict__.get(_RECORD) == "module" or is_named(path, modules_to_save)
         if chosen and not is_inside(path, paths):
             paths.append(path)
@@ -217,15 +218,33 @@ def is_named(path: str, names: Collection[str]) -> bool:
 
 
 def _check_names_exist(model: nn.Module, names: Collection[str]) -> None:
-    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    paths = [path for path, _ in named_modules(model, remove_duplicate=False)]
     for name in names:
         if not any(is_named(path, [name]) for path in paths):
             raise ValueError(f"modules_to_save: no module of the model is called {name!r}")
 
 
-def without_data_parallel(model: nn.Module) -> nn.Module:
-    """model, or the one inside DistributedDataParallel, which puts "module." before every path."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+def named_modules(
+    model: nn.Module, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """model.named_modules() under the paths that model.state_dict() has.
+
+    What PyTorch's checkpoint_wrapper puts around a module is in the paths of the former alone.
+    """
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if _CHECKPOINTED not in module._modules:
+            yield ".".join(part for part in path.split(".") if part != _CHECKPOINTED), module
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """model without DistributedDataParallel and torch.compile around it, which prefix its paths."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
 
 
 # ---- which modules become LoRA layers ----
@@ -233,7 +252,7 @@ def without_data_parallel(model: nn.Module) -> nn.Module:
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """Path and module of every LoRA layer, r = 0 included."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, LoRALayer):
             yield path, module
 
@@ -247,7 +266,7 @@ def match_targets(
 
     What lies inside a module of modules_to_save or inside a LoRA layer is left out.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model, remove_duplicate=False))
     saved = [path for path in modules if is_named(path, modules_to_save)]
     adapted = [path for path, module in modules.items() if isinstance(module, LoRALayer)]
     first_path = {id(module): path for path, module in reversed(modules.items())}
@@ -326,7 +345,7 @@ def _compile(argument: str, pattern: str) -> re.Pattern:
 def _candidates(model: nn.Module) -> str:
     names = {
         path.rpartition(".")[2]
-        for path, module in model.named_modules()
+        for path, module in named_modules(model)
         if path and _constructor(module) is not None
     }
     listed = sorted(names)[:8]
@@ -359,7 +378,9 @@ def check_wrappable(targets: Mapping[str, nn.Module]) -> None:
                 "only nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and Hugging Face's "
                 "Conv1D can, and no subclasses of them"
             )
-        elif any(map(sharded.is_dtensor, module._parameters.values())):
+        elif sharded.is_managed(module) or any(
+            map(sharded.is_dtensor, module._parameters.values())
+        ):
             reason = "its weight is sharded: apply_lora goes before fully_shard"
         elif "weight" not in module._parameters:
             reason = "its weight is computed, not a parameter"
@@ -382,10 +403,10 @@ def wrap_modules(
     Where building one fails, model is as it was.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    layers = {}
+    modules, layers = dict(named_modules(model, remove_duplicate=False)), {}
     try:
         for path, plan in plans.items():
-            module = model.get_submodule(path)
+            module = modules[path]
             layers[id(module)] = _wrap(
                 module, plan, lora_dropout, merge_weights, autocast_adapter_dtype
             )

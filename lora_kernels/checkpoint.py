@@ -67,7 +67,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     renamed, dropped, merged = {}, set(), {}
     copies: dict[int, Tensor] = {}
     state = model.state_dict()  # first: FSDP has its parameters sharded again by this
-    for path, layer in model.named_modules(remove_duplicate=False):
+    for path, layer in adapt.named_modules(model, remove_duplicate=False):
         if not isinstance(layer, LoRALayer):
             continue
         prefix = f"{path}." if path else ""
@@ -98,13 +98,14 @@ def save_adapter(
     mark_only_lora_as_trainable (apply_lora calls it) opened; the modules named in modules_to_save.
     LoRAMergedLinear and convolutions become PEFT layers of a higher rank with the same update;
     load_adapter gives back the original ones. Both files are complete before either replaces an
-    older one. DistributedDataParallel around model is looked through; one rank or all of them may
-    call it. With a model that fully_shard has sharded every rank has to: all gather, rank 0 writes,
-    and all return when it has.
+    older one. DistributedDataParallel and torch.compile around model are looked through, and
+    PyTorch's checkpoint_wrapper in it; one rank or all of them may call it. With a model that
+    fully_shard has sharded every rank has to: all gather, rank 0 writes, and all return when it
+    has.
     Raises: ValueError for a model without LoRA, a value that is not finite, a LoRA layer inside a
     saved module, and a convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
     """
-    model = adapt.without_data_parallel(model)
+    model = adapt.unwrapped(model)
     names = adapt.as_names("modules_to_save", modules_to_save)
     saved = _saved_in_peft(model, adapt.saved_paths(model, names))
     layers = _adapted(model)
@@ -161,7 +162,7 @@ def load_adapter(
     A plain model is wrapped as by apply_lora, with adapters in float32 over 16-bit weights, and
     trains what the adapter trained. A model that has LoRA layers must have exactly those of the
     adapter, with the same ranks; it takes over values, lora_alpha and scaling, and keeps its
-    dropout and requires_grad. DistributedDataParallel around model is looked through. A model that
+    dropout and requires_grad. The same wrappers are looked through as by save_adapter. A model that
     fully_shard has sharded must have its LoRA layers already, and every rank has to call this.
     Raises: FileNotFoundError for a missing directory or file; ValueError, naming file and key, for
     all that is damaged, does not fit together or does not fit the model, for pickles (never read)
@@ -170,12 +171,13 @@ def load_adapter(
     """
     directory = Path(directory)
     adapter = read_adapter(directory)
-    wrapper, model = model, adapt.without_data_parallel(model)
+    wrapper, model = model, adapt.unwrapped(model)
     plans, state, saved = _fit(model, adapter)
     config = adapter.config
-    if _adapted(model):
+    layers = _adapted(model)
+    if layers:
         for path, plan in plans.items():
-            layer = model.get_submodule(path)
+            layer = layers[path]
             layer.lora_alpha, layer.scaling = plan.lora_alpha, plan.scaling
         adapt.record_trained(model, config.bias, saved)
         own = model.state_dict()
@@ -183,9 +185,10 @@ def load_adapter(
     else:
         adapt.wrap_modules(model, plans, config.lora_dropout, merge_weights, True)
         adapt.mark_only_lora_as_trainable(model, config.bias, saved)
+        layers = _adapted(model)
     model.load_state_dict(state, strict=False)
     for path in plans:
-        layer = model.get_submodule(path)
+        layer = layers[path]
         if not layer.training:
             layer.eval()  # merged with its new values
     return wrapper
@@ -216,7 +219,7 @@ def _bias_keys(model: nn.Module, bias: str) -> set[str]:
         owners = {id(layer._weight_owner()) for _, layer in adapt.lora_layers(model)}
     return {
         _join(path, name)
-        for path, module in model.named_modules(remove_duplicate=False)
+        for path, module in adapt.named_modules(model, remove_duplicate=False)
         if id(module) in owners
         for name in adapt.bias_names(module)
     }
@@ -235,7 +238,7 @@ def _other_keys(
     PEFT keeps what a LoRA layer wraps as its base_layer.
     """
     keys = {PREFIX + key: key for key in model.state_dict() if adapt.is_inside(key, saved)}
-    for path, module in model.named_modules():
+    for path, module in adapt.named_modules(model):
         if bias == "none" or adapt.is_inside(path, saved):
             continue
         parent = path.rpartition(".")[0]
@@ -257,7 +260,7 @@ def _base_keys(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, 
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(AttributeError, NotImplementedError):
             module = getattr(model, getter)()
-            for path, candidate in model.named_modules():
+            for path, candidate in adapt.named_modules(model):
                 if candidate is module:
                     base = f"{path}.base_layer" if path in targets else path
                     keys[f"{PREFIX}{base}.weight"] = f"{path}.weight"
@@ -274,7 +277,7 @@ def _saved_in_peft(
     """
     state, adapted = model.state_dict(), _adapted(model)
     paths: list[str] = []
-    for path, _ in model.named_modules():
+    for path, _ in adapt.named_modules(model):
         if stored is None:
             takes_part = not any(adapt.is_inside(layer, [path]) for layer in adapted)
         else:

@@ -158,7 +158,9 @@ def _trusted(reload_error: float, merge_error: float, scale: float) -> bool:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        name = f"cuda:{ranks.local()}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{ranks.local()}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
