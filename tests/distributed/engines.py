@@ -71,6 +71,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Bit for bit, gathered where they are sharded."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(whole(actual[name]), whole(value)), name
+
+
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Detached copies of what trains, gathered, under the names that it has without DDP."""
     return {

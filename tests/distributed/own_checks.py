@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 import lora_kernels as lora
 from tests.distributed.engines import (
     ENGINES,
+    assert_same,
     cross_entropy,
     mine,
     train,
@@ -107,12 +108,6 @@ def loss_of(model, ids):
 
 def batch(seed=1):
     return torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(actual: dict, expected: dict) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(whole(actual[name]), whole(value)), name
 
 
 # ---- training ----

@@ -4,11 +4,22 @@ import functools
 
 import peft
 import torch
+import torch.distributed as dist
 from peft.tuners.lora.layer import Linear as PeftLinear
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from lora_kernels import patch_peft, unpatch_peft
 from tests.dispatch import Calls
-from tests.distributed.engines import ENGINES, STEPS, cross_entropy, train, train_alone, wrap
+from tests.distributed.engines import (
+    ENGINES,
+    STEPS,
+    assert_same,
+    cross_entropy,
+    train,
+    train_alone,
+    trainable,
+    wrap,
+)  # fmt: skip
 from tests.tiny_models import randomise, tiny_llama
 from tests.tolerance import assert_close
 
@@ -22,9 +33,9 @@ def check(function, *case):
     CHECKS[", ".join([function.__name__, *case])] = functools.partial(function, *case)
 
 
-def peft_model():
+def peft_model(**options):
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, **options)
     return randomise(peft.get_peft_model(tiny_llama(), config))
 
 
@@ -69,12 +80,39 @@ def mixed_precision_is_that_of_one_patched_process_with_cast_weights(engine, _):
     """Bit for bit: both sides do the same arithmetic."""
     wrapped = wrap(peft_model(), engine, layers, dtype=torch.bfloat16)
     actual = train(wrapped, loss_of, batch())
-    expected = train_alone(peft_model(), loss_of, batch(), torch.bfloat16, parts=2)
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+    assert_same(actual, train_alone(peft_model(), loss_of, batch(), torch.bfloat16, parts=2))
+
+
+def a_trained_adapter_that_rank_0_saves_reloads(engine, directory):
+    wrapped = wrap(peft_model(), engine, layers)
+    train(wrapped, loss_of, batch())
+    if engine == "ddp":
+        model, state = wrapped.module, None
+    else:
+        options = StateDictOptions(full_state_dict=True)
+        model, state = wrapped, get_model_state_dict(wrapped, options=options)
+    if dist.get_rank() == 0:
+        model.save_pretrained(directory, state_dict=state)
+    dist.barrier()
+    base = peft_model().unload()
+    loaded = peft.PeftModel.from_pretrained(base, directory, is_trainable=True)
+    assert_same(trainable(loaded), trainable(wrapped))
+
+
+def ranks_with_one_seed_drop_different_elements(_):
+    model = peft_model(lora_dropout=0.5)
+    torch.manual_seed(42)
+    with Calls() as calls:
+        logits = model(input_ids=batch(), use_cache=False).logits.detach()
+    assert calls.fused == LAYERS
+    of_ranks = [torch.empty_like(logits) for _ in range(2)]
+    dist.all_gather(of_ranks, logits)
+    assert not torch.equal(*of_ranks)
 
 
 for engine in ENGINES:
     for mode in ("plain", "checkpointed"):
         check(losses_and_factors_are_those_of_one_unpatched_process, engine, mode)
+    check(a_trained_adapter_that_rank_0_saves_reloads, engine)
+check(ranks_with_one_seed_drop_different_elements)
 check(mixed_precision_is_that_of_one_patched_process_with_cast_weights, "per layer")
