@@ -1,6 +1,7 @@
 """report(): every LoRA layer of a model, the package's own or PEFT's, and how it runs."""
 
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class Row(NamedTuple):
     weight: tuple[int, ...]  # shape of the base weight: [N, K] of a linear, as stored of others
     ranks: tuple[int, ...]  # of the active adapters
     dtype: torch.dtype | None  # of the base weight
-    fused: bool  # whether the forward is the one operation lora_linear
+    fused: bool  # whether lora_linear, or lora_shared_linear, is the forward
     plan: str | None  # "fused", "sandwich" or "reference" where it is
     reason: str  # of the plan, or why the layer is not fused
 
@@ -77,7 +78,13 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     elif type(layer).forward is not LinearLayer.forward or "forward" in layer.__dict__:
         reason = "it has a forward of its own"
     else:
-        taken = _plan(layer._oriented(weight), layer.r, layer._dropout_p(), tokens)
+        shared = getattr(layer, "_shared_input", None)
+        joined = shared.layers if shared is not None and shared.together() else (layer,)
+        weights = [member._oriented(member.base_weight()) for member in joined]
+        taken = _plan(weights, layer.r, layer._dropout_p(), tokens)
+        if len(joined) > 1:
+            others = f"{len(joined) - 1} other layer{'s' * (len(joined) > 2)}"
+            taken = taken._replace(reason=f"{taken.reason}; in one call with {others}")
     shape = layer._oriented(weight).shape if isinstance(layer, LinearLayer) else weight.shape
     ranks = (layer.r,) if layer.has_lora else ()
     return _row(name, type(layer).__name__, shape, ranks, weight.dtype, taken, reason)
@@ -99,7 +106,7 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
     if reason is not None and reason.endswith("is a DTensor"):
         reason += " as it stands; where fully_shard gathers it, ask in the forward"
     if reason is None:
-        taken = _plan(operands.weight, operands.a.shape[0], operands.dropout_p, tokens)
+        taken = _plan([operands.weight], operands.a.shape[0], operands.dropout_p, tokens)
     kind = f"peft {type(layer).__name__}({type(base).__name__})"
     return _row(name, kind, shape, ranks, dtype, taken, reason)
 
@@ -114,13 +121,14 @@ def _example(weight: torch.Tensor) -> torch.Tensor:
     return torch.empty((0, weight.shape[1]), dtype=weight.dtype, device=weight.device)
 
 
-def _plan(weight: torch.Tensor, r: int, dropout_p: float, tokens: int) -> plan.Plan:
-    n, k = weight.shape
-    x = _example(weight)
+def _plan(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens: int) -> plan.Plan:
+    """Of one layer, or of those that one call computes for the same x."""
+    n, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    x = _example(weights[0])
     dtype = functional.autocast_dtype(x) or x.dtype
-    if dtype != weight.dtype:
-        weight = torch.empty_like(weight, dtype=dtype, device="meta")  # as autocast will lay it out
-    aligned = plan.aligned(x, weight)
+    if dtype != x.dtype:  # as autocast will lay them out
+        weights = [torch.empty_like(weight, dtype=dtype, device="meta") for weight in weights]
+    aligned = plan.aligned(x, *weights)
     return plan.choose(plan.Product(tokens, n, k, r, dtype, x.device, dropout_p > 0, aligned))
 
 

@@ -192,6 +192,41 @@ def test_alignment_is_that_of_x_and_weight(in_features, dtype, aligned, monkeypa
     assert seen == [aligned, aligned]
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(16, 8), nn.Linear(16, 12), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return torch.cat([self.query(x), self.key(x), self.value(x)], -1)
+
+
+def test_layers_that_share_x_have_the_plan_of_their_one_call(monkeypatch, device):
+    model = lora.apply_lora(
+        Attention(), r=2, lora_alpha=2, target_modules=["query", "key", "value"]
+    ).to(device)
+    lora.share_inputs(model, [("query", "key")])
+    products = []
+
+    def choose(product):
+        products.append(product)
+        return plan.Plan("sandwich", "because")
+
+    monkeypatch.setattr(plan, "choose", choose)
+    together = "because; in one call with 1 other layer"
+    assert [row.reason for row in report(model)] == [together, together, "because"]
+    assert [product.n for product in products] == [20, 20, 4]
+    model.key.eval()  # merged: the others compute alone
+    assert [row.reason for row in report(model)] == ["because", "its adapter is merged", "because"]
+    monkeypatch.undo()
+    model.train()
+    expected = [row.plan for row in report(model)]
+    with Calls() as calls:
+        model(torch.randn(3, 16, device=device))
+    assert calls.names == ["lora_shared_linear_forward", "lora_linear_forward"]
+    assert expected[0] == expected[1]
+
+
 def test_meta_models():
     patch_peft()
     for model in (own_model(), peft_model()):

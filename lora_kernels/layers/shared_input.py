@@ -83,7 +83,7 @@ class SharedInput:
             return None
         if x is self._x and index in self._outputs and self._state == self._state_for(x):
             y = self._outputs.pop(index)
-        elif self._together():
+        elif self.together():
             ys = self._compute(x)
             self._x, self._state = x, self._state_for(x)
             self._outputs = {i: y for i, y in enumerate(ys) if i != index}
@@ -94,7 +94,7 @@ class SharedInput:
             self._x = None
         return y
 
-    def _together(self) -> bool:
+    def together(self) -> bool:
         """Whether every layer runs its adapter, on plain weights, with one dropout."""
         return len({layer._dropout_p() for layer in self.layers}) == 1 and not any(
             layer.merged or type(tensor) not in (nn.Parameter, Tensor)
