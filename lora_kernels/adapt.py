@@ -207,6 +207,11 @@ def saved_paths(model: nn.Module, modules_to_save: Collection[str] = ()) -> list
     return paths
 
 
+def join(path: str, name: str) -> str:
+    """The path of what is called name in the module at path."""
+    return f"{path}.{name}" if path else name
+
+
 def is_inside(path: str, parents: Collection[str]) -> bool:
     """Whether path is one of parents or lies in one."""
     return any(path == parent or path.startswith(f"{parent}.") for parent in parents)

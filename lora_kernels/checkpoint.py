@@ -206,10 +206,6 @@ def _leaf(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def _bias_keys(model: nn.Module, bias: str) -> set[str]:
     """Keys of model.state_dict() of the biases that mark_only_lora_as_trainable(bias) opens."""
     owners = set()
@@ -218,7 +214,7 @@ def _bias_keys(model: nn.Module, bias: str) -> set[str]:
     elif bias == "lora_only":
         owners = {id(layer._weight_owner()) for _, layer in adapt.lora_layers(model)}
     return {
-        _join(path, name)
+        adapt.join(path, name)
         for path, module in adapt.named_modules(model, remove_duplicate=False)
         if id(module) in owners
         for name in adapt.bias_names(module)
@@ -245,9 +241,9 @@ def _other_keys(
         target = parent if isinstance(targets.get(parent), ConvLoRA) else path
         for name in adapt.bias_names(module):
             if target in targets:
-                keys[f"{PREFIX}{target}.base_layer.{name}"] = _join(path, name)
+                keys[f"{PREFIX}{target}.base_layer.{name}"] = adapt.join(path, name)
             elif bias == "all":
-                keys[PREFIX + _join(path, name)] = _join(path, name)
+                keys[PREFIX + adapt.join(path, name)] = adapt.join(path, name)
     return keys
 
 

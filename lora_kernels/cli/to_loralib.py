@@ -1,6 +1,7 @@
 """PEFT's directory -> a file with the keys of loralib's lora_state_dict."""
 
 import os
+import shutil
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -98,11 +99,9 @@ def _call(kind: str, factors: Factors, alpha: float, record: Record | None) -> s
 def _write(state: dict[str, Tensor], destination: Path) -> None:
     """The file is complete before it replaces an older one."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{destination.name}-", dir=destination.parent)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
-        os.replace(scratch, destination)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+        torch.save(state, scratch / destination.name)
+        os.replace(scratch / destination.name, destination)
+    finally:
+        shutil.rmtree(scratch)

@@ -94,8 +94,8 @@ def _layers(state: dict[str, Tensor], options: argparse.Namespace) -> dict[str, 
             expected = getattr(layer, name).shape
             if factor.shape != expected:
                 raise ValueError(
-                    f"{_join(path, name)}: shape must be {list(expected)} in {type(layer).__name__}"
-                    f"({layer.extra_repr()}), got {list(factor.shape)}"
+                    f"{adapt.join(path, name)}: shape must be {list(expected)} in "
+                    f"{type(layer).__name__}({layer.extra_repr()}), got {list(factor.shape)}"
                 )
             setattr(layer, name, nn.Parameter(factor))
         layers[path] = layer
@@ -104,8 +104,8 @@ def _layers(state: dict[str, Tensor], options: argparse.Namespace) -> dict[str, 
 
 def _factors(path: str, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """lora_A [E·r, in] and lora_B [rows, r] of the layer at path."""
-    weight = state.get(_join(path, "weight"))
-    if any(_join(path, f"conv.{name}") in state for name in ("weight", "bias")) or (
+    weight = state.get(adapt.join(path, "weight"))
+    if any(adapt.join(path, f"conv.{name}") in state for name in ("weight", "bias")) or (
         weight is not None and weight.dim() > 2
     ):
         raise ValueError(
@@ -113,7 +113,7 @@ def _factors(path: str, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             f"in its factors: load the file into the model and call lora_kernels.save_adapter"
         )
     for name in _FACTORS:
-        key = _join(path, name)
+        key = adapt.join(path, name)
         if key not in state:
             raise ValueError(f"{key}: missing")
         factor = state[key]
@@ -121,7 +121,7 @@ def _factors(path: str, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"{key}: must be a floating-point matrix, got {factor.dtype} {list(factor.shape)}"
             )
-    a, b = (state[_join(path, name)] for name in _FACTORS)
+    a, b = (state[adapt.join(path, name)] for name in _FACTORS)
     if a.shape[0] % b.shape[1]:
         raise ValueError(
             f"{path}: lora_A {list(a.shape)} and lora_B {list(b.shape)} have no rank in common"
@@ -232,7 +232,3 @@ def _owner(model: nn.Module, key: str) -> nn.Module:
 def _split(key: str) -> tuple[str, str]:
     path, _, name = key.rpartition(".")
     return path, name
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
