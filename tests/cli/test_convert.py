@@ -122,6 +122,7 @@ def test_there_and_back_is_bit_for_bit(convert, seed, enable_lora, dtype):
     code, lines, err = convert("peft", "back.pt")
     assert (code, err) == (0, "")
     assert_same(torch.load("back.pt"), state)
+    assert os.stat("back.pt").st_mode == os.stat("lora.pt").st_mode
     assert any(line.endswith(": out") and "Linear(r=4, lora_alpha=6)" in line for line in lines)
     assert any("MergedLinear(r=4, lora_alpha=6" in line and "qkv" in line for line in lines)
 
