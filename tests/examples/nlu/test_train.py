@@ -214,10 +214,12 @@ def test_the_comparison_sums_up_and_draws_runs_of_all_methods(nlu, tmp_path):
     ]
     all_run, lora_run, full_run, head_run = runs
     rows = compare.summarise([*runs, {**lora_run, "dev": full_run["dev"]}])
+    at_rank_4 = TRAINABLE - HEAD
+    query_value = HEAD + 2 * at_rank_4
     # All linear layers: the two others of attention, and those of 64 x 128.
-    everywhere = TRAINABLE + 2 * (2 * 4 * 128 + 2 * 4 * 192)
+    everywhere = HEAD + 8 * (at_rank_4 + 2 * (2 * 4 * 128 + 2 * 4 * 192))
     assert [row["trainable_parameters"] for row in rows.values()] == [
-        everywhere, TRAINABLE, full_run["total_parameters"], HEAD
+        everywhere, query_value, full_run["total_parameters"], HEAD
     ]  # fmt: skip
     first, second, third = (run["dev"]["held_out"]["accuracy"] for run in runs[1:])
     assert rows["query-value"]["accuracies"] == [first, second]
@@ -226,8 +228,8 @@ def test_the_comparison_sums_up_and_draws_runs_of_all_methods(nlu, tmp_path):
     assert head_run["saved_bytes"] > 5 * lora_run["saved_bytes"]
     table = compare.table(rows).splitlines()
     assert len(table) == 6
-    assert f"| LoRA, query and value | {50 * (first + second):.2f} |" in table[3]
-    assert f"| {TRAINABLE:,} |" in table[3]
+    assert f"| LoRA, r = 8, query and value | {50 * (first + second):.2f} |" in table[3]
+    assert f"| {query_value:,} |" in table[3]
     assert compare.tuning_table(runs).count("0.01: ") == 4
     best = {**all_run, "dev": {"validation": {"accuracy": 1.1}}, "settings": {"lr": 3.0}}
     assert compare._best_rate([*runs, best], "lora") == 3.0
