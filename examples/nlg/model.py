@@ -31,10 +31,21 @@ def load_tokenizer(name_or_path: str):
 
 
 def load_model(name_or_path: str) -> GPT2LMHeadModel:
-    """GPT-2 small, medium, large, or of another name or path, in float32 without dropout."""
-    return from_pretrained(
-        GPT2LMHeadModel, SIZES.get(name_or_path, name_or_path), dtype=torch.float32, **NO_DROPOUT
-    )
+    """GPT-2 small, medium, large, or of another name or path, in float32 without dropout.
+
+    Raises: InputError for what lacks a weight, where transformers would draw a random one.
+    """
+    model, found = from_pretrained(
+        GPT2LMHeadModel, SIZES.get(name_or_path, name_or_path), dtype=torch.float32,
+        output_loading_info=True, **NO_DROPOUT,
+    )  # fmt: skip
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(
+            f"--model {name_or_path}: {len(missing)} weights of a GPT-2 are not in it, the first "
+            f"is {missing[0]}"
+        )
+    return model
 
 
 def add_lora(model: GPT2LMHeadModel, rank: int, alpha: float, dropout: float) -> GPT2LMHeadModel:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import DataCollatorForSeq2Seq
+from transformers import BertConfig, BertModel, DataCollatorForSeq2Seq
 
 import lora_kernels as lora
 from examples.errors import InputError
@@ -47,6 +47,19 @@ def test_adding_lora_changes_no_output_and_only_query_and_value_can_change(tiny_
 def test_no_dropout_but_loras(tiny_gpt2):
     model = load_model(tiny_gpt2).train()
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.0}
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                         intermediate_size=8, vocab_size=9)).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(InputError, match=r"weights of a GPT-2 are not in it"):
+        load_model(str(tmp_path))
+
+
+def test_a_body_without_a_head_of_its_own_is_whole(tiny_gpt2, tmp_path):
+    whole = load_model(tiny_gpt2)
+    whole.transformer.save_pretrained(tmp_path)
+    assert torch.equal(load_model(str(tmp_path)).lm_head.weight, whole.lm_head.weight)
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
