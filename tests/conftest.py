@@ -41,3 +41,24 @@ def seed() -> int:
     print(f"seed: LORA_KERNELS_TEST_SEED={value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def unpatched():
+    """PEFT is as it comes from PyPI, before the test and after it."""
+    from peft.tuners.lora.layer import Linear
+
+    from lora_kernels import unpatch_peft
+    from tests.peft_models import UPSTREAM
+
+    assert Linear.forward is UPSTREAM
+    yield
+    unpatch_peft()
+    assert Linear.forward is UPSTREAM
+
+
+@pytest.fixture
+def patched(unpatched):
+    from lora_kernels import patch_peft
+
+    patch_peft()

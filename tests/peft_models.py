@@ -5,6 +5,7 @@ import copy
 import math
 
 import peft
+import pytest
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
@@ -16,6 +17,7 @@ from tests.tiny_models import BASES, TARGETS, randomise
 from tests.tolerance import assert_close
 
 UPSTREAM = PeftLinear.forward
+both_bases = pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
 
 
 def config(family, **options):

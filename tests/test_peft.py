@@ -22,6 +22,7 @@ from tests.dispatch import Calls
 from tests.peft_models import (
     UPSTREAM,
     assert_as_without,
+    both_bases,
     config,
     logits,
     lora_layer,
@@ -33,20 +34,9 @@ from tests.tiny_models import BASES, LAYERS, randomise, tiny_llama
 from tests.tolerance import assert_close
 
 both_models = pytest.mark.parametrize("family", list(BASES))
-both_bases = pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
 
 
-@pytest.fixture(autouse=True)
-def _unpatched():
-    assert PeftLinear.forward is UPSTREAM
-    yield
-    unpatch_peft()
-    assert PeftLinear.forward is UPSTREAM
-
-
-@pytest.fixture
-def patched():
-    patch_peft()
+pytestmark = pytest.mark.usefixtures("unpatched")
 
 
 # ---- the patch itself ----

@@ -7,7 +7,6 @@ import peft
 import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting
-from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
@@ -15,22 +14,9 @@ from torch.nn.utils import parametrize, prune
 import lora_kernels.peft
 from lora_kernels import patch_peft, report, unpatch_peft
 from tests.dispatch import Calls
-from tests.peft_models import UPSTREAM, assert_as_without, lora_layer
+from tests.peft_models import assert_as_without, both_bases, lora_layer
 
-both_bases = pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
-
-
-@pytest.fixture(autouse=True)
-def _unpatched():
-    assert PeftLinear.forward is UPSTREAM
-    yield
-    unpatch_peft()
-    assert PeftLinear.forward is UPSTREAM
-
-
-@pytest.fixture
-def patched():
-    patch_peft()
+pytestmark = pytest.mark.usefixtures("unpatched")
 
 
 def disable_casting(layer):

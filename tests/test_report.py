@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import lora_kernels as lora
-from lora_kernels import patch_peft, plan, report, unpatch_peft
+from lora_kernels import patch_peft, plan, report
 from lora_kernels.report import Report, Row
 from tests.dispatch import Calls
 from tests.tiny_models import tiny_gpt2, tiny_llama
@@ -19,10 +19,7 @@ from tests.tiny_models import tiny_gpt2, tiny_llama
 REFERENCE = "CPU tensors reach the kernels only under TRITON_INTERPRET=1"
 
 
-@pytest.fixture(autouse=True)
-def _unpatched():
-    yield
-    unpatch_peft()
+pytestmark = pytest.mark.usefixtures("unpatched")
 
 
 @pytest.fixture

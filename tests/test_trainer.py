@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from lora_kernels import apply_lora, patch_peft, report, unpatch_peft
+from lora_kernels import apply_lora, patch_peft, report
 from tests.dispatch import Calls
 from tests.tiny_models import BASES, LAYERS, TARGETS, randomise
 from tests.tolerance import assert_close
@@ -16,10 +16,7 @@ STEPS = 4
 LORA = {"r": 3, "lora_alpha": 5}
 
 
-@pytest.fixture(autouse=True)
-def _unpatched():
-    yield
-    unpatch_peft()
+pytestmark = pytest.mark.usefixtures("unpatched")
 
 
 def train(model, directory):

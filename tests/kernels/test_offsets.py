@@ -15,6 +15,7 @@ from tests.tolerance import assert_close
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
+
 def far_apart(tensor, path):
     stride = 2**30 + 8
     size = (tensor.shape[0] - 1) * stride + tensor.shape[1]
