@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import ops, patch_peft, report, unpatch_peft
 from tests.dispatch import Calls
@@ -30,7 +31,7 @@ from tests.peft_models import (
     step,
     with_lora,
 )
-from tests.tiny_models import BASES, LAYERS, randomise, tiny_llama
+from tests.tiny_models import BASES, LAYERS, TARGETS, randomise, tiny_llama
 from tests.tolerance import assert_close
 
 both_models = pytest.mark.parametrize("family", list(BASES))
@@ -138,11 +139,12 @@ def test_two_adapters_switched(family, seed, device):
     assert_as_without(model, run, fused=2 * LAYERS[family])
 
 
-def test_two_adapters_at_once_are_left_to_peft_where_they_meet(seed, device):
-    model = with_lora("llama", device)
-    model.add_adapter("other", config("llama", target_modules=["q_proj", "v_proj"]))
+@both_models
+def test_two_adapters_at_once_are_left_to_peft_where_they_meet(family, seed, device):
+    model = with_lora(family, device)
+    model.add_adapter("other", config(family, target_modules=TARGETS[family][:1]))  # once a block
     randomise(model).to(device).base_model.set_adapter(["default", "other"])
-    assert_as_without(model, step, fused=LAYERS["llama"] - 4)
+    assert_as_without(model, step, fused=LAYERS[family] - 2)
 
 
 @both_models
@@ -190,9 +192,10 @@ def test_save_and_plain_reload(family, seed, device, tmp_path):
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_mixed_batches(seed, device):
-    model = with_lora("llama", device)
-    model.add_adapter("other", config("llama", r=2))
+@both_models
+def test_mixed_batches(family, seed, device):
+    model = with_lora(family, device)
+    model.add_adapter("other", config(family, r=2))
     randomise(model).to(device).eval()
     assert_as_without(
         model,
@@ -249,53 +252,62 @@ def test_dora(family, seed, device):
     assert_as_without(with_lora(family, device, use_dora=True), step, fused=0)
 
 
-def test_rslora_and_patterns(seed, device):
+@both_models
+def test_rslora_and_patterns(family, seed, device):
+    first, second, last = TARGETS[family][0], TARGETS[family][1], TARGETS[family][-1]
     options = {
         "use_rslora": True,
-        "rank_pattern": {"q_proj": 1, "down_proj": 6},
-        "alpha_pattern": {"k_proj": 17},
+        "rank_pattern": {first: 1, last: 6},
+        "alpha_pattern": {second: 17},
     }
-    model = with_lora("llama", device, **options)
+    model = with_lora(family, device, **options)
     assert {lora.lora_A["default"].weight.shape[0] for lora in peft_layers(model)} == {1, 3, 6}
-    assert_as_without(model, step, fused=LAYERS["llama"])
+    assert_as_without(model, step, fused=LAYERS[family])
 
 
+@both_models
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trainable_biases(bias, seed, device):
-    model = with_lora("gpt2", device, bias=bias)
-    assert any(name.endswith("c_attn.base_layer.bias") for name in step(model))
-    assert_as_without(model, step, fused=LAYERS["gpt2"])
+def test_trainable_biases(family, bias, seed, device):
+    base = tiny_llama(attention_bias=True) if family == "llama" else None
+    model = with_lora(family, device, base=base, bias=bias)
+    first = TARGETS[family][0]
+    assert any(name.endswith(f"{first}.base_layer.bias") for name in step(model))
+    assert_as_without(model, step, fused=LAYERS[family])
 
 
-def test_lora_bias(seed, device):
-    assert_as_without(with_lora("gpt2", device, lora_bias=True), step, fused=0)
+@both_models
+def test_lora_bias(family, seed, device):
+    assert_as_without(with_lora(family, device, lora_bias=True), step, fused=0)
 
 
-def test_scaling_is_read_in_every_call(seed, device):
+@both_models
+def test_scaling_is_read_in_every_call(family, seed, device):
     def run(model):
         for layer in peft_layers(model):
             layer.set_scale("default", 3)
             layer.scale_layer(0.5)
         return step(model)
 
-    assert_as_without(with_lora("llama", device), run, fused=LAYERS["llama"])
+    assert_as_without(with_lora(family, device), run, fused=LAYERS[family])
 
 
-def test_a_trainable_base(seed, device):
+@both_models
+def test_a_trainable_base(family, seed, device):
     def run(model):
         model.requires_grad_(True)
         return step(model)
 
-    assert_as_without(with_lora("gpt2", device), run, fused=LAYERS["gpt2"])
+    assert_as_without(with_lora(family, device), run, fused=LAYERS[family])
 
 
+@both_models
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
-def test_a_frozen_factor(frozen, seed, device):
-    model = with_lora("llama", device)
+def test_a_frozen_factor(family, frozen, seed, device):
+    model = with_lora(family, device)
     for name, parameter in model.named_parameters():
         if frozen in name:
             parameter.requires_grad_(False)
-    assert_as_without(model, step, fused=LAYERS["llama"])
+    assert_as_without(model, step, fused=LAYERS[family])
 
 
 @both_models
@@ -309,22 +321,25 @@ def test_a_bfloat16_base(family, autocast_adapter_dtype, seed, device):
     assert_as_without(model, step, fused=LAYERS[family])
 
 
-def test_bfloat16_adapters_of_a_float32_base(seed, device):
-    model = with_lora("llama", device)
+@both_models
+def test_bfloat16_adapters_of_a_float32_base(family, seed, device):
+    model = with_lora(family, device)
     for layer in peft_layers(model):
         layer.lora_A.bfloat16()
         layer.lora_B.bfloat16()
-    assert_as_without(model, step, fused=LAYERS["llama"])
+    assert_as_without(model, step, fused=LAYERS[family])
 
 
-def test_adapters_that_transformers_adds(seed, device):
-    model = tiny_llama()
-    model.add_adapter(config("llama"))
-    assert_as_without(randomise(model).to(device), step, fused=LAYERS["llama"])
+@both_models
+def test_adapters_that_transformers_adds(family, seed, device):
+    model = BASES[family]()
+    model.add_adapter(config(family))
+    assert_as_without(randomise(model).to(device), step, fused=LAYERS[family])
 
 
-def test_generation(seed, device):
-    model = with_lora("llama", device).eval()
+@both_models
+def test_generation(family, seed, device):
+    model = with_lora(family, device).eval()
     ids = torch.tensor([[3, 1, 4]], device=device)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = model.generate(input_ids=ids, **options)
@@ -332,33 +347,41 @@ def test_generation(seed, device):
     with Calls() as calls:
         actual = model.generate(input_ids=ids, **options)
     assert actual.tolist() == expected.tolist()
-    assert calls.fused == 4 * LAYERS["llama"]
+    assert calls.fused == 4 * LAYERS[family]
 
 
-def test_user_hooks_on_lora_a_are_called(seed, device):
-    model = with_lora("llama", device)
+@both_models
+def test_user_hooks_on_lora_a_are_called(family, seed, device):
+    model = with_lora(family, device)
     seen = []
     for layer in peft_layers(model)[:2]:
         layer.lora_A["default"].register_forward_hook(lambda *args: seen.append(args[2].shape))
-    assert_as_without(model, step, fused=LAYERS["llama"] - 2)
+    assert_as_without(model, step, fused=LAYERS[family] - 2)
     seen.clear()
     patch_peft()
     step(model)
     assert seen == [(4, 7, 3)] * 2
 
 
-class Quantised(nn.Linear):
+class QuantisedLinear(nn.Linear):
     """What bitsandbytes' layers are like: a subclass whose weight is not what it multiplies by."""
 
     def forward(self, x):
         return nn.functional.linear(x, self.weight.round(decimals=1), self.bias)
 
 
-def test_quantised_bases(seed, device):
-    base = tiny_llama()
-    for block in base.model.layers:
-        block.mlp.up_proj.__class__ = Quantised
-    assert_as_without(with_lora("llama", device, base=base), step, fused=LAYERS["llama"] - 2)
+class QuantisedConv1D(Conv1D):
+    def forward(self, x):
+        return x @ self.weight.round(decimals=1) + self.bias
+
+
+@both_models
+def test_quantised_bases(family, seed, device):
+    base = BASES[family]()
+    for name, module in base.named_modules():
+        if name.endswith(("up_proj", "c_fc")):  # once a block
+            module.__class__ = QuantisedLinear if family == "llama" else QuantisedConv1D
+    assert_as_without(with_lora(family, device, base=base), step, fused=LAYERS[family] - 2)
 
 
 class Doubling(ModelHook):
@@ -366,16 +389,18 @@ class Doubling(ModelHook):
         return output * 2
 
 
-def test_hooks_that_accelerate_attached_before_the_patch(seed, device):
-    model = with_lora("llama", device)
+@both_models
+def test_hooks_that_accelerate_attached_before_the_patch(family, seed, device):
+    model = with_lora(family, device)
     for layer in peft_layers(model)[:3]:
         add_hook_to_module(layer, Doubling())  # keeps PEFT's own forward
     add_hook_to_module(peft_layers(model)[3].base_layer, Doubling())
-    assert_as_without(model, step, fused=LAYERS["llama"] - 4)
+    assert_as_without(model, step, fused=LAYERS[family] - 4)
 
 
-def test_hooks_that_accelerate_attaches_after_the_patch(seed, device):
-    model = with_lora("llama", device)
+@both_models
+def test_hooks_that_accelerate_attaches_after_the_patch(family, seed, device):
+    model = with_lora(family, device)
     hooked = copy.deepcopy(model)
     for layer in peft_layers(model):
         add_hook_to_module(layer, Doubling())
@@ -386,7 +411,7 @@ def test_hooks_that_accelerate_attaches_after_the_patch(seed, device):
         add_hook_to_module(layer, Doubling())
     with Calls() as calls:
         actual = logits(hooked)
-    assert calls.fused == LAYERS["llama"]
+    assert calls.fused == LAYERS[family]
     assert all(row.fused for row in report(hooked))
     assert_close(actual["logits"], exact["logits"], expected["logits"])
 
@@ -457,7 +482,8 @@ def graphs(nodes):
     )
 
 
-@pytest.mark.parametrize(("family", "hotswap"), [("llama", False), ("gpt2", True)])
+@both_models
+@pytest.mark.parametrize("hotswap", [False, True])
 def test_compiles_whole(family, hotswap, seed, device):
     """With hotswap the scaling is a tensor, and no new value of it compiles anything again."""
     model = with_lora(family, device, base=BASES[family](layers=1)).double()

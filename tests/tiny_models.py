@@ -21,10 +21,10 @@ def tiny_gpt2(layers=2, **kwargs):
     return transformers.GPT2LMHeadModel(config)
 
 
-def tiny_llama(layers=2):
+def tiny_llama(layers=2, **kwargs):
     config = transformers.LlamaConfig(
         vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=layers,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=9,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=9, **kwargs,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
