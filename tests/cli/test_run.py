@@ -12,7 +12,6 @@ import pytest
 
 import lora_kernels
 from lora_kernels import unpatch_peft
-from lora_kernels.cli import main
 
 # What a program can see of how it was started.
 FACTS = """
@@ -34,23 +33,6 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
         timeout=300,
     )  # fmt: skip
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """main(), with all that it changes of the process put back; it starts as a new one does."""
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # torch.distributed leaves its own
-    monkeypatch.setattr(
-        multiprocessing.spawn,
-        "get_preparation_data",
-        multiprocessing.spawn.get_preparation_data,
-    )
-    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
-    yield main
-    unpatch_peft()
 
 
 @pytest.mark.parametrize("as_module", [False, True], ids=["script", "module"])

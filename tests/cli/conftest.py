@@ -1,0 +1,26 @@
+"""main() in this process, as a new one would have it."""
+
+import multiprocessing.spawn
+import sys
+
+import pytest
+
+from lora_kernels import unpatch_peft
+from lora_kernels.cli import main
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """main(), with all that it changes of the process put back; it starts as a new one does."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # torch.distributed leaves its own
+    monkeypatch.setattr(
+        multiprocessing.spawn,
+        "get_preparation_data",
+        multiprocessing.spawn.get_preparation_data,
+    )
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    yield main
+    unpatch_peft()
