@@ -11,6 +11,7 @@ from examples.nlg import data
 from examples.options import number
 
 ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+MADE_OF = ("model", "task", "rank", "alpha", "dropout", "max_length")  # and train's Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,12 +54,14 @@ def train(options: argparse.Namespace) -> int:
             print(f"epoch {done}: loss on {options.valid} "
                   f"{mean_loss(model, tokenizer, held_features):.4f}", flush=True)  # fmt: skip
 
-    names = Settings.__dataclass_fields__
+    made_of = {name: getattr(options, name) for name in MADE_OF}
+    settings = {name: getattr(options, name) for name in Settings.__dataclass_fields__}
     progress = run(
         model,
         tokenizer,
         features,
-        Settings(**{name: getattr(options, name) for name in names}),
+        Settings(**settings),
+        made_of=made_of,
         mixed_precision=options.mixed_precision,
         checkpoints=options.output / CHECKPOINTS,
         save_every=options.save_every,
@@ -66,9 +69,8 @@ def train(options: argparse.Namespace) -> int:
         after_epoch=after_epoch,
     )
     result = {
-        name: getattr(options, name)
-        for name in ("model", "task", "rank", "alpha", "dropout", "max_length", *names)
-    } | {
+        **made_of,
+        **settings,
         "examples": len(features),
         "steps": progress.step,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

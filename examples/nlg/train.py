@@ -1,5 +1,7 @@
 """Training through accelerate: any number of devices, mixed precision, accumulation, resuming."""
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from examples.nlg.model import CompletionLoss
 __all__ = ["Progress", "Settings", "check_fresh", "mean_loss", "train"]
 
 BETAS, EPS = (0.9, 0.999), 1e-6
+RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -42,27 +45,18 @@ class Progress:
     batch counts within the epoch; tokens are those of this process.
     """
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self):
         self.step = self.epoch = self.batch = 0
         self.losses: list = []  # of each step, its batches' mean on this process
         self.tokens = 0
         self.seconds = 0.0
 
     def state_dict(self) -> dict:
-        state = vars(self) | {"settings": asdict(self.settings), "tokens": int(self.tokens)}
-        return state | {"losses": [float(loss) for loss in self.losses]}
+        losses = [float(loss) for loss in self.losses]
+        return vars(self) | {"losses": losses, "tokens": int(self.tokens)}
 
     def load_state_dict(self, state: dict) -> None:
-        changed = {
-            name: (value, getattr(self.settings, name))
-            for name, value in state["settings"].items()
-            if value != getattr(self.settings, name)
-        }
-        if changed:
-            told = ", ".join(f"{name} was {was}, is {now}" for name, (was, now) in changed.items())
-            raise InputError(f"the checkpoint is of a run with other settings: {told}")
-        vars(self).update(state, settings=self.settings)
+        vars(self).update(state)
 
 
 def train(
@@ -71,6 +65,7 @@ def train(
     features: Sequence[dict],
     settings: Settings,
     *,
+    made_of: dict | None = None,
     mixed_precision: str = "no",
     checkpoints: Path | None = None,
     save_every: int = 100,
@@ -79,10 +74,12 @@ def train(
 ) -> Progress:
     """Trains what requires a gradient in model, in place, and leaves it on accelerate's device.
 
-    features: of data.encode. checkpoints: a directory that gets the newest checkpoint every
+    features: of data.encode. made_of: what else decides the result, such as the rank; a run that
+    has other entries, settings, features or processes cannot resume this one. checkpoints: a directory that gets the newest checkpoint every
     save_every steps and after each epoch: the adapter, and the state of optimizer, schedule,
-    random numbers and data loader. resume: goes on from there, as if there had been no break.
-    after_epoch(number of epochs done) runs on the main process.
+    random numbers and data loader. resume: goes on from there, as if there had been no break, or
+    starts where there is none. after_epoch(number of epochs done) runs on the main process.
+    Raises: InputError for a checkpoint of another run.
     """
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
@@ -108,15 +105,23 @@ def train(
     total = settings.epochs * steps_per_epoch
     # Not prepared: accelerate would step it once per device.
     schedule = get_scheduler("linear", optimizer, settings.warmup, total)
-    progress = Progress(settings)
+    progress = Progress()
     accelerator.register_for_checkpointing(schedule, progress)
     _keep_adapters_only(accelerator)
+    record = {
+        **(made_of or {}),
+        **asdict(settings),
+        "mixed_precision": mixed_precision,
+        "processes": accelerator.num_processes,
+        "examples": f"{len(features)} with hash {_hash(features)}",
+    }
     if resume and (found := _complete(checkpoints)):
+        _check_same(found[-1], record)
         accelerator.load_state(found[-1])
 
     def save() -> None:
         if checkpoints is not None:
-            _save(accelerator, checkpoints, progress.step)
+            _save(accelerator, checkpoints, progress.step, record)
 
     bar = tqdm(
         total=total, initial=progress.step, unit="step", desc="training",
@@ -131,7 +136,9 @@ def train(
             for batch in batches:
                 with accelerator.accumulate(module):
                     loss = module(**batch)
-                    accelerator.backward(loss)
+                    # accelerate divides by accumulation; the last step of an epoch may have less.
+                    left = len(loader) - (progress.batch - len(losses))
+                    accelerator.backward(loss * max(1.0, settings.accumulation / left))
                     prepared.step()
                     prepared.zero_grad()
                 losses.append(loss.detach())
@@ -192,12 +199,32 @@ def _complete(checkpoints: Path) -> list[Path]:
     return sorted(checkpoints.glob("step-*"))
 
 
-def _save(accelerator: Accelerator, checkpoints: Path, step: int) -> None:
+def _hash(features: Sequence[dict]) -> str:
+    return hashlib.sha256(json.dumps(list(features)).encode()).hexdigest()[:12]
+
+
+def _check_same(checkpoint: Path, record: dict) -> None:
+    path = checkpoint / RECORD
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    changed = [
+        f"{name} was {saved.get(name)}, is {record.get(name)}"
+        for name in saved | record
+        if saved.get(name) != record.get(name)
+    ]
+    if changed:
+        raise InputError(f"{checkpoint}: of a run with other settings: {', '.join(changed)}")
+
+
+def _save(accelerator: Accelerator, checkpoints: Path, step: int, record: dict) -> None:
     """Written beside, then renamed: a kill at any moment leaves a complete one."""
     partial = checkpoints / f"partial-{step:08d}"
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         older = [*_complete(checkpoints), *checkpoints.glob("partial-*")]
         partial.rename(checkpoints / f"step-{step:08d}")
         for path in older:

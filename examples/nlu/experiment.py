@@ -119,11 +119,14 @@ def _output(options: Namespace) -> Path:
 
 
 def _load_adapter(model: nn.Module, options: Namespace, task: Task, chosen: Settings) -> None:
+    alpha_chosen = options.alpha is not None or options.settings is not None
     if options.adapter:
-        start_from(model, options.adapter, chosen, with_head=True)
+        start_from(model, options.adapter, chosen, with_head=True, alpha_chosen=alpha_chosen)
         _say("adapter", f"{options.adapter}, with its head")
     elif options.start_from:
-        left_out = start_from(model, options.start_from, chosen, with_head=False)
+        left_out = start_from(
+            model, options.start_from, chosen, with_head=False, alpha_chosen=alpha_chosen
+        )
         _say("adapter", f"{options.start_from}, without its head: left out {', '.join(left_out)}")
     elif options.method == "lora" and chosen.start:
         _say(

@@ -87,16 +87,23 @@ def task_head(model: nn.Module) -> list[str]:
 
 
 def start_from(
-    model: nn.Module, path: str | Path, settings: Settings, *, with_head: bool
+    model: nn.Module,
+    path: str | Path,
+    settings: Settings,
+    *,
+    with_head: bool,
+    alpha_chosen: bool = False,
 ) -> list[str]:
     """Reads an adapter into model, which adapt(..., "lora") made; returns the keys left out.
 
     path: a folder that save_adapter wrote, or a file of loralib's lora_state_dict, as those that
     loralib's authors released. with_head=False leaves out the head's entries, of whatever shape.
-    Raises: InputError, which names every key that is missing, unexpected or of another shape, and
-    an alpha other than the one of settings. Then model is as it was.
+    alpha_chosen: whether the user chose the alpha of settings, which such a file needs.
+    Raises: InputError, which names every key that is missing, unexpected or of another shape, an
+    alpha other than the one of settings, and a file without alpha. Then model is as it was.
     """
-    tensors = _read(Path(path), settings)
+    tensors, config = _read(Path(path))
+    _check_scaling(path, config, settings.alpha, alpha_chosen)
     own = lora.lora_state_dict(model)
     heads = tuple(f"{name}." for name in task_head(model))
     head = {key for key in tensors if key.startswith(heads)}
@@ -117,14 +124,33 @@ def start_from(
     return sorted(left_out)
 
 
-def _read(path: Path, settings: Settings) -> Mapping[str, Tensor]:
-    """The tensors of an adapter under loralib's keys."""
+def _check_scaling(path: str | Path, config: Mapping, alpha: float, chosen: bool) -> None:
+    """The adapter's updates are scaled by the alpha that it was trained with, or InputError."""
+    own = config.get("lora_alpha")
+    if own is None and not chosen:
+        raise InputError(
+            f"{path}: does not say its alpha: pass --alpha, or --settings with the name of those "
+            "that it was trained with; loralib's scripts (--settings ...-scripts) have 16 for "
+            "RoBERTa and 32 for DeBERTa XXL"
+        )
+    if own not in (None, alpha):
+        raise InputError(
+            f"{path}: has alpha {own}, this run {alpha}, which would scale its updates "
+            f"otherwise: pass --alpha {own}"
+        )
+    for key in ("use_rslora", "alpha_pattern"):  # PEFT's; this program writes neither
+        if config.get(key):
+            raise InputError(f"{path}: {key} is not supported: every update has alpha / r here")
+
+
+def _read(path: Path) -> tuple[Mapping[str, Tensor], Mapping]:
+    """The tensors of an adapter under loralib's keys, and its adapter_config.json if it has one."""
     try:
         if path.is_dir():
-            config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+            config = dict(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")))
             tensors = load_file(path / "adapter_model.safetensors")
         else:
-            config = {}  # loralib's files do not say their alpha
+            config = {}
             tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
     except UNREADABLE as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -132,15 +158,9 @@ def _read(path: Path, settings: Settings) -> Mapping[str, Tensor]:
     for key, value in tensors.items():
         if not isinstance(value, Tensor):
             raise InputError(f"{path}: {key} must be a tensor, got {type(value).__name__}")
-    alpha = config.get("lora_alpha", settings.alpha)
-    if alpha != settings.alpha:
-        raise InputError(
-            f"{path}: has alpha {alpha}, this run {settings.alpha}, which would scale its updates "
-            f"otherwise: pass --alpha {alpha}"
-        )
     # save_adapter writes PEFT's keys: the same path, and .weight behind each factor.
     keys = {key: key.removeprefix(PEFT_PREFIX) for key in tensors}
     return {
         own.removesuffix(".weight") if ".lora_" in own else own: tensors[key]
         for key, own in keys.items()
-    }
+    }, config

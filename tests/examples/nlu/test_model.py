@@ -1,5 +1,6 @@
 """What trains, and adapters: ours, loralib's released ones, those of another task."""
 
+import json
 import re
 
 import loralib
@@ -10,7 +11,7 @@ import transformers
 import lora_kernels as lora
 from examples.errors import InputError
 from examples.nlu.model import adapt, start_from
-from examples.nlu.tasks import settings
+from examples.nlu.tasks import TASKS, settings
 
 SETTINGS = settings("roberta-base-scripts", "mnli")
 
@@ -49,7 +50,7 @@ def test_a_released_adapter_loads_whole_and_computes_what_loralib_does(
     released, tiny_roberta, device
 ):
     model = adapted(tiny_roberta)
-    assert start_from(model, released, SETTINGS, with_head=True) == []
+    assert start_from(model, released, SETTINGS, with_head=True, alpha_chosen=True) == []
     tensors = torch.load(released, weights_only=True)
     own = model.state_dict()
     assert all(torch.equal(own[key], value) for key, value in tensors.items())
@@ -73,7 +74,7 @@ def test_a_released_adapter_loads_whole_and_computes_what_loralib_does(
 def test_another_task_takes_the_adapter_without_its_head(released, tiny_roberta):
     model = adapted(tiny_roberta, labels=2)
     head = {k: v.clone() for k, v in model.classifier.state_dict().items()}
-    left_out = start_from(model, released, SETTINGS, with_head=False)
+    left_out = start_from(model, released, SETTINGS, with_head=False, alpha_chosen=True)
     assert left_out == [
         "classifier.dense.bias", "classifier.dense.weight", "classifier.out_proj.bias",
         "classifier.out_proj.weight",
@@ -107,14 +108,16 @@ def test_every_key_is_accounted_for(released, tiny_roberta, change, named):
     model = adapted(tiny_roberta)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(InputError) as error:
-        start_from(model, released, SETTINGS, with_head=True)
+        start_from(model, released, SETTINGS, with_head=True, alpha_chosen=True)
     assert all(name in str(error.value) for name in [*named, str(released)])
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
 
 
 def test_a_head_of_another_width_is_named(released, tiny_roberta):
     with pytest.raises(InputError, match=r"out_proj.weight is \[3, 8\], must be \[2, 8\]"):
-        start_from(adapted(tiny_roberta, labels=2), released, SETTINGS, with_head=True)
+        start_from(
+            adapted(tiny_roberta, labels=2), released, SETTINGS, with_head=True, alpha_chosen=True
+        )
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, tiny_roberta):
@@ -159,6 +162,31 @@ def test_a_folder_with_another_alpha_is_refused(tmp_path, tiny_roberta):
     model = adapt(tiny_roberta(3), "lora", paper)
     with pytest.raises(InputError, match="has alpha 16, this run 8"):
         start_from(model, tmp_path, paper, with_head=True)
+
+
+def test_a_file_does_not_say_its_alpha_so_the_user_has_to(released, tiny_roberta):
+    model = adapted(tiny_roberta)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for with_head in (True, False):
+        with pytest.raises(InputError, match="pass --alpha, or --settings") as error:
+            start_from(model, released, SETTINGS, with_head=with_head)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    # What the message says of loralib's scripts.
+    assert "16 for RoBERTa and 32 for DeBERTa XXL" in str(error.value)
+    alphas = {
+        name: {settings(f"{name}-scripts", task).alpha for task in TASKS}
+        for name in ("roberta-base", "roberta-large", "deberta-v2-xxlarge")
+    }
+    assert alphas == {"roberta-base": {16}, "roberta-large": {16}, "deberta-v2-xxlarge": {32}}
+
+
+@pytest.mark.parametrize(("key", "value"), [("use_rslora", True), ("alpha_pattern", {"q": 1})])
+def test_a_folder_of_peft_with_other_scaling_is_refused(tmp_path, tiny_roberta, key, value):
+    lora.save_adapter(adapted(tiny_roberta), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+    with pytest.raises(InputError, match=f"{key} is not supported"):
+        start_from(adapted(tiny_roberta), tmp_path, SETTINGS, with_head=True)
 
 
 def test_deberta_gets_lora_in_its_projections_and_trains_pooler_and_classifier():

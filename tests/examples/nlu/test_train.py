@@ -150,6 +150,20 @@ def test_the_saved_adapter_alone_gives_the_scores_back(nlu, tmp_path):
     assert again["train_seconds"] == 0
 
 
+def test_a_file_needs_the_alpha_that_the_user_chose(nlu, tiny_model, tiny_data, tmp_path, capsys):
+    chosen = settings("roberta-base", "sst2")
+    tokenizer = load_tokenizer(tiny_model)
+    model = adapt(load_model(tiny_model, TASKS["sst2"], chosen, tokenizer, 0), "lora", chosen)
+    file = tmp_path / "some.bin"
+    torch.save(dict(lora.lora_state_dict(model)), file)
+    arguments = {"adapter": file, "r": "8"}
+    with pytest.raises(AssertionError):
+        nlu("--evaluate-only", settings=None, **arguments)
+    assert f"error: {file}: does not say its alpha" in capsys.readouterr().err
+    nlu("--evaluate-only", settings=None, alpha="8", **arguments)
+    nlu("--evaluate-only", settings="roberta-base-scripts", **arguments)
+
+
 def test_rte_starts_from_the_adapter_of_mnli(nlu, pairs, tmp_path, capsys):
     mnli = nlu("--keep", "none", task="mnli", data=pairs, name="mnli", epochs="1")
     assert set(mnli["dev"]) == {"matched", "mismatched"}
