@@ -1,0 +1,111 @@
+"""``train --resume``: with anything that decides the result changed it is refused, by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from examples.nlg.__main__ import main
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate takes another mixed precision in a process that has not used it yet."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def command(e2e_file, tiny_gpt2) -> list[str]:
+    """A short training, but for --output."""
+    return [
+        "train", "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file), "--max-length",
+        "64", "--epochs", "1", "--batch-size", "16", "--warmup", "1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory) -> Path:
+    """The output of a whole training."""
+    output = tmp_path_factory.mktemp("finished")
+    assert main([*command, "--output", str(output)]) == 0
+    return output
+
+
+def files(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--rank", "2", "rank was 4, is 2"),
+        ("--alpha", "16", "alpha was 32.0, is 16.0"),
+        ("--dropout", "0", "dropout was 0.1, is 0.0"),
+        ("--max-length", "63", "max_length was 64, is 63"),
+        ("--mixed-precision", "bf16", "mixed_precision was no, is bf16"),
+        ("--batch-size", "8", "batch_size was 16, is 8"),
+        ("--epochs", "2", "epochs was 1, is 2"),
+    ],
+)
+def test_another_option_is_refused(
+    command, finished, option, value, told, capsys, fresh_accelerate
+):
+    before = files(finished)
+    assert main([*command, "--output", str(finished), "--resume", option, value]) == 2
+    assert told in capsys.readouterr().err
+    assert files(finished) == before
+
+
+def test_another_model_is_refused(command, finished, tiny_gpt2, tmp_path, capsys):
+    other = shutil.copytree(tiny_gpt2, tmp_path / "other")
+    assert main([*command, "--output", str(finished), "--resume", "--model", str(other)]) == 2
+    assert f"model was {tiny_gpt2}, is {other}" in capsys.readouterr().err
+
+
+def test_other_examples_are_refused_and_the_same_ones_in_another_file_are_not(
+    command, finished, e2e_file, tmp_path, capsys
+):
+    lines = e2e_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    path, again = tmp_path / "other.txt", [*command, "--output", str(finished), "--resume"]
+    for changed, told in ((lines[1:], "is 47 "), (lines[::-1], "is 48 ")):
+        path.write_text("".join(changed), encoding="utf-8")
+        assert main([*again, "--data", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert "examples was 48 " in error
+        assert told in error
+    path.write_text("".join(lines), encoding="utf-8")
+    assert main([*again, "--data", str(path)]) == 0
+
+
+def test_another_number_of_processes_is_refused(command, finished, tmp_path, capsys):
+    """As one of two processes leaves it; two processes: test_processes.py."""
+    output = shutil.copytree(finished, tmp_path / "copy")
+    (record,) = output.glob("checkpoints/*/run.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"processes": 2}))
+    assert main([*command, "--output", str(output), "--resume"]) == 2
+    assert "processes was 2, is 1" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_record_is_refused(command, finished, tmp_path, capsys):
+    output = shutil.copytree(finished, tmp_path / "copy")
+    (record,) = output.glob("checkpoints/*/run.json")
+    record.unlink()
+    assert main([*command, "--output", str(output), "--resume"]) == 2
+    assert f"{record}: cannot be read" in capsys.readouterr().err
+
+
+def test_a_finished_run_stays_as_it_is(command, finished):
+    before = json.loads((finished / "metrics.json").read_text())
+    assert main([*command, "--output", str(finished), "--resume"]) == 0
+    assert json.loads((finished / "metrics.json").read_text()) == before
+
+
+def test_without_a_checkpoint_resuming_starts(command, finished, tmp_path):
+    """As after a kill that came before the first checkpoint."""
+    assert main([*command, "--output", str(tmp_path), "--resume"]) == 0
+    one, other = (json.loads((path / "metrics.json").read_text()) for path in (finished, tmp_path))
+    assert one["losses"] == other["losses"]
