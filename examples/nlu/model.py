@@ -28,7 +28,11 @@ UNREADABLE = (
 
 
 def load_model(location: str, task: Task, settings: Settings, tokenizer, seed: int) -> nn.Module:
-    """The pretrained encoder in float32 with a new head for task, drawn from seed."""
+    """The pretrained encoder in float32; a head that it lacks for task is drawn from seed.
+
+    Raises: InputError where a weight of the body is missing or of another shape, for which
+    transformers would draw a random one.
+    """
     config = from_pretrained(AutoConfig, location, num_labels=task.outputs)
     if settings.cls_dropout is not None:
         # DeBERTa's name for it, and that of BERT and RoBERTa.
@@ -36,10 +40,19 @@ def load_model(location: str, task: Task, settings: Settings, tokenizer, seed: i
     config.problem_type = "single_label_classification" if task.labels else "regression"
     config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(seed)
-    return from_pretrained(
-        AutoModelForSequenceClassification, location, config=config,
-        ignore_mismatched_sizes=True, dtype=torch.float32,
+    model, found = from_pretrained(
+        AutoModelForSequenceClassification, location, config=config, output_loading_info=True,
+        ignore_mismatched_sizes=True, dtype=torch.float32,  # a head for other classes gives way
     )  # fmt: skip
+    heads = tuple(f"{name}." for name in task_head(model))
+    drawn = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+    body = sorted(key for key in drawn if not key.startswith(heads))
+    if body:
+        raise InputError(
+            f"--model {location}: {len(body)} weights of the pretrained body are not in it or have "
+            f"another shape, the first is {body[0]}"
+        )
+    return model
 
 
 def adapt(

@@ -2,15 +2,18 @@
 
 import json
 import re
+import shutil
 
 import loralib
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import lora_kernels as lora
 from examples.errors import InputError
-from examples.nlu.model import adapt, start_from
+from examples.finetune.model import load_tokenizer
+from examples.nlu.model import adapt, load_model, start_from
 from examples.nlu.tasks import TASKS, settings
 
 SETTINGS = settings("roberta-base-scripts", "mnli")
@@ -215,6 +218,68 @@ def test_what_trains(tiny_roberta, method, trainable):
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     total = sum(p.numel() for p in model.parameters())
     assert sum(sizes) == (trainable or total)
+
+
+@pytest.fixture
+def incomplete(tiny_model, tmp_path):
+    """The tiny BERT with its tensors changed: change, a function of them -> the model's folder."""
+
+    def build(change) -> str:
+        folder = tmp_path / "incomplete"
+        shutil.copytree(tiny_model, folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return str(folder)
+
+    return build
+
+
+def load(location):
+    return load_model(location, TASKS["sst2"], SETTINGS, load_tokenizer(location), 0)
+
+
+def drop_layer_1(tensors):
+    for key in [key for key in tensors if key.startswith("encoder.layer.1.")]:
+        del tensors[key]
+
+
+@pytest.mark.parametrize(
+    ("change", "count", "first"),
+    [
+        (
+            lambda t: t.pop("encoder.layer.1.output.dense.weight"), 1,
+            "encoder.layer.1.output.dense.weight",
+        ),
+        (drop_layer_1, 16, "encoder.layer.1.attention.output.LayerNorm.bias"),
+        (
+            lambda t: t.update({"encoder.layer.0.output.dense.bias": torch.zeros(7)}), 1,
+            "encoder.layer.0.output.dense.bias",
+        ),
+    ],
+    ids=["one missing", "a layer missing", "another shape"],
+)  # fmt: skip
+def test_a_body_is_never_drawn_at_random(incomplete, change, count, first):
+    location = incomplete(change)
+    named = rf"--model {location}: {count} weights of .* the first is bert\.{first}$"
+    with pytest.raises(InputError, match=named):
+        load(location)
+
+
+def test_a_head_is_new_where_it_is_missing_or_for_other_classes(incomplete, tiny_model, tmp_path):
+    def without_pooler(tensors):
+        for leaf in ("weight", "bias"):
+            del tensors[f"pooler.dense.{leaf}"]
+
+    model = load(incomplete(without_pooler))
+    whole = load(tiny_model).state_dict()
+    changed = {key for key, v in model.state_dict().items() if not torch.equal(v, whole[key])}
+    assert changed == {"bert.pooler.dense.weight", "classifier.weight"}  # biases start at 0
+    model.save_pretrained(tmp_path / "two")
+    load_tokenizer(tiny_model).save_pretrained(tmp_path / "two")
+    task = TASKS["mnli"]
+    three = load_model(str(tmp_path / "two"), task, SETTINGS, load_tokenizer(tiny_model), 0)
+    assert three.classifier.out_features == 3
 
 
 def test_targets_that_match_nothing_are_named(tiny_roberta):

@@ -1,0 +1,52 @@
+"""Loading by name or path: errors in one line."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from examples.errors import InputError
+from examples.pretrained import from_pretrained
+
+
+def test_what_is_there_is_loaded(tiny_model):
+    assert from_pretrained(AutoModel, tiny_model).config.hidden_size == 64
+
+
+def cut_in_half(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        (AutoModel, lambda folder: cut_in_half(folder / "model.safetensors")),
+        (AutoConfig, lambda folder: cut_in_half(folder / "config.json")),
+        (AutoModel, lambda folder: (folder / "model.safetensors").unlink()),
+        (AutoConfig, shutil.rmtree),
+    ],
+    ids=["cut weights", "cut configuration", "no weights", "nothing"],
+)
+def test_what_is_damaged_is_named_in_one_line(tiny_model, tmp_path, kind, damage):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    damage(folder)
+    with pytest.raises(InputError, match=f"--model {folder}: .") as error:
+        from_pretrained(kind, str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_other_shapes_than_the_models_are_named_in_one_line(tiny_model):
+    with pytest.raises(InputError, match=rf"^--model {tiny_model}: ."):
+        from_pretrained(AutoModel, tiny_model, intermediate_size=96)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    def load(location):
+        raise ImportError("needs sentencepiece")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    with pytest.raises(InputError, match="--model some/name: needs sentencepiece"):
+        from_pretrained(AutoTokenizer, "some/name")
