@@ -74,6 +74,7 @@ def train(options: argparse.Namespace) -> int:
         "examples": len(features),
         "steps": progress.step,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / progress.seconds,
         "seconds": progress.seconds,
         "losses": progress.losses,

@@ -42,12 +42,12 @@ class Settings:
 class Progress:
     """How far training is, and what was measured; saved and loaded with each checkpoint.
 
-    batch counts within the epoch; tokens are those of this process.
+    batch counts within the epoch. The same on every process, as only one saves it.
     """
 
     def __init__(self):
         self.step = self.epoch = self.batch = 0
-        self.losses: list = []  # of each step, its batches' mean on this process
+        self.losses: list = []  # of each step, its batches' mean
         self.tokens = 0
         self.seconds = 0.0
 
@@ -75,13 +75,18 @@ def train(
     """Trains what requires a gradient in model, in place, and leaves it on accelerate's device.
 
     features: of data.encode. made_of: what else decides the result, such as the rank; a run that
-    has other entries, settings, features or processes cannot resume this one. checkpoints: a directory that gets the newest checkpoint every
-    save_every steps and after each epoch: the adapter, and the state of optimizer, schedule,
-    random numbers and data loader. resume: goes on from there, as if there had been no break, or
-    starts where there is none. after_epoch(number of epochs done) runs on the main process.
-    Raises: InputError for a checkpoint of another run.
+    has other entries, settings, features or processes cannot resume this one. checkpoints: a
+    directory that gets the newest checkpoint every save_every steps and after each epoch: the
+    adapter, and the state of optimizer, schedule, random numbers and data loader. resume: goes on
+    from there, as if there had been no break, or starts where there is none.
+    after_epoch(number of epochs done) runs on the main process.
+    Raises: InputError for a checkpoint of another run, and for fp16 on a CPU.
     """
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and mixed_precision == "fp16":
+        raise InputError("--mixed-precision fp16: not on a CPU, where accelerate ignores it")
     accelerator = Accelerator(
+        cpu=on_cpu,  # unasked, accelerate lets processes on a CPU train each by itself
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=settings.accumulation,
         dataloader_config=DataLoaderConfiguration(
@@ -132,7 +137,7 @@ def train(
             loader.set_epoch(progress.epoch)
             batches = accelerator.skip_first_batches(loader, progress.batch)
             module.train()
-            start, losses = time.perf_counter(), []
+            start, losses, tokens = time.perf_counter(), [], 0
             for batch in batches:
                 with accelerator.accumulate(module):
                     loss = module(**batch)
@@ -142,15 +147,16 @@ def train(
                     prepared.step()
                     prepared.zero_grad()
                 losses.append(loss.detach())
-                progress.tokens += batch["attention_mask"].sum()
+                tokens += batch["attention_mask"].sum()
                 progress.batch += 1
                 if not accelerator.sync_gradients:
                     continue
                 if not accelerator.optimizer_step_was_skipped:
                     schedule.step()
-                progress.losses.append(torch.stack(losses).mean())
+                progress.losses.append(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+                progress.tokens += accelerator.reduce(tokens, "sum")
                 progress.step += 1
-                losses = []
+                losses, tokens = [], 0
                 bar.update()
                 if progress.step % 10 == 0:
                     bar.set_postfix(loss=f"{float(progress.losses[-1]):.3f}")
@@ -166,7 +172,6 @@ def train(
             save()
     accelerator.wait_for_everyone()
     progress.load_state_dict(progress.state_dict())  # numbers, no tensors of a device
-    progress.tokens *= accelerator.num_processes
     accelerator.free_memory()
     return progress
 

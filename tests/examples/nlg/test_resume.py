@@ -1,21 +1,15 @@
-"""``train --resume``: with anything that decides the result changed it is refused, by name."""
+"""``train --resume``: with anything that decides the result changed it is refused, by name.
+
+Another number of processes: test_processes.py.
+"""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from examples.nlg.__main__ import main
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """accelerate takes another mixed precision in a process that has not used it yet."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +73,6 @@ def test_other_examples_are_refused_and_the_same_ones_in_another_file_are_not(
         assert told in error
     path.write_text("".join(lines), encoding="utf-8")
     assert main([*again, "--data", str(path)]) == 0
-
-
-def test_another_number_of_processes_is_refused(command, finished, tmp_path, capsys):
-    """As one of two processes leaves it; two processes: test_processes.py."""
-    output = shutil.copytree(finished, tmp_path / "copy")
-    (record,) = output.glob("checkpoints/*/run.json")
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"processes": 2}))
-    assert main([*command, "--output", str(output), "--resume"]) == 2
-    assert "processes was 2, is 1" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_a_record_is_refused(command, finished, tmp_path, capsys):

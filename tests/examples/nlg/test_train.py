@@ -166,6 +166,29 @@ def test_an_earlier_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
         training.check_fresh(tmp_path, resume=False)
 
 
+# ---- mixed precision ----
+
+
+def test_bf16_learns_with_an_adapter_in_float32(
+    fresh, tokenizer, features, whole, fresh_accelerate
+):
+    model = fresh()
+    progress = train(model, tokenizer, features, SETTINGS, mixed_precision="bf16")
+    assert mean_loss(model, tokenizer, features) < mean_loss(fresh(), tokenizer, features)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    # bf16 has eight bits: it was used, and told the losses apart no further than it has to.
+    assert progress.losses != whole[1].losses
+    assert progress.losses == pytest.approx(whole[1].losses, rel=2**-6)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a device for float16 is there")
+def test_fp16_is_refused_on_a_cpu_where_accelerate_would_train_in_float32(
+    fresh, tokenizer, features
+):
+    with pytest.raises(InputError, match=r"--mixed-precision fp16: not on a CPU"):
+        train(fresh(), tokenizer, features, SETTINGS, mixed_precision="fp16")
+
+
 def test_the_paper_is_the_default():
     assert vars(Settings()) == {
         "epochs": 5, "batch_size": 8, "accumulation": 1, "lr": 2e-4, "warmup": 500,

@@ -1,0 +1,79 @@
+"""Two processes under torchrun train what one process does with batches twice as big."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from examples.nlg.__main__ import main
+from examples.nlg.decode import read_predictions
+
+REPOSITORY = Path(__file__).parents[3]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+
+
+@pytest.fixture(scope="module")
+def command(tokenizer, restaurants, tiny_gpt2, tmp_path_factory) -> list[str]:
+    """A training on texts of one length, so that the mean of two halves is that of the whole."""
+    path = tmp_path_factory.mktemp("data") / "train.txt"
+    rows = [row for row in restaurants if len(tokenizer(f" {row.completion}")["input_ids"]) == 13]
+    assert len(rows) == 18
+    lines = [f"{row.context}||{row.completion}\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    return [
+        "train", "--model", tiny_gpt2, "--task", "e2e", "--data", str(path), "--max-length", "64",
+        "--epochs", "2", "--lr", "1e-2", "--warmup", "1", "--dropout", "0",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def together(command, tmp_path_factory) -> Path:
+    """What two processes wrote: batches of three on each."""
+    output = tmp_path_factory.mktemp("together")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", *TORCHRUN, "examples.nlg", *command, "--batch-size", "3",
+            "--output", str(output),
+        ],
+        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-8000:]
+    return output
+
+
+def test_two_processes_are_one_with_batches_twice_as_big(command, together, tmp_path):
+    assert main([*command, "--batch-size", "6", "--output", str(tmp_path)]) == 0
+    one, two = (json.loads((path / "metrics.json").read_text()) for path in (tmp_path, together))
+    assert len(one["losses"]) == 6
+    # Sums in another order, which AdamW makes grow.
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["tokens"] == one["tokens"]
+    expected, actual = (
+        load_file(path / "adapter" / "adapter_model.safetensors") for path in (tmp_path, together)
+    )
+    for name, tensor in expected.items():
+        assert (actual[name] - tensor).norm() < 1e-4 * tensor.norm(), name
+
+
+def test_the_adapter_of_two_processes_decodes(command, together, tmp_path):
+    """Other texts than the base's."""
+    predictions = []
+    for extra in ([], ["--adapter", str(together / "adapter")]):
+        path = tmp_path / "predictions.jsonl"
+        arguments = [
+            "decode", *command[1:9], "--new-tokens", "8", "--beams", "2", "--output", str(path),
+        ]  # fmt: skip
+        assert main([*arguments, *extra]) == 0
+        predictions.append(read_predictions(path)[1])
+    assert predictions[0] != predictions[1]
+
+
+def test_one_process_cannot_resume_what_two_began(command, together, capsys):
+    arguments = [*command, "--batch-size", "3", "--output", str(together), "--resume"]
+    assert main(arguments) == 2
+    assert "processes was 2, is 1" in capsys.readouterr().err
