@@ -17,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.method != "lora" and (options.adapter or options.start_from):
         parser.error(f"--adapter and --start-from need --method lora, got {options.method}")
+    if options.evaluate_only and options.resume:
+        parser.error("--resume trains on, --evaluate-only does not train: give one of them")
     task = TASKS[options.task]
     try:
         sets = data.load(task, options.data, options.held_out, options.validation, options.train)
@@ -70,9 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument(
         "--start-from", metavar="PATH", help="the same, but with a new head for this task"
     )
-    parser.add_argument("--evaluate-only", action="store_true", help="do not train")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in --output"
+        "--evaluate-only", action="store_true", help="do not train; results go to evaluated.json"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last complete checkpoint in --output, of a run with the same options",
     )
     option(
         "--keep", "the epoch whose weights count: the best on the first development set, the last, "
@@ -88,13 +94,14 @@ def _parser() -> argparse.ArgumentParser:
         ("--lr", float, 0, "peak learning rate"),
         ("--weight-decay", float, 0, "AdamW's"),
         ("--warmup", float, 0, "a share of the steps below 1, else steps"),
-        ("--cls-dropout", float, 0, "dropout in the head"),
         ("--r", int, 1, "rank"),
         ("--alpha", float, 0, "updates are scaled by alpha / r"),
         ("--max-length", int, 3, "tokens kept of a sentence or pair"),
     ):
         option(flag, f"{help}, instead of the one in settings.tsv", type=number(kind, low),
                metavar="X")  # fmt: skip
+    option("--cls-dropout", "dropout in the head, instead of the one in settings.tsv",
+           type=number(float, 0, 1), metavar="P")  # fmt: skip
     option("--dropout", "dropout before lora_A", 0.0, type=number(float, 0, 1), metavar="P")
     option("--targets", "layers that get LoRA, instead of query and value", type=names,
            metavar="NAME,NAME")  # fmt: skip

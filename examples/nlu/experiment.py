@@ -1,7 +1,6 @@
 """One run: load, adapt, train, measure, save, report."""
 
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -9,19 +8,19 @@ from pathlib import Path
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from examples.errors import InputError
 from examples.finetune.model import load_tokenizer, locate
-from examples.nlu import metrics, report
+from examples.nlu import metrics, report, resume
 from examples.nlu.data import Data
 from examples.nlu.model import adapt, load_model, start_from
 from examples.nlu.tasks import Settings, Task, settings
-from examples.nlu.train import encode, make_trainer
+from examples.nlu.train import Clock, encode, make_trainer
 
 __all__ = ["choose_settings", "run"]
 
 FALLBACK = "roberta-base"
+FIXED = ("name", "start")  # of Settings: no flag sets them alone
 
 
 def choose_settings(options: Namespace, task: Task) -> Settings:
@@ -34,14 +33,20 @@ def choose_settings(options: Namespace, task: Task) -> Settings:
             raise
         print(f"settings: the paper has none for {name}; those of {FALLBACK}", file=sys.stderr)
         chosen = settings(FALLBACK, task.name)
-    own = {key: getattr(options, key) for key in asdict(chosen) if key != "start"}
+    own = {key: getattr(options, key) for key in asdict(chosen) if key not in FIXED}
     return replace(chosen, **{key: value for key, value in own.items() if value is not None})
 
 
 def run(options: Namespace, task: Task, data: Data) -> dict:
     """Carries out what options ask for; what results.json holds."""
     chosen = choose_settings(options, task)
-    output = _output(options)
+    record = resume.record(options, task, chosen, data)
+    output = _output(options, chosen)
+    checkpoint = None
+    if not options.evaluate_only:
+        checkpoint = resume.checkpoint(output, record, options.resume)
+    if options.resume:
+        _say("resume", checkpoint or "no complete checkpoint: from the start")
     location = locate(options.model)
     tokenizer = load_tokenizer(location)
     max_length = min(chosen.max_length, tokenizer.model_max_length)
@@ -70,19 +75,14 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
     before = report.peak_memory(trainer.args.device)
     spent = {"train_seconds": 0.0, "train_cpu_seconds": 0.0}
     if not options.evaluate_only:
-        spent = _train(trainer, output)
+        if trainer.is_world_process_zero() and not checkpoint:
+            report.write_json(record, output / resume.RECORD)
+        spent = _train(trainer, output, checkpoint)
     measured = {name: _measure(trainer, task, rows) for name, rows in dev.items()}
     for name, scores in measured.items():
         _say(name, ", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
     results = {
-        "task": task.name,
-        "model": options.model,
-        "method": options.method,
-        "seed": options.seed,
-        "settings": asdict(chosen),
-        "dropout": options.dropout,
-        "data": options.data,
-        "training_examples": len(training),
+        **record,
         "dev": measured,
         "paper_score": metrics.paper_score(task, measured) if set(task.dev) <= set(dev) else None,
         "total_parameters": total,
@@ -90,31 +90,30 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
         **spent,
         "peak_memory_bytes": report.peak_memory(trainer.args.device),
         "memory_before_training_bytes": before,
-        "saved_bytes": report.weight_bytes(output / "trained"),
+        "saved_bytes": 0 if options.evaluate_only else report.weight_bytes(output / "trained"),
         "device": str(trainer.args.device),
-        "precision": options.precision,
         "versions": report.versions(),
         "log": trainer.state.log_history,
     }
     if trainer.is_world_process_zero():
-        report.write_json(results, output / "results.json")
-        report.curves(results, task, output / "curves.png")
-        _say("results", output / "results.json")
+        # The report counts results.json alone: a run that was measured again is no further seed.
+        file = output / ("evaluated.json" if options.evaluate_only else "results.json")
+        report.write_json(results, file)
+        if not options.evaluate_only:
+            report.curves(results, task, output / "curves.png")
+        _say("results", file)
     return results
 
 
-def _output(options: Namespace) -> Path:
-    name = f"{options.method}-{options.seed}"
-    output = options.output or Path("runs/nlu", Path(options.model).name, options.task, name)
+def _output(options: Namespace, chosen: Settings) -> Path:
+    output = options.output or Path(
+        "runs/nlu", Path(options.model).name, chosen.name, options.task,
+        f"{options.method}-{options.seed}",
+    )  # fmt: skip
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {output}: cannot be made: {error.strerror}") from None
-    if get_last_checkpoint(str(output)) and not options.resume:
-        raise InputError(
-            f"--output {output}: holds checkpoints: --resume goes on from the last, another "
-            "folder starts anew"
-        )
     return output
 
 
@@ -136,14 +135,12 @@ def _load_adapter(model: nn.Module, options: Namespace, task: Task, chosen: Sett
         )
 
 
-def _train(trainer: Trainer, output: Path) -> dict[str, float]:
-    """Trains, from the last checkpoint where there is one, and saves; the time it took."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
-    spent = {
-        "train_seconds": time.perf_counter() - wall,
-        "train_cpu_seconds": time.process_time() - cpu,
-    }
+def _train(trainer: Trainer, output: Path, checkpoint: str | None) -> dict[str, float]:
+    """Trains, from the checkpoint where there is one, and saves; the time that all of it took."""
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    spent = clock.spent()
     trainer.save_model(str(output / "trained"))
     return spent
 

@@ -10,16 +10,18 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from examples.nlu.tasks import TASKS, Task
+from examples.nlu.tasks import TASKS, Task, settings
 
 __all__ = ["curves", "peak_memory", "table", "versions", "weight_bytes", "write_json"]
 
-WEIGHTS = (".safetensors", ".bin")
+# What a run with the settings of a row and nothing else has.
+UNCHANGED = {"dropout": 0.0, "targets": None, "train": None, "accumulate": 1, "processes": 1}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,19 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(results: Iterable[Mapping]) -> str:
-    """A row per model and method: the median over its runs of the paper's figure, in per cent."""
+    """A row per model, method and settings: medians of the paper's figure, in per cent."""
     from examples.nlu.metrics import average  # scikit-learn takes a second
 
     rows = defaultdict(lambda: defaultdict(list))
     trainable = {}
     for one in results:
-        key = one["model"], one["method"]
-        trainable[key] = one["trainable_parameters"]
         if one["paper_score"] is not None:
+            key = one["model"], one["method"], _settings(one)
+            trainable[key] = one["trainable_parameters"]
             rows[key][one["task"]].append(one["paper_score"])
     titles = [task.title for task in TASKS.values()]
-    lines = [f"| model | method | trainable | {' | '.join(titles)} | average |"]
-    lines.append("|---" * (len(titles) + 4) + "|")
+    lines = [f"| model | method | settings | trainable | {' | '.join(titles)} | average |"]
+    lines.append("|---" * (len(titles) + 5) + "|")
     for key, scores in rows.items():
         cells = [*key, f"{trainable[key]:,}"]
         cells += [_points(statistics.median(scores[t])) if scores.get(t) else "" for t in TASKS]
@@ -55,6 +57,15 @@ def table(results: Iterable[Mapping]) -> str:
         cells.append("" if mean is None else _points(mean))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _settings(result: Mapping) -> str:
+    """The name of a run's settings, and what the run changed in them."""
+    own = result["settings"]
+    row = asdict(settings(own["name"], result["task"]))
+    changed = {key: value for key, value in own.items() if value != row[key]}
+    changed |= {key: result[key] for key, value in UNCHANGED.items() if result[key] != value}
+    return ", ".join([own["name"], *(f"{key} {value}" for key, value in changed.items())])
 
 
 def _points(share: float) -> str:
@@ -88,7 +99,7 @@ def write_json(results: Mapping, path: Path) -> None:
 
 def weight_bytes(directory: Path) -> int:
     """Size of the weights saved in directory, 0 where there are none."""
-    return sum(f.stat().st_size for f in directory.glob("*") if f.suffix in WEIGHTS)
+    return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
 
 
 def peak_memory(device) -> int:

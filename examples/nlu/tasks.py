@@ -75,9 +75,11 @@ TASKS = {
 class Settings:
     """Hyperparameters of one run. warmup: a share of all steps below 1, else steps.
 
+    name: of the rows of settings.tsv that they come from.
     cls_dropout: None is the model's own. start: the task whose adapter the run starts from.
     """
 
+    name: str
     batch_size: int
     epochs: float
     lr: float
@@ -96,7 +98,8 @@ def settings(name: str, task: str) -> Settings:
         rows = list(csv.DictReader(file, delimiter="\t"))
     for row in rows:
         if (row["settings"], row["task"]) == (name, task):
-            return Settings(**{key: _value(row[key]) for key in Settings.__annotations__})
+            values = {key: _value(value) for key, value in row.items()}
+            return Settings(name, **{k: values[k] for k in Settings.__annotations__ if k != "name"})
     names = dict.fromkeys(row["settings"] for row in rows)
     raise InputError(f"--settings must be one of {', '.join(names)}, got {name!r}")
 

@@ -1,18 +1,26 @@
 """Training and measuring through Hugging Face's Trainer; checkpoints hold the adapter only."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
 
 import lora_kernels as lora
 from examples.nlu import metrics
 from examples.nlu.data import Example
 from examples.nlu.tasks import Settings, Task
 
-__all__ = ["AdapterTrainer", "encode", "make_trainer"]
+__all__ = ["AdapterTrainer", "Clock", "encode", "make_trainer"]
 
 PREDICTION_BATCH = 64
 LOGGED_SHARE = 0.01  # of the steps: a hundred points make a curve
@@ -34,6 +42,32 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         lora.load_adapter(self.model, self.state.best_model_checkpoint)
+
+
+class Clock(TrainerCallback, ExportableState):
+    """The seconds that training takes in this process, from the making of the clock on.
+
+    Checkpoints keep them: a resumed run counts those up to its checkpoint and those from there on,
+    and nothing of what a kill threw away.
+    """
+
+    def __init__(self):
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def spent(self) -> dict[str, float]:
+        return {
+            "train_seconds": time.perf_counter() - self._wall,
+            "train_cpu_seconds": time.process_time() - self._cpu,
+        }
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": self.spent()}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step:  # a checkpoint's
+            earlier = state.stateful_callbacks[type(self).__name__]["attributes"]
+            self._wall -= earlier["train_seconds"]
+            self._cpu -= earlier["train_cpu_seconds"]
 
 
 class _Progress(ProgressCallback):

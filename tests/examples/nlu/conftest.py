@@ -87,6 +87,7 @@ def nlu(tiny_model, tiny_data, tmp_path):
             for part in (f"--{key.replace('_', '-')}", str(value))
         ]
         assert main([*flags, *extra]) == 0
-        return json.loads((output / "results.json").read_text(encoding="utf-8"))
+        file = "evaluated.json" if "--evaluate-only" in extra else "results.json"
+        return json.loads((output / file).read_text(encoding="utf-8"))
 
     return run

@@ -1,7 +1,9 @@
 """Training through the Trainer: checkpoints, resuming, the best epoch, the whole program."""
 
+import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,26 +94,42 @@ def test_checkpoints_behind_an_evaluation_hold_the_adapter_and_no_base_weight(
     assert changed == {key for key, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("sampling", [(), ("--group-by-length",)], ids=["random", "by length"])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(nlu, tmp_path, monkeypatch, sampling):
+@pytest.mark.parametrize(
+    ("sampling", "where", "step", "newest"),
+    [
+        ((), "training_step", 25, 20),  # of 30; the checkpoints are behind 10 and 20
+        (("--group-by-length",), "_save_rng_state", 20, 10),  # in the middle of a checkpoint
+    ],
+    ids=["random", "by length"],
+)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    nlu, tmp_path, monkeypatch, sampling, where, step, newest
+):
     flags = ("--keep", "last", "--dropout", "0.1", *sampling)
     whole = nlu(*flags, name="whole")
-    step = AdapterTrainer.training_step
+    method = getattr(AdapterTrainer, where)
 
     def killed(self, *args, **kwargs):
-        if self.state.global_step == 25:  # of 30; the checkpoints are behind 10 and 20
+        if self.state.global_step == step:
             raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", killed)
+        patch.setattr(AdapterTrainer, where, killed)
         with pytest.raises(KeyboardInterrupt):
             nlu(*flags, name="killed")
     assert (tmp_path / "killed" / "checkpoint-20").is_dir()
+    # As if it had taken a thousand seconds up to its newest complete checkpoint.
+    file = tmp_path / "killed" / f"checkpoint-{newest}" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["stateful_callbacks"]["Clock"]["attributes"]["train_seconds"] += 1000
+    file.write_text(json.dumps(state))
     resumed = nlu(*flags, "--resume", name="killed")
 
     assert resumed["dev"] == whole["dev"]
     assert losses(resumed) == losses(whole)
+    assert 1000 < resumed["train_seconds"] < 1100
+    assert resumed["train_cpu_seconds"] > 0
     first, second = (
         load_file(tmp_path / name / "trained" / "adapter_model.safetensors")
         for name in ("whole", "killed")
@@ -120,11 +138,40 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(nlu, tmp_path, monkeypatch, 
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_an_old_run_is_neither_overwritten_nor_resumed_unasked(nlu, tmp_path, capsys):
-    (tmp_path / "run" / "checkpoint-10").mkdir(parents=True)
-    with pytest.raises(AssertionError):
-        nlu()
-    assert "--resume" in capsys.readouterr().err
+def test_an_old_run_is_neither_overwritten_nor_resumed_as_another(nlu, tmp_path, capsys):
+    first = nlu(epochs="1")
+    for extra, changes, message in (
+        ((), {}, "holds checkpoints: --resume goes on"),
+        (("--resume",), {"alpha": "16"}, "alpha was 8, is 16.0: another folder"),
+        ((), {"settings": "roberta-base-scripts"}, "settings was roberta-base, is roberta-base-s"),
+    ):
+        with pytest.raises(AssertionError):
+            nlu(*extra, epochs="1", **changes)
+        assert message in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == first
+    capsys.readouterr()
+    again = nlu("--resume", epochs="1")  # nothing is left to do
+    assert f"resume     {tmp_path / 'run' / 'checkpoint-10'}" in capsys.readouterr().out
+    assert (losses(again), again["dev"]) == (losses(first), first["dev"])
+
+
+def test_folders_know_the_settings(tiny_model, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("roberta-large", "roberta-large-restricted"):
+        arguments = ["--task", "sst2", "--model", tiny_model, "--data", tiny_data]
+        assert main([*arguments, "--evaluate-only", "--settings", name, "--seed", "3"]) == 0
+    model = Path(tiny_model).name
+    assert {str(file) for file in Path("runs").rglob("*.json")} == {
+        f"runs/nlu/{model}/{name}/sst2/lora-3/evaluated.json"
+        for name in ("roberta-large", "roberta-large-restricted")
+    }
+
+
+def test_a_run_measured_again_is_no_further_seed(nlu, tmp_path):
+    trained = nlu("--keep", "none", epochs="1")
+    nlu("--evaluate-only", adapter=tmp_path / "run" / "trained")
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == trained
+    assert [file.name for file in tmp_path.rglob("results.json")] == ["results.json"]
 
 
 def test_the_best_epoch_counts_and_not_the_last(nlu, tmp_path, monkeypatch):
@@ -279,15 +326,36 @@ def test_the_report_is_the_papers_table(tmp_path, capsys):
                 "task": task,
                 "model": "roberta-base",
                 "method": "lora",
+                "settings": asdict(settings("roberta-base", task)),
                 "trainable_parameters": 887042,
                 "paper_score": (value + shift) / 100,
+                **report.UNCHANGED,
             }
             report.write_json(result, folder / "results.json")  # fmt: skip
     assert report.main([str(tmp_path)]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
-        "| roberta-base | lora | 887,042 | 87.5 | 95.1 | 89.7 | 63.4 | 93.3 | 90.8 | 86.6 | 91.5 "
-        "| 87.2 |"
+        "| roberta-base | lora | roberta-base | 887,042 "
+        "| 87.5 | 95.1 | 89.7 | 63.4 | 93.3 | 90.8 | 86.6 | 91.5 | 87.2 |"
     )
     assert report.main([str(tmp_path / "rte" / "0")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("|  |  | 85.6 |  |  |")
+
+
+def test_the_report_pools_runs_of_the_same_settings_only():
+    def result(name="roberta-large", score=0.5, changes=None, **other):
+        return {
+            "task": "rte", "model": "m", "method": "lora", "trainable_parameters": 1,
+            "settings": asdict(settings(name, "rte")) | (changes or {}), "paper_score": score,
+            **report.UNCHANGED, **other,
+        }  # fmt: skip
+
+    rows = report.table([
+        result(), result(score=0.7), result("roberta-large-restricted", 0.2),
+        result(score=0.9, changes={"lr": 1.0}, targets=["query"]), result(score=None),
+    ]).splitlines()[2:]  # fmt: skip
+    assert [[cell.strip() for cell in row.split("|")][3:12:8] for row in rows] == [
+        ["roberta-large", "60.0"],
+        ["roberta-large-restricted", "20.0"],
+        ["roberta-large, lr 1.0, targets ['query']", "90.0"],
+    ]

@@ -1,0 +1,133 @@
+"""What a run is, and which checkpoint it goes on from."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from examples.errors import InputError
+from examples.nlu import resume
+from examples.nlu.__main__ import _parser
+from examples.nlu.data import Data, Example
+from examples.nlu.experiment import choose_settings
+from examples.nlu.tasks import TASKS
+
+DATA = Data([Example("a", None, 0), Example("b", None, 1)], {"dev": [Example("c", None, 1)]})
+
+
+def record(*flags, data=DATA) -> dict:
+    options = _parser().parse_args(["--task", "sst2", *flags])
+    task = TASKS[options.task]
+    return resume.record(options, task, choose_settings(options, task), data)
+
+
+THIS = record()
+
+
+@pytest.fixture
+def output(tmp_path):
+    """A folder with two checkpoints of THIS, of the files that the Trainer writes."""
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"a": torch.zeros(100)}, folder / "adapter_model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"a": torch.zeros(100)}, folder / name)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / resume.RECORD).write_text(json.dumps(THIS))
+    return tmp_path
+
+
+def test_no_checkpoint_is_none_to_go_on_from(tmp_path):
+    assert resume.checkpoint(tmp_path, THIS, resume=True) is None
+    assert resume.checkpoint(tmp_path, THIS, resume=False) is None
+
+
+def test_the_newest_by_its_step_is_taken_if_asked_for(output):
+    assert resume.checkpoint(output, THIS, resume=True) == str(output / "checkpoint-10")
+    with pytest.raises(InputError, match="--resume goes on from the last"):
+        resume.checkpoint(output, THIS, resume=False)
+
+
+FILES = [
+    "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+    "trainer_state.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [*itertools.product(FILES, (0, 0.6)), *((name, None) for name in FILES[1:])]
+)
+def test_one_that_was_not_written_to_its_end_is_passed_over(output, name, share):
+    file = output / "checkpoint-10" / name
+    if share is None:
+        file.unlink()
+    else:
+        content = file.read_bytes()
+        file.write_bytes(content[: int(share * len(content))])
+    assert resume.checkpoint(output, THIS, resume=True) == str(output / "checkpoint-9")
+
+
+def test_none_complete_is_a_new_start(output):
+    for folder in output.glob("checkpoint-*"):
+        (folder / "trainer_state.json").unlink()
+    assert resume.checkpoint(output, THIS, resume=True) is None
+
+
+def test_every_process_has_to_have_written_its_random_state(output):
+    this = {**THIS, "processes": 2}
+    (output / resume.RECORD).write_text(json.dumps(this))
+    for folder in output.glob("checkpoint-*"):
+        (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    assert resume.checkpoint(output, this, resume=True) is None
+    torch.save({}, output / "checkpoint-9" / "rng_state_1.pth")
+    assert resume.checkpoint(output, this, resume=True) == str(output / "checkpoint-9")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--settings", "roberta-base-scripts"],
+         ["settings was roberta-base, is roberta-base-scripts", "alpha was 8, is 16"]),
+        (["--lr", "1"], ["lr was 0.0005, is 1.0"]),
+        (["--r", "4"], ["r was 8, is 4"]),
+        (["--alpha", "4"], ["alpha was 8, is 4.0"]),
+        (["--dropout", "0.1"], ["dropout was 0.0, is 0.1"]),
+        (["--targets", "key"], ["targets was None, is ['key']"]),
+        (["--method", "full"], ["method was lora, is full"]),
+        (["--model", "a/roberta-base"], ["model was roberta-base, is a/roberta-base"]),
+        (["--seed", "1"], ["seed was 0, is 1"]),
+        (["--precision", "bf16"], ["precision was fp32, is bf16"]),
+        (["--data", "folder"], ["data was nyu-mll/glue, is folder"]),
+        (["--train", "2"], ["train was None, is 2"]),
+        (["--keep", "last"], ["keep was best, is last"]),
+        (["--accumulate", "2"], ["accumulate was 1, is 2"]),
+        (["--group-by-length"], ["group_by_length was False, is True"]),
+        (["--start-from", "mnli"], ["start_from was None, is mnli"]),
+    ],
+)  # fmt: skip
+def test_another_run_is_refused_by_what_it_changes(output, flags, named):
+    for asked in (True, False):
+        with pytest.raises(InputError, match="of another run: ") as error:
+            resume.checkpoint(output, record(*flags), asked)
+        assert all(name in str(error.value) for name in named)
+        assert str(error.value).count(" was ") == len(named)
+
+
+def test_other_examples_and_other_processes_are_another_run(output, monkeypatch):
+    other = Data(DATA.train, {"dev": [Example("d", None, 1)]})
+    with pytest.raises(InputError, match="data_hash was"):
+        resume.checkpoint(output, record(data=other), resume=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="processes was 1, is 2"):
+        resume.checkpoint(output, record(), resume=True)
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_checkpoints_of_nobody_knows_what_are_refused(output, content):
+    file = output / resume.RECORD
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(InputError, match=f"no {resume.RECORD}"):
+        resume.checkpoint(output, THIS, resume=True)
