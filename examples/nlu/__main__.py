@@ -15,8 +15,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one task; 0, or 2 where the input is at fault."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.method != "lora" and (options.adapter or options.start_from):
-        parser.error(f"--adapter and --start-from need --method lora, got {options.method}")
+    if options.method == "full" and options.adapter:
+        parser.error("--adapter needs --method lora or head; --model takes what full trained")
+    if options.method != "lora" and options.start_from:
+        parser.error(f"--start-from needs --method lora, got {options.method}")
     if options.evaluate_only and options.resume:
         parser.error("--resume trains on, --evaluate-only does not train: give one of them")
     task = TASKS[options.task]
@@ -66,8 +68,9 @@ def _parser() -> argparse.ArgumentParser:
 
     adapter = parser.add_mutually_exclusive_group()
     adapter.add_argument(
-        "--adapter", metavar="PATH", help="start from this adapter and its head: a folder that "
-        "this program wrote, or a file such as loralib's roberta_base_lora_mnli.bin",
+        "--adapter", metavar="PATH", help="start from this adapter and its head, or with --method "
+        "head from this head: a folder that this program wrote, or a file such as loralib's "
+        "roberta_base_lora_mnli.bin",
     )  # fmt: skip
     adapter.add_argument(
         "--start-from", metavar="PATH", help="the same, but with a new head for this task"

@@ -7,7 +7,7 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -17,9 +17,10 @@ from examples.finetune.model import head_names
 from examples.nlu.tasks import Settings, Task
 from examples.pretrained import from_pretrained
 
-__all__ = ["adapt", "load_model", "start_from", "task_head"]
+__all__ = ["adapt", "load_head", "load_model", "save_head", "start_from", "task_head"]
 
 TARGETS = {"deberta-v2": ["query_proj", "value_proj"], "distilbert": ["q_lin", "v_lin"]}
+HEAD_FILE = "head.safetensors"
 PEFT_PREFIX = "base_model.model."
 # What torch.load and safetensors raise for files that are none of theirs.
 UNREADABLE = (
@@ -99,6 +100,19 @@ def task_head(model: nn.Module) -> list[str]:
     return names
 
 
+def save_head(model: nn.Module, directory: str | Path) -> None:
+    """Writes the head of model alone, for start_from; the body is the pretrained one."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    head = lora.lora_state_dict(model, modules_to_save=task_head(model))
+    (directory / HEAD_FILE).write_bytes(save(head, {"format": "pt"}))
+
+
+def load_head(model: nn.Module, directory: str | Path) -> None:
+    """Reads what save_head wrote of this very model; start_from checks what others wrote."""
+    model.load_state_dict(load_file(Path(directory) / HEAD_FILE), strict=False)
+
+
 def start_from(
     model: nn.Module,
     path: str | Path,
@@ -107,17 +121,19 @@ def start_from(
     with_head: bool,
     alpha_chosen: bool = False,
 ) -> list[str]:
-    """Reads an adapter into model, which adapt(..., "lora") made; returns the keys left out.
+    """Reads an adapter or a head into model, which adapt made; returns the keys left out.
 
-    path: a folder that save_adapter wrote, or a file of loralib's lora_state_dict, as those that
-    loralib's authors released. with_head=False leaves out the head's entries, of whatever shape.
+    path: a folder that save_adapter or save_head wrote, or a file of loralib's lora_state_dict, as
+    those that loralib's authors released. with_head=False leaves out the head's entries, of
+    whatever shape.
     alpha_chosen: whether the user chose the alpha of settings, which such a file needs.
     Raises: InputError, which names every key that is missing, unexpected or of another shape, an
     alpha other than the one of settings, and a file without alpha. Then model is as it was.
     """
     tensors, config = _read(Path(path))
-    _check_scaling(path, config, settings.alpha, alpha_chosen)
-    own = lora.lora_state_dict(model)
+    if any(".lora_" in key for key in tensors):
+        _check_scaling(path, config, settings.alpha, alpha_chosen)
+    own = lora.lora_state_dict(model, modules_to_save=task_head(model))
     heads = tuple(f"{name}." for name in task_head(model))
     head = {key for key in tensors if key.startswith(heads)}
     left_out = set() if with_head else head
@@ -138,7 +154,7 @@ def start_from(
 
 
 def _check_scaling(path: str | Path, config: Mapping, alpha: float, chosen: bool) -> None:
-    """The adapter's updates are scaled by the alpha that it was trained with, or InputError."""
+    """An adapter's updates are scaled by the alpha that it was trained with, or InputError."""
     own = config.get("lora_alpha")
     if own is None and not chosen:
         raise InputError(
@@ -159,7 +175,9 @@ def _check_scaling(path: str | Path, config: Mapping, alpha: float, chosen: bool
 def _read(path: Path) -> tuple[Mapping[str, Tensor], Mapping]:
     """The tensors of an adapter under loralib's keys, and its adapter_config.json if it has one."""
     try:
-        if path.is_dir():
+        if (path / HEAD_FILE).is_file():
+            config, tensors = {}, load_file(path / HEAD_FILE)
+        elif path.is_dir():
             config = dict(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")))
             tensors = load_file(path / "adapter_model.safetensors")
         else:

@@ -1,4 +1,4 @@
-"""Training and measuring through Hugging Face's Trainer; checkpoints hold the adapter only."""
+"""Training and measuring through Hugging Face's Trainer; checkpoints hold what trains only."""
 
 import time
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 import lora_kernels as lora
 from examples.nlu import metrics
 from examples.nlu.data import Example
+from examples.nlu.model import load_head, save_head
 from examples.nlu.tasks import Settings, Task
 
 __all__ = ["AdapterTrainer", "Clock", "encode", "make_trainer"]
@@ -35,13 +36,32 @@ class AdapterTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
-            lora.save_adapter(self.model, output_dir or self.args.output_dir)
+            self._write(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        lora.load_adapter(self.model, resume_from_checkpoint)
+        self._read(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        lora.load_adapter(self.model, self.state.best_model_checkpoint)
+        self._read(self.state.best_model_checkpoint)
+
+    def _write(self, directory: str) -> None:
+        lora.save_adapter(self.model, directory)
+
+    def _read(self, directory: str) -> None:
+        lora.load_adapter(self.model, directory)
+
+
+class HeadTrainer(AdapterTrainer):
+    """The same where the head alone trains."""
+
+    def _write(self, directory: str) -> None:
+        save_head(self.model, directory)
+
+    def _read(self, directory: str) -> None:
+        load_head(self.model, directory)
+
+
+TRAINERS = {"lora": AdapterTrainer, "head": HeadTrainer, "full": Trainer}
 
 
 class Clock(TrainerCallback, ExportableState):
@@ -139,7 +159,7 @@ def make_trainer(
         seed=seed,
         label_names=["labels"],
     )
-    trainer = (AdapterTrainer if method == "lora" else Trainer)(
+    trainer = TRAINERS[method](
         model=model,
         args=arguments,
         data_collator=DataCollatorWithPadding(tokenizer),

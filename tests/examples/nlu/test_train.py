@@ -190,11 +190,36 @@ def test_the_best_epoch_counts_and_not_the_last(nlu, tmp_path, monkeypatch):
     assert result["dev"]["held_out"]["accuracy"] == max(seen)
 
 
-def test_the_saved_adapter_alone_gives_the_scores_back(nlu, tmp_path):
-    trained = nlu("--keep", "none")
-    again = nlu("--evaluate-only", name="again", adapter=tmp_path / "run" / "trained", seed="7")
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_what_is_saved_alone_gives_the_scores_back(nlu, tmp_path, method):
+    trained = nlu("--keep", "last", method=method, epochs="2")
+    again = nlu("--evaluate-only", name="again", method=method, seed="7",
+                adapter=tmp_path / "run" / "trained")  # fmt: skip
     assert again["dev"] == trained["dev"]
-    assert again["train_seconds"] == 0
+    assert again["train_seconds"] == again["saved_bytes"] == 0
+
+
+def test_a_resumed_head_is_that_of_its_checkpoint(nlu, tmp_path):
+    trained = nlu(method="head", epochs="3")
+    best = {entry["eval_accuracy"] for entry in trained["log"] if "eval_accuracy" in entry}
+    assert trained["dev"]["held_out"]["accuracy"] == max(best) > 0.5
+    again = nlu("--resume", method="head", epochs="3")
+    assert again["dev"] == trained["dev"]
+    # Checkpoints are as small as what is saved in the end.
+    heads = list((tmp_path / "run").glob("*/*.safetensors"))
+    assert {file.name for file in heads} == {"head.safetensors"}
+    assert {file.stat().st_size for file in heads} == {trained["saved_bytes"]}
+
+
+def test_a_head_is_no_adapter_and_an_adapter_no_head(nlu, tmp_path, capsys):
+    for method in ("lora", "head"):
+        nlu("--keep", "none", method=method, epochs="0.1", name=method)
+    for method, other, fault in (("lora", "head", "missing"), ("head", "lora", "unexpected")):
+        with pytest.raises(AssertionError):
+            nlu(method=method, adapter=tmp_path / other / "trained")
+        assert f"{fault} bert.encoder.layer.0." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        nlu(method="full", adapter=tmp_path / "head" / "trained")
 
 
 def test_a_file_needs_the_alpha_that_the_user_chose(nlu, tiny_model, tiny_data, tmp_path, capsys):
@@ -273,7 +298,7 @@ def test_the_comparison_sums_up_and_draws_runs_of_all_methods(nlu, tmp_path):
         | {"compared_as": method}
         for method in compare.METHODS
     ]
-    all_run, lora_run, full_run, head_run = runs
+    all_run, lora_run, full_run, _ = runs
     rows = compare.summarise([*runs, {**lora_run, "dev": full_run["dev"]}])
     at_rank_4 = TRAINABLE - HEAD
     query_value = HEAD + 2 * at_rank_4
@@ -286,7 +311,8 @@ def test_the_comparison_sums_up_and_draws_runs_of_all_methods(nlu, tmp_path):
     assert rows["query-value"]["accuracies"] == [first, second]
     assert rows["query-value"]["accuracy"] == pytest.approx((first + second) / 2, rel=1e-15)
     assert rows["head"]["accuracies"] == [third]
-    assert head_run["saved_bytes"] > 5 * lora_run["saved_bytes"]
+    saved = [run["saved_bytes"] - 4 * run["trainable_parameters"] for run in runs]
+    assert all(0 < names < 10_000 for names in saved)  # float32, and the names of the tensors
     table = compare.table(rows).splitlines()
     assert len(table) == 6
     assert f"| LoRA, r = 8, query and value | {50 * (first + second):.2f} |" in table[3]
