@@ -148,11 +148,13 @@ def _measure(name, model, tokenizer, groups, features, plan: Plan, output: Path)
 def _report(before: dict, after: dict, checks: dict, seconds: float) -> None:
     print(f"\n{'held out':<12}{'before':>10}{'after':>10}")
     print(f"{'loss':<12}{before['loss']:>10.3f}{after['loss']:>10.3f}")
-    for name, value in before["scores"].items():
-        if isinstance(value, metrics.Missing):
-            print(f"{name:<12}missing: {value.reason}")
-        else:
-            print(f"{name:<12}{value:>10.2f}{after['scores'][name]:>10.2f}")
+    for name in before["scores"]:
+        values = [result["scores"][name] for result in (before, after)]
+        told = [
+            f" missing: {value.reason}" if isinstance(value, metrics.Missing) else f"{value:>10.2f}"
+            for value in values
+        ]
+        print(f"{name:<12}{''.join(told)}")
     print()
     for name, value in checks.items():
         print(f"{'FAILED' if value else 'ok'}: {name} {value:g}")

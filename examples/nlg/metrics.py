@@ -146,8 +146,20 @@ def nist(predictions: Texts, references: References) -> float:
 
 
 def meteor(predictions: Texts, references: References) -> float:
-    """METEOR 1.5 of the corpus on tokens with blanks between them: its jar, in pycocoevalcap."""
-    return float(_meteor().compute_score(*_by_number(predictions, references))[0])
+    """METEOR 1.5 of the corpus on tokens with blanks between them: its jar, in pycocoevalcap.
+
+    Raises: OSError where the jar ends before it has answered; the next call starts another.
+    """
+    scorer = _meteor()
+    try:
+        return float(scorer.compute_score(*_by_number(predictions, references))[0])
+    except (OSError, ValueError):  # a broken pipe, or an empty line for a number
+        _meteor.cache_clear()
+        scorer.meteor_p.kill()
+        said = scorer.meteor_p.communicate()[1].decode(errors="replace").strip()
+        scorer.lock.release()  # pycocoevalcap does not, and its destructor waits for it
+        reason = said.splitlines()[-1] if said else f"exit code {scorer.meteor_p.returncode}"
+        raise OSError(f"METEOR's Java program ended: {reason}") from None
 
 
 def rouge_l(predictions: Texts, references: References) -> float:
@@ -165,7 +177,10 @@ def cider(predictions: Texts, references: References) -> float:
 
 
 def ter(predictions: Texts, references: References) -> float:
-    """Mean over texts of the least translation edit rate to one of its references: pyter."""
+    """Mean over texts of the least translation edit rate to one of its references: pyter.
+
+    Every reference has a word, as read_predictions sees to.
+    """
     import pyter
 
     rates = [

@@ -3,7 +3,7 @@
 import json
 from argparse import Namespace
 
-from examples.nlg import data, demo
+from examples.nlg import data, demo, metrics
 from examples.nlg.decode import Search, read_predictions
 from examples.nlg.train import Settings
 
@@ -38,6 +38,14 @@ def test_it_measures_before_and_after_and_checks_itself(
     printed = capsys.readouterr().out
     for label in ("2 of 24 contexts held out", "loss", "BLEU", "tokens/s", "ok: unmerged"):
         assert label in printed
+
+
+def test_a_metric_may_be_missing_on_one_side_only(capsys):
+    before, after = (
+        {"loss": 1.0, "scores": {"METEOR": value}} for value in (5.0, metrics.Missing("it died"))
+    )
+    demo._report(before, after, {}, 1.0)
+    assert "METEOR            5.00 missing: it died\n" in capsys.readouterr().out
 
 
 def test_pretraining_never_has_a_text_behind_a_context(tokenizer, restaurants):

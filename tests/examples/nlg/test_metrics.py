@@ -7,6 +7,7 @@ gpt2_decode.py.
 """
 
 import math
+import os
 import shutil
 
 import pytest
@@ -155,6 +156,34 @@ def test_without_java_three_metrics_are_missing_with_the_reason(without_java):
     assert [scores[name] for name in ("METEOR", "ROUGE-L", "CIDEr")] == [missing] * 3
     assert scores["BLEU"] > 0
     assert metrics.triples(TRIPLES, TRIPLE_REFERENCES)["METEOR"] == missing
+
+
+DYING = "echo Killed >&2"
+DYING_LATER = "read line; echo 1; read line; echo No memory >&2"
+ANSWERING = """while read line; do case "$line" in
+SCORE*) echo 1 ;;
+EVAL*) echo 0.25; echo 0.5 ;;
+esac; done"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="programs are scripts of a shell")
+@pytest.mark.parametrize(("program", "told"), [(DYING, "Killed"), (DYING_LATER, "No memory")])
+def test_meteor_is_missing_where_java_dies_and_the_next_call_works(
+    program, told, tmp_path, monkeypatch
+):
+    """pycocoevalcap keeps its lock then, for which the next call and its destructor wait."""
+    java = tmp_path / "java"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    metrics._meteor.cache_clear()
+    for script in (program, program, ANSWERING):
+        java.write_text(f"#!/bin/sh\n{script}\n")
+        java.chmod(0o755)
+        scores = metrics.triples(["a b"], [["a c"]])
+        if script is ANSWERING:
+            assert scores["METEOR"] == 0.5
+        else:
+            assert scores["METEOR"] == Missing(f"OSError: METEOR's Java program ended: {told}")
+    metrics._meteor.cache_clear()
 
 
 # ---- TER ----
