@@ -41,9 +41,10 @@ def train(options: argparse.Namespace) -> int:
 
     check_fresh(options.output / CHECKPOINTS, options.resume)
     tokenizer = load_tokenizer(options.model)
-    features = data.encode(tokenizer, examples, options.max_length)
-    held_features = data.encode(tokenizer, held, options.max_length)
+    features = _encode(tokenizer, examples, options.data, options.max_length)
+    held_features = _encode(tokenizer, held, options.valid, options.max_length) if held else []
     model = load_model(options.model)
+    _check_positions(model, options.max_length)
     torch.manual_seed(options.seed)
     add_lora(model, options.rank, options.alpha, options.dropout)
 
@@ -93,15 +94,16 @@ def decode(options: argparse.Namespace) -> int:
     from examples.nlg import decode as decoding
     from examples.nlg.model import load_model, load_tokenizer
 
+    names = decoding.Search.__dataclass_fields__
+    search = decoding.Search(**{name: getattr(options, name) for name in names})
     tokenizer, model = load_tokenizer(options.model), load_model(options.model)
+    _check_positions(model, options.max_length)
     if options.adapter is not None:
         try:
             lora.load_adapter(model, options.adapter)
         except (OSError, ValueError) as error:
             raise InputError(f"--adapter {options.adapter}: {error}") from None
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # merged by eval()
-    names = decoding.Search.__dataclass_fields__
-    search = decoding.Search(**{name: getattr(options, name) for name in names})
     predictions = decoding.decode(model, tokenizer, groups, search)
     decoding.write_predictions(options.output, groups, predictions)
     print(f"{len(groups):,} predictions in {options.output}")
@@ -137,6 +139,20 @@ def demo(options: argparse.Namespace) -> int:
     from examples.nlg.demo import run
 
     return run(options, examples)
+
+
+def _encode(tokenizer, examples: list[data.Example], source: str, max_length: int) -> list[dict]:
+    features = data.encode(tokenizer, examples, max_length)
+    if not features:
+        raise InputError(f"{source}: no context is shorter than --max-length {max_length}")
+    return features
+
+
+def _check_positions(model, max_length: int) -> None:
+    if max_length > model.config.n_positions:
+        raise InputError(
+            f"--max-length {max_length}: the model has {model.config.n_positions} positions"
+        )
 
 
 def _write(result: dict, path: Path) -> None:

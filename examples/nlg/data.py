@@ -16,6 +16,7 @@ __all__ = [
     "encode",
     "group",
     "load",
+    "read_text",
     "split_by_context",
 ]
 
@@ -57,8 +58,8 @@ def load(task: str, source: str | Path, split: str = "train") -> list[Example]:
     """Examples of a local file in the format of its authors, or else of a data set of the hub.
 
     E2E: lines `context||completion`. DART and WebNLG: JSON; a context is
-    `subject : relation : object | ...`. split says which part of a hub's data set, and is not
-    looked at for files. Raises: InputError that names file and place.
+    `subject : relation : object | ...`; blank texts are left out. split says which part of a
+    hub's data set, and is not looked at for files. Raises: InputError that names file and place.
     """
     if Path(source).is_file():
         examples = _FROM_FILE[task](Path(source))
@@ -120,7 +121,7 @@ def encode(tokenizer, examples: Iterable[Example], max_length: int) -> list[dict
 
 def _read_e2e(path: Path) -> list[Example]:
     examples = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         parts = line.strip().split("||")
@@ -131,7 +132,10 @@ def _read_e2e(path: Path) -> list[Example]:
 
 
 def _read_dart(path: Path) -> list[Example]:
-    return _examples(path, _json(path), _dart_row)
+    content = _json(path)
+    if not isinstance(content, list):
+        raise InputError(f"{path}: must be a list")
+    return _examples(path, content, _dart_row)
 
 
 def _read_webnlg(path: Path) -> list[Example]:
@@ -169,13 +173,14 @@ def _examples(source, rows: Iterable, convert) -> list[Example]:
     examples = []
     for number, row in enumerate(rows, 1):
         try:
-            examples += convert(row)
+            examples += [example for example in convert(row) if example.completion.strip()]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{source}: entry {number}: {type(error).__name__}: {error}") from None
     return examples
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Raises: InputError that names the file."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -184,7 +189,7 @@ def _text(path: Path) -> str:
 
 def _json(path: Path):
     try:
-        return json.loads(_text(path))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise InputError(f"{path}: no JSON: {error}") from None
 

@@ -1,7 +1,7 @@
 """Beam search over contexts, and predictions with their references as lines of JSON."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from examples.errors import InputError
-from examples.nlg.data import Group
+from examples.nlg.data import Group, read_text
 
 __all__ = ["Search", "decode", "read_predictions", "write_predictions"]
 
@@ -19,7 +19,10 @@ PARAGRAPH = "\n\n"  # one token of GPT-2; like end-of-text it ends a completion
 
 @dataclass(frozen=True)
 class Search:
-    """Beam search; the defaults are those of the original's commands."""
+    """Beam search; the defaults are those of the original's commands.
+
+    Raises: InputError where new_tokens leave no room for a context in max_length.
+    """
 
     beams: int = 10
     length_penalty: float = 0.8
@@ -27,6 +30,12 @@ class Search:
     new_tokens: int = 64
     max_length: int = 512
     batch_size: int = 16
+
+    def __post_init__(self):
+        if self.max_length <= self.new_tokens:
+            raise InputError(
+                f"--max-length {self.max_length}: must be more than --new-tokens {self.new_tokens}"
+            )
 
 
 @torch.no_grad()
@@ -97,23 +106,20 @@ def write_predictions(path: Path, groups: Sequence[Group], predictions: Sequence
 def read_predictions(path: Path) -> tuple[list[Group], list[str]]:
     """What write_predictions wrote. Raises: InputError that names the line."""
     groups, predictions = [], []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            references = tuple(row["references"])
-            if not references or not all(isinstance(text, str) for text in references):
-                raise ValueError(f"references must be texts, at least one, got {references!r}")
+            prediction, references = row["prediction"], tuple(row["references"])
+            if not references or not all(isinstance(t, str) and t.strip() for t in references):
+                raise ValueError(f"references must be texts, none blank, got {references!r}")
+            if not isinstance(prediction, str):
+                raise ValueError(f"prediction must be a text, got {prediction!r}")
             groups.append(Group(row["context"], references, row.get("category")))
-            predictions.append(str(row["prediction"]))
+            predictions.append(prediction)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}:{number}: {type(error).__name__}: {error}") from None
     if not groups:
         raise InputError(f"{path}: no predictions in it")
     return groups, predictions
-
-
-def _lines(path: Path) -> Iterable[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None

@@ -57,6 +57,13 @@ def test_dart_lower_cases_the_relation_only(tmp_path):
     ]
 
 
+def test_blank_texts_are_left_out(tmp_path):
+    """TER divides by the words of a reference, and there is nothing to learn from them."""
+    rows = [DART[0] | {"annotations": [{"text": text} for text in ("One.", "", " ")]}]
+    examples = data.load("dart", write(tmp_path / "dart.json", rows))
+    assert [example.completion for example in examples] == ["One."]
+
+
 def test_webnlg_takes_modified_triples_as_they_are_and_good_texts_only(tmp_path):
     context = "Aarhus : leaderName : Jacob_Bundsgaard | Aarhus : isPartOf : Denmark"
     assert data.load("webnlg", write(tmp_path / "webnlg.json", WEBNLG)) == [
@@ -71,7 +78,14 @@ def test_webnlg_takes_modified_triples_as_they_are_and_good_texts_only(tmp_path)
         ("e2e", "name : A||One\nname : B\n", ":2: "),
         ("e2e", "name : A||One||Two", ":1: "),
         ("e2e", "||One", ":1: "),
+        ("e2e", "", ": no examples"),
         ("e2e", "\n", ": no examples"),
+        ("dart", "", "no JSON"),
+        ("dart", "[]", ": no examples"),
+        ("dart", "{}", "must be a list"),
+        ("dart", "null", "must be a list"),
+        ("dart", [DART[0] | {"annotations": [{"text": None}]}], "entry 1: "),
+        ("webnlg", {"entries": []}, ": no examples"),
         ("dart", '[{"annotations": []}]', "entry 1: KeyError: 'tripleset'"),
         ("dart", "name : A||One", "no JSON"),
         ("webnlg", DART, "entries"),

@@ -123,12 +123,22 @@ def test_predictions_are_read_as_written(groups, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "{}", '{"context": "a", "prediction": "b", "references": []}']
+    "line",
+    [
+        "{",
+        "{}",
+        "[]",
+        '{"context": "a", "prediction": "b", "references": []}',
+        '{"context": "a", "prediction": "b", "references": ["c", " "]}',
+        '{"context": "a", "prediction": "b", "references": [1]}',
+        '{"context": "a", "prediction": null, "references": ["c"]}',
+    ],
 )
 def test_a_bad_line_of_predictions_is_named(line, tmp_path):
+    """The third of the file: blank lines count."""
     path = tmp_path / "bad.jsonl"
-    path.write_text(line)
-    with pytest.raises(InputError, match=r"bad.jsonl:1: "):
+    path.write_text(f'{{"context": "a", "prediction": "", "references": ["c"]}}\n\n{line}\n')
+    with pytest.raises(InputError, match=r"bad.jsonl:3: "):
         read_predictions(path)
 
 
@@ -169,10 +179,41 @@ def test_train_decode_score(e2e_file, tiny_gpt2, tmp_path, capsys, monkeypatch):
 
 
 def test_what_the_user_has_to_put_right_is_told(e2e_file, tiny_gpt2, tmp_path, capsys):
-    common = ["--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file)]
+    common = [
+        "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file), "--max-length", "128",
+    ]  # fmt: skip
     assert main(["decode", *common, "--adapter", str(tmp_path)]) == 2
     assert "adapter_config.json: no such file" in capsys.readouterr().err
     assert main(["score", "--task", "e2e", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["train", *common, "--lr", "-1"])
+
+
+def test_lengths_that_do_not_fit_are_refused(e2e_file, tiny_gpt2, tmp_path, capsys):
+    common = [
+        "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file), "--output",
+        str(tmp_path / "out"), "--max-length",
+    ]  # fmt: skip
+    for arguments, told in (
+        (["decode", *common, "64", "--new-tokens", "64"], "--max-length 64: must be more than "
+         "--new-tokens 64"),
+        (["train", *common, "12"], f"{e2e_file}: no context is shorter than --max-length 12"),
+        (["train", *common, "129"], "--max-length 129: the model has 128 positions"),
+        (["decode", *common, "129"], "--max-length 129: the model has 128 positions"),
+    ):  # fmt: skip
+        assert main(arguments) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_contexts_that_are_too_long_are_refused(e2e_file, tiny_gpt2, tmp_path, capsys):
+    """Rather than not measured."""
+    valid = tmp_path / "valid.txt"
+    valid.write_text("name : The Mill " * 9 + "||It serves food .")
+    arguments = [
+        "train", "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file), "--valid",
+        str(valid), "--max-length", "40", "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert main(arguments) == 2
+    assert f"{valid}: no context is shorter" in capsys.readouterr().err
