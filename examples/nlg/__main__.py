@@ -10,7 +10,7 @@ from examples.errors import InputError
 from examples.nlg import data
 from examples.options import number
 
-ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+ADAPTER, CHECKPOINTS, RESULT = "adapter", "checkpoints", "metrics.json"
 MADE_OF = ("model", "task", "rank", "alpha", "dropout", "max_length")  # and train's Settings
 
 
@@ -45,6 +45,7 @@ def train(options: argparse.Namespace) -> int:
     held_features = _encode(tokenizer, held, options.valid, options.max_length) if held else []
     model = load_model(options.model)
     _check_positions(model, options.max_length)
+    _check_writable(options.output, options.output / RESULT)
     torch.manual_seed(options.seed)
     add_lora(model, options.rank, options.alpha, options.dropout)
 
@@ -81,7 +82,7 @@ def train(options: argparse.Namespace) -> int:
         "losses": progress.losses,
     }
     if PartialState().is_main_process:
-        _write(result, options.output / "metrics.json")
+        _write(result, options.output / RESULT)
     return 0
 
 
@@ -98,6 +99,7 @@ def decode(options: argparse.Namespace) -> int:
     search = decoding.Search(**{name: getattr(options, name) for name in names})
     tokenizer, model = load_tokenizer(options.model), load_model(options.model)
     _check_positions(model, options.max_length)
+    _check_writable(options.output, options.output)
     if options.adapter is not None:
         try:
             lora.load_adapter(model, options.adapter)
@@ -153,6 +155,16 @@ def _check_positions(model, max_length: int) -> None:
         raise InputError(
             f"--max-length {max_length}: the model has {model.config.n_positions} positions"
         )
+
+
+def _check_writable(output: Path, file: Path) -> None:
+    """Now, not after hours of work."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {output}: {error}") from None
+    if file.is_dir():
+        raise InputError(f"--output {output}: {file} is a directory")
 
 
 def _write(result: dict, path: Path) -> None:

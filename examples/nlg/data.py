@@ -182,7 +182,7 @@ def _examples(source, rows: Iterable, convert) -> list[Example]:
 def read_text(path: Path) -> str:
     """Raises: InputError that names the file."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # with a byte order mark or without
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
 

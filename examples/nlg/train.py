@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -80,7 +81,8 @@ def train(
     adapter, and the state of optimizer, schedule, random numbers and data loader. resume: goes on
     from there, as if there had been no break, or starts where there is none.
     after_epoch(number of epochs done) runs on the main process.
-    Raises: InputError for a checkpoint of another run, and for fp16 on a CPU.
+    Raises: InputError for a checkpoint of another run, for fp16 on a CPU, and for a loss that is
+    no number where a checkpoint is due.
     """
     on_cpu = not torch.accelerator.is_available()
     if on_cpu and mixed_precision == "fp16":
@@ -158,9 +160,12 @@ def train(
                 progress.step += 1
                 losses, tokens = [], 0
                 bar.update()
+                at_end = progress.step % steps_per_epoch == 0
+                if progress.step % save_every == 0 or at_end:
+                    _check_loss(progress, settings)
                 if progress.step % 10 == 0:
                     bar.set_postfix(loss=f"{float(progress.losses[-1]):.3f}")
-                if progress.step % save_every == 0 and progress.step % steps_per_epoch:
+                if progress.step % save_every == 0 and not at_end:
                     progress.seconds += time.perf_counter() - start
                     save()
                     start = time.perf_counter()
@@ -202,6 +207,12 @@ def check_fresh(checkpoints: Path, resume: bool) -> None:
 def _complete(checkpoints: Path) -> list[Path]:
     """Checkpoints that were written to the end, oldest first."""
     return sorted(checkpoints.glob("step-*"))
+
+
+def _check_loss(progress: Progress, settings: Settings) -> None:
+    loss = float(progress.losses[-1])
+    if not math.isfinite(loss):
+        raise InputError(f"step {progress.step}: the loss is {loss}: --lr {settings.lr} too high?")
 
 
 def _hash(features: Sequence[dict]) -> str:

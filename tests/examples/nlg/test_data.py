@@ -42,7 +42,9 @@ def write(path, content):
 
 
 def test_e2e_lines(tmp_path):
-    path = write(tmp_path / "e2e.txt", "name : A | near : Café||One , two . \n\nname : B||Three")
+    path = write(
+        tmp_path / "e2e.txt", "\ufeffname : A | near : Café||One , two . \n\nname : B||Three"
+    )
     assert data.load("e2e", path) == [
         Example("name : A | near : Café", "One , two ."),
         Example("name : B", "Three"),

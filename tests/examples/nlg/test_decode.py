@@ -207,6 +207,21 @@ def test_lengths_that_do_not_fit_are_refused(e2e_file, tiny_gpt2, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_cannot_be_written_is_told_first(e2e_file, tiny_gpt2, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    common = [
+        "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file), "--max-length", "128",
+        "--output",
+    ]  # fmt: skip
+    for command, output in (
+        ("train", tmp_path / "file"),
+        ("decode", tmp_path),
+        ("decode", tmp_path / "file" / "predictions.jsonl"),
+    ):
+        assert main([command, *common, str(output)]) == 2
+        assert f"--output {output}: " in capsys.readouterr().err
+
+
 def test_held_out_contexts_that_are_too_long_are_refused(e2e_file, tiny_gpt2, tmp_path, capsys):
     """Rather than not measured."""
     valid = tmp_path / "valid.txt"

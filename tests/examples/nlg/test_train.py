@@ -1,7 +1,9 @@
 """Training: it learns, it resumes bit for bit, its checkpoints hold adapters only."""
 
 import json
+from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from safetensors import safe_open
@@ -58,16 +60,29 @@ def whole(fresh, tokenizer, features, tmp_path_factory):
     return model, train(model, tokenizer, features, SETTINGS, checkpoints=checkpoints), checkpoints
 
 
-def kill_after(step: int, monkeypatch):
-    """train raises after this many steps, as late as a kill could come: before the checkpoint."""
-    plain = training.tqdm.update
+def kill(monkeypatch, owner, name: str, when) -> None:
+    """owner.name(...) raises where when(...) is true."""
+    plain = getattr(owner, name)
 
-    def update(bar, n=1):
-        plain(bar, n)
-        if bar.n == step:
+    def call(*args, **kwargs):
+        if when(*args):
             raise Killed
+        return plain(*args, **kwargs)
 
-    monkeypatch.setattr(training.tqdm, "update", update)
+    monkeypatch.setattr(owner, name, call)
+
+
+def after_step(number: int):
+    """As late as a kill could come: before the checkpoint."""
+    return training.tqdm, "update", lambda bar, *_: bar.n + 1 == number
+
+
+def while_writing(name: str):
+    return accelerate.accelerator, "save_custom_state", lambda _, path, *__: Path(path).name == name
+
+
+def while_removing(name: str):
+    return training.shutil, "rmtree", lambda path, *_: path.name == name
 
 
 def test_training_lowers_the_loss_and_moves_the_adapter_only(fresh, tokenizer, features, whole):
@@ -90,19 +105,25 @@ def test_every_epoch_has_every_example_once_in_an_order_of_its_own(fresh, tokeni
     assert first != second
 
 
-@pytest.mark.parametrize(("killed_after", "saved"), [(5, "step-00000004"), (7, "step-00000006")])
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [
+        (after_step(7), ["step-00000006"]),  # the end of the first epoch
+        (after_step(12), ["step-00000010"]),
+        (while_writing("partial-00000004"), ["partial-00000004", "step-00000002"]),
+        (while_removing("step-00000002"), ["step-00000002", "step-00000004"]),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    fresh, tokenizer, features, whole, tmp_path, monkeypatch, killed_after, saved
+    fresh, tokenizer, features, whole, tmp_path, monkeypatch, moment, left
 ):
-    """The newest checkpoint lies within the first epoch, or at its end."""
     model = fresh()
     with monkeypatch.context() as patch:
-        kill_after(killed_after, patch)
+        kill(patch, *moment)
         with pytest.raises(Killed):
             train(model, tokenizer, features, SETTINGS, checkpoints=tmp_path, save_every=2)
-    assert [path.name for path in tmp_path.iterdir()] == [saved]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
-    (tmp_path / "partial-00000099").mkdir()  # as a kill leaves it that comes while it is written
     resumed, expected = fresh(), whole[1]
     torch.manual_seed(1234)  # nothing of this process's own may matter
     progress = train(
@@ -156,6 +177,16 @@ def test_the_gradient_of_a_step_is_the_mean_over_the_batches_that_it_has(
     for step, actual in zip(steps, gradients, strict=True):
         loss = sum(loss_of(**collate(batch).to(model.device)) for batch in step) / len(step)
         torch.testing.assert_close(actual, list(torch.autograd.grad(loss, parameters)))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_checkpoint(
+    fresh, tokenizer, features, tmp_path
+):
+    """The first step has no rate yet, the second one makes the weights too large."""
+    settings, model = Settings(**vars(SETTINGS) | {"lr": 1e30}), fresh()
+    with pytest.raises(InputError, match=r"step 3: the loss is nan: --lr 1e\+30"):
+        train(model, tokenizer, features, settings, checkpoints=tmp_path, save_every=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
 def test_an_earlier_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
