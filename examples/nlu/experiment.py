@@ -1,11 +1,13 @@
 """One run: load, adapt, train, measure, save, report."""
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import Trainer
 
@@ -40,6 +42,10 @@ def choose_settings(options: Namespace, task: Task) -> Settings:
 def run(options: Namespace, task: Task, data: Data) -> dict:
     """Carries out what options ask for; what results.json holds."""
     chosen = choose_settings(options, task)
+    # Said outright: else the Trainer neither joins processes on a CPU nor computes in bfloat16.
+    cpu = options.device == "cpu" or not torch.accelerator.is_available()
+    if cpu and options.precision == "fp16":
+        raise InputError("--precision fp16: needs a GPU; bf16 runs on a CPU too")
     record = resume.record(options, task, chosen, data)
     output = _output(options, chosen)
     checkpoint = None
@@ -64,8 +70,13 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
         model, tokenizer, task, chosen, training, next(iter(dev.values())),
         method=options.method, output=output, seed=options.seed, keep=options.keep,
         precision=options.precision, accumulate=options.accumulate,
-        group_by_length=options.group_by_length, cpu=options.device == "cpu",
+        group_by_length=options.group_by_length, cpu=cpu,
     )  # fmt: skip
+    if trainer.args.world_size != record["processes"]:
+        raise InputError(
+            f"WORLD_SIZE is {record['processes']}, and the Trainer has {trainer.args.world_size} "
+            "processes: each would train by itself"
+        )
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     _say("model", f"{options.model}, {total:,} parameters, {trainable:,} train")
@@ -151,4 +162,5 @@ def _measure(trainer: Trainer, task: Task, rows: Sequence[dict]) -> dict[str, fl
 
 
 def _say(label: str, value) -> None:
-    print(f"{label:<10} {value}", flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
+        print(f"{label:<10} {value}", flush=True)

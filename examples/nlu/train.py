@@ -16,6 +16,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 import lora_kernels as lora
+from examples.errors import InputError
 from examples.nlu import metrics
 from examples.nlu.data import Example
 from examples.nlu.model import load_head, save_head
@@ -91,10 +92,20 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class _Progress(ProgressCallback):
-    """The bar without the logs between: results.json and the curves have them."""
+    """The bar without the logs between, which results.json has; it ends at a diverged run."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         pass
+
+    def on_epoch_end(self, args, state, control, model, **kwargs) -> None:
+        # Before the weights are measured and saved.
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                self.on_train_end(args, state, control)
+                raise InputError(
+                    f"--lr {args.learning_rate:g}: the run has diverged: {name} is not finite at "
+                    f"step {state.global_step}"
+                )
 
 
 def encode(tokenizer, examples: Sequence[Example], max_length: int) -> list[dict]:
@@ -131,6 +142,9 @@ def make_trainer(
     the epoch whose score on dev was the highest; "last" ends with those of the last epoch; "none"
     neither measures nor takes checkpoints on the way.
     """
+    # The Trainer would trust these models to divide their loss by all examples of a step, and leave
+    # it undivided by --accumulate and multiplied by the number of processes. They do not divide.
+    model.accepts_loss_kwargs = False
     strategy = "no" if keep == "none" else "epoch"
     arguments = TrainingArguments(
         output_dir=str(output),

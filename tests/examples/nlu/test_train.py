@@ -289,6 +289,44 @@ def test_bad_input_ends_with_2_and_one_line(
     assert message in last
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_that_diverges_ends_with_2_and_saves_nothing(nlu, tmp_path, capsys, method):
+    with pytest.raises(AssertionError):
+        nlu(method=method, lr="1e30", epochs="1")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: --lr 1e+30: the run has diverged: ")
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"run.json"}
+
+
+def test_mixed_precision_on_a_cpu(nlu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    seen = set()
+    forward = lora.LoRALinear.forward
+
+    def watched(self, x):
+        out = forward(self, x)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(lora.LoRALinear, "forward", watched)
+    result = nlu("--keep", "none", precision="bf16", epochs="4")
+    assert seen == {torch.bfloat16}
+    assert result["dev"]["held_out"]["accuracy"] > 0.9
+    assert result["precision"] == "bf16"
+    with pytest.raises(AssertionError):
+        nlu(precision="fp16", name="fp16")
+    assert "error: --precision fp16: needs a GPU" in capsys.readouterr().err
+
+
+def test_processes_that_do_not_train_together_are_refused(nlu, monkeypatch, capsys):
+    # Where the Trainer is not told that it runs on the CPU, it takes no notice of torchrun.
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(AssertionError):
+        nlu()
+    assert "error: WORLD_SIZE is 2, and the Trainer has 1" in capsys.readouterr().err
+
+
 # ---- comparing and reporting ----
 
 
