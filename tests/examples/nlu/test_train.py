@@ -380,6 +380,13 @@ def test_the_comparison_starts_runs_as_processes_and_reads_them_back(
     assert result["peak_memory_bytes"] >= result["memory_before_training_bytes"] > 0
 
 
+@pytest.mark.parametrize("flag", ["--seeds", "--train", "--epochs"])
+def test_the_comparison_needs_one_of_each_at_least(flag, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--data", "some.tsv", flag, "0"])
+    assert f"argument {flag}: must be in [1, inf), got 0" in capsys.readouterr().err
+
+
 def test_the_report_is_the_papers_table(tmp_path, capsys):
     row = dict(zip(TASKS, (87.5, 95.1, 89.7, 63.4, 93.3, 90.8, 86.6, 91.5), strict=True))
     for task, value in row.items():
