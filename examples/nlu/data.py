@@ -58,6 +58,8 @@ def load(
         )
     else:
         data = _from_datasets(task, source)
+    if train is not None and train > len(data.train):
+        raise InputError(f"--train {train} asks for more than the {len(data.train)} examples there")
     return data._replace(train=data.train[:train])
 
 

@@ -182,7 +182,8 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], Mapping]:
             tensors = load_file(path / "adapter_model.safetensors")
         else:
             config = {}
-            tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = {str(key): value for key, value in dict(content).items()}
     except UNREADABLE as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(f"{path}: cannot be read: {reason}") from None

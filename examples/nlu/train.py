@@ -158,7 +158,7 @@ def make_trainer(
         weight_decay=settings.weight_decay,
         eval_strategy=strategy,
         save_strategy=strategy,
-        save_total_limit=1,  # and the best one
+        save_total_limit=1,  # and the best one, which alone is left in the end
         load_best_model_at_end=keep == "best",
         metric_for_best_model=None if keep == "none" else task.metrics[0],
         greater_is_better=None if keep == "none" else True,

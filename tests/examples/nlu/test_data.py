@@ -82,6 +82,12 @@ def test_a_folder_gives_both_sets_of_mnli(pairs):
     assert data.dev["matched"][0].pair is not None
 
 
+def test_more_than_a_folder_has_is_refused(pairs):
+    assert len(load(TASKS["mnli"], str(pairs), train=72).train) == 72
+    with pytest.raises(InputError, match="--train 73 asks for more than the 72 examples"):
+        load(TASKS["mnli"], str(pairs), train=73)
+
+
 def test_one_file_is_split_in_three_without_a_sentence_in_two(sst2):
     data = load(TASKS["sst2"], sst2, held_out=40, validation=20, train=60)
     parts = [data.train, data.dev["validation"], data.dev["held_out"]]

@@ -102,6 +102,7 @@ def test_another_task_takes_the_adapter_without_its_head(released, tiny_roberta)
         ),
         (lambda t: t.update(extra=torch.zeros(1)), ["unexpected extra"]),
         (lambda t: t.update(note="hello"), ["note must be a tensor, got str"]),
+        (lambda t: t.update({0: torch.zeros(1)}), ["unexpected 0"]),
     ],
 )  # fmt: skip
 def test_every_key_is_accounted_for(released, tiny_roberta, change, named):

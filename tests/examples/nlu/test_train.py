@@ -187,6 +187,9 @@ def test_the_best_epoch_counts_and_not_the_last(nlu, tmp_path, monkeypatch):
     result = nlu(epochs="4", warmup="0")
     seen = [entry["eval_accuracy"] for entry in result["log"] if "eval_accuracy" in entry]
     assert seen[-1] < max(seen)
+    # In the end the Trainer deletes the last checkpoint.
+    (best,) = (tmp_path / "run").glob("checkpoint-*")
+    assert best.name == f"checkpoint-{10 * (1 + seen.index(max(seen)))}"
     assert result["dev"]["held_out"]["accuracy"] == max(seen)
 
 
