@@ -107,10 +107,8 @@ def _is_complete(folder: Path, processes: int) -> bool:
     )
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        for weights in folder.glob("*.safetensors"):
-            safe_open(weights, "pt")
+        weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]
     except (OSError, ValueError, SafetensorError):
         return False
-    return all(
-        zipfile.is_zipfile(folder / name) for name in ["optimizer.pt", "scheduler.pt", *random]
-    )
+    zips = ["optimizer.pt", "scheduler.pt", *random]
+    return bool(weights) and all(zipfile.is_zipfile(folder / name) for name in zips)

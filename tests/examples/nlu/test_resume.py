@@ -58,7 +58,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [*itertools.product(FILES, (0, 0.6)), *((name, None) for name in FILES[1:])]
+    ("name", "share"), [*itertools.product(FILES, (0, 0.6)), *((name, None) for name in FILES)]
 )
 def test_one_that_was_not_written_to_its_end_is_passed_over(output, name, share):
     file = output / "checkpoint-10" / name
