@@ -35,6 +35,7 @@ CONFIGS = {
         "float32": Gemm(64, 64, 16, num_warps=8, num_stages=3, pieces=2),
         "few_rows": Gemm(32, 64, 64, num_warps=4, num_stages=4),
         "pointer": Gemm(128, 64, 32, num_warps=8, num_stages=4, pieces=4),
+        "pointer_high_rank": Gemm(64, 64, 32, num_warps=4, num_stages=4, pieces=4),
     },
     "sm_90": {
         "float32": Gemm(64, 64, 16, num_warps=4, num_stages=3, pieces=2),

@@ -29,8 +29,8 @@ from lora_kernels.kernels.tiles import (
 CONFIGS = {
     "interpreter": dict.fromkeys(("narrow", "wide"), Skinny(64, 64, num_warps=4, num_stages=1)),
     "sm_80": {
-        "narrow": Skinny(64, 128, num_warps=8, num_stages=1),
-        "wide": Skinny(64, 64, num_warps=8, num_stages=1),
+        "narrow": Skinny(64, 64, num_warps=8, num_stages=1),
+        "wide": Skinny(32, 32, num_warps=4, num_stages=1),
     },
     "sm_90": {
         "narrow": Skinny(64, 128, num_warps=8, num_stages=1),
@@ -68,7 +68,8 @@ def _fill_kernel(
     column, end, right_row, group, enabled = locate(tile_n, sizes, ENABLED, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if enabled:
-        for layer in tl.static_range(LAYERS):
+        # Not unrolled: the masks of several layers at once do not fit into registers.
+        for layer in tl.range(LAYERS):
             update = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             update = add_low_rank(
                 update, left_ptr + tl.cast(layer, tl.int64) * M * R + group * R,
@@ -81,10 +82,7 @@ def _fill_kernel(
                     tl.load(seed_ptr + layer), row, column, threshold, BLOCK_M, BLOCK_N
                 )
                 update = tl.where(keep, update, 0.0)
-            if layer == 0:
-                acc = update
-            else:
-                acc += update
+            acc += update
     if HAS_BIAS:
         offs_n = column + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < end, other=0.0).to(tl.float32)[None, :]

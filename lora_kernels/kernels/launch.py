@@ -154,17 +154,16 @@ def choose_gemm(configs: dict[str, dict[str, Gemm]], m: int, r: int, x: Tensor, 
     """The entry of a table for products of x, m rows, and rank r.
 
     A target's entries: "float32"; for 16-bit operands "few_rows" (up to 64) and "pointer"; and
-    "tma" where the target has descriptors and they fit the matrices, with "tma_high_rank" beside it
-    where more than 16 ranks need smaller tiles.
+    "tma" where the target has descriptors and they fit the matrices. "pointer_high_rank" and
+    "tma_high_rank" stand beside the two where more than 16 ranks need smaller tiles.
     """
     table = configs[target_of(x.device)]
     if x.dtype == torch.float32:
         return table["float32"]
     if m <= 64:
         return table["few_rows"]
-    if "tma" not in table or not fits:
-        return table["pointer"]
-    return table.get("tma_high_rank", table["tma"]) if r > 16 else table["tma"]
+    entry = "tma" if fits and "tma" in table else "pointer"
+    return table.get(f"{entry}_high_rank", table[entry]) if r > 16 else table[entry]
 
 
 def fits_tma(*matrices: Tensor) -> bool:

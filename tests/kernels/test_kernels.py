@@ -38,7 +38,8 @@ def skinny(module):
 def gemms(module):
     """On a CPU: pointers, and descriptors with a tile finished in one, two and four pieces."""
     if GPU:
-        return configurations(module, ["float32", "few_rows", "pointer", "tma", "tma_high_rank"])
+        entries = ["float32", "few_rows", "pointer", "pointer_high_rank", "tma", "tma_high_rank"]
+        return configurations(module, entries)
     tma = [launch.Gemm(32, 64, 32, 4, 1, tma=True, pieces=pieces) for pieces in (1, 2, 4)]
     return [*configurations(module, ["float32"]), *tma[: 1 if module is forward else 3]]
 

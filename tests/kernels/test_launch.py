@@ -124,6 +124,13 @@ def test_entries_of_the_table(hopper, m, r, dtype, fits, entry):
     assert launch.choose_gemm(forward.CONFIGS, m, r, x, fits) is forward.CONFIGS["sm_90"][entry]
 
 
+@pytest.mark.parametrize(("r", "entry"), [(16, "pointer"), (17, "pointer_high_rank")])
+def test_without_descriptors_high_ranks_have_tiles_too(monkeypatch, r, entry):
+    monkeypatch.setattr(launch, "capability_of", lambda device: (8, 0))
+    x = torch.empty(8192, 16, dtype=BF16, device=META)
+    assert launch.choose_gemm(dx.CONFIGS, 8192, r, x, True) is dx.CONFIGS["sm_80"][entry]
+
+
 @pytest.mark.parametrize("module", [down, da, dy_pass, fill, forward, dx], ids=lambda m: m.__name__)
 def test_every_table_has_every_target(module):
     targets = {"interpreter", "sm_80", "sm_90", "sm_100", "hip", "other"}
