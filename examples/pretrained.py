@@ -1,11 +1,15 @@
 """What transformers loads by name or path, quietly, and with errors in one line."""
 
+from collections.abc import Callable, Collection
+
+import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import logging
 
 from examples.errors import InputError
 
-__all__ = ["from_pretrained"]
+__all__ = ["from_pretrained", "whole_model"]
 
 # The table of new weights and the loading bar say nothing that the reports do not.
 logging.set_verbosity_error()
@@ -22,3 +26,26 @@ def from_pretrained(kind, location: str, **kwargs):
     except FAULTS as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(f"--model {location}: {reason}") from None
+
+
+def whole_model(
+    kind, location: str, head: Callable[[nn.Module], Collection[str]] = lambda model: (), **kwargs
+) -> nn.Module:
+    """kind's model in float32; of what its files lack, transformers draws the head alone.
+
+    head(model): paths of the modules that may be new, or give way to others of another shape.
+    Raises: InputError where the files lack any other weight or have it in another shape.
+    """
+    model, found = from_pretrained(
+        kind, location, output_loading_info=True, ignore_mismatched_sizes=True,
+        dtype=torch.float32, **kwargs,
+    )  # fmt: skip
+    new = tuple(f"{name}." for name in head(model))
+    drawn = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+    body = sorted(key for key in drawn if not key.startswith(new))
+    if body:
+        raise InputError(
+            f"--model {location}: {len(body)} weights of a {type(model).__name__} are not in it "
+            f"or have another shape, the first is {body[0]}"
+        )
+    return model

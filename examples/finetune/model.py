@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lora_kernels as lora
 from examples.errors import InputError
-from examples.pretrained import from_pretrained
+from examples.pretrained import from_pretrained, whole_model
 
 __all__ = ["DEFAULT_MODEL", "add_lora", "load_model", "load_tokenizer", "locate", "set_merging"]
 
@@ -39,14 +39,13 @@ def load_tokenizer(location: str):
 
 
 def load_model(location: str, classes: int, tokenizer, seed: int) -> nn.Module:
-    """The model in float32 with a new classification head, drawn from seed."""
+    """The model in float32 with a new classification head, drawn from seed.
+
+    Raises: InputError where it lacks a weight of the body.
+    """
     torch.manual_seed(seed)
-    model = from_pretrained(
-        AutoModelForSequenceClassification,
-        location,
-        num_labels=classes,
-        ignore_mismatched_sizes=True,  # a head for other classes gives way to a new one
-        dtype=torch.float32,
+    model = whole_model(
+        AutoModelForSequenceClassification, location, head_names, num_labels=classes
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model

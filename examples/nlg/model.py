@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer
 
 import lora_kernels as lora
 from examples.errors import InputError
-from examples.pretrained import from_pretrained
+from examples.pretrained import from_pretrained, whole_model
 
 __all__ = ["CompletionLoss", "add_lora", "load_model", "load_tokenizer"]
 
@@ -33,19 +32,9 @@ def load_tokenizer(name_or_path: str):
 def load_model(name_or_path: str) -> GPT2LMHeadModel:
     """GPT-2 small, medium, large, or of another name or path, in float32 without dropout.
 
-    Raises: InputError for what lacks a weight, where transformers would draw a random one.
+    Raises: InputError for what lacks a weight of it.
     """
-    model, found = from_pretrained(
-        GPT2LMHeadModel, SIZES.get(name_or_path, name_or_path), dtype=torch.float32,
-        output_loading_info=True, **NO_DROPOUT,
-    )  # fmt: skip
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise InputError(
-            f"--model {name_or_path}: {len(missing)} weights of a GPT-2 are not in it, the first "
-            f"is {missing[0]}"
-        )
-    return model
+    return whole_model(GPT2LMHeadModel, SIZES.get(name_or_path, name_or_path), **NO_DROPOUT)
 
 
 def add_lora(model: GPT2LMHeadModel, rank: int, alpha: float, dropout: float) -> GPT2LMHeadModel:

@@ -15,7 +15,7 @@ import lora_kernels as lora
 from examples.errors import InputError
 from examples.finetune.model import head_names
 from examples.nlu.tasks import Settings, Task
-from examples.pretrained import from_pretrained
+from examples.pretrained import from_pretrained, whole_model
 
 __all__ = ["adapt", "load_head", "load_model", "save_head", "start_from", "task_head"]
 
@@ -31,8 +31,7 @@ UNREADABLE = (
 def load_model(location: str, task: Task, settings: Settings, tokenizer, seed: int) -> nn.Module:
     """The pretrained encoder in float32; a head that it lacks for task is drawn from seed.
 
-    Raises: InputError where a weight of the body is missing or of another shape, for which
-    transformers would draw a random one.
+    Raises: InputError where a weight of the body is missing or of another shape.
     """
     config = from_pretrained(AutoConfig, location, num_labels=task.outputs)
     if settings.cls_dropout is not None:
@@ -41,19 +40,7 @@ def load_model(location: str, task: Task, settings: Settings, tokenizer, seed: i
     config.problem_type = "single_label_classification" if task.labels else "regression"
     config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(seed)
-    model, found = from_pretrained(
-        AutoModelForSequenceClassification, location, config=config, output_loading_info=True,
-        ignore_mismatched_sizes=True, dtype=torch.float32,  # a head for other classes gives way
-    )  # fmt: skip
-    heads = tuple(f"{name}." for name in task_head(model))
-    drawn = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
-    body = sorted(key for key in drawn if not key.startswith(heads))
-    if body:
-        raise InputError(
-            f"--model {location}: {len(body)} weights of the pretrained body are not in it or have "
-            f"another shape, the first is {body[0]}"
-        )
-    return model
+    return whole_model(AutoModelForSequenceClassification, location, task_head, config=config)
 
 
 def adapt(

@@ -1,13 +1,17 @@
 """Loading by name or path: errors in one line."""
 
+import functools
 import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from examples.errors import InputError
-from examples.pretrained import from_pretrained
+from examples.finetune import model as finetune
+from examples.pretrained import from_pretrained, whole_model
 
 
 def test_what_is_there_is_loaded(tiny_model):
@@ -50,3 +54,35 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
     with pytest.raises(InputError, match="--model some/name: needs sentencepiece"):
         from_pretrained(AutoTokenizer, "some/name")
+
+
+@pytest.fixture
+def without(tiny_model, tmp_path):
+    """without(key): a copy of the tiny BERT that lacks this tensor."""
+
+    def build(key: str) -> str:
+        folder = tmp_path / "incomplete"
+        shutil.copytree(tiny_model, folder)
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[key]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return str(folder)
+
+    return build
+
+
+def test_what_is_missing_besides_the_head_is_named(without):
+    location = without("pooler.dense.bias")
+    load = functools.partial(whole_model, AutoModelForSequenceClassification, location)
+    first = r"--model .*: 1 weights of a BertForSequenceClassification .* bert\.pooler\.dense\.bias"
+    with pytest.raises(InputError, match=first):
+        load(lambda model: ["classifier"])
+    with pytest.raises(InputError, match=r": 3 weights .* bert\.pooler"):
+        load()
+    assert load(lambda model: ["classifier", "bert.pooler"]).dtype == torch.float32
+
+
+def test_the_finetuning_example_trains_no_random_body(without):
+    location = without("encoder.layer.1.output.dense.weight")
+    with pytest.raises(InputError, match=r"encoder\.layer\.1\.output\.dense\.weight"):
+        finetune.load_model(location, 2, finetune.load_tokenizer(location), 0)

@@ -52,7 +52,7 @@ def test_no_dropout_but_loras(tiny_gpt2):
 def test_a_model_of_another_kind_is_refused(tmp_path):
     BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
                          intermediate_size=8, vocab_size=9)).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(InputError, match=r"weights of a GPT-2 are not in it"):
+    with pytest.raises(InputError, match=r"weights of a GPT2LMHeadModel are not in it"):
         load_model(str(tmp_path))
 
 
