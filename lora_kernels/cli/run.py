@@ -102,6 +102,8 @@ def patch_on_import() -> None:
 
 
 def _patch() -> None:
+    if not hasattr(sys.modules["peft"], "__path__"):
+        return  # no package: a file of the program's own that has the name
     from lora_kernels.peft import patch_peft
 
     patch_peft()

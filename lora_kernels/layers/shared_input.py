@@ -36,6 +36,8 @@ def share_inputs(
     right, but what was computed for the others is thrown away: leave such blocks out of groups.
     Merged layers, and layers that FSDP or a parametrization gives other weights, compute alone.
     A layer that is copied on its own takes copies of the layers it is joined with along.
+    One backward serves all of them: a second one through another layer's output needs
+    retain_graph=True in the first, as outputs of one operation do.
     Raises: ValueError where no layers were found to join.
     """
     groups = [tuple(group) for group in groups]

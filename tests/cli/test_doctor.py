@@ -1,7 +1,10 @@
 """lora-kernels doctor: exit code, lines and JSON, of this machine and of what could be wrong."""
 
 import json
+import re
 import sys
+import types
+import warnings
 
 import peft
 import pytest
@@ -100,3 +103,94 @@ def test_a_plan_that_does_not_exist_is_missing(capsys, plan):
         "fastest" in missing["what"] and missing["mend"] == "unset LORA_KERNELS_PLAN"
         for missing in findings["missing"]
     )
+
+
+# ---- machines that this one is not ----
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """An H200 for all that is asked of it before a product runs; there is no other GPU."""
+    properties = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(lora_kernels.plan, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(doctor, "_driver", lambda: "580.1")
+    monkeypatch.setattr(doctor, "_failures", lambda device: [])
+
+
+@pytest.mark.parametrize("plan", ["auto"], indirect=True)
+def test_a_gpu_that_all_is_well_with(hopper, plan, capsys):
+    code, findings = found(capsys)
+    assert findings["gpus"] == [
+        {"device": "cuda:0", "name": "NVIDIA H200", "capability": "sm_90", "driver": "580.1"}
+    ]
+    assert findings["no_gpu"] is None
+    assert {(row["device"], row["plan"]) for row in findings["plans"]} == {("cuda:0", "sandwich")}
+    assert (code, findings["missing"]) == (0, [])
+    assert main(["doctor"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["cuda:0", "NVIDIA H200, sm_90, driver 580.1"] in lines
+    assert ["missing", "nothing"] in lines
+
+
+@pytest.mark.parametrize("plan", ["reference"], indirect=True)
+def test_a_gpu_whose_products_are_kept_from_the_kernels(hopper, plan, capsys):
+    code, findings = found(capsys)
+    assert code == 1
+    assert findings["missing"] == [
+        {"what": "LORA_KERNELS_PLAN=reference", "mend": "unset LORA_KERNELS_PLAN"}
+    ]
+
+
+@pytest.mark.parametrize("plan", ["auto"], indirect=True)
+def test_a_gpu_without_triton(hopper, plan, monkeypatch):
+    monkeypatch.setattr(lora_kernels.plan, "_has_triton", lambda: False)
+    (missing,) = doctor.examine().missing
+    assert missing.what == "triton 3.4 or newer is not installed"
+    assert missing.mend.startswith("pip install")
+
+
+def test_a_product_that_fails_on_a_gpu_is_missing(monkeypatch):
+    def warn(*args, **kwargs):
+        warnings.warn("lora_kernels: plan fused failed:\n gcc", RuntimeWarning, stacklevel=1)
+        return args[0].sum(0)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("CUDA error:\n an illegal address")
+
+    cpu = torch.device("cpu")
+    assert doctor._failures(cpu) == []
+    monkeypatch.setattr(doctor.functional, "lora_linear", warn)
+    (missing,) = doctor._failures(cpu)
+    assert missing.what == "lora_kernels: plan fused failed: gcc"
+    assert "gcc" in missing.mend
+    monkeypatch.setattr(doctor.functional, "lora_linear", fail)
+    (missing,) = doctor._failures(cpu)
+    assert missing.what == "cpu: CUDA error: an illegal address"
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "hidden", "what", "mend"),
+    [
+        (None, None, None, "no NVIDIA driver answers", "install one"),
+        ("580.1", None, None, "driver 580.1 is there, torch .* is built without CUDA", "pip"),
+        ("580.1", "12.8", "", "CUDA_VISIBLE_DEVICES='' shows no GPU", "unset"),
+        ("580.1", "12.8", None, "the driver is too old", "update the driver"),
+    ],
+)
+def test_why_there_is_no_gpu(monkeypatch, driver, cuda, hidden, what, mend):
+    def init():
+        raise RuntimeError("the driver is too old\nfor this PyTorch")
+
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    missing = doctor._why_no_gpu()
+    assert re.fullmatch(what, missing.what)
+    assert missing.mend.startswith(mend)

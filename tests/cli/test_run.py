@@ -111,6 +111,13 @@ def test_peft_that_is_there_already_is_patched_at_once(tmp_path, in_process, cap
     assert capsys.readouterr().out.startswith("patched True")
 
 
+def test_a_module_of_ones_own_called_peft_is_not_patched(tmp_path):
+    (tmp_path / "peft.py").write_text("rank = 7")
+    (tmp_path / "script.py").write_text("import peft\nprint(peft.rank)")
+    done = python("-m", "lora_kernels", "run", "script.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
+
+
 def test_what_a_spawned_process_unpickles_patches_peft(tmp_path, in_process):
     from peft.tuners.lora.layer import Linear
 
