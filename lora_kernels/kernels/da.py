@@ -14,6 +14,7 @@ from lora_kernels.kernels.dropout import keep_tile, word_threshold
 from lora_kernels.kernels.launch import (
     Numerics,
     Skinny,
+    cdiv,
     choose_skinny,
     launch,
     rank_block,
@@ -97,7 +98,7 @@ def da(
     (m, k), r, layers = x.shape, dh.shape[-1], dh.shape[:-2].numel()
     config = config or choose_skinny(CONFIGS, x.device, numerics.rank)
     block_r = rank_block(r, numerics.rank)
-    cols, ranks = triton.cdiv(k, config.BLOCK_COLS), triton.cdiv(r, block_r)
+    cols, ranks = cdiv(k, config.BLOCK_COLS), cdiv(r, block_r)
     programs = cols * layers * ranks
     parts, m_slice = slices(m, config.BLOCK_ROWS, programs, x.device)
     out = torch.empty((parts, *dh.shape[:-2], r, k), dtype=torch.float32, device=x.device)

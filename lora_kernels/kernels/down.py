@@ -15,6 +15,7 @@ from lora_kernels.kernels.dropout import keep_tile, word_threshold
 from lora_kernels.kernels.launch import (
     Numerics,
     Skinny,
+    cdiv,
     choose_skinny,
     launch,
     rank_block,
@@ -97,7 +98,7 @@ def down(
     (m, k), r, layers = x.shape, a.shape[-2], a.shape[:-2].numel()
     config = config or choose_skinny(CONFIGS, x.device, numerics.factor)
     block_r = rank_block(r, numerics.factor)
-    rows, ranks = triton.cdiv(m, config.BLOCK_ROWS), triton.cdiv(r, block_r)
+    rows, ranks = cdiv(m, config.BLOCK_ROWS), cdiv(r, block_r)
     programs = rows * layers * ranks
     parts, k_slice = slices(k, config.BLOCK_COLS, programs, x.device)
     h = torch.empty((parts, *a.shape[:-2], m, r), dtype=torch.float32, device=x.device)

@@ -14,6 +14,7 @@ from lora_kernels.kernels.dropout import keep_tile, word_threshold
 from lora_kernels.kernels.launch import (
     Gemm,
     Numerics,
+    cdiv,
     choose_gemm,
     fits_tma,
     launch,
@@ -149,7 +150,7 @@ def dx(
     block_m, block_n, block_k, tma = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.tma
     pieces = config.pieces if dropout_p > 0 else 1
     tma_store = tma and fits_tma(out)
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(k, block_n)
+    tiles = cdiv(m, block_m) * cdiv(k, block_n)
     launch(
         _dx_kernel, (programs(tiles, config, dy.device),),
         operand(dy, block_m, block_k, tma),
@@ -162,7 +163,7 @@ def dx(
         MAIN_DTYPE=numerics.main, UPDATE_DTYPE=numerics.update, PRECISION=numerics.update_precision,
         TMA=tma, TMA_STORE=tma_store, PIECES=pieces, GROUP_M=config.GROUP_M,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        BLOCK_R=block_r, RANK_BLOCKS=triton.cdiv(r, block_r),
+        BLOCK_R=block_r, RANK_BLOCKS=cdiv(r, block_r),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

@@ -18,6 +18,7 @@ from lora_kernels.kernels.da import da
 from lora_kernels.kernels.launch import (
     Numerics,
     Skinny,
+    cdiv,
     choose_skinny,
     launch,
     rank_block,
@@ -135,7 +136,7 @@ def dy_pass(
     if not (needs_dh or needs_db):
         return None, db
     block_r = rank_block(r, numerics.rank)
-    rows, ranks = triton.cdiv(m, config.BLOCK_ROWS), triton.cdiv(r, block_r)
+    rows, ranks = cdiv(m, config.BLOCK_ROWS), cdiv(r, block_r)
     parts, _ = slices(largest, config.BLOCK_COLS, rows * ranks * groups, dy.device)
     dh = db_parts = None
     if needs_dh:

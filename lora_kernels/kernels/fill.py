@@ -14,6 +14,7 @@ from lora_kernels.kernels.dropout import keep_tile, word_threshold
 from lora_kernels.kernels.launch import (
     Numerics,
     Skinny,
+    cdiv,
     choose_skinny,
     launch,
     rank_block,
@@ -96,8 +97,8 @@ def _fill(
     config = config or choose_skinny(CONFIGS, device, numerics.update)
     out = torch.empty((m, sum(sizes)), dtype=dtype, device=device)
     block_r = rank_block(r, numerics.update)
-    rows = triton.cdiv(m, config.BLOCK_ROWS)
-    tiles = rows * sum(triton.cdiv(size, config.BLOCK_COLS) for size in sizes)
+    rows = cdiv(m, config.BLOCK_ROWS)
+    tiles = rows * sum(cdiv(size, config.BLOCK_COLS) for size in sizes)
     launch(
         _fill_kernel, (tiles,),
         left, right, bias, seed, out,
@@ -107,7 +108,7 @@ def _fill(
         HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0,
         DTYPE=numerics.update, PRECISION=numerics.update_precision,
         BLOCK_M=config.BLOCK_ROWS, BLOCK_N=config.BLOCK_COLS,
-        BLOCK_R=block_r, RANK_BLOCKS=triton.cdiv(r, block_r),
+        BLOCK_R=block_r, RANK_BLOCKS=cdiv(r, block_r),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_kernels.kernels.launch import (
     Gemm,
     Numerics,
+    cdiv,
     choose_gemm,
     fits_tma,
     launch,
@@ -126,7 +127,7 @@ def forward(
     # A tile that ends with its group, not with y, must not write the columns behind it.
     whole_tiles = all(size % block_n == 0 for size in out_splits[:-1])
     tma_store = tma and whole_tiles and fits_tma(y)
-    tiles = triton.cdiv(m, block_m) * sum(triton.cdiv(size, block_n) for size in out_splits)
+    tiles = cdiv(m, block_m) * sum(cdiv(size, block_n) for size in out_splits)
     launch(
         _forward_kernel, (programs(tiles, config, x.device),),
         operand(x, block_m, block_k, tma),
@@ -139,7 +140,7 @@ def forward(
         MAIN_DTYPE=numerics.main, UPDATE_DTYPE=numerics.update, PRECISION=numerics.update_precision,
         TMA=tma, TMA_STORE=tma_store, GROUP_M=config.GROUP_M,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        BLOCK_R=block_r, RANK_BLOCKS=triton.cdiv(r, block_r),
+        BLOCK_R=block_r, RANK_BLOCKS=cdiv(r, block_r),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return y

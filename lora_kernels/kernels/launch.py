@@ -5,7 +5,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -13,8 +12,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lora_kernels.plan import capability_of
 
 __all__ = [
-    "Gemm", "Numerics", "Skinny", "choose_gemm", "choose_skinny", "current", "fits_tma", "launch",
-    "numerics_of", "operand", "programs", "programs_at_once", "rank_block", "slices", "target_of",
+    "Gemm", "Numerics", "Skinny", "cdiv", "choose_gemm", "choose_skinny", "current", "fits_tma",
+    "launch", "numerics_of", "operand", "programs", "programs_at_once", "rank_block", "slices",
+    "target_of",
 ]  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def numerics_of(x: Tensor, *factors: Tensor | None) -> Numerics:
     # Triton's interpreter would multiply bfloat16 as integers.
     interpreted_bf16 = x.dtype == torch.bfloat16 and target == "interpreter"
     main = tl.float32 if interpreted_bf16 else _TL[x.dtype]
-    update = main if main == tl.bfloat16 else tl.float32
+    update = main if main is tl.bfloat16 else tl.float32
     if x.dtype == torch.float32:
         precision = tf32 if _tf32_allowed() else "ieee"
         return Numerics(main, main, main, main, precision, precision)
@@ -97,18 +97,16 @@ def _tf32_allowed() -> bool:
     return matmul.allow_tf32
 
 
+_TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+
+
 def target_of(device: torch.device) -> str:
     """The key of a device in the tables of configurations."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
         return "hip"
-    return {
-        (8, 0): "sm_80",
-        (9, 0): "sm_90",
-        (10, 0): "sm_100",
-        (10, 3): "sm_100",
-    }.get(capability_of(device), "other")
+    return _TARGETS.get(capability_of(device), "other")
 
 
 @functools.cache
@@ -119,17 +117,22 @@ def programs_at_once(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def cdiv(length: int, block: int) -> int:
+    """length / block, rounded up. Called outside of kernels, triton.cdiv takes microseconds."""
+    return -(-length // block)
+
+
 def rank_block(r: int, dtype: tl.dtype, beside_acc: bool = False) -> int:
     """How many ranks a dot takes at once: r padded to what a dot takes, up to a limit.
 
     The limit keeps operands within registers, float32 ones split for TF32 products included.
     beside_acc: next to the accumulator of a large product.
     """
-    if dtype == tl.float32:
+    if dtype is tl.float32:
         limit = 16 if beside_acc else 32
     else:
         limit = 32 if beside_acc and r > 64 else 64
-    return min(max(16, triton.next_power_of_2(r)), limit)
+    return min(max(16, 1 << (r - 1).bit_length()), limit)
 
 
 def slices(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
@@ -137,17 +140,17 @@ def slices(length: int, block: int, programs: int, device: torch.device) -> tupl
 
     programs: how many there are without slicing. A slice has two blocks at least.
     """
-    blocks = triton.cdiv(length, block)
+    blocks = cdiv(length, block)
     wanted = max(1, 2 * programs_at_once(device) // programs)
-    size = max(triton.cdiv(blocks, wanted), min(2, blocks))
-    return triton.cdiv(blocks, size), size * block
+    size = max(cdiv(blocks, wanted), min(2, blocks))
+    return cdiv(blocks, size), size * block
 
 
 def choose_skinny(
     configs: dict[str, dict[str, Skinny]], device: torch.device, dtype: tl.dtype
 ) -> Skinny:
     """The entry of a table for dots in this dtype: "wide" for float32, "narrow" for 16 bits."""
-    return configs[target_of(device)]["wide" if dtype == tl.float32 else "narrow"]
+    return configs[target_of(device)]["wide" if dtype is tl.float32 else "narrow"]
 
 
 def choose_gemm(configs: dict[str, dict[str, Gemm]], m: int, r: int, x: Tensor, fits: bool) -> Gemm:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.launch import cdiv, launch
 
 BLOCK = 1024
 
@@ -26,6 +26,6 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     if parts.shape[0] == 1:
         return parts[0].to(dtype)
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    grid = (triton.cdiv(out.numel(), BLOCK),)
+    grid = (cdiv(out.numel(), BLOCK),)
     launch(_sum_parts_kernel, grid, parts, out, parts.shape[0], out.numel(), BLOCK=BLOCK)
     return out
