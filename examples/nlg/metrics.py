@@ -96,7 +96,7 @@ def triples(predictions: Texts, references: References) -> dict[str, Score]:
     return {
         "BLEU": bleu(predictions, references),
         "METEOR": _computed(meteor, *words),
-        "TER": ter(*words),
+        "TER": ter(*words, MAX_REFERENCES),
     }
 
 
@@ -176,15 +176,19 @@ def cider(predictions: Texts, references: References) -> float:
     return float(Cider().compute_score(*_by_number(predictions, references))[0])
 
 
-def ter(predictions: Texts, references: References) -> float:
+def ter(predictions: Texts, references: References, slots: int = 0) -> float:
     """Mean over texts of the least translation edit rate to one of its references: pyter.
 
-    Every reference has a word, as read_predictions sees to.
+    Every reference has a word, as read_predictions sees to. slots: how many references a text has
+    in GenerationEval's files; the blank lines in the place of those that are missing count 1 each.
     """
     import pyter
 
     rates = [
-        min(pyter.ter(text.split(), reference.split()) for reference in texts)
+        min(
+            *(pyter.ter(text.split(), reference.split()) for reference in texts),
+            1.0 if len(texts) < slots else math.inf,
+        )
         for text, texts in zip(predictions, references, strict=True)
     ]
     return sum(rates) / len(rates)

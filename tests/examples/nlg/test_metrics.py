@@ -201,6 +201,14 @@ def test_ter_is_the_mean_of_the_best_reference():
     assert metrics.ter(["a b c x", "q"], [["v w y z", "a b c d"], ["q"]]) == close(1 / 8)
 
 
+def test_missing_references_are_blank_lines_that_rate_1(without_java):
+    long, short = "a b c d e f", "x y"  # 6 edits for 2 words: a rate of 3
+    assert metrics.ter([long], [[short]]) == close(3)
+    assert metrics.triples([long], [[short]])["TER"] == close(1)
+    assert metrics.triples([long], [[short] * 5])["TER"] == close(1)
+    assert metrics.triples([long], [[short] * 6])["TER"] == close(3)
+
+
 def test_bleu_and_ter_are_those_of_the_webnlg_script(without_java):
     scores = metrics.triples(TRIPLES, TRIPLE_REFERENCES)
     assert round(scores["BLEU"], 2) == 19.56  # the script prints two digits
