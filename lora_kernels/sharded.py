@@ -4,7 +4,7 @@ import sys
 
 from torch import Tensor, nn
 
-__all__ = ["gathered", "is_dtensor", "is_managed", "spread_like"]
+__all__ = ["gathered", "is_dtensor", "is_managed", "is_sharded_alone", "spread_like"]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -28,6 +28,12 @@ def spread_like(whole: Tensor, like: Tensor) -> Tensor:
 
     mesh = like.device_mesh
     return distribute_tensor(whole.to(mesh.device_type), mesh, like.placements).to(like.device)
+
+
+def is_sharded_alone(module: nn.Module) -> bool:
+    """Whether fully_shard was applied to module itself, so that its call gathers its parameters."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def is_managed(module: nn.Module) -> bool:

@@ -53,35 +53,48 @@ def lora_shared_linear(
     ]
     xs, weights, biases, _ = zip(*prepared, strict=True)
     seeds = functional.seeds_for(name, xs[0], dropout_p, seed, count)
-    flat = (*weights, *lora_Bs, *biases)
-    *ys, _ = _LoRASharedLinear.apply(
-        xs[0], torch.stack(tuple(lora_As)), seeds, tuple(scalings), dropout_p, *flat
+    operands = (*weights, *lora_As, *lora_Bs, *biases)
+    arguments = (xs[0], seeds, tuple(scalings), dropout_p, *operands)
+    recorded = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (xs[0], *operands)
     )
+    if torch.compiler.is_compiling() and not recorded:
+        # TorchDynamo cannot trace a Function with as many arguments as come without its backward.
+        *ys, _ = _compute(*arguments)
+    else:
+        *ys, _ = _LoRASharedLinear.apply(*arguments)
     return tuple(ys)
+
+
+def _compute(x, seeds, scalings, dropout_p, *flat) -> tuple[Tensor, ...]:
+    ws, factors, bs, biases = _quarters(flat)
+    return tuple(
+        ops.lora_shared_linear_forward(
+            x, ws, torch.stack(factors), bs, biases, seeds, scalings, dropout_p
+        )
+    )
 
 
 class _LoRASharedLinear(torch.autograd.Function):
     """Saves x, h, the seeds and the parameters, and of these only what the backward will read."""
 
     @staticmethod
-    def forward(x, a, seeds, scalings, dropout_p, *flat):
-        ws, bs, biases = _thirds(flat)
-        return tuple(
-            ops.lora_shared_linear_forward(x, ws, a, bs, biases, seeds, scalings, dropout_p)
-        )
+    def forward(x, seeds, scalings, dropout_p, *flat):
+        return _compute(x, seeds, scalings, dropout_p, *flat)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, a, seeds, *ctx.constants = inputs[:5]
-        ws, bs, _ = _thirds(inputs[5:])
+        x, seeds, *ctx.constants = inputs[:4]
+        ws, factors, bs, _ = _quarters(inputs[4:])
         ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
         # One answer for all layers of a group: what one of them needs is computed for all.
-        needed = ctx.needs_input_grad
-        of_ws, of_bs, of_biases = map(any, _thirds(needed[5:]))
-        ctx.needs = [needed[0], of_ws, needed[1], of_bs, of_biases]
+        of_ws, of_as, of_bs, of_biases = map(any, _quarters(ctx.needs_input_grad[4:]))
+        ctx.needs = [ctx.needs_input_grad[0], of_ws, of_as, of_bs, of_biases]
         ctx.save_for_backward(
-            x if of_ws or needed[1] else None, output[-1] if of_bs else None, a, seeds, *ws, *bs
-        )
+            x if of_ws or of_as else None, output[-1] if of_bs else None, seeds,
+            *ws, *factors, *bs,
+        )  # fmt: skip
 
     @staticmethod
     def backward(ctx, *dys):
@@ -90,12 +103,20 @@ class _LoRASharedLinear(torch.autograd.Function):
                 "lora_shared_linear: has no second derivative; call lora_linear for each layer "
                 "where create_graph=True is needed"
             )
-        x, h, a, seeds, *flat = ctx.saved_tensors
-        count, (scalings, dropout_p) = len(flat) // 2, ctx.constants
-        ws, bs = flat[:count], flat[count:]
+        used = [dy is not None for dy in dys[:-1]]
+        if not any(used):
+            return (None,) * (4 + 4 * len(used))
+        x, h, seeds, *flat = ctx.saved_tensors
+        count, (scalings, dropout_p) = len(used), ctx.constants
+        ws, factors, bs = flat[:count], flat[count : 2 * count], flat[2 * count :]
+        like = next(dy for dy in dys if dy is not None)
+        full = [
+            like.new_zeros(*like.shape[:-1], w.shape[0]) if dy is None else dy
+            for dy, w in zip(dys[:-1], ws, strict=True)
+        ]
         grads = iter(
             ops.lora_shared_linear_backward(
-                dys[:-1], x, h, ws, a, bs, seeds, scalings, dropout_p, ctx.needs
+                full, x, h, ws, torch.stack(factors), bs, seeds, scalings, dropout_p, ctx.needs
             )
         )
         needs_x, needs_w, needs_a, needs_b, needs_bias = ctx.needs
@@ -105,14 +126,15 @@ class _LoRASharedLinear(torch.autograd.Function):
 
         grad_x = next(grads) if needs_x else None
         grad_ws = of_layers(needs_w)
-        grad_a = next(grads) if needs_a else None
-        grads_of_lists = (*grad_ws, *of_layers(needs_b), *of_layers(needs_bias))
-        asked = ctx.needs_input_grad[5:]
-        kept = (g if ask else None for g, ask in zip(grads_of_lists, asked, strict=True))
-        return (grad_x, grad_a, None, None, None, *kept)
+        grad_as = next(grads).unbind() if needs_a else [None] * count
+        flat_grads = (*grad_ws, *grad_as, *of_layers(needs_b), *of_layers(needs_bias))
+        # An output that nothing used gives its layer no gradient, rather than zeros.
+        asked = zip(ctx.needs_input_grad[4:], used * 4, strict=True)
+        kept = (g if all(ask) else None for g, ask in zip(flat_grads, asked, strict=True))
+        return (grad_x, None, None, None, *kept)
 
 
-def _thirds(flat: Sequence) -> tuple[list, list, list]:
-    """weights, lora_Bs and biases, as they stand one behind the other."""
-    count = len(flat) // 3
-    return list(flat[:count]), list(flat[count : 2 * count]), list(flat[2 * count :])
+def _quarters(flat: Sequence) -> tuple[list, list, list, list]:
+    """weights, lora_As, lora_Bs and biases, as they stand one behind the other."""
+    count = len(flat) // 4
+    return tuple(list(flat[i * count : (i + 1) * count]) for i in range(4))

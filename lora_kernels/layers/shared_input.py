@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import functional
+from lora_kernels import functional, sharded
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.shared import lora_shared_linear
 
@@ -21,8 +21,16 @@ GROUPS = (
 )
 
 
+# And to blocks whose keys and values come from another input.
+CROSS_ATTENTION = (
+    "encoder_attn", "crossattention", "cross_attn", "cross_attention", "EncDecAttention",
+)  # fmt: skip
+
+
 def share_inputs(
-    model: nn.Module, groups: Iterable[Collection[str]] = GROUPS
+    model: nn.Module,
+    groups: Iterable[Collection[str]] = GROUPS,
+    exclude: Collection[str] = CROSS_ATTENTION,
 ) -> list[tuple[str, ...]]:
     """Has LoRALinear layers that take the same input compute together; returns their paths.
 
@@ -30,11 +38,14 @@ def share_inputs(
     LoRALinear layers that agree in in_features, r, dropout and dtypes are joined, two or more of
     them. Layers, parameters and state dicts stay what they are; calls stay what they are too:
     ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)``. The first call with a new x computes for all and
-    the others fetch what is theirs: the same x, unchanged, and unchanged adapters. x is then read
+    the others fetch what is theirs: the same x, unchanged, and unchanged parameters. x is then read
     once for all low-rank products and the layers add to one dx in place, see lora_shared_linear;
     each layer keeps a dropout mask of its own. A call with another x, as in cross-attention, is
-    right, but what was computed for the others is thrown away: leave such blocks out of groups.
-    Merged layers, and layers that FSDP or a parametrization gives other weights, compute alone.
+    right, but what was computed for the others is thrown away: nothing is joined below a module
+    whose name is in exclude. Merged layers, layers on tensors of torch.inference_mode, and those
+    that FSDP or a parametrization gives other weights compute alone.
+    In a model under torch.compile x must not change in place between the calls: what is traced
+    cannot tell. Elsewhere such a change is seen, and the layer computes anew.
     A layer that is copied on its own takes copies of the layers it is joined with along.
     One backward serves all of them: a second one through another layer's output needs
     retain_graph=True in the first, as outputs of one operation do.
@@ -43,6 +54,8 @@ def share_inputs(
     groups = [tuple(group) for group in groups]
     joined = []
     for path, module in model.named_modules():
+        if not set(exclude).isdisjoint(path.split(".")):
+            continue
         for names in groups:
             alike = defaultdict(list)
             for name in names:
@@ -83,6 +96,8 @@ class SharedInput:
         index = next((i for i, member in enumerate(self.layers) if member is layer), None)
         if index is None or not isinstance(x, Tensor):
             return None
+        if not torch.compiler.is_compiling() and x.is_inference():
+            return None  # it does not tell whether it has changed
         if x is self._x and index in self._outputs and self._state == self._state_for(x):
             y = self._outputs.pop(index)
         elif self.together():
@@ -97,11 +112,19 @@ class SharedInput:
         return y
 
     def together(self) -> bool:
-        """Whether every layer runs its adapter, on plain weights, with one dropout."""
-        return len({layer._dropout_p() for layer in self.layers}) == 1 and not any(
-            layer.merged or type(tensor) not in (nn.Parameter, Tensor)
-            for layer in self.layers
-            for tensor in (layer.weight, layer.lora_A, layer.lora_B)
+        """Whether every layer runs its adapter, on plain weights, with one dropout.
+
+        The answer is the same whenever a step runs a layer, in a checkpoint's second forward too,
+        where weights that fully_shard gathers layer by layer are there already.
+        """
+        return (
+            len({layer._dropout_p() for layer in self.layers}) == 1
+            and not any(map(sharded.is_sharded_alone, self.layers))
+            and not any(
+                layer.merged or type(tensor) not in (nn.Parameter, Tensor)
+                for layer in self.layers
+                for tensor in (layer.weight, layer.lora_A, layer.lora_B)
+            )
         )
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -120,13 +143,20 @@ class SharedInput:
 
     def _state_for(self, x: Tensor) -> tuple:
         """What must not have changed between the computation and the fetching of an output."""
-        state = (torch.is_grad_enabled(), functional.autocast_dtype(x))
-        if torch.compiler.is_compiling() or x.is_inference():
+        state = (
+            torch.is_grad_enabled(), functional.autocast_dtype(x),
+            *((layer.scaling, layer._dropout_p()) for layer in self.layers),
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
             return state
-        adapters = (t for layer in self.layers for t in (layer.lora_A, layer.lora_B))
+        tensors = (
+            t
+            for layer in self.layers
+            for t in (layer.weight, layer.bias, layer.lora_A, layer.lora_B)
+            if t is not None
+        )
         return (
-            *state, x._version, *(layer.scaling for layer in self.layers),
-            *((id(t), 0 if t.is_inference() else t._version) for t in adapters),
+            *state, x._version, *((id(t), 0 if t.is_inference() else t._version) for t in tensors),
         )  # fmt: skip
 
     def __getstate__(self) -> dict:

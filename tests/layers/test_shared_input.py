@@ -224,6 +224,77 @@ def test_compiles_as_one_graph(seed, device):
     assert torch.equal(grad, eager["x"])
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["no_grad", "frozen"])
+def test_compiles_where_no_gradient_is_recorded(frozen, seed, device):
+    model, x = make(device)
+    model.requires_grad_(not frozen)
+    lora.share_inputs(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(frozen):
+        assert torch.equal(compiled(x), model(x))
+
+
+def test_a_layer_whose_output_nothing_uses_has_no_gradient(seed, device):
+    model, x = make(device)
+    lora.share_inputs(model)
+    model.q_proj(x).sum().backward()
+    assert model.q_proj.lora_A.grad is not None
+    for layer in (model.k_proj, model.v_proj):
+        assert layer.lora_A.grad is None
+        assert layer.lora_B.grad is None
+
+
+def change_mode(model, x):
+    model.eval()
+
+
+def change_dropout(model, x):
+    for layer in model.children():
+        layer.lora_dropout.p = 0.0
+
+
+def change_weight(model, x):
+    model.k_proj.weight = nn.Parameter(model.k_proj.weight + 1)
+
+
+def change_weight_in_place(model, x):
+    with torch.no_grad():
+        model.k_proj.weight.add_(1)
+
+
+def change_x(model, x):
+    x.add_(1)
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference"])
+@pytest.mark.parametrize(
+    "change", [change_mode, change_dropout, change_weight, change_weight_in_place, change_x]
+)
+def test_what_was_computed_before_a_change_is_not_used_behind_it(change, inference, seed, device):
+    model, _ = make(device, dropout=0.5 if "weight" not in change.__name__ else 0.0,
+                    merge_weights=False)  # fmt: skip
+    if change is change_x:
+        model.eval()
+    lora.share_inputs(model)
+    with torch.inference_mode(inference), torch.no_grad():
+        x = torch.randn(2, 5, 12, device=device)
+        model.q_proj(x)
+        change(model, x)
+        k = model.k_proj(x)
+        expected = copy.deepcopy(model.k_proj)
+        expected._shared_input = None
+        torch.testing.assert_close(k, expected(x))
+
+
+def test_cross_attention_is_left_out(seed, device):
+    model = nn.ModuleDict({"self_attn": make(device)[0], "encoder_attn": make(device)[0]})
+    assert lora.share_inputs(model) == [tuple(f"self_attn.{name}" for name in NAMES)]
+    del model["self_attn"]
+    with pytest.raises(ValueError, match="no module has two"):
+        lora.share_inputs(model)
+    assert lora.share_inputs(model, exclude=())
+
+
 def test_errors_name_the_layer(seed, device):
     model, x = make(device)
     lora.share_inputs(model)
