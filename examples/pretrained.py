@@ -1,5 +1,6 @@
 """What transformers loads by name or path, quietly, and with errors in one line."""
 
+import sys
 from collections.abc import Callable, Collection
 
 import torch
@@ -33,7 +34,8 @@ def whole_model(
 ) -> nn.Module:
     """kind's model in float32; of what its files lack, transformers draws the head alone.
 
-    head(model): paths of the modules that may be new, or give way to others of another shape.
+    head(model): paths of the modules that may be new, or, with a line that says so, give way to
+    others of another shape.
     Raises: InputError where the files lack any other weight or have it in another shape.
     """
     model, found = from_pretrained(
@@ -41,11 +43,17 @@ def whole_model(
         dtype=torch.float32, **kwargs,
     )  # fmt: skip
     new = tuple(f"{name}." for name in head(model))
-    drawn = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+    replaced = sorted(key for key, *_ in found["mismatched_keys"])
+    drawn = {*found["missing_keys"], *replaced}
     body = sorted(key for key in drawn if not key.startswith(new))
     if body:
         raise InputError(
             f"--model {location}: {len(body)} weights of a {type(model).__name__} are not in it "
             f"or have another shape, the first is {body[0]}"
+        )
+    if replaced:
+        print(
+            f"--model {location}: drawn anew, since it has another shape: {', '.join(replaced)}",
+            file=sys.stderr,
         )
     return model

@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--start-from needs --method lora, got {options.method}")
     if options.evaluate_only and options.resume:
         parser.error("--resume trains on, --evaluate-only does not train: give one of them")
+    if options.evaluate_only and options.start_from:
+        parser.error("--start-from draws a new head, which --evaluate-only would not train")
     task = TASKS[options.task]
     try:
         sets = data.load(task, options.data, options.held_out, options.validation, options.train)
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "or the last without any checkpoint or measurement on the way", "best",
         choices=["best", "last", "none"],
     )  # fmt: skip
-    option("--seed", "of the new head, of A, of batches and dropout", 0, type=number(int, 0))
+    option("--seed", "of the new head, of A, of batches and dropout", 0, type=number(int, 0, 2**32))
 
     option("--settings", "the rows of settings.tsv (default: the model's own)", metavar="NAME")
     for flag, kind, low, help in (

@@ -62,7 +62,9 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
         name: sorted(encode(tokenizer, rows, max_length), key=lambda row: -len(row["input_ids"]))
         for name, rows in data.dev.items()
     }
-    model = load_model(location, task, chosen, tokenizer, options.seed)
+    # Scores of a head that nobody trained would be noise.
+    new_head = not options.evaluate_only or options.adapter is not None
+    model = load_model(location, task, chosen, tokenizer, options.seed, new_head)
     adapt(model, options.method, chosen, options.dropout, options.targets)
     _load_adapter(model, options, task, chosen)
 

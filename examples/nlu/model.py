@@ -28,10 +28,13 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-def load_model(location: str, task: Task, settings: Settings, tokenizer, seed: int) -> nn.Module:
+def load_model(
+    location: str, task: Task, settings: Settings, tokenizer, seed: int, new_head: bool = True
+) -> nn.Module:
     """The pretrained encoder in float32; a head that it lacks for task is drawn from seed.
 
-    Raises: InputError where a weight of the body is missing or of another shape.
+    Raises: InputError where a weight of the body is missing or of another shape, and without
+    new_head where one of the head is.
     """
     config = from_pretrained(AutoConfig, location, num_labels=task.outputs)
     if settings.cls_dropout is not None:
@@ -40,7 +43,8 @@ def load_model(location: str, task: Task, settings: Settings, tokenizer, seed: i
     config.problem_type = "single_label_classification" if task.labels else "regression"
     config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(seed)
-    return whole_model(AutoModelForSequenceClassification, location, task_head, config=config)
+    head = task_head if new_head else lambda model: ()
+    return whole_model(AutoModelForSequenceClassification, location, head, config=config)
 
 
 def adapt(

@@ -82,6 +82,17 @@ def test_what_is_missing_besides_the_head_is_named(without):
     assert load(lambda model: ["classifier", "bert.pooler"]).dtype == torch.float32
 
 
+def test_a_head_that_gives_way_is_named(tiny_model, tmp_path, capsys):
+    load = functools.partial(whole_model, AutoModelForSequenceClassification)
+    load(tiny_model, lambda model: ["classifier"]).save_pretrained(tmp_path)
+    assert capsys.readouterr().err == ""  # it had none
+    load(str(tmp_path), lambda model: ["classifier"], num_labels=3)
+    assert capsys.readouterr().err == (
+        f"--model {tmp_path}: drawn anew, since it has another shape: classifier.bias, "
+        "classifier.weight\n"
+    )
+
+
 def test_the_finetuning_example_trains_no_random_body(without):
     location = without("encoder.layer.1.output.dense.weight")
     with pytest.raises(InputError, match=r"encoder\.layer\.1\.output\.dense\.weight"):

@@ -159,10 +159,11 @@ def test_folders_know_the_settings(tiny_model, tiny_data, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for name in ("roberta-large", "roberta-large-restricted"):
         arguments = ["--task", "sst2", "--model", tiny_model, "--data", tiny_data]
-        assert main([*arguments, "--evaluate-only", "--settings", name, "--seed", "3"]) == 0
+        arguments += ["--settings", name, "--seed", "3", "--epochs", "0.1", "--keep", "none"]
+        assert main(arguments) == 0
     model = Path(tiny_model).name
-    assert {str(file) for file in Path("runs").rglob("*.json")} == {
-        f"runs/nlu/{model}/{name}/sst2/lora-3/evaluated.json"
+    assert {str(file) for file in Path("runs").rglob("results.json")} == {
+        f"runs/nlu/{model}/{name}/sst2/lora-3/results.json"
         for name in ("roberta-large", "roberta-large-restricted")
     }
 
@@ -251,13 +252,34 @@ def test_rte_starts_from_the_adapter_of_mnli(nlu, pairs, tmp_path, capsys):
         rows = ["sentence1\tsentence2\tlabel", "the soup was bad\tthe soup was cold\t0"]
         (rte / f"{name}.tsv").write_text("\n".join([*rows, "the train was good\t.\t1"]))
     start = tmp_path / "mnli" / "trained"
-    nlu("--evaluate-only", task="rte", data=rte, name="out", start_from=start)
+    nlu("--keep", "none", task="rte", data=rte, name="out", epochs="1", start_from=start)
     printed = capsys.readouterr().out
     names = [f"{path}.{leaf}" for path in ("bert.pooler.dense", "classifier")
              for leaf in ("bias", "weight")]  # fmt: skip
     assert f"without its head: left out {', '.join(names)}" in printed
-    nlu("--evaluate-only", task="rte", data=rte, name="plain")
+    nlu("--keep", "none", task="rte", data=rte, name="plain", epochs="1")
     assert "(--start-from)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["lora", "head", "full"])
+def test_a_head_that_nobody_trained_is_not_measured(nlu, tiny_model, tmp_path, capsys, method):
+    with pytest.raises(AssertionError):
+        nlu("--evaluate-only", method=method)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: --model {tiny_model}: 2 weights of a BertForSequence")
+    assert error.endswith("the first is classifier.bias")
+
+
+def test_a_whole_model_is_measured_on_its_task_alone(nlu, pairs, tiny_model, tmp_path, capsys):
+    trained = nlu("--keep", "none", method="full", epochs="1")
+    model = tmp_path / "run" / "trained"
+    assert nlu("--evaluate-only", model=model, name="again")["dev"] == trained["dev"]
+    with pytest.raises(AssertionError):
+        nlu("--evaluate-only", model=model, task="mnli", data=pairs)
+    assert "or have another shape, the first is classifier.bias" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        nlu("--evaluate-only", start_from=model)
+    assert "--start-from draws a new head" in capsys.readouterr().err
 
 
 def test_stsb_is_a_regression(nlu, tmp_path):
@@ -290,6 +312,12 @@ def test_bad_input_ends_with_2_and_one_line(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
+
+
+def test_a_seed_is_one_that_numpy_takes(nlu, capsys):
+    with pytest.raises(SystemExit):
+        nlu(seed=2**32)
+    assert f"argument --seed: must be in [0, {2**32}), got {2**32}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
