@@ -35,8 +35,9 @@ def train(options: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     import lora_kernels as lora
+    from examples.nlg.checkpoints import check_fresh
     from examples.nlg.model import add_lora, load_model, load_tokenizer
-    from examples.nlg.train import Settings, check_fresh, mean_loss
+    from examples.nlg.train import Settings, mean_loss
     from examples.nlg.train import train as run
 
     check_fresh(options.output / CHECKPOINTS, options.resume)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,14 +15,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, get_scheduler
 
-import lora_kernels as lora
 from examples.errors import InputError
+from examples.nlg.checkpoints import check_same, complete, keep_adapters_only
+from examples.nlg.checkpoints import save as save_checkpoint
 from examples.nlg.model import CompletionLoss
 
-__all__ = ["Progress", "Settings", "check_fresh", "mean_loss", "train"]
+__all__ = ["Progress", "Settings", "mean_loss", "train"]
 
 BETAS, EPS = (0.9, 0.999), 1e-6
-RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def train(
     schedule = get_scheduler("linear", optimizer, settings.warmup, total)
     progress = Progress()
     accelerator.register_for_checkpointing(schedule, progress)
-    _keep_adapters_only(accelerator)
+    keep_adapters_only(accelerator)
     record = {
         **(made_of or {}),
         **asdict(settings),
@@ -122,13 +121,13 @@ def train(
         "processes": accelerator.num_processes,
         "examples": f"{len(features)} with hash {_hash(features)}",
     }
-    if resume and (found := _complete(checkpoints)):
-        _check_same(found[-1], record)
+    if resume and (found := complete(checkpoints)):
+        check_same(found[-1], record)
         accelerator.load_state(found[-1])
 
     def save() -> None:
         if checkpoints is not None:
-            _save(accelerator, checkpoints, progress.step, record)
+            save_checkpoint(accelerator, checkpoints, progress.step, record)
 
     bar = tqdm(
         total=total, initial=progress.step, unit="step", desc="training",
@@ -197,18 +196,6 @@ def mean_loss(model, tokenizer, features: Sequence[dict], batch_size: int = 32) 
     return total / count
 
 
-def check_fresh(checkpoints: Path, resume: bool) -> None:
-    """No checkpoints of an earlier run are there, or it is to be resumed; else an InputError."""
-    found = _complete(checkpoints)
-    if found and not resume:
-        raise InputError(f"{found[-1]}: left by an earlier run: --resume goes on with it")
-
-
-def _complete(checkpoints: Path) -> list[Path]:
-    """Checkpoints that were written to the end, oldest first."""
-    return sorted(checkpoints.glob("step-*"))
-
-
 def _check_loss(progress: Progress, settings: Settings) -> None:
     loss = float(progress.losses[-1])
     if not math.isfinite(loss):
@@ -217,48 +204,3 @@ def _check_loss(progress: Progress, settings: Settings) -> None:
 
 def _hash(features: Sequence[dict]) -> str:
     return hashlib.sha256(json.dumps(list(features)).encode()).hexdigest()[:12]
-
-
-def _check_same(checkpoint: Path, record: dict) -> None:
-    path = checkpoint / RECORD
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    changed = [
-        f"{name} was {saved.get(name)}, is {record.get(name)}"
-        for name in saved | record
-        if saved.get(name) != record.get(name)
-    ]
-    if changed:
-        raise InputError(f"{checkpoint}: of a run with other settings: {', '.join(changed)}")
-
-
-def _save(accelerator: Accelerator, checkpoints: Path, step: int, record: dict) -> None:
-    """Written beside, then renamed: a kill at any moment leaves a complete one."""
-    partial = checkpoints / f"partial-{step:08d}"
-    accelerator.save_state(partial)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        older = [*_complete(checkpoints), *checkpoints.glob("partial-*")]
-        partial.rename(checkpoints / f"step-{step:08d}")
-        for path in older:
-            shutil.rmtree(path, ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
-def _keep_adapters_only(accelerator: Accelerator) -> None:
-    """Has accelerate's checkpoints hold an adapter in the place of the whole model."""
-
-    def save(models, weights, directory) -> None:
-        if accelerator.is_main_process:
-            lora.save_adapter(accelerator.unwrap_model(models[0]).model, directory)
-        weights.clear()
-
-    def load(models, directory) -> None:
-        lora.load_adapter(accelerator.unwrap_model(models[0]).model, directory)
-        models.clear()
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)

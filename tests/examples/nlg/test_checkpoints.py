@@ -1,6 +1,6 @@
-"""``train --resume``: with anything that decides the result changed it is refused, by name.
+"""What a checkpoint holds, and that ``--resume`` refuses, by name, what would change the result.
 
-Another number of processes: test_processes.py.
+Another number of processes: test_processes.py. The same bits as without a break: test_train.py.
 """
 
 import json
@@ -8,8 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from examples.errors import InputError
 from examples.nlg.__main__ import main
+from examples.nlg.checkpoints import check_fresh
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,29 @@ def finished(command, tmp_path_factory) -> Path:
 
 def files(directory: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_checkpoints_hold_the_adapter_and_no_base_weight(finished, tiny_gpt2):
+    (checkpoint,) = finished.glob("checkpoints/*")
+    tensors = {}
+    for path in checkpoint.glob("*.safetensors"):
+        tensors |= load_file(path)
+    assert len(tensors) == 4
+    assert all("c_attn.lora_" in key for key in tensors)
+    base = Path(tiny_gpt2, "model.safetensors").stat().st_size
+    assert max(path.stat().st_size for path in checkpoint.iterdir()) < base / 2
+
+    adapter = load_file(finished / "adapter" / "adapter_model.safetensors")
+    assert adapter.keys() == tensors.keys()
+    assert all(torch.equal(adapter[name], tensors[name]) for name in tensors)
+
+
+def test_an_earlier_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
+    check_fresh(tmp_path, resume=False)
+    (tmp_path / "step-00000100").mkdir()
+    check_fresh(tmp_path, resume=True)
+    with pytest.raises(InputError, match="--resume"):
+        check_fresh(tmp_path, resume=False)
 
 
 # Option, value, what is told.

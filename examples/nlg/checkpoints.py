@@ -1,0 +1,72 @@
+"""Checkpoints of accelerate that hold an adapter, and a record of what they are a run of."""
+
+import json
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+import lora_kernels as lora
+from examples.errors import InputError
+
+__all__ = ["check_fresh", "check_same", "complete", "keep_adapters_only", "save"]
+
+RECORD = "run.json"
+
+
+def check_fresh(checkpoints: Path, resume: bool) -> None:
+    """No checkpoints of an earlier run are there, or it is to be resumed; else an InputError."""
+    found = complete(checkpoints)
+    if found and not resume:
+        raise InputError(f"{found[-1]}: left by an earlier run: --resume goes on with it")
+
+
+def complete(checkpoints: Path) -> list[Path]:
+    """Checkpoints that were written to the end, oldest first."""
+    return sorted(checkpoints.glob("step-*"))
+
+
+def check_same(checkpoint: Path, record: dict) -> None:
+    """checkpoint was saved with this record; else an InputError that tells what has changed."""
+    path = checkpoint / RECORD
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    changed = [
+        f"{name} was {saved.get(name)}, is {record.get(name)}"
+        for name in saved | record
+        if saved.get(name) != record.get(name)
+    ]
+    if changed:
+        raise InputError(f"{checkpoint}: of a run with other settings: {', '.join(changed)}")
+
+
+def save(accelerator: Accelerator, checkpoints: Path, step: int, record: dict) -> None:
+    """Written beside, then renamed: a kill at any moment leaves a complete one."""
+    partial = checkpoints / f"partial-{step:08d}"
+    accelerator.save_state(partial)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        older = [*complete(checkpoints), *checkpoints.glob("partial-*")]
+        partial.rename(checkpoints / f"step-{step:08d}")
+        for path in older:
+            shutil.rmtree(path, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def keep_adapters_only(accelerator: Accelerator) -> None:
+    """Has accelerate's checkpoints hold an adapter in the place of the whole model."""
+
+    def save(models, weights, directory) -> None:
+        if accelerator.is_main_process:
+            lora.save_adapter(accelerator.unwrap_model(models[0]).model, directory)
+        weights.clear()
+
+    def load(models, directory) -> None:
+        lora.load_adapter(accelerator.unwrap_model(models[0]).model, directory)
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
