@@ -113,11 +113,14 @@ def batch(seed=1):
 # ---- training ----
 
 
-@check(*[(engine, on) for engine in ENGINES for on in ("plain", "checkpointed", "shared")])
+MODES = ("plain", "checkpointed", "shared", "shared, checkpointed")
+
+
+@check(*[(engine, on) for engine in ENGINES for on in MODES])
 def losses_and_factors_are_those_of_one_process(engine, mode, _):
     model = model_with_lora()
-    wrapped = wrap(model, engine, blocks, recompute=mode == "checkpointed")
-    if mode == "shared":
+    wrapped = wrap(model, engine, blocks, recompute="checkpointed" in mode)
+    if "shared" in mode:
         lora.share_inputs(wrapped, [("gate", "up")])
     actual = train(wrapped, loss_of, batch())
     baseline = train_alone(model, loss_of, batch())
