@@ -167,6 +167,8 @@ def make_trainer(
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=cpu,
+        # Every weight of LoRA and of the head has a part in every step.
+        ddp_find_unused_parameters=method == "full",
         dataloader_pin_memory=torch.cuda.is_available() and not cpu,
         disable_tqdm=False,
         report_to=[],
