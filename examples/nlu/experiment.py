@@ -15,7 +15,7 @@ from examples.errors import InputError
 from examples.finetune.model import load_tokenizer, locate
 from examples.nlu import metrics, report, resume
 from examples.nlu.data import Data
-from examples.nlu.model import adapt, load_model, start_from
+from examples.nlu.model import adapt, load_model, positions, start_from
 from examples.nlu.tasks import Settings, Task, settings
 from examples.nlu.train import Clock, encode, make_trainer
 
@@ -55,19 +55,18 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
         _say("resume", checkpoint or "no complete checkpoint: from the start")
     location = locate(options.model)
     tokenizer = load_tokenizer(location)
-    max_length = min(chosen.max_length, tokenizer.model_max_length)
+    # Scores of a head that nobody trained would be noise.
+    new_head = not options.evaluate_only or options.adapter is not None
+    model = load_model(location, task, chosen, tokenizer, options.seed, new_head)
+    adapt(model, options.method, chosen, options.dropout, options.targets)
+    _load_adapter(model, options, task, chosen)
+    max_length = min(chosen.max_length, tokenizer.model_max_length, positions(model))
     training = encode(tokenizer, data.train, max_length)
     # By length: little padding, and the order changes no metric.
     dev = {
         name: sorted(encode(tokenizer, rows, max_length), key=lambda row: -len(row["input_ids"]))
         for name, rows in data.dev.items()
     }
-    # Scores of a head that nobody trained would be noise.
-    new_head = not options.evaluate_only or options.adapter is not None
-    model = load_model(location, task, chosen, tokenizer, options.seed, new_head)
-    adapt(model, options.method, chosen, options.dropout, options.targets)
-    _load_adapter(model, options, task, chosen)
-
     trainer = make_trainer(
         model, tokenizer, task, chosen, training, next(iter(dev.values())),
         method=options.method, output=output, seed=options.seed, keep=options.keep,
@@ -78,6 +77,11 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
         raise InputError(
             f"WORLD_SIZE is {record['processes']}, and the Trainer has {trainer.args.world_size} "
             "processes: each would train by itself"
+        )
+    if trainer.args.n_gpu > 1:  # the Trainer's DataParallel, with that many batches a step
+        raise InputError(
+            f"this process sees {trainer.args.n_gpu} GPUs: torchrun or accelerate launch start one "
+            "for each, CUDA_VISIBLE_DEVICES=0 lets it see one"
         )
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

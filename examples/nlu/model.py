@@ -1,6 +1,7 @@
 """The encoder with a new head, what of it trains, and adapters from disk."""
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,7 +18,7 @@ from examples.finetune.model import head_names
 from examples.nlu.tasks import Settings, Task
 from examples.pretrained import from_pretrained, whole_model
 
-__all__ = ["adapt", "load_head", "load_model", "save_head", "start_from", "task_head"]
+__all__ = ["adapt", "load_head", "load_model", "positions", "save_head", "start_from", "task_head"]
 
 TARGETS = {"deberta-v2": ["query_proj", "value_proj"], "distilbert": ["q_lin", "v_lin"]}
 HEAD_FILE = "head.safetensors"
@@ -45,6 +46,19 @@ def load_model(
     torch.manual_seed(seed)
     head = task_head if new_head else lambda model: ()
     return whole_model(AutoModelForSequenceClassification, location, head, config=config)
+
+
+def positions(model: nn.Module) -> float:
+    """How many tokens model has learned positions for; RoBERTa's begin behind its padding token's.
+
+    Infinity where it has none, as DeBERTa.
+    """
+    sizes = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if name.endswith(".position_embeddings") and isinstance(module, nn.Embedding)
+    ]
+    return min(sizes, default=math.inf)
 
 
 def adapt(

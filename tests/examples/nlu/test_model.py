@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import lora_kernels as lora
 from examples.errors import InputError
 from examples.finetune.model import load_tokenizer
-from examples.nlu.model import adapt, load_model, start_from
+from examples.nlu.model import adapt, load_model, positions, start_from
 from examples.nlu.tasks import TASKS, settings
 
 SETTINGS = settings("roberta-base-scripts", "mnli")
@@ -209,6 +209,21 @@ def test_deberta_gets_lora_in_its_projections_and_trains_pooler_and_classifier()
     assert trains == {
         "pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"
     }  # fmt: skip
+
+
+def test_the_longest_input_is_told_by_the_positions(tiny_roberta, tiny_model):
+    model = tiny_roberta(2).eval()
+    assert positions(model) == 7  # of 9, behind those of the padding token 1 and before it
+    model(torch.full((1, 7), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, 8), 5))
+    assert positions(load(tiny_model)) == 32
+    config = transformers.DebertaV2Config(
+        vocab_size=13, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=12, relative_attention=True, position_biased_input=False,
+    )  # fmt: skip
+    deberta = transformers.DebertaV2ForSequenceClassification(config)
+    assert positions(deberta) == float("inf")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from matplotlib import image
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 import lora_kernels as lora
 from examples.finetune.model import load_tokenizer
@@ -356,6 +358,29 @@ def test_processes_that_do_not_train_together_are_refused(nlu, monkeypatch, caps
     with pytest.raises(AssertionError):
         nlu()
     assert "error: WORLD_SIZE is 2, and the Trainer has 1" in capsys.readouterr().err
+
+
+def test_one_process_on_several_gpus_is_refused(nlu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(AssertionError):
+        nlu()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: this process sees 2 GPUs: torchrun or accelerate launch")
+    assert error.endswith("CUDA_VISIBLE_DEVICES=0 lets it see one")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_texts_are_cut_to_the_positions_of_the_model(nlu, tiny_model, tmp_path):
+    model, data = tmp_path / "model", tmp_path / "long.tsv"
+    shutil.copytree(tiny_model, model)
+    config = model / "tokenizer_config.json"
+    told = json.loads(config.read_text())
+    assert told.pop("model_max_length") == 32
+    config.write_text(json.dumps(told))
+    rows = [f"{word} {'and ' * i} {word}\t{i % 2}" for i in range(40) for word in ("good", "bad")]
+    data.write_text("\n".join(["sentence\tlabel", *rows]))
+    result = nlu("--keep", "none", model=model, data=data, max_length="40", epochs="0.1")
+    assert result["dev"]["held_out"]["examples"] == 20
 
 
 # ---- comparing and reporting ----
