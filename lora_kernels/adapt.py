@@ -67,9 +67,10 @@ def apply_lora(
     regular expression for the path or its end to another r or lora_alpha; the first match counts.
     scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. autocast_adapter_dtype:
     float32 adapters over 16-bit weights. Then mark_only_lora_as_trainable(model, bias,
-    modules_to_save). A module under several names is wrapped once and stays shared;
-    forward and backward hooks and train/eval mode are kept. A model in eval mode is merged by its
-    next eval().
+    modules_to_save). A module of modules_to_save whose parameters are tied to others', such as an
+    output head to the input embedding, gets its own copies of them first, as PEFT's do. A module
+    under several names is wrapped once and stays shared; forward and backward hooks and train/eval
+    mode are kept. A model in eval mode is merged by its next eval().
 
     Raises: ValueError (NotImplementedError for bias) before anything has changed: bad numbers, a
     pattern that is no regular expression, no match, a match that cannot be wrapped, a model that is
@@ -100,6 +101,7 @@ def apply_lora(
     check_wrappable(targets)
     del targets  # a second holder of the weights would keep them from being merged
     wrap_modules(model, plans, lora_dropout, merge_weights, autocast_adapter_dtype)
+    untie(model, saved_paths(model, saved))
     mark_only_lora_as_trainable(model, bias, saved)
     return model
 
@@ -205,6 +207,41 @@ def saved_paths(model: nn.Module, modules_to_save: Collection[str] = ()) -> list
         if chosen and not is_inside(path, paths):
             paths.append(path)
     return paths
+
+
+def untie(model: nn.Module, paths: Collection[str]) -> None:
+    """Gives the modules at paths copies of the parameters that modules beside them hold as well."""
+    modules = dict(named_modules(model, remove_duplicate=False))
+    for path in paths:
+        inside = {id(module) for module in modules[path].modules()}
+        copies = {
+            id(parameter): parameter
+            for module in model.modules()
+            if id(module) not in inside
+            for parameter in module._parameters.values()
+            if parameter is not None
+        }
+        for parameter in modules[path].parameters():
+            if id(parameter) in copies:
+                copy = parameter.detach().clone()
+                copies[id(parameter)] = nn.Parameter(copy, parameter.requires_grad)
+        for module in modules[path].modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) in copies:
+                    module._parameters[name] = copies[id(parameter)]
+
+
+def with_tied(model: nn.Module, paths: Collection[str]) -> list[str]:
+    """paths, and those of the modules beside them that hold a parameter of theirs as well."""
+    modules = dict(named_modules(model, remove_duplicate=False))
+    inside = {id(module) for path in paths for module in modules[path].modules()}
+    tied = {id(parameter) for path in paths for parameter in modules[path].parameters()}
+    return [
+        path
+        for path, module in named_modules(model)
+        if path in paths
+        or (id(module) not in inside and not tied.isdisjoint(map(id, module._parameters.values())))
+    ]
 
 
 def join(path: str, name: str) -> str:

@@ -95,7 +95,8 @@ def save_adapter(
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT and load_adapter read.
 
     Saved: every LoRA layer that has factors; the biases and modules that
-    mark_only_lora_as_trainable (apply_lora calls it) opened; the modules named in modules_to_save.
+    mark_only_lora_as_trainable (apply_lora calls it) opened; the modules named in modules_to_save,
+    and those that are tied to them, for PEFT and load_adapter untie them.
     LoRAMergedLinear and convolutions become PEFT layers of a higher rank with the same update;
     load_adapter gives back the original ones. Both files are complete before either replaces an
     older one. DistributedDataParallel and torch.compile around model are looked through, and
@@ -107,7 +108,7 @@ def save_adapter(
     """
     model = adapt.unwrapped(model)
     names = adapt.as_names("modules_to_save", modules_to_save)
-    saved = _saved_in_peft(model, adapt.saved_paths(model, names))
+    saved = adapt.with_tied(model, _saved_in_peft(model, adapt.saved_paths(model, names)))
     layers = _adapted(model)
     if not layers or "" in layers:
         what = "has no LoRA layer" if not layers else "is itself a LoRA layer: put it in a module"
@@ -160,7 +161,8 @@ def load_adapter(
     """Reads an adapter that save_adapter or PEFT wrote into model; returns model.
 
     A plain model is wrapped as by apply_lora, with adapters in float32 over 16-bit weights, and
-    trains what the adapter trained. A model that has LoRA layers must have exactly those of the
+    trains what the adapter trained; modules that the adapter brings as a whole are untied as there.
+    A model that has LoRA layers must have exactly those of the
     adapter, with the same ranks; it takes over values, lora_alpha and scaling, and keeps its
     dropout and requires_grad. The same wrappers are looked through as by save_adapter. A model that
     fully_shard has sharded must have its LoRA layers already, and every rank has to call this.
@@ -184,6 +186,7 @@ def load_adapter(
         state = {key: sharded.spread_like(value, own[key]) for key, value in state.items()}
     else:
         adapt.wrap_modules(model, plans, config.lora_dropout, merge_weights, True)
+        adapt.untie(model, saved)
         adapt.mark_only_lora_as_trainable(model, config.bias, saved)
         layers = _adapted(model)
     model.load_state_dict(state, strict=False)
@@ -401,7 +404,29 @@ def _fit(
         if key in tensors:
             _check_like(adapter.weights_path, key, tensors[key], own[model_key])
             state[model_key] = tensors[key]
+    if adapted:
+        _check_ties(adapter.weights_path, model, state, saved)
     return plans, state, saved
+
+
+def _check_ties(
+    path: Path, model: nn.Module, state: Mapping[str, Tensor], saved: Collection[str]
+) -> None:
+    """What model ties to a module that trains as a whole gets the same values from state."""
+    keys_of: dict[int, list[str]] = {}
+    for owner, module in adapt.named_modules(model, remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            keys_of.setdefault(id(parameter), []).append(adapt.join(owner, name))
+    for keys in keys_of.values():
+        for key in keys:
+            if key not in state or not adapt.is_inside(key, saved):
+                continue
+            for other in keys:
+                if other not in state or not torch.equal(state[key], state[other]):
+                    raise ValueError(
+                        f"{path}: {key} is alone in it, or another than {other}, to which the "
+                        f"model ties it: load the adapter into a plain model, which unties them"
+                    )
 
 
 def _check_keys(
