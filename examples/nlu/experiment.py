@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import AutoConfig, Trainer
 
 from examples.errors import InputError
 from examples.finetune.model import load_tokenizer, locate
@@ -18,6 +18,7 @@ from examples.nlu.data import Data
 from examples.nlu.model import adapt, load_model, positions, start_from
 from examples.nlu.tasks import Settings, Task, settings
 from examples.nlu.train import Clock, encode, make_trainer
+from examples.pretrained import from_pretrained
 
 __all__ = ["choose_settings", "run"]
 
@@ -46,14 +47,15 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
     cpu = options.device == "cpu" or not torch.accelerator.is_available()
     if cpu and options.precision == "fp16":
         raise InputError("--precision fp16: needs a GPU; bf16 runs on a CPU too")
-    record = resume.record(options, task, chosen, data)
+    device = "cpu" if cpu else torch.accelerator.current_accelerator().type
+    location = locate(options.model)
+    record = resume.record(options, task, chosen, data, _model_hash(location), device)
     output = _output(options, chosen)
     checkpoint = None
     if not options.evaluate_only:
         checkpoint = resume.checkpoint(output, record, options.resume)
     if options.resume:
         _say("resume", checkpoint or "no complete checkpoint: from the start")
-    location = locate(options.model)
     tokenizer = load_tokenizer(location)
     # Scores of a head that nobody trained would be noise.
     new_head = not options.evaluate_only or options.adapter is not None
@@ -108,7 +110,6 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
         "peak_memory_bytes": report.peak_memory(trainer.args.device),
         "memory_before_training_bytes": before,
         "saved_bytes": 0 if options.evaluate_only else report.weight_bytes(output / "trained"),
-        "device": str(trainer.args.device),
         "versions": report.versions(),
         "log": trainer.state.log_history,
     }
@@ -120,6 +121,12 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
             report.curves(results, task, output / "curves.png")
         _say("results", file)
     return results
+
+
+def _model_hash(location: str) -> str | None:
+    """Of the weights in a folder; for a name on the hub the commit that holds them."""
+    config = from_pretrained(AutoConfig, location)
+    return resume.weights_hash(location) or config._commit_hash
 
 
 def _output(options: Namespace, chosen: Settings) -> Path:

@@ -15,36 +15,67 @@ from examples.errors import InputError
 from examples.nlu.data import Data
 from examples.nlu.tasks import Settings, Task
 
-__all__ = ["RECORD", "checkpoint", "record"]
+__all__ = ["RECORD", "checkpoint", "record", "weights_hash"]
 
 RECORD = "run.json"  # beside the checkpoints: the record of their run
+HASH_DIGITS = 12
 
 
-def record(options: Namespace, task: Task, settings: Settings, data: Data) -> dict:
+def record(
+    options: Namespace,
+    task: Task,
+    settings: Settings,
+    data: Data,
+    model_hash: str | None,
+    device: str,
+) -> dict:
     """What decides the outcome of a run; results.json begins with it.
 
+    model_hash: of the model's weights, whatever their path. device: kind of it, as "cuda".
     train: how many examples --train asked for, None for all.
     """
     return {
         "task": task.name,
         "model": options.model,
+        "model_hash": model_hash,
         "method": options.method,
         "seed": options.seed,
         "settings": asdict(settings),
         "dropout": options.dropout,
         "targets": options.targets,
         "adapter": options.adapter,
+        "adapter_hash": options.adapter and weights_hash(options.adapter),
         "start_from": options.start_from,
+        "start_from_hash": options.start_from and weights_hash(options.start_from),
         "data": options.data,
-        "data_hash": hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12],
+        "data_hash": hashlib.sha256(json.dumps(data).encode()).hexdigest()[:HASH_DIGITS],
         "train": options.train,
         "training_examples": len(data.train),
         "keep": options.keep,
         "accumulate": options.accumulate,
         "group_by_length": options.group_by_length,
         "precision": options.precision,
+        "device": device,
         "processes": int(os.environ.get("WORLD_SIZE", 1)),  # torchrun's and accelerate's
     }
+
+
+def weights_hash(path: str) -> str | None:
+    """The hash of the weights in a file or folder, None where there are none.
+
+    Of a folder: of its safetensors, or without those of its .bin files.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    digest = hashlib.sha256()
+    try:
+        for file in [path] if path.is_file() else files:
+            with file.open("rb") as stream:
+                while chunk := stream.read(2**20):
+                    digest.update(chunk)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()[:HASH_DIGITS] if path.is_file() or files else None
 
 
 def checkpoint(output: Path, this: Mapping, resume: bool) -> str | None:

@@ -1,5 +1,6 @@
 """What a run is, and which checkpoint it goes on from."""
 
+import hashlib
 import itertools
 import json
 
@@ -17,10 +18,10 @@ from examples.nlu.tasks import TASKS
 DATA = Data([Example("a", None, 0), Example("b", None, 1)], {"dev": [Example("c", None, 1)]})
 
 
-def record(*flags, data=DATA) -> dict:
+def record(*flags, data=DATA, model_hash="a", device="cpu") -> dict:
     options = _parser().parse_args(["--task", "sst2", *flags])
     task = TASKS[options.task]
-    return resume.record(options, task, choose_settings(options, task), data)
+    return resume.record(options, task, choose_settings(options, task), data, model_hash, device)
 
 
 THIS = record()
@@ -116,13 +117,46 @@ def test_another_run_is_refused_by_what_it_changes(output, flags, named):
         assert str(error.value).count(" was ") == len(named)
 
 
-def test_other_examples_and_other_processes_are_another_run(output, monkeypatch):
+def test_other_examples_weights_devices_and_processes_are_another_run(output, monkeypatch):
     other = Data(DATA.train, {"dev": [Example("d", None, 1)]})
     with pytest.raises(InputError, match="data_hash was"):
         resume.checkpoint(output, record(data=other), resume=True)
+    with pytest.raises(InputError, match="model_hash was a, is b"):
+        resume.checkpoint(output, record(model_hash="b"), resume=True)
+    with pytest.raises(InputError, match="device was cpu, is cuda"):
+        resume.checkpoint(output, record(device="cuda"), resume=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="processes was 1, is 2"):
         resume.checkpoint(output, record(), resume=True)
+
+
+@pytest.mark.parametrize("flag", ["--adapter", "--start-from"])
+def test_other_weights_at_the_same_path_are_another_run(output, tmp_path, flag):
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.parent.mkdir()
+    save_file({"a": torch.zeros(100)}, file)
+    for path in (file, file.parent):
+        save_file({"a": torch.zeros(100)}, file)
+        (output / resume.RECORD).write_text(json.dumps(record(flag, str(path))))
+        assert resume.checkpoint(output, record(flag, str(path)), resume=True)
+        save_file({"a": torch.ones(100)}, file)
+        key = flag[2:].replace("-", "_")
+        with pytest.raises(InputError, match=f"another run: {key}_hash was [0-9a-f]{{12}}, is"):
+            resume.checkpoint(output, record(flag, str(path)), resume=True)
+
+
+def test_weights_are_found_in_files_and_folders(tmp_path):
+    assert resume.weights_hash(str(tmp_path)) is resume.weights_hash("no/such/name") is None
+    (tmp_path / "a.bin").write_bytes(b"a")
+    alone = resume.weights_hash(str(tmp_path))
+    assert alone == hashlib.sha256(b"a").hexdigest()[:12]
+    assert alone == resume.weights_hash(str(tmp_path / "a.bin"))
+    (tmp_path / "b.safetensors").write_bytes(b"b")
+    assert resume.weights_hash(str(tmp_path)) == hashlib.sha256(b"b").hexdigest()[:12]
+    (tmp_path / "b.safetensors").unlink()
+    (tmp_path / "b.safetensors").mkdir()
+    with pytest.raises(InputError, match="cannot be read"):
+        resume.weights_hash(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [None, "", "{"])

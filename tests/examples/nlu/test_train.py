@@ -1,5 +1,6 @@
 """Training through the Trainer: checkpoints, resuming, the best epoch, the whole program."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -35,14 +36,18 @@ def losses(result) -> list[float]:
     return [entry["loss"] for entry in result["log"] if "loss" in entry]
 
 
-def test_a_run_learns_and_leaves_results_curves_and_the_adapter(nlu, tmp_path, device, capsys):
+def test_a_run_learns_and_leaves_results_curves_and_the_adapter(
+    nlu, tiny_model, tmp_path, device, capsys
+):
     result = nlu(epochs="4")
     assert result["dev"]["held_out"]["accuracy"] > 0.9
     assert result["dev"]["held_out"]["examples"] == 50
     assert result["trainable_parameters"] == TRAINABLE
     assert result["settings"]["lr"] == 0.01
     assert result["settings"]["batch_size"] == 16
-    assert result["device"].startswith(device.type)
+    assert result["device"] == device.type
+    weights = Path(tiny_model, "model.safetensors").read_bytes()
+    assert result["model_hash"] == hashlib.sha256(weights).hexdigest()[:12]
     assert result["peak_memory_bytes"] > 0
     assert result["train_seconds"] > 0
     assert losses(result)[-1] < 0.5 * losses(result)[0]
@@ -354,6 +359,7 @@ def test_mixed_precision_on_a_cpu(nlu, monkeypatch, capsys):
 def test_processes_that_do_not_train_together_are_refused(nlu, monkeypatch, capsys):
     # Where the Trainer is not told that it runs on the CPU, it takes no notice of torchrun.
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(AssertionError):
         nlu()
