@@ -5,6 +5,7 @@ on stderr. What ``run`` runs ends with its own exit code.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -16,12 +17,23 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; argv: without the program's name, None takes sys.argv. The exit code."""
-    options = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    own, its = _split(argv)
+    options = _parser().parse_args(own, argparse.Namespace(arguments=its))
     try:
         return options.command(options)
     except UsageError as error:
         print(f"lora-kernels: error: {error}", file=sys.stderr)
         return 2
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """argv up to the program that run is to run, and the program's own arguments as they are."""
+    if argv[:1] != ["run"]:
+        return argv, []
+    flags = itertools.takewhile(lambda argument: argument.startswith("-"), argv[1:])
+    end = 2 + len(list(flags))
+    return argv[:end], argv[end:]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +64,6 @@ def _add_run(commands) -> None:
     )
     run.add_argument("-m", dest="as_module", action="store_true", help="run a module by its name")
     run.add_argument("target", metavar="SCRIPT_OR_MODULE")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="of its own")
     run.set_defaults(command=_run)
 
 

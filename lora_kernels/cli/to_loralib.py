@@ -87,7 +87,7 @@ def _own(path: str, found: dict[tuple, Tensor], config, record: Record | None):
 
 def _call(kind: str, factors: Factors, alpha: float, record: Record | None) -> str:
     name = {"embedding": "Embedding", "linear": "Linear"}[kind]
-    arguments = f"r={factors.r}, lora_alpha={alpha:g}"
+    arguments = f"r={factors.r}, lora_alpha={alpha:.15g}"
     if record is not None:
         name = "MergedLinear"
         arguments += f", enable_lora={list(record.enable_lora)}"

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 
 import loralib
 import peft
@@ -167,6 +168,14 @@ def test_a_directory_of_peft_becomes_a_file_that_loralib_loads(convert, seed):
     model.load_state_dict(state)  # strict: every key of both
     x = torch.randn(5, 8)
     assert_close(model(x), copy.deepcopy(theirs).double()(x.double()), theirs(x))
+
+
+def test_alphas_are_told_to_their_last_digit(convert, seed):
+    config = peft.LoraConfig(r=3, lora_alpha=3, use_rslora=True, target_modules=["out", "qkv"])
+    trained(peft.get_peft_model(plain(), config)).save_pretrained("peft")
+    _, lines, _ = convert("peft", "lora.pt")
+    told = {float(alpha) for line in lines for alpha in re.findall(r"lora_alpha=([\d.]+)", line)}
+    assert told == {pytest.approx(3 * 3**0.5, rel=1e-14)}
 
 
 def test_biases_heads_and_embeddings_go_along(convert, seed):

@@ -22,7 +22,7 @@ print(json.dumps({
     "peft": "peft" in sys.modules,
 }), flush=True)
 """
-ARGUMENTS = ["--rank", "4", "-m", "x", "-h", "--", "last"]
+ARGUMENTS = ["--", "--rank", "4", "-m", "x", "-h", "--", "last"]
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
