@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer
@@ -75,6 +76,5 @@ class CompletionLoss(nn.Module):
         # The vocabulary is the widest product: not for tokens that no one is asked to predict.
         logits = self.model.lm_head(hidden[:, :-1][predicted])  # [predicted, vocabulary]
         smoothing = self.label_smoothing if self.training else 0.0
-        return functional.cross_entropy(
-            logits.float(), targets[predicted], label_smoothing=smoothing
-        )
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return functional.cross_entropy(logits, targets[predicted], label_smoothing=smoothing)

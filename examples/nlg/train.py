@@ -5,12 +5,15 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, get_scheduler
@@ -47,7 +50,7 @@ class Progress:
 
     def __init__(self):
         self.step = self.epoch = self.batch = 0
-        self.losses: list = []  # of each step, its batches' mean
+        self.losses: list = []  # of each step, the mean over its predicted tokens
         self.tokens = 0
         self.seconds = 0.0
 
@@ -89,7 +92,6 @@ def train(
     accelerator = Accelerator(
         cpu=on_cpu,  # unasked, accelerate lets processes on a CPU train each by itself
         mixed_precision=mixed_precision,
-        gradient_accumulation_steps=settings.accumulation,
         dataloader_config=DataLoaderConfiguration(
             use_seedable_sampler=True, data_seed=settings.seed
         ),
@@ -136,28 +138,19 @@ def train(
     with bar:
         while progress.epoch < settings.epochs:
             loader.set_epoch(progress.epoch)
-            batches = accelerator.skip_first_batches(loader, progress.batch)
+            batches = iter(accelerator.skip_first_batches(loader, progress.batch))
             module.train()
-            start, losses, tokens = time.perf_counter(), [], 0
-            for batch in batches:
-                with accelerator.accumulate(module):
-                    loss = module(**batch)
-                    # accelerate divides by accumulation; the last step of an epoch may have less.
-                    left = len(loader) - (progress.batch - len(losses))
-                    accelerator.backward(loss * max(1.0, settings.accumulation / left))
-                    prepared.step()
-                    prepared.zero_grad()
-                losses.append(loss.detach())
-                tokens += batch["attention_mask"].sum()
-                progress.batch += 1
-                if not accelerator.sync_gradients:
-                    continue
+            start = time.perf_counter()
+            while step := list(islice(batches, settings.accumulation)):
+                loss, tokens = _backward(accelerator, module, step)
+                prepared.step()
+                prepared.zero_grad()
                 if not accelerator.optimizer_step_was_skipped:
                     schedule.step()
-                progress.losses.append(accelerator.reduce(torch.stack(losses).mean(), "mean"))
-                progress.tokens += accelerator.reduce(tokens, "sum")
+                progress.losses.append(loss)
+                progress.tokens += tokens
+                progress.batch += len(step)
                 progress.step += 1
-                losses, tokens = [], 0
                 bar.update()
                 at_end = progress.step % steps_per_epoch == 0
                 if progress.step % save_every == 0 or at_end:
@@ -189,11 +182,35 @@ def mean_loss(model, tokenizer, features: Sequence[dict], batch_size: int = 32) 
     ordered = sorted(features, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(ordered), batch_size):
         batch = collate(ordered[start : start + batch_size]).to(model.device)
-        predicted = int((batch["labels"][:, 1:] != -100).sum())
+        predicted = int(_predicted(batch["labels"]))
         total += float(module(**batch)) * predicted
         count += predicted
     model.train(was_training)
     return total / count
+
+
+def _backward(accelerator: Accelerator, module, step: Sequence[dict]) -> tuple[Tensor, Tensor]:
+    """Gradients of the mean over all predicted tokens in the batches of all processes.
+
+    step: the batches of this one. -> that mean, and the number of tokens, predicted or not.
+    """
+    own = [_predicted(batch["labels"]) for batch in step]
+    tokens = sum(batch["attention_mask"].sum() for batch in step)
+    predicted, tokens = accelerator.reduce(torch.stack([sum(own), tokens]), "sum")
+    losses = []
+    for i, batch in enumerate(step):
+        last = i == len(step) - 1
+        with nullcontext() if last else accelerator.no_sync(module):
+            mean = module(**batch)
+            loss = mean * (own[i].to(mean) / predicted)
+            accelerator.backward(loss * accelerator.num_processes)  # whose gradients are averaged
+        losses.append(loss.detach())
+    return accelerator.reduce(torch.stack(losses).sum(), "sum"), tokens
+
+
+def _predicted(labels: Tensor) -> Tensor:
+    """How many tokens of a batch CompletionLoss takes the mean over."""
+    return (labels[:, 1:] != -100).sum()
 
 
 def _check_loss(progress: Progress, settings: Settings) -> None:

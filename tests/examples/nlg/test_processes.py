@@ -1,4 +1,4 @@
-"""Two processes under torchrun train what one process does with batches twice as big."""
+"""Two processes under torchrun train what one process does with batches as big as all of theirs."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from examples.nlg.__main__ import main
 from examples.nlg.decode import read_predictions
+from tests.examples.nlg.in_float64 import main
 
 REPOSITORY = Path(__file__).parents[3]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
@@ -18,10 +18,10 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 @pytest.fixture(scope="module")
 def command(tokenizer, restaurants, tiny_gpt2, tmp_path_factory) -> list[str]:
-    """A training on texts of one length, so that the mean of two halves is that of the whole."""
+    """A training on 42 texts: three steps of twelve and one of six."""
     path = tmp_path_factory.mktemp("data") / "train.txt"
-    rows = [row for row in restaurants if len(tokenizer(f" {row.completion}")["input_ids"]) == 13]
-    assert len(rows) == 18
+    rows = restaurants[:42]
+    assert len({len(tokenizer(f" {row.completion}")["input_ids"]) for row in rows}) > 2
     lines = [f"{row.context}||{row.completion}\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
     return [
@@ -32,12 +32,12 @@ def command(tokenizer, restaurants, tiny_gpt2, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def together(command, tmp_path_factory) -> Path:
-    """What two processes wrote: batches of three on each."""
+    """What two processes wrote: two batches of three on each, one where an epoch ends."""
     output = tmp_path_factory.mktemp("together")
     done = subprocess.run(
         [
-            sys.executable, "-m", *TORCHRUN, "examples.nlg", *command, "--batch-size", "3",
-            "--output", str(output),
+            sys.executable, "-m", *TORCHRUN, "tests.examples.nlg.in_float64", *command,
+            "--batch-size", "3", "--accumulation", "2", "--output", str(output),
         ],
         cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=300,
@@ -46,18 +46,18 @@ def together(command, tmp_path_factory) -> Path:
     return output
 
 
-def test_two_processes_are_one_with_batches_twice_as_big(command, together, tmp_path):
-    assert main([*command, "--batch-size", "6", "--output", str(tmp_path)]) == 0
+def test_two_processes_are_one_with_batches_as_big_as_all_of_theirs(command, together, tmp_path):
+    assert main([*command, "--batch-size", "12", "--output", str(tmp_path)]) == 0
     one, two = (json.loads((path / "metrics.json").read_text()) for path in (tmp_path, together))
-    assert len(one["losses"]) == 6
+    assert len(one["losses"]) == 2 * 4
     # Sums in another order, which AdamW makes grow.
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-9)
     assert two["tokens"] == one["tokens"]
     expected, actual = (
         load_file(path / "adapter" / "adapter_model.safetensors") for path in (tmp_path, together)
     )
     for name, tensor in expected.items():
-        assert (actual[name] - tensor).norm() < 1e-4 * tensor.norm(), name
+        assert (actual[name] - tensor).norm() < 1e-9 * tensor.norm(), name
 
 
 def test_the_adapter_of_two_processes_decodes(command, together, tmp_path):

@@ -136,30 +136,48 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]
 
 
-def test_the_gradient_of_a_step_is_the_mean_over_the_batches_that_it_has(
-    fresh, tokenizer, features
+@pytest.fixture
+def exact(fresh):
+    """Without dropout and in float64: a sum in another order gives the same."""
+    return lambda: fresh(dropout=0.0).double()
+
+
+def test_the_gradient_of_a_step_is_that_of_the_mean_over_all_its_predicted_tokens(
+    exact, tokenizer, features
 ):
     """Eleven batches, three a step: the last step has two. Without a rate nothing moves."""
     settings = Settings(**vars(SETTINGS) | {"epochs": 1, "accumulation": 3, "lr": 0.0})
-    model, gradients = fresh(dropout=0.0), []
+    model, gradients = exact(), []
     parameters = [p for p in model.parameters() if p.requires_grad]
     features.order.clear()
     hook = register_optimizer_step_pre_hook(
         lambda *_: gradients.append([p.grad.clone() for p in parameters])
     )
     try:
-        train(model, tokenizer, features, settings)
+        progress = train(model, tokenizer, features, settings)
     finally:
         hook.remove()
 
     loss_of, collate = CompletionLoss(model, 0.1).train(), DataCollatorForSeq2Seq(tokenizer)
     order = list(features.order)
-    batches = [[features[i] for i in order[start : start + 4]] for start in range(0, 44, 4)]
-    steps = [batches[start : start + 3] for start in range(0, 11, 3)]
-    assert [len(step) for step in steps] == [3, 3, 3, 2]
-    for step, actual in zip(steps, gradients, strict=True):
-        loss = sum(loss_of(**collate(batch).to(model.device)) for batch in step) / len(step)
+    steps = [[features[i] for i in order[start : start + 12]] for start in range(0, 44, 12)]
+    assert [len(step) for step in steps] == [12, 12, 12, 8]
+    for step, actual, told in zip(steps, gradients, progress.losses, strict=True):
+        loss = loss_of(**collate(step).to(model.device))
         torch.testing.assert_close(actual, list(torch.autograd.grad(loss, parameters)))
+        assert told == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_accumulated_batches_train_what_one_big_batch_does(exact, tokenizer, features):
+    runs = []
+    for sizes in ({"accumulation": 3, "batch_size": 4}, {"accumulation": 1, "batch_size": 12}):
+        model = exact()
+        progress = train(model, tokenizer, features, Settings(**vars(SETTINGS) | sizes))
+        runs.append((list(model.parameters()), progress))
+    (parameters, progress), (expected, one) = runs
+    assert progress.losses == pytest.approx(one.losses, rel=1e-9)  # AdamW makes roundings grow
+    assert (progress.step, progress.tokens) == (one.step, one.tokens) == (8, one.tokens)
+    torch.testing.assert_close(parameters, expected)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_checkpoint(
