@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the last complete checkpoint in --output, of a run with the same options",
+        help="go on from the last complete checkpoint in --output, of a run with the same options; "
+        "one that has ended is told again",
     )
     option(
         "--keep", "the epoch whose weights count: the best on the first development set, the last, "

@@ -111,7 +111,8 @@ def _run(options, method: str, seed: int, lr: float, name: str) -> dict:
         "--settings": "roberta-base", "--max-length": 64,
         "--weight-decay": 0.01, "--keep": "none", "--seed": seed, "--output": output,
     }  # fmt: skip
-    command = [sys.executable, "-m", "examples.nlu", "--group-by-length", *FLAGS[method]]
+    command = [sys.executable, "-m", "examples.nlu", "--group-by-length", "--resume"]
+    command += FLAGS[method]
     command += [str(part) for pair in arguments.items() for part in pair]
     print(f"\n== {name}, lr {lr:g}", flush=True)
     subprocess.run(command, check=True)

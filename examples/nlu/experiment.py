@@ -3,7 +3,7 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -52,6 +52,10 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
     record = resume.record(options, task, chosen, data, _model_hash(location), device)
     output = _output(options, chosen)
     checkpoint = None
+    if options.resume and (found := resume.finished(output, record)):
+        _say("resume", "the run has ended")
+        _tell(found["dev"], output / resume.RESULTS)
+        return found
     if not options.evaluate_only:
         checkpoint = resume.checkpoint(output, record, options.resume)
     if options.resume:
@@ -98,8 +102,6 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
             report.write_json(record, output / resume.RECORD)
         spent = _train(trainer, output, checkpoint)
     measured = {name: _measure(trainer, task, rows) for name, rows in dev.items()}
-    for name, scores in measured.items():
-        _say(name, ", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
     results = {
         **record,
         "dev": measured,
@@ -109,17 +111,17 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
         **spent,
         "peak_memory_bytes": report.peak_memory(trainer.args.device),
         "memory_before_training_bytes": before,
-        "saved_bytes": 0 if options.evaluate_only else report.weight_bytes(output / "trained"),
+        "saved_bytes": 0 if options.evaluate_only else report.weight_bytes(output / resume.TRAINED),
         "versions": report.versions(),
         "log": trainer.state.log_history,
     }
+    # The report counts results.json alone: a run that was measured again is no further seed.
+    file = output / ("evaluated.json" if options.evaluate_only else resume.RESULTS)
     if trainer.is_world_process_zero():
-        # The report counts results.json alone: a run that was measured again is no further seed.
-        file = output / ("evaluated.json" if options.evaluate_only else "results.json")
         report.write_json(results, file)
         if not options.evaluate_only:
             report.curves(results, task, output / "curves.png")
-        _say("results", file)
+    _tell(measured, file)
     return results
 
 
@@ -165,13 +167,19 @@ def _train(trainer: Trainer, output: Path, checkpoint: str | None) -> dict[str, 
     trainer.add_callback(clock)
     trainer.train(resume_from_checkpoint=checkpoint)
     spent = clock.spent()
-    trainer.save_model(str(output / "trained"))
+    trainer.save_model(str(output / resume.TRAINED))
     return spent
 
 
 def _measure(trainer: Trainer, task: Task, rows: Sequence[dict]) -> dict[str, float]:
     out = trainer.predict(rows)
     return {**metrics.score(task, out.predictions, out.label_ids), "examples": len(rows)}
+
+
+def _tell(measured: Mapping[str, Mapping], file: Path) -> None:
+    for name, scores in measured.items():
+        _say(name, ", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
+    _say("results", file)
 
 
 def _say(label: str, value) -> None:

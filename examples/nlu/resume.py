@@ -15,9 +15,11 @@ from examples.errors import InputError
 from examples.nlu.data import Data
 from examples.nlu.tasks import Settings, Task
 
-__all__ = ["RECORD", "checkpoint", "record", "weights_hash"]
+__all__ = ["RECORD", "RESULTS", "TRAINED", "checkpoint", "finished", "record", "weights_hash"]
 
-RECORD = "run.json"  # beside the checkpoints: the record of their run
+# What a run leaves beside its checkpoints: its record, what it found, the weights that count.
+RECORD, RESULTS, TRAINED = "run.json", "results.json", "trained"
+STATE = "trainer_state.json"  # the Trainer's, in a checkpoint
 HASH_DIGITS = 12
 
 
@@ -78,22 +80,32 @@ def weights_hash(path: str) -> str | None:
     return digest.hexdigest()[:HASH_DIGITS] if path.is_file() or files else None
 
 
+def finished(output: Path, this: Mapping) -> dict | None:
+    """What results.json says of the run with the record this, None where it has not ended."""
+    results = _read_json(output / RESULTS)
+    if results is None or not (output / TRAINED).is_dir():
+        return None
+    return results if {key: results.get(key) for key in this} == this else None
+
+
 def checkpoint(output: Path, this: Mapping, resume: bool) -> str | None:
     """Path of the newest complete checkpoint in output, None where there is none.
 
     this: the record of the run that is to go on from it.
-    Raises: InputError for checkpoints of a run with another record, and without resume for any.
+    Raises: InputError where output holds what another run left, or without resume any; and where
+    the checkpoint of the best epoch so far, whose weights count in the end, is missing.
     """
     folders = [f for f in output.glob("checkpoint-*") if _step(f).isdecimal()]
-    if not folders:
+    other = _read_json(output / RECORD)
+    left = [*folders, *(file for name in (TRAINED, RESULTS) if (file := output / name).exists())]
+    # A run that left nothing is no loss, but not to be resumed as another either.
+    if not left and not (resume and other):
         return None
-    try:
-        other = json.loads((output / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if other is None:
         raise InputError(
-            f"--output {output}: holds checkpoints, and no {RECORD} that says of what run: another "
-            "folder starts anew"
-        ) from None
+            f"--output {output}: holds a run, and no {RECORD} that says which: another folder "
+            "starts anew"
+        )
     was, now = _flat(other), _flat(this)
     differing = [
         f"{key} was {was.get(key)}, is {now.get(key)}"
@@ -102,16 +114,34 @@ def checkpoint(output: Path, this: Mapping, resume: bool) -> str | None:
     ]
     if differing:
         raise InputError(
-            f"--output {output}: holds checkpoints of another run: {'; '.join(differing)}: "
-            "another folder starts anew"
+            f"--output {output}: holds another run: {'; '.join(differing)}: another folder starts "
+            "anew"
         )
     if not resume:
         raise InputError(
-            f"--output {output}: holds checkpoints: --resume goes on from the last, another "
-            "folder starts anew"
+            f"--output {output}: holds this run: --resume goes on with it, another folder starts "
+            "anew"
         )
     complete = [f for f in folders if _is_complete(f, this["processes"])]
-    return str(max(complete, key=lambda f: int(_step(f)))) if complete else None
+    if not complete:
+        return None
+    newest = max(complete, key=lambda f: int(_step(f)))
+    best = _read_json(newest / STATE).get("best_global_step")
+    if this["keep"] == "best" and best and output / f"checkpoint-{best}" not in complete:
+        raise InputError(
+            f"--output {output}: checkpoint-{best}, the best before {newest.name}, is missing or "
+            "not complete: another folder starts anew"
+        )
+    return str(newest)
+
+
+def _read_json(path: Path) -> dict | None:
+    """None where there is no object to be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _step(folder: Path) -> str:
@@ -136,10 +166,11 @@ def _is_complete(folder: Path, processes: int) -> bool:
         if processes > 1
         else ["rng_state.pth"]
     )
+    if _read_json(folder / STATE) is None:
+        return False
     try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, SafetensorError):
         return False
     zips = ["optimizer.pt", "scheduler.pt", *random]
     return bool(weights) and all(zipfile.is_zipfile(folder / name) for name in zips)

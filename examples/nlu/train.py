@@ -91,6 +91,15 @@ class Clock(TrainerCallback, ExportableState):
             self._cpu -= earlier["train_cpu_seconds"]
 
 
+class _Best(TrainerCallback):
+    """The best checkpoint lies beside the others, whose states hold the path that it once had."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.best_global_step:
+            folder = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+            state.best_model_checkpoint = str(folder) if folder.is_dir() else None
+
+
 class _Progress(ProgressCallback):
     """The bar without the logs between, which results.json has; it ends at a diverged run."""
 
@@ -186,4 +195,5 @@ def make_trainer(
     )
     trainer.pop_callback(ProgressCallback)
     trainer.add_callback(_Progress)
+    trainer.add_callback(_Best)
     return trainer

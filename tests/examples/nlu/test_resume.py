@@ -48,7 +48,7 @@ def test_no_checkpoint_is_none_to_go_on_from(tmp_path):
 
 def test_the_newest_by_its_step_is_taken_if_asked_for(output):
     assert resume.checkpoint(output, THIS, resume=True) == str(output / "checkpoint-10")
-    with pytest.raises(InputError, match="--resume goes on from the last"):
+    with pytest.raises(InputError, match="holds this run: --resume goes on with it"):
         resume.checkpoint(output, THIS, resume=False)
 
 
@@ -111,7 +111,7 @@ def test_every_process_has_to_have_written_its_random_state(output):
 )  # fmt: skip
 def test_another_run_is_refused_by_what_it_changes(output, flags, named):
     for asked in (True, False):
-        with pytest.raises(InputError, match="of another run: ") as error:
+        with pytest.raises(InputError, match="holds another run: ") as error:
             resume.checkpoint(output, record(*flags), asked)
         assert all(name in str(error.value) for name in named)
         assert str(error.value).count(" was ") == len(named)
@@ -159,9 +159,59 @@ def test_weights_are_found_in_files_and_folders(tmp_path):
         resume.weights_hash(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [None, "", "{"])
-def test_checkpoints_of_nobody_knows_what_are_refused(output, content):
-    file = output / resume.RECORD
-    file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(InputError, match=f"no {resume.RECORD}"):
+@pytest.mark.parametrize("content", [None, "", "{", "[]"])
+@pytest.mark.parametrize("left", ["checkpoint-10", "trained", "results.json"])
+def test_what_nobody_knows_of_is_refused(tmp_path, left, content):
+    (tmp_path / left).mkdir()
+    if content is not None:
+        (tmp_path / resume.RECORD).write_text(content)
+    for asked in (True, False):
+        with pytest.raises(InputError, match=f"no {resume.RECORD}"):
+            resume.checkpoint(tmp_path, THIS, asked)
+
+
+@pytest.mark.parametrize("left", ["trained", "results.json"])
+def test_a_run_without_checkpoints_is_not_overwritten(tmp_path, left):
+    (tmp_path / left).mkdir()
+    (tmp_path / resume.RECORD).write_text(json.dumps(THIS))
+    for asked in (True, False):
+        with pytest.raises(InputError, match=r"holds another run: lr was 0\.0005, is 1\.0"):
+            resume.checkpoint(tmp_path, record("--lr", "1"), asked)
+    with pytest.raises(InputError, match="holds this run"):
+        resume.checkpoint(tmp_path, THIS, resume=False)
+    assert resume.checkpoint(tmp_path, THIS, resume=True) is None
+
+
+def test_a_run_that_left_nothing_is_in_nobodys_way_but_not_resumed_as_another(tmp_path):
+    (tmp_path / resume.RECORD).write_text(json.dumps(THIS))
+    other = record("--lr", "1")
+    assert resume.checkpoint(tmp_path, other, resume=False) is None
+    assert resume.checkpoint(tmp_path, THIS, resume=False) is None
+    assert resume.checkpoint(tmp_path, THIS, resume=True) is None
+    with pytest.raises(InputError, match="holds another run"):
+        resume.checkpoint(tmp_path, other, resume=True)
+
+
+def test_a_run_has_ended_where_its_results_and_its_weights_are(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({**THIS, "dev": {}}))
+    assert resume.finished(tmp_path, THIS) is None
+    (tmp_path / "trained").mkdir()
+    assert resume.finished(tmp_path, THIS) == {**THIS, "dev": {}}
+    assert resume.finished(tmp_path, record("--seed", "1")) is None
+    file.write_text(file.read_text()[:-9])
+    assert resume.finished(tmp_path, THIS) is None
+
+
+@pytest.mark.parametrize("best", [8, 9])
+def test_the_best_epoch_has_to_be_there(output, best):
+    (output / "checkpoint-10" / "trainer_state.json").write_text(
+        json.dumps({"global_step": 10, "best_global_step": best})
+    )
+    assert best == 8 or resume.checkpoint(output, THIS, resume=True)
+    (output / "checkpoint-9" / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match=f"checkpoint-{best}, the best before checkpoint-10, is"):
         resume.checkpoint(output, THIS, resume=True)
+    last = record("--keep", "last")
+    (output / resume.RECORD).write_text(json.dumps(last))
+    assert resume.checkpoint(output, last, resume=True)

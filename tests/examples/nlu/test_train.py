@@ -148,7 +148,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 def test_an_old_run_is_neither_overwritten_nor_resumed_as_another(nlu, tmp_path, capsys):
     first = nlu(epochs="1")
     for extra, changes, message in (
-        ((), {}, "holds checkpoints: --resume goes on"),
+        ((), {}, "holds this run: --resume goes on"),
         (("--resume",), {"alpha": "16"}, "alpha was 8, is 16.0: another folder"),
         ((), {"settings": "roberta-base-scripts"}, "settings was roberta-base, is roberta-base-s"),
     ):
@@ -157,9 +157,28 @@ def test_an_old_run_is_neither_overwritten_nor_resumed_as_another(nlu, tmp_path,
         assert message in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == first
     capsys.readouterr()
-    again = nlu("--resume", epochs="1")  # nothing is left to do
-    assert f"resume     {tmp_path / 'run' / 'checkpoint-10'}" in capsys.readouterr().out
-    assert (losses(again), again["dev"]) == (losses(first), first["dev"])
+    assert nlu("--resume", epochs="1") == first
+    printed = capsys.readouterr().out
+    assert "resume     the run has ended\nheld_out   accuracy" in printed
+    assert f"results    {tmp_path / 'run' / 'results.json'}" in printed
+
+
+@pytest.mark.parametrize("keep", ["best", "none"])
+def test_a_run_that_has_ended_is_told_again_without_its_checkpoints(nlu, tmp_path, capsys, keep):
+    first = nlu(keep=keep, epochs="1")
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
+    assert nlu("--resume", keep=keep, epochs="1") == first
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")} == before
+    for extra, epochs, message in (
+        ((), "1", "this"),
+        ((), "2", "another"),
+        (("--resume",), "2", "another"),
+    ):
+        with pytest.raises(AssertionError):
+            nlu(*extra, keep=keep, epochs=epochs)
+        assert f"holds {message} run: " in capsys.readouterr().err
 
 
 def test_folders_know_the_settings(tiny_model, tiny_data, tmp_path, monkeypatch):
@@ -182,7 +201,9 @@ def test_a_run_measured_again_is_no_further_seed(nlu, tmp_path):
     assert [file.name for file in tmp_path.rglob("results.json")] == ["results.json"]
 
 
-def test_the_best_epoch_counts_and_not_the_last(nlu, tmp_path, monkeypatch):
+def test_the_best_epoch_counts_and_not_the_last_also_in_a_run_that_was_moved(
+    nlu, tmp_path, monkeypatch
+):
     # From the second epoch on, the labels are turned round.
     step = AdapterTrainer.training_step
 
@@ -192,7 +213,18 @@ def test_the_best_epoch_counts_and_not_the_last(nlu, tmp_path, monkeypatch):
         return step(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(AdapterTrainer, "training_step", spoiled)
-    result = nlu(epochs="4", warmup="0")
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "_load_best_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            nlu(epochs="4", warmup="0", name="killed")
+    assert len(list((tmp_path / "killed").glob("checkpoint-*"))) == 2
+    # Its states hold the path that its folder had.
+    (tmp_path / "killed").rename(tmp_path / "run")
+    result = nlu("--resume", epochs="4", warmup="0")
     seen = [entry["eval_accuracy"] for entry in result["log"] if "eval_accuracy" in entry]
     assert seen[-1] < max(seen)
     # In the end the Trainer deletes the last checkpoint.
@@ -214,6 +246,7 @@ def test_a_resumed_head_is_that_of_its_checkpoint(nlu, tmp_path):
     trained = nlu(method="head", epochs="3")
     best = {entry["eval_accuracy"] for entry in trained["log"] if "eval_accuracy" in entry}
     assert trained["dev"]["held_out"]["accuracy"] == max(best) > 0.5
+    (tmp_path / "run" / "results.json").unlink()  # as if it had been killed before
     again = nlu("--resume", method="head", epochs="3")
     assert again["dev"] == trained["dev"]
     # Checkpoints are as small as what is saved in the end.
@@ -440,6 +473,9 @@ def test_the_comparison_starts_runs_as_processes_and_reads_them_back(
     assert result["training_examples"] == 64
     # A fresh process: its peak is its own, and training adds to it.
     assert result["peak_memory_bytes"] >= result["memory_before_training_bytes"] > 0
+    # A second call keeps the runs that have ended.
+    monkeypatch.setattr(compare.subprocess, "run", lambda command, check: main(command[3:]))
+    assert compare._run(options, "lora", 1, 1e-3, "one") == result
 
 
 @pytest.mark.parametrize("flag", ["--seeds", "--train", "--epochs"])
