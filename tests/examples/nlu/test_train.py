@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 import lora_kernels as lora
 from examples.finetune.model import load_tokenizer
-from examples.nlu import compare, report
+from examples.nlu import compare
 from examples.nlu.__main__ import main
 from examples.nlu.data import load
 from examples.nlu.model import adapt, load_model
@@ -422,7 +422,7 @@ def test_texts_are_cut_to_the_positions_of_the_model(nlu, tiny_model, tmp_path):
     assert result["dev"]["held_out"]["examples"] == 20
 
 
-# ---- comparing and reporting ----
+# ---- comparing ----
 
 
 def test_the_comparison_sums_up_and_draws_runs_of_all_methods(nlu, tmp_path):
@@ -483,48 +483,3 @@ def test_the_comparison_needs_one_of_each_at_least(flag, capsys):
     with pytest.raises(SystemExit):
         compare.main(["--data", "some.tsv", flag, "0"])
     assert f"argument {flag}: must be in [1, inf), got 0" in capsys.readouterr().err
-
-
-def test_the_report_is_the_papers_table(tmp_path, capsys):
-    row = dict(zip(TASKS, (87.5, 95.1, 89.7, 63.4, 93.3, 90.8, 86.6, 91.5), strict=True))
-    for task, value in row.items():
-        for seed, shift in enumerate((-1, 0, 2)):
-            folder = tmp_path / task / str(seed)
-            folder.mkdir(parents=True)
-            result = {
-                "task": task,
-                "model": "roberta-base",
-                "method": "lora",
-                "settings": asdict(settings("roberta-base", task)),
-                "trainable_parameters": 887042,
-                "paper_score": (value + shift) / 100,
-                **report.UNCHANGED,
-            }
-            report.write_json(result, folder / "results.json")  # fmt: skip
-    assert report.main([str(tmp_path)]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == (
-        "| roberta-base | lora | roberta-base | 887,042 "
-        "| 87.5 | 95.1 | 89.7 | 63.4 | 93.3 | 90.8 | 86.6 | 91.5 | 87.2 |"
-    )
-    assert report.main([str(tmp_path / "rte" / "0")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("|  |  | 85.6 |  |  |")
-
-
-def test_the_report_pools_runs_of_the_same_settings_only():
-    def result(name="roberta-large", score=0.5, changes=None, **other):
-        return {
-            "task": "rte", "model": "m", "method": "lora", "trainable_parameters": 1,
-            "settings": asdict(settings(name, "rte")) | (changes or {}), "paper_score": score,
-            **report.UNCHANGED, **other,
-        }  # fmt: skip
-
-    rows = report.table([
-        result(), result(score=0.7), result("roberta-large-restricted", 0.2),
-        result(score=0.9, changes={"lr": 1.0}, targets=["query"]), result(score=None),
-    ]).splitlines()[2:]  # fmt: skip
-    assert [[cell.strip() for cell in row.split("|")][3:12:8] for row in rows] == [
-        ["roberta-large", "60.0"],
-        ["roberta-large-restricted", "20.0"],
-        ["roberta-large, lr 1.0, targets ['query']", "90.0"],
-    ]
