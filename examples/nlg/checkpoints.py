@@ -1,7 +1,9 @@
 """Checkpoints of accelerate that hold an adapter, and a record of what they are a run of."""
 
+import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -9,7 +11,7 @@ from accelerate import Accelerator
 import lora_kernels as lora
 from examples.errors import InputError
 
-__all__ = ["check_fresh", "check_same", "complete", "keep_adapters_only", "save"]
+__all__ = ["check_fresh", "check_same", "complete", "features_hash", "keep_adapters_only", "save"]
 
 RECORD = "run.json"
 
@@ -40,6 +42,10 @@ def check_same(checkpoint: Path, record: dict) -> None:
     ]
     if changed:
         raise InputError(f"{checkpoint}: of a run with other settings: {', '.join(changed)}")
+
+
+def features_hash(features: Sequence[dict]) -> str:
+    return hashlib.sha256(json.dumps(list(features)).encode()).hexdigest()[:12]
 
 
 def save(accelerator: Accelerator, checkpoints: Path, step: int, record: dict) -> None:

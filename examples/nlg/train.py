@@ -1,7 +1,5 @@
 """Training through accelerate: any number of devices, mixed precision, accumulation, resuming."""
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +17,7 @@ from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, get_scheduler
 
 from examples.errors import InputError
-from examples.nlg.checkpoints import check_same, complete, keep_adapters_only
+from examples.nlg.checkpoints import check_same, complete, features_hash, keep_adapters_only
 from examples.nlg.checkpoints import save as save_checkpoint
 from examples.nlg.model import CompletionLoss
 
@@ -83,8 +81,8 @@ def train(
     adapter, and the state of optimizer, schedule, random numbers and data loader. resume: goes on
     from there, as if there had been no break, or starts where there is none.
     after_epoch(number of epochs done) runs on the main process.
-    Raises: InputError for a checkpoint of another run, for fp16 on a CPU, and for a loss that is
-    no number where a checkpoint is due.
+    Raises: InputError for a checkpoint of another run, for fp16 on a CPU, and for weights whose
+    loss is no number where a checkpoint or an epoch's end is due.
     """
     on_cpu = not torch.accelerator.is_available()
     if on_cpu and mixed_precision == "fp16":
@@ -121,7 +119,7 @@ def train(
         **asdict(settings),
         "mixed_precision": mixed_precision,
         "processes": accelerator.num_processes,
-        "examples": f"{len(features)} with hash {_hash(features)}",
+        "examples": f"{len(features)} with hash {features_hash(features)}",
     }
     if resume and (found := complete(checkpoints)):
         check_same(found[-1], record)
@@ -154,7 +152,7 @@ def train(
                 bar.update()
                 at_end = progress.step % steps_per_epoch == 0
                 if progress.step % save_every == 0 or at_end:
-                    _check_loss(progress, settings)
+                    _check_loss(accelerator, module, step[-1], progress.step, settings.lr)
                 if progress.step % 10 == 0:
                     bar.set_postfix(loss=f"{float(progress.losses[-1]):.3f}")
                 if progress.step % save_every == 0 and not at_end:
@@ -213,11 +211,13 @@ def _predicted(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != -100).sum()
 
 
-def _check_loss(progress: Progress, settings: Settings) -> None:
-    loss = float(progress.losses[-1])
+@torch.no_grad()
+def _check_loss(accelerator: Accelerator, module, batch: dict, step: int, lr: float) -> None:
+    """The weights give a loss: an update that has made them too large shows in the next one only.
+
+    In eval mode, which draws no random numbers: the run goes on as if it had not been measured.
+    """
+    loss = float(accelerator.reduce(module.eval()(**batch), "mean"))
+    module.train()
     if not math.isfinite(loss):
-        raise InputError(f"step {progress.step}: the loss is {loss}: --lr {settings.lr} too high?")
-
-
-def _hash(features: Sequence[dict]) -> str:
-    return hashlib.sha256(json.dumps(list(features)).encode()).hexdigest()[:12]
+        raise InputError(f"after step {step} the loss is {loss}: --lr {lr:g} too high?")

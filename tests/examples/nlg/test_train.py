@@ -180,14 +180,14 @@ def test_accumulated_batches_train_what_one_big_batch_does(exact, tokenizer, fea
     torch.testing.assert_close(parameters, expected)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_checkpoint(
+def test_a_run_that_has_diverged_ends_and_leaves_the_last_checkpoint(
     fresh, tokenizer, features, tmp_path
 ):
     """The first step has no rate yet, the second one makes the weights too large."""
     settings, model = Settings(**vars(SETTINGS) | {"lr": 1e30}), fresh()
-    with pytest.raises(InputError, match=r"step 3: the loss is nan: --lr 1e\+30"):
+    with pytest.raises(InputError, match=r"after step 2 the loss is nan: --lr 1e\+30"):
         train(model, tokenizer, features, settings, checkpoints=tmp_path, save_every=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 # ---- mixed precision ----
