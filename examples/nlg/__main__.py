@@ -11,6 +11,8 @@ from examples.nlg import data
 from examples.options import number
 
 ADAPTER, CHECKPOINTS, RESULT = "adapter", "checkpoints", "metrics.json"
+LR_BELOW = 1e37  # AdamW's first step divides it by 1 - β₁ = 0.1 and has to stay in float32
+SEED_BELOW = 2**31  # numpy's bound is 2³², and every process adds its number
 MADE_OF = ("model", "task", "rank", "alpha", "dropout", "max_length")  # and train's Settings
 
 
@@ -33,6 +35,7 @@ def train(options: argparse.Namespace) -> int:
     held = data.load(options.task, options.valid, options.valid_split) if options.valid else []
     import torch
     from accelerate import PartialState
+    from tqdm import tqdm
 
     import lora_kernels as lora
     from examples.nlg.checkpoints import check_fresh
@@ -54,8 +57,9 @@ def train(options: argparse.Namespace) -> int:
         lora.save_adapter(model, options.output / f"epoch-{done}")
         lora.save_adapter(model, options.output / ADAPTER)
         if held_features:
-            print(f"epoch {done}: loss on {options.valid} "
-                  f"{mean_loss(model, tokenizer, held_features):.4f}", flush=True)  # fmt: skip
+            loss = mean_loss(model, tokenizer, held_features)
+            tqdm.write(f"epoch {done}: loss on {options.valid} {loss:.4f}")  # beside the bar
+            sys.stdout.flush()
 
     made_of = {name: getattr(options, name) for name in MADE_OF}
     settings = {name: getattr(options, name) for name in Settings.__dataclass_fields__}
@@ -119,7 +123,7 @@ def score(options: argparse.Namespace) -> int:
     from examples.nlg.metrics import Missing
     from examples.nlg.metrics import score as measure
 
-    groups, predictions = read_predictions(options.predictions)
+    groups, predictions = read_predictions(options.predictions, options.task == "webnlg")
     results = measure(options.task, groups, predictions)
     for part, scores in results.items():
         for name, value in scores.items():
@@ -223,11 +227,14 @@ def _parser() -> argparse.ArgumentParser:
     option("--epochs", 5, "passes over the data", type=number(int, 1), metavar="N")
     option("--batch-size", 8, "sequences a batch and device", type=number(int, 1), metavar="N")
     option("--accumulation", 1, "batches a step", type=number(int, 1), metavar="N")
-    option("--lr", 2e-4, "peak learning rate", type=number(float, 0), metavar="LR")
+    option("--lr", 2e-4, "peak learning rate", type=number(float, 0, LR_BELOW), metavar="LR")
     option("--warmup", 500, "steps to the peak", type=number(int, 0), metavar="N")
     option("--weight-decay", 0.01, "AdamW's", type=number(float, 0), metavar="D")
     option("--label-smoothing", 0.1, "ε", type=number(float, 0, 1), metavar="E")
-    option("--seed", 110, "of batches, dropout and lora_A", type=number(int, 0), metavar="N")
+    option(
+        "--seed", 110, "of batches, dropout and lora_A", type=number(int, 0, SEED_BELOW),
+        metavar="N",
+    )  # fmt: skip
     option("--mixed-precision", "no", "accelerate's", choices=("no", "fp16", "bf16"))
     option("--save-every", 100, "steps between checkpoints", type=number(int, 1), metavar="N")
     option("--resume", False, "go on from the newest checkpoint", action="store_true")

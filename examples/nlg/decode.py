@@ -103,8 +103,11 @@ def write_predictions(path: Path, groups: Sequence[Group], predictions: Sequence
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_predictions(path: Path) -> tuple[list[Group], list[str]]:
-    """What write_predictions wrote. Raises: InputError that names the line."""
+def read_predictions(path: Path, categories: bool = False) -> tuple[list[Group], list[str]]:
+    """What write_predictions wrote; with categories, every line has one.
+
+    Raises: InputError that names the line.
+    """
     groups, predictions = [], []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -116,7 +119,10 @@ def read_predictions(path: Path) -> tuple[list[Group], list[str]]:
                 raise ValueError(f"references must be texts, none blank, got {references!r}")
             if not isinstance(prediction, str):
                 raise ValueError(f"prediction must be a text, got {prediction!r}")
-            groups.append(Group(row["context"], references, row.get("category")))
+            category = row.get("category")
+            if categories and not (isinstance(category, str) and category.strip()):
+                raise ValueError(f"category must be a text, not blank, got {category!r}")
+            groups.append(Group(row["context"], references, category))
             predictions.append(prediction)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}:{number}: {type(error).__name__}: {error}") from None

@@ -50,6 +50,7 @@ References = Sequence[Sequence[str]]
 def score(task: str, groups: Sequence[Group], predictions: Texts) -> dict[str, dict[str, Score]]:
     """Metrics of "all" contexts and, for WebNLG, of those of "seen" and "unseen" categories.
 
+    For WebNLG every group has a category, as read_predictions sees to.
     E2E: BLEU, METEOR and ROUGE-L in per cent, NIST, CIDEr. DART and WebNLG: BLEU in per cent,
     METEOR and TER as fractions. So do the tables of the paper.
     """

@@ -1,6 +1,8 @@
 """Beam search, files of predictions, and the commands from training to scores."""
 
+import io
 import json
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -178,6 +180,19 @@ def test_train_decode_score(e2e_file, tiny_gpt2, tmp_path, capsys, monkeypatch):
     assert scores["BLEU"] >= 0
 
 
+@pytest.mark.parametrize("category", ["", ', "category": " "', ', "category": ["City"]'])
+def test_webnlg_is_not_scored_without_a_category(category, tmp_path, capsys):
+    """Neither seen nor unseen: the second line is named."""
+    path = tmp_path / "predictions.jsonl"
+    rows = [
+        f'{{"context": "a", "prediction": "a b", "references": ["a b"]{part}}}'
+        for part in (', "category": "City"', category)
+    ]
+    path.write_text("\n".join(rows))
+    assert main(["score", "--task", "webnlg", str(path)]) == 2
+    assert f"{path}:2: ValueError: category must be a text" in capsys.readouterr().err
+
+
 def test_what_the_user_has_to_put_right_is_told(e2e_file, tiny_gpt2, tmp_path, capsys):
     common = [
         "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file), "--max-length", "128",
@@ -188,6 +203,39 @@ def test_what_the_user_has_to_put_right_is_told(e2e_file, tiny_gpt2, tmp_path, c
     assert "none.jsonl" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["train", *common, "--lr", "-1"])
+
+
+def test_no_adapter_is_written_whose_last_update_diverged(e2e_file, tiny_gpt2, tmp_path, capsys):
+    """One step: the loss before it is a number."""
+    arguments = [
+        "train", "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file), "--max-length",
+        "128", "--epochs", "1", "--batch-size", "300", "--lr", "1e30", "--warmup", "0",
+        "--output", str(tmp_path),
+    ]  # fmt: skip
+    assert main(arguments) == 2
+    assert "error: after step 1 the loss is nan: --lr 1e+30" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--lr", "1e38"), ("--seed", "4294967296"), ("--seed", "2147483648")]
+)
+def test_numbers_that_torch_and_numpy_do_not_take_are_refused(option, value, capsys):
+    arguments = ["train", "--task", "e2e", "--data", "none.txt", option, value]
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"argument {option}: must be in [0, " in capsys.readouterr().err
+
+
+def test_losses_on_held_out_data_have_lines_of_their_own(e2e_file, tiny_gpt2, tmp_path):
+    arguments = [
+        "train", "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file), "--valid",
+        str(e2e_file), "--max-length", "64", "--epochs", "1", "--output", str(tmp_path),
+    ]  # fmt: skip
+    terminal = io.StringIO()
+    with redirect_stdout(terminal), redirect_stderr(terminal):
+        assert main(arguments) == 0
+    assert "\repoch 1: loss on" in terminal.getvalue()  # the bar is wiped away before
 
 
 def test_lengths_that_do_not_fit_are_refused(e2e_file, tiny_gpt2, tmp_path, capsys):
