@@ -7,13 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import nn
 
 import lora_kernels as lora
 from examples.errors import InputError
 
-__all__ = ["check_fresh", "check_same", "complete", "features_hash", "keep_adapters_only", "save"]
+__all__ = [
+    "check_fresh",
+    "check_same",
+    "complete",
+    "features_hash",
+    "keep_adapters_only",
+    "save",
+    "weights_hash",
+]
 
 RECORD = "run.json"
+SAMPLE = 256  # numbers of a weight, at least: all of them would take seconds for a large model
 
 
 def check_fresh(checkpoints: Path, resume: bool) -> None:
@@ -46,6 +56,17 @@ def check_same(checkpoint: Path, record: dict) -> None:
 
 def features_hash(features: Sequence[dict]) -> str:
     return hashlib.sha256(json.dumps(list(features)).encode()).hexdigest()[:12]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Of numbers spread over each weight that does not train: another base model has others."""
+    sample = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            step = weight.numel() // SAMPLE | 1  # odd: not always the same column
+            numbers = weight.detach().flatten()[::step].cpu().numpy()
+            sample.update(name.encode() + numbers.tobytes())
+    return sample.hexdigest()[:12]
 
 
 def save(accelerator: Accelerator, checkpoints: Path, step: int, record: dict) -> None:

@@ -17,7 +17,13 @@ from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, get_scheduler
 
 from examples.errors import InputError
-from examples.nlg.checkpoints import check_same, complete, features_hash, keep_adapters_only
+from examples.nlg.checkpoints import (
+    check_same,
+    complete,
+    features_hash,
+    keep_adapters_only,
+    weights_hash,
+)
 from examples.nlg.checkpoints import save as save_checkpoint
 from examples.nlg.model import CompletionLoss
 
@@ -119,6 +125,7 @@ def train(
         **asdict(settings),
         "mixed_precision": mixed_precision,
         "processes": accelerator.num_processes,
+        "frozen weights": weights_hash(model),
         "examples": f"{len(features)} with hash {features_hash(features)}",
     }
     if resume and (found := complete(checkpoints)):

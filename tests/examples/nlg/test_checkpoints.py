@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from examples.errors import InputError
 from examples.nlg.__main__ import main
 from examples.nlg.checkpoints import check_fresh
+from examples.nlg.model import load_model
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,22 @@ def test_another_model_is_refused(command, finished, tiny_gpt2, tmp_path, capsys
     other = shutil.copytree(tiny_gpt2, tmp_path / "other")
     assert main([*command, "--output", str(finished), "--resume", "--model", str(other)]) == 2
     assert f"model was {tiny_gpt2}, is {other}" in capsys.readouterr().err
+
+
+def test_other_weights_under_the_same_name_are_refused(
+    command, finished, tiny_gpt2, tmp_path, capsys
+):
+    base = shutil.copytree(tiny_gpt2, tmp_path / "base")
+    arguments = [*command, "--model", str(base), "--output", str(tmp_path / "output")]
+    assert main(arguments) == 0
+    model = load_model(str(base))
+    model.transformer.h[1].mlp.c_fc.weight.data *= 1.01
+    model.save_pretrained(base)
+    capsys.readouterr()
+    assert main([*arguments, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "frozen weights was " in error
+    assert error.count(" was ") == 1
 
 
 def test_other_examples_are_refused_and_the_same_ones_in_another_file_are_not(
