@@ -82,10 +82,10 @@ def train(
     """Trains what requires a gradient in model, in place, and leaves it on accelerate's device.
 
     features: of data.encode. made_of: what else decides the result, such as the rank; a run that
-    has other entries, settings, features or processes cannot resume this one. checkpoints: a
-    directory that gets the newest checkpoint every save_every steps and after each epoch: the
-    adapter, and the state of optimizer, schedule, random numbers and data loader. resume: goes on
-    from there, as if there had been no break, or starts where there is none.
+    has other entries, settings, frozen weights, features or processes cannot resume this one.
+    checkpoints: a directory that gets the newest checkpoint every save_every steps and after each
+    epoch: the adapter, and the state of optimizer, schedule, random numbers and data loader.
+    resume: goes on from there, as if there had been no break, or starts where there is none.
     after_epoch(number of epochs done) runs on the main process.
     Raises: InputError for a checkpoint of another run, for fp16 on a CPU, and for weights whose
     loss is no number where a checkpoint or an epoch's end is due.
