@@ -18,9 +18,10 @@ GROUPS = (
     ("gate_proj", "up_proj"),
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
 )
-
-
 # And to blocks whose keys and values come from another input.
 CROSS_ATTENTION = (
     "encoder_attn", "crossattention", "cross_attn", "cross_attention", "EncDecAttention",

@@ -295,6 +295,20 @@ def test_cross_attention_is_left_out(seed, device):
     assert lora.share_inputs(model, exclude=())
 
 
+def test_t5_shares_in_self_attention_and_gates_alone(seed, device):
+    from transformers import T5Config, T5Model
+
+    config = T5Config(
+        vocab_size=13, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    model = lora.apply_lora(T5Model(config), r=2, lora_alpha=4)
+    ends = [[path.split(".")[-2:] for path in paths] for paths in lora.share_inputs(model)]
+    attention = [["SelfAttention", name] for name in "qkv"]
+    gates = [["DenseReluDense", name] for name in ("wi_0", "wi_1")]
+    assert ends == [attention, gates] * 2
+
+
 def test_errors_name_the_layer(seed, device):
     model, x = make(device)
     lora.share_inputs(model)
