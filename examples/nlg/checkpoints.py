@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -11,12 +10,12 @@ from torch import nn
 
 import lora_kernels as lora
 from examples.errors import InputError
+from examples.record import differences, short
 
 __all__ = [
     "check_fresh",
     "check_same",
     "complete",
-    "features_hash",
     "keep_adapters_only",
     "save",
     "weights_hash",
@@ -45,17 +44,9 @@ def check_same(checkpoint: Path, record: dict) -> None:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    changed = [
-        f"{name} was {saved.get(name)}, is {record.get(name)}"
-        for name in saved | record
-        if saved.get(name) != record.get(name)
-    ]
+    changed = differences(saved, record)
     if changed:
         raise InputError(f"{checkpoint}: of a run with other settings: {', '.join(changed)}")
-
-
-def features_hash(features: Sequence[dict]) -> str:
-    return hashlib.sha256(json.dumps(list(features)).encode()).hexdigest()[:12]
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -66,7 +57,7 @@ def weights_hash(model: nn.Module) -> str:
             step = weight.numel() // SAMPLE | 1  # odd: not always the same column
             numbers = weight.detach().flatten()[::step].cpu().numpy()
             sample.update(name.encode() + numbers.tobytes())
-    return sample.hexdigest()[:12]
+    return short(sample)
 
 
 def save(accelerator: Accelerator, checkpoints: Path, step: int, record: dict) -> None:

@@ -20,12 +20,12 @@ from examples.errors import InputError
 from examples.nlg.checkpoints import (
     check_same,
     complete,
-    features_hash,
     keep_adapters_only,
     weights_hash,
 )
 from examples.nlg.checkpoints import save as save_checkpoint
 from examples.nlg.model import CompletionLoss
+from examples.record import content_hash
 
 __all__ = ["Progress", "Settings", "mean_loss", "train"]
 
@@ -126,7 +126,7 @@ def train(
         "mixed_precision": mixed_precision,
         "processes": accelerator.num_processes,
         "frozen weights": weights_hash(model),
-        "examples": f"{len(features)} with hash {features_hash(features)}",
+        "examples": f"{len(features)} with hash {content_hash(list(features))}",
     }
     if resume and (found := complete(checkpoints)):
         check_same(found[-1], record)

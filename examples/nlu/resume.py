@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from examples.errors import InputError
 from examples.nlu.data import Data
 from examples.nlu.tasks import Settings, Task
+from examples.record import content_hash, differences, short
 
 __all__ = ["RECORD", "RESULTS", "TRAINED", "checkpoint", "finished", "record", "weights_hash"]
 
 # What a run leaves beside its checkpoints: its record, what it found, the weights that count.
 RECORD, RESULTS, TRAINED = "run.json", "results.json", "trained"
 STATE = "trainer_state.json"  # the Trainer's, in a checkpoint
-HASH_DIGITS = 12
 
 
 def record(
@@ -50,7 +50,7 @@ def record(
         "start_from": options.start_from,
         "start_from_hash": options.start_from and weights_hash(options.start_from),
         "data": options.data,
-        "data_hash": hashlib.sha256(json.dumps(data).encode()).hexdigest()[:HASH_DIGITS],
+        "data_hash": content_hash(data),
         "train": options.train,
         "training_examples": len(data.train),
         "keep": options.keep,
@@ -77,7 +77,7 @@ def weights_hash(path: str) -> str | None:
                     digest.update(chunk)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()[:HASH_DIGITS] if path.is_file() or files else None
+    return short(digest) if path.is_file() or files else None
 
 
 def finished(output: Path, this: Mapping) -> dict | None:
@@ -106,12 +106,7 @@ def checkpoint(output: Path, this: Mapping, resume: bool) -> str | None:
             f"--output {output}: holds a run, and no {RECORD} that says which: another folder "
             "starts anew"
         )
-    was, now = _flat(other), _flat(this)
-    differing = [
-        f"{key} was {was.get(key)}, is {now.get(key)}"
-        for key in now | was
-        if was.get(key) != now.get(key)
-    ]
+    differing = differences(_flat(other), _flat(this))
     if differing:
         raise InputError(
             f"--output {output}: holds another run: {'; '.join(differing)}: another folder starts "
