@@ -6,9 +6,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from examples.finetune import experiment, ranks
-from examples.finetune.__main__ import main
-from tests.examples import tiny
+from examples.finetune import ranks
+from tests.examples import in_float64, tiny
 from tests.tolerance import assert_close
 
 
@@ -27,11 +26,9 @@ def the_example_has_the_losses_of_one_process(directory):
         "--batch-size", "7", "--epochs", "1", "--dropout", "0", "--output",
     ]  # fmt: skip
     alone, together = directory / f"alone{dist.get_rank()}", directory / "together"
-    load_model = experiment.load_model
-    with mock.patch.object(experiment, "load_model", lambda *args: load_model(*args).double()):
-        with mock.patch.multiple(ranks, rank=lambda: 0, count=lambda: 1):
-            assert main([*arguments, str(alone)]) == 0
-        assert main([*arguments, str(together)]) == 0
+    with mock.patch.multiple(ranks, rank=lambda: 0, count=lambda: 1):
+        assert in_float64.main("finetune", [*arguments, str(alone)]) == 0
+    assert in_float64.main("finetune", [*arguments, str(together)]) == 0
     dist.barrier()
     one, two = (json.loads((path / "metrics.json").read_text()) for path in (alone, together))
     assert (one["ranks"], two["ranks"]) == (1, 2)

@@ -1,19 +1,17 @@
 """Two processes under torchrun train what one process does with batches as big as all of theirs."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from examples.nlg.decode import read_predictions
-from tests.examples.nlg.in_float64 import main
+from tests import torchrun
+from tests.examples import in_float64
 
-REPOSITORY = Path(__file__).parents[3]
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+main = functools.partial(in_float64.main, "nlg")
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +32,10 @@ def command(tokenizer, restaurants, tiny_gpt2, tmp_path_factory) -> list[str]:
 def together(command, tmp_path_factory) -> Path:
     """What two processes wrote: two batches of three on each, one where an epoch ends."""
     output = tmp_path_factory.mktemp("together")
-    done = subprocess.run(
-        [
-            sys.executable, "-m", *TORCHRUN, "tests.examples.nlg.in_float64", *command,
-            "--batch-size", "3", "--accumulation", "2", "--output", str(output),
-        ],
-        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300,
+    torchrun.run(
+        "tests.examples.in_float64", "nlg", *command, "--batch-size", "3", "--accumulation", "2",
+        "--output", output, CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-8000:]
     return output
 
 

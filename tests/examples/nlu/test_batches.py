@@ -1,17 +1,13 @@
 """A batch in parts, one after the other or on two processes under torchrun, is the whole batch."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.examples import tiny
-from tests.examples.nlu import in_float64
-from tests.examples.nlu.conftest import REPOSITORY
+from tests import torchrun
+from tests.examples import in_float64, tiny
 from tests.tolerance import assert_close
 
 
@@ -52,28 +48,23 @@ def assert_same(output, whole):
 def whole(arguments, tmp_path_factory):
     """The run of one process with batches of 16."""
     output = tmp_path_factory.mktemp("whole")
-    assert in_float64.run([*arguments, "--batch-size", "16", "--output", str(output)]) == 0
+    assert in_float64.main("nlu", [*arguments, "--batch-size", "16", "--output", str(output)]) == 0
     return output
 
 
 def test_accumulated_batches_are_one(arguments, whole, tmp_path):
     flags = ["--batch-size", "4", "--accumulate", "4", "--output", str(tmp_path)]
-    assert in_float64.run([*arguments, *flags]) == 0
+    assert in_float64.main("nlu", [*arguments, *flags]) == 0
     assert_same(tmp_path, whole)
 
 
 def test_the_batches_of_two_processes_are_one(arguments, whole, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "tests.examples.nlu.in_float64", *arguments, "--batch-size", "8",
-         "--output", str(tmp_path)],
-        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-8000:]
+    stdout = torchrun.run(
+        "tests.examples.in_float64", "nlu", *arguments, "--batch-size", "8", "--output", tmp_path
+    )
     assert_same(tmp_path, whole)
     # The first process alone speaks and writes.
-    said = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
+    said = [line.split()[0] for line in stdout.splitlines() if line.strip()]
     assert said == ["model", "data", "held_out", "results"]
     assert read(tmp_path)[0]["processes"] == 2
     states = {file.name for file in tmp_path.glob("checkpoint-18/rng_state*")}
