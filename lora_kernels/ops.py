@@ -49,8 +49,7 @@ def _forward(x, w, a, b, bias, seed, scaling, dropout_p, *groups):
         dropout=dropout_p > 0, aligned=plan.aligned(x, w),
     )  # fmt: skip
     args = (x, w, a, b, bias, seed, scaling, dropout_p, *groups)
-    y, h = _run("lora_linear_forward", product, args)
-    return _no_view(y), h
+    return _run("lora_linear_forward", product, args)
 
 
 def _backward(dy, x, h, w, a, b, seed, scaling, dropout_p, *groups_and_needs):
@@ -72,8 +71,7 @@ def _shared_forward(x, ws, a, bs, *rest):
         r=a.shape[1], dtype=x.dtype, device=x.device, dropout=dropout_p > 0,
         aligned=plan.aligned(x, *ws),
     )  # fmt: skip
-    *ys, h = _run("lora_shared_linear_forward", product, (x, ws, a, bs, *rest), (x, a, *bs))
-    return [*map(_no_view, ys), h]
+    return _run("lora_shared_linear_forward", product, (x, ws, a, bs, *rest), (x, a, *bs))
 
 
 def _shared_backward(dys, x, h, ws, a, bs, *rest):
@@ -87,15 +85,11 @@ def _shared_backward(dys, x, h, ws, a, bs, *rest):
     return _run("lora_shared_linear_backward", product, args, (dy, a, *bs))
 
 
-def _no_view(y: torch.Tensor) -> torch.Tensor:
-    """y as no view of its rows: it may be changed in place (nn.ReLU(inplace=True)), which autograd
-    forbids for a view that a Function returns.
-    """
-    return torch.ops.aten._unsafe_view.default(y, y.shape)
-
-
 def _run(name: str, product: plan.Product, args: tuple, tensors: Sequence | None = None):
     """tensors: those that decide which kernels are compiled; None is all of args."""
+    chosen = plan.choose(product)
+    if chosen.name == "reference":
+        return getattr(reference, name)(*args)
 
     def by_plan(chosen: str):
         if chosen == "reference":
@@ -104,10 +98,12 @@ def _run(name: str, product: plan.Product, args: tuple, tensors: Sequence | None
 
         return getattr(shared_linear if "shared" in name else linear, name)(chosen, *args)
 
-    tensors = args if tensors is None else tensors
-    dtypes = dict.fromkeys(t.dtype for t in tensors if isinstance(t, torch.Tensor))
-    what = (name, product.device, *dtypes)
-    return plan.run(plan.choose(product), what, by_plan)
+    def what() -> tuple:
+        used = args if tensors is None else tensors
+        dtypes = dict.fromkeys(t.dtype for t in used if isinstance(t, torch.Tensor))
+        return (name, product.device, *dtypes)
+
+    return plan.run(chosen, what, by_plan)
 
 
 def _without_autocast(op):

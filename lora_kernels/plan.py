@@ -156,28 +156,28 @@ _NOT_OURS = re.compile(
 )
 
 
-def run(plan: Plan, what: tuple, by_plan: Callable[[str], _Result]) -> _Result:
+def run(plan: Plan, what: Callable[[], tuple], by_plan: Callable[[str], _Result]) -> _Result:
     """by_plan(plan.name); where its kernels do not compile or launch, the next plan's result.
 
-    what: the op, device and dtypes. A plan that failed for them is not tried again, and that is
-    said once. Running out of memory and the device's own errors are raised.
+    what: gives the op, device and dtypes. A plan that failed for them is not tried again, and that
+    is said once. Running out of memory and the device's own errors are raised.
     """
     for name in PLANS[PLANS.index(plan.name) : -1]:
-        if (name, what) in _failed:
+        if _failed and (name, what()) in _failed:
             continue
         try:
             return by_plan(name)
         except Exception as error:
             if not _is_a_kernels(error):
                 raise
-            _give_up(name, what, error)
+            _give_up(name, what(), error)
     return by_plan("reference")
 
 
 def failures() -> dict[tuple[str, tuple], str]:
     """The reason by (plan, what) of all that did not compile or launch in this process.
 
-    what: as in run().
+    what: as what() of run().
     """
     return dict(_failed)
 

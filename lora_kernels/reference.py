@@ -22,6 +22,7 @@ __all__ = [
     "lora_shared_linear_backward",
     "lora_shared_linear_forward",
     "low_rank_input",
+    "shaped_like",
 ]
 
 
@@ -52,9 +53,9 @@ def low_rank_input(x: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float) 
     rows = x.reshape(-1, x.shape[-1])
     acc = accumulate_dtype(x.dtype)
     if dropout_p == 0:
-        return rows.to(acc) @ a.to(acc).T
+        return _as(acc, rows) @ _as(acc, a).T
     mask = philox.keep_mask(seed, *rows.shape, dropout_p, dtype=acc)
-    return (_dropped(rows, mask) @ a.to(acc).T) * philox.keep_scale(dropout_p)
+    return (_dropped(rows, mask) @ _as(acc, a).T) * philox.keep_scale(dropout_p)
 
 
 def lora_linear_forward(
@@ -79,8 +80,9 @@ def lora_linear_forward(
     y = F.linear(rows, w, bias)
     h = low_rank_input(rows, a, seed, dropout_p)
     for columns, b_rows, ranks in groups(out_splits, enable_lora, b.shape[1]):
-        add_product_(y[:, columns], h[:, ranks], b[b_rows].to(acc).T, scaling)
-    return y.view(*x.shape[:-1], y.shape[-1]), h
+        factor = _as(acc, _part(b, 0, b_rows)).T
+        add_product_(_part(y, 1, columns), _part(h, 1, ranks), factor, scaling)
+    return shaped_like(x, y), h
 
 
 def lora_linear_backward(
@@ -115,41 +117,45 @@ def lora_linear_backward(
         # b is copied column by column: BLAS is twice as fast on a skinny factor that way.
         dh = _join(
             [
-                F.linear(dy_rows[:, columns].to(acc), b[b_rows].to(acc).T.contiguous())
+                F.linear(
+                    _as(acc, _part(dy_rows, 1, columns)),
+                    _as(acc, _part(b, 0, b_rows)).T.contiguous(),
+                )
                 for columns, b_rows, _ in enabled
             ],
             dim=1,
         )
-        dh = dh * scaling
         if dropout_p > 0:
             shape = (dy_rows.shape[0], a.shape[1])
             mask = philox.keep_mask(seed, *shape, dropout_p, dtype=acc)
-            dh = dh * philox.keep_scale(dropout_p)
+            dh = dh * (scaling * philox.keep_scale(dropout_p))
+        else:
+            dh = dh * scaling
     if needs_x:
         dx = dy_rows @ w
         if dropout_p > 0:
-            update = dh @ a.to(acc)
+            update = dh @ _as(acc, a)
             if dx.dtype == acc:
                 dx.addcmul_(update, mask)
             else:
                 dx.add_(update.mul_(mask))
         else:
-            add_product_(dx, dh, a.to(acc), 1.0)
+            add_product_(dx, dh, _as(acc, a), 1.0)
         dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     if needs_w:
         dw = dy_rows.T @ rows
     if needs_a:
-        x_hat = _dropped(rows, mask) if dropout_p > 0 else rows.to(acc)
-        da = (dh.T @ x_hat).to(a.dtype)
+        x_hat = _dropped(rows, mask) if dropout_p > 0 else _as(acc, rows)
+        da = _as(a.dtype, dh.T @ x_hat)
     if needs_b:
         db = _join(
             [
-                (h[:, ranks].T @ dy_rows[:, columns].to(acc)).T * scaling
+                (_part(h, 1, ranks).T @ _as(acc, _part(dy_rows, 1, columns))).T * scaling
                 for columns, _, ranks in enabled
             ],
             dim=0,
         )
-        db = db.to(b.dtype).contiguous()
+        db = _as(b.dtype, db).contiguous()
     if needs_bias:
         dbias = dy_rows.sum(0)
     return [grad for grad in (dx, dw, da, db, dbias) if grad is not None]
@@ -228,12 +234,32 @@ def _needed(needs: Sequence[bool]) -> list[str]:
     return [name for name, needed in zip(names, needs, strict=True) if needed]
 
 
+def shaped_like(x: Tensor, y: Tensor) -> Tensor:
+    """y [M, N] as x [..., K] lies, and no view: autograd forbids to change a view that a Function
+    returns, as nn.ReLU(inplace=True) would.
+    """
+    if x.dim() == 2:
+        return y
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+
+
 def add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """out += scale·left·right in place; out may have fewer bits than the product."""
     if out.dtype == left.dtype:
         out.addmm_(left, right, alpha=scale)
     else:
         out.add_((left @ right).mul_(scale))
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """tensor.to(dtype), without a call where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _part(tensor: Tensor, dim: int, part: slice) -> Tensor:
+    """tensor's entries part of dim, without a call where these are all."""
+    size = part.stop - part.start
+    return tensor if size == tensor.shape[dim] else tensor.narrow(dim, part.start, size)
 
 
 def _dropped(rows: Tensor, mask: Tensor) -> Tensor:

@@ -73,19 +73,25 @@ def numerics_of(x: Tensor, *factors: Tensor | None) -> Numerics:
     others as TF32, which has float16's bits and a range that no scaling overflows. float32 factors
     over a 16-bit layer get float32 gradients, so what these are made of is multiplied as float32.
     """
-    target = target_of(x.device)
+    uniform = all(factor is None or factor.dtype == x.dtype for factor in factors)
+    return _numerics(x.dtype, uniform, target_of(x.device), _tf32_allowed())
+
+
+@functools.cache
+def _numerics(dtype: torch.dtype, uniform: bool, target: str, tf32_allowed: bool) -> Numerics:
+    """uniform: the factors are in the layer's dtype."""
     # TF32 is not everywhere on AMD's parts.
     tf32, exact = ("ieee", "ieee") if target == "hip" else ("tf32", "tf32x3")
     # Triton's interpreter would multiply bfloat16 as integers.
-    interpreted_bf16 = x.dtype == torch.bfloat16 and target == "interpreter"
-    main = tl.float32 if interpreted_bf16 else _TL[x.dtype]
+    interpreted_bf16 = dtype == torch.bfloat16 and target == "interpreter"
+    main = tl.float32 if interpreted_bf16 else _TL[dtype]
     update = main if main is tl.bfloat16 else tl.float32
-    if x.dtype == torch.float32:
-        precision = tf32 if _tf32_allowed() else "ieee"
+    if dtype == torch.float32:
+        precision = tf32 if tf32_allowed else "ieee"
         return Numerics(main, main, main, main, precision, precision)
-    if all(factor is None or factor.dtype == x.dtype for factor in factors):
+    if uniform:
         return Numerics(main, main, update, update, tf32, tf32)
-    precision = tf32 if _tf32_allowed() else exact
+    precision = tf32 if tf32_allowed else exact
     return Numerics(main, tl.float32, tl.float32, update, precision, tf32)
 
 

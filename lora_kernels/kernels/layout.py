@@ -7,7 +7,7 @@ __all__ = ["either_way", "rows"]
 
 def rows(tensor: Tensor) -> Tensor:
     """[..., C] as a matrix [M, C] whose rows are whole in memory; copies only where it must."""
-    matrix = tensor.reshape(-1, tensor.shape[-1])
+    matrix = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 

@@ -23,6 +23,7 @@ from lora_kernels.kernels.fill import fill_dx, fill_y
 from lora_kernels.kernels.forward import forward
 from lora_kernels.kernels.launch import Numerics, current, numerics_of
 from lora_kernels.kernels.layout import either_way, rows
+from lora_kernels.reference import shaped_like
 
 __all__ = ["lora_linear_backward", "lora_linear_forward", "output"]
 
@@ -47,7 +48,7 @@ def lora_linear_forward(
         h = down(x_rows, rows(a), seed, dropout_p, numerics)
         groups = tuple(out_splits), tuple(enable_lora)
         y = output(plan, x_rows, w, h, b, bias, scaling, *groups, numerics)
-    return y.view(*x.shape[:-1], y.shape[1]), h
+    return shaped_like(x, y), h
 
 
 def output(

@@ -23,6 +23,7 @@ from lora_kernels.kernels.fill import fill_dx
 from lora_kernels.kernels.launch import current, numerics_of
 from lora_kernels.kernels.layout import either_way, rows
 from lora_kernels.kernels.linear import output
+from lora_kernels.reference import shaped_like
 
 __all__ = ["lora_shared_linear_backward", "lora_shared_linear_forward"]
 
@@ -47,7 +48,7 @@ def lora_shared_linear_forward(
         for h_l, w, b, bias, scaling in zip(h, ws, bs, biases, scalings, strict=True):
             groups = (w.shape[0],), (True,)
             y = output(plan, x_rows, w, h_l, b, bias, scaling, *groups, numerics)
-            ys.append(y.view(*x.shape[:-1], y.shape[1]))
+            ys.append(shaped_like(x, y))
     return [*ys, h]
 
 
