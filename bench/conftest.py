@@ -133,6 +133,7 @@ def environment(request) -> dict:
         "cpu": machine["cpu"].get("brand_raw"),
         "threads": torch.get_num_threads(),
         "gpu": gpu_name(device),
+        "capability": torch.cuda.get_device_capability() if device == "cuda" else None,
         "driver": cuda.gpu_state().get("driver_version") if device == "cuda" else None,
         **ceilings.measure(device, shapes.AXES[device].dtype),
     }

@@ -32,8 +32,8 @@ UNMEASURED = {
 }
 # Fields that files written before them lack.
 LATER_FIELDS = {
-    "kind": "layer", "execution": "eager", "out_splits": None, "gpu": None, "copy_tb_s": None,
-    "product_tflop_s": None, "launch_us": None,
+    "kind": "layer", "execution": "eager", "out_splits": None, "gpu": None, "capability": None,
+    "copy_tb_s": None, "product_tflop_s": None, "launch_us": None,
 }  # fmt: skip
 
 # By the name of a dtype in rows.
