@@ -58,7 +58,7 @@ def _backward(dy, x, h, w, a, b, seed, scaling, dropout_p, *groups_and_needs):
     product = plan.Product(
         m=dy.numel() // max(1, n), n=n, k=1 if wide is None else wide.shape[-1],
         r=1 if b is None else b.shape[1], dtype=dy.dtype, device=dy.device,
-        dropout=dropout_p > 0, aligned=plan.aligned(dy, w),
+        dropout=dropout_p > 0, aligned=plan.aligned(dy, w), backward=True,
     )  # fmt: skip
     args = (dy, x, h, w, a, b, seed, scaling, dropout_p, *groups_and_needs)
     return _run("lora_linear_backward", product, args)
@@ -79,7 +79,7 @@ def _shared_backward(dys, x, h, ws, a, bs, *rest):
     product = plan.Product(
         m=dy.numel() // max(1, dy.shape[-1]), n=sum(w.shape[0] for w in ws), k=a.shape[2],
         r=a.shape[1], dtype=dy.dtype, device=dy.device, dropout=dropout_p > 0,
-        aligned=plan.aligned(*dys, *ws),
+        aligned=plan.aligned(*dys, *ws), backward=True,
     )  # fmt: skip
     args = (dys, x, h, ws, a, bs, *rest)
     return _run("lora_shared_linear_backward", product, args, (dy, a, *bs))

@@ -31,6 +31,7 @@ class Product(NamedTuple):
     """What a plan is chosen by: x [m, k], w [n, k], rank r, and how they lie in memory.
 
     aligned: whether the large operands can be read through tensor descriptors, see aligned().
+    backward: whether the large product is dy·w, with the mask behind it, and not x·wᵀ.
     """
 
     m: int
@@ -41,6 +42,7 @@ class Product(NamedTuple):
     device: torch.device
     dropout: bool = False
     aligned: bool = True
+    backward: bool = False
 
 
 class Plan(NamedTuple):
@@ -62,8 +64,9 @@ class Measured:
     n: tuple[float, float] = (1, math.inf)
     k: tuple[float, float] = (1, math.inf)
     r: tuple[float, float] = (1, math.inf)
-    dropout: bool | None = None  # None: with and without
+    dropout: bool | None = None  # None, here and below: either
     aligned: bool | None = True
+    backward: bool | None = None
 
     def holds(self, product: Product, capability: tuple[int, int]) -> bool:
         return (
@@ -71,6 +74,7 @@ class Measured:
             and self.dtype == product.dtype
             and self.dropout in (None, product.dropout)
             and self.aligned in (None, product.aligned)
+            and self.backward in (None, product.backward)
             and all(
                 low <= getattr(product, name) <= high
                 for name in ("m", "n", "k", "r")

@@ -23,8 +23,8 @@ class Row(NamedTuple):
     ranks: tuple[int, ...]  # of the active adapters
     dtype: torch.dtype | None  # of the base weight
     fused: bool  # whether lora_linear, or lora_shared_linear, is the forward
-    plan: str | None  # "fused", "sandwich" or "reference" where it is
-    reason: str  # of the plan, or why the layer is not fused
+    plan: str | None  # of the forward: "fused", "sandwich" or "reference", where it is
+    reason: str  # of the plan, then that of the backward if it is another; or why it is not fused
 
 
 class Report(list[Row]):
@@ -47,9 +47,10 @@ class Report(list[Row]):
 def report(model: nn.Module, tokens: int = 4096) -> Report:
     """Every LoRA layer of a model: fused, and by which plan for this many tokens, or why not.
 
-    It tells what the next forward would do with an input of the base weight's dtype: with the
-    adapters that are active now, in this mode, under the autocast that is on. Parameters that
-    fully_shard has sharded are DTensors until a forward gathers them; ask inside of one.
+    It tells what the next forward would do with an input of the base weight's dtype, and a backward
+    behind it: with the adapters that are active now, in this mode, under the autocast that is on.
+    Parameters that fully_shard has sharded are DTensors until a forward gathers them; ask inside of
+    one.
 
     Raises: ValueError where tokens is no integer >= 1.
     """
@@ -122,14 +123,23 @@ def _example(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _plan(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens: int) -> plan.Plan:
-    """Of one layer, or of those that one call computes for the same x."""
+    """The forward's, of one layer or of those that one call computes for the same x.
+
+    The reason names the backward's plan too where it is another.
+    """
     n, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     x = _example(weights[0])
     dtype = functional.autocast_dtype(x) or x.dtype
     if dtype != x.dtype:  # as autocast will lay them out
         weights = [torch.empty_like(weight, dtype=dtype, device="meta") for weight in weights]
-    aligned = plan.aligned(x, *weights)
-    return plan.choose(plan.Product(tokens, n, k, r, dtype, x.device, dropout_p > 0, aligned))
+    dys = [torch.empty((0, w.shape[0]), dtype=dtype, device="meta") for w in weights]
+    product = plan.Product(tokens, n, k, r, dtype, x.device, dropout_p > 0)
+    forward = plan.choose(product._replace(aligned=plan.aligned(x, *weights)))
+    backward = plan.choose(product._replace(aligned=plan.aligned(*dys, *weights), backward=True))
+    if backward.name == forward.name:
+        return forward
+    both = f"{forward.reason}; backward: {backward.name}, {backward.reason}"
+    return forward._replace(reason=both)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

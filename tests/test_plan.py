@@ -2,6 +2,7 @@
 
 import subprocess
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,18 @@ def test_a_row_names_its_source_and_may_ask_for_dropout(h200, monkeypatch):
     assert choose(product()) == Plan("fused", "measured: a.json")
     monkeypatch.setattr(plans, "TABLE", (row,))
     assert choose(product(dropout=True)).name == "sandwich"
+
+
+def test_forward_and_backward_are_measured_each_by_itself(h200, monkeypatch):
+    row = Measured((9, 0), torch.bfloat16, "fused", "a.json", backward=False)
+    for table, names in (
+        ((row,), ("fused", "sandwich")),
+        ((replace(row, backward=True),), ("sandwich", "fused")),
+        ((replace(row, backward=None),), ("fused", "fused")),
+    ):
+        monkeypatch.setattr(plans, "TABLE", table)
+        passes = product(), product(backward=True)
+        assert tuple(choose(one).name for one in passes) == names
 
 
 @pytest.mark.parametrize(
@@ -220,16 +233,45 @@ def test_other_errors_are_raised(error, monkeypatch, device):
         call(make_problem(9, 8, 7, 2, device=device))
 
 
-@pytest.mark.parametrize("plan", ["fused", "sandwich", "reference"], indirect=True)
-def test_layers_take_the_plan_that_is_chosen(plan, monkeypatch, device):
-    from lora_kernels.kernels import linear
+@pytest.fixture
+def seen(monkeypatch):
+    """The ops that reach the kernels, and the plan that each is run by."""
+    from lora_kernels.kernels import linear, shared_linear
 
-    seen = []
-    for name in ("lora_linear_forward", "lora_linear_backward"):
-        real = getattr(linear, name)
-        monkeypatch.setattr(
-            linear, name, lambda plan, *args, real=real: (seen.append(plan), real(plan, *args))[1]
-        )
+    calls = []
+    for module in (linear, shared_linear):
+        for name in module.__all__:
+            if name.startswith("lora_"):
+                real = getattr(module, name)
+
+                def call(plan, *args, name=name, real=real):
+                    calls.append((name, plan))
+                    return real(plan, *args)
+
+                monkeypatch.setattr(module, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("plan", ["fused", "sandwich", "reference"], indirect=True)
+def test_layers_take_the_plan_that_is_chosen(plan, seen, device):
     layer = lora_kernels.Linear(8, 6, r=2, device=device)
     layer(torch.randn(3, 8, device=device)).sum().backward()
-    assert seen == ([] if plan == "reference" else [plan, plan])
+    assert [name for _, name in seen] == ([] if plan == "reference" else [plan, plan])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_pass_asks_for_its_own_plan(shared, seen, monkeypatch, device):
+    monkeypatch.setattr(
+        plans, "choose", lambda product: Plan("sandwich" if product.backward else "fused", "")
+    )
+    x, w, a, b = (
+        torch.randn(shape, device=device, requires_grad=True)
+        for shape in ((3, 8), (6, 8), (2, 8), (6, 2))
+    )
+    if shared:
+        (y,) = lora_kernels.lora_shared_linear(x, [w.detach()], [a], [b])
+    else:
+        y = lora_kernels.lora_linear(x, w.detach(), a, b)
+    y.sum().backward()
+    op = "lora_shared_linear" if shared else "lora_linear"
+    assert seen == [(f"{op}_forward", "fused"), (f"{op}_backward", "sandwich")]

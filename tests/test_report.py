@@ -173,20 +173,45 @@ def test_the_plan_is_that_of_the_product(monkeypatch):
         plan.Product(7, 8, 16, 2, torch.float32, cpu, dropout=True, aligned=True),
         plan.Product(9, 8, 16, 2, torch.bfloat16, cpu, dropout=False, aligned=True),
     ]
-    assert products == 2 * expected
+    assert [product for product in products if not product.backward] == 2 * expected
+    expected = [product._replace(backward=True) for product in expected]
+    assert [product for product in products if product.backward] == 2 * expected
+
+
+def test_a_backward_by_another_plan_is_told_behind_the_forwards(monkeypatch):
+    def choose(product):
+        return plan.Plan(*(("sandwich", "no") if product.backward else ("fused", "measured")))
+
+    monkeypatch.setattr(plan, "choose", choose)
+    patch_peft()
+    for model in (own_model(), peft_model()):
+        (row,) = [row for row in report(model) if row.fused]
+        assert (row.plan, row.reason) == ("fused", "measured; backward: sandwich, no")
 
 
 @pytest.mark.parametrize(
-    ("in_features", "dtype", "aligned"),
-    [(8, "float32", True), (6, "float32", False), (8, "bfloat16", True), (4, "bfloat16", False)],
-)
-def test_alignment_is_that_of_x_and_weight(in_features, dtype, aligned, monkeypatch):
+    ("in_features", "out_features", "dtype", "forward", "backward"),
+    [
+        (8, 8, "float32", True, True), (6, 8, "float32", False, False),
+        (8, 6, "float32", True, False),
+        (8, 8, "bfloat16", True, True), (4, 8, "bfloat16", False, False),
+        (8, 4, "bfloat16", True, False),
+    ],
+)  # fmt: skip
+def test_alignment_is_that_of_x_or_dy_and_weight(
+    in_features, out_features, dtype, forward, backward, monkeypatch
+):
     seen = []
-    monkeypatch.setattr(plan, "choose", lambda p: seen.append(p.aligned) or plan.Plan("x", "y"))
-    report(lora.Linear(in_features, 8, r=1, dtype=getattr(torch, dtype)))
+
+    def choose(product):
+        seen.append((product.backward, product.aligned))
+        return plan.Plan("x", "y")
+
+    monkeypatch.setattr(plan, "choose", choose)
+    report(lora.Linear(in_features, out_features, r=1, dtype=getattr(torch, dtype)))
     with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
-        report(lora.Linear(in_features, 8, r=1))
-    assert seen == [aligned, aligned]
+        report(lora.Linear(in_features, out_features, r=1))
+    assert seen == 2 * [(False, forward), (True, backward)]
 
 
 class Attention(nn.Module):
@@ -212,7 +237,8 @@ def test_layers_that_share_x_have_the_plan_of_their_one_call(monkeypatch, device
     monkeypatch.setattr(plan, "choose", choose)
     together = "because; in one call with 1 other layer"
     assert [row.reason for row in report(model)] == [together, together, "because"]
-    assert [product.n for product in products] == [20, 20, 4]
+    assert [p.n for p in products if not p.backward] == [20, 20, 4]
+    assert [p.n for p in products if p.backward] == [20, 20, 4]
     model.key.eval()  # merged: the others compute alone
     assert [row.reason for row in report(model)] == ["because", "its adapter is merged", "because"]
     monkeypatch.undo()

@@ -23,8 +23,13 @@ __all__ = ["Findings", "Missing", "as_json", "as_text", "examine"]
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate")
 VARIABLES = ("LORA_KERNELS_PLAN", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
-# Tokens of products with a 4096 x 4096 weight at rank 16, as in a model of 7 billion parameters.
-PRODUCTS = {"training": 8192, "decoding": 1}
+# Tokens and pass of products with a 4096 x 4096 weight at rank 16, as in a model of 7 billion
+# parameters.
+PRODUCTS = {
+    "training, forward": {"m": 8192},
+    "training, backward": {"m": 8192, "backward": True},
+    "decoding": {"m": 1},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,9 +201,10 @@ def _why_no_gpu() -> Missing:
 
 def _plans(device: torch.device) -> list[dict[str, str]]:
     rows = []
-    for name, tokens in PRODUCTS.items():
-        chosen = plan.choose(plan.Product(tokens, 4096, 4096, 16, torch.bfloat16, device))
-        what = f"{name}, [{tokens}, 4096] x [4096, 4096], r=16, bfloat16"
+    for name, fields in PRODUCTS.items():
+        product = plan.Product(n=4096, k=4096, r=16, dtype=torch.bfloat16, device=device, **fields)
+        chosen = plan.choose(product)
+        what = f"{name}, [{product.m}, 4096] x [4096, 4096], r=16, bfloat16"
         rows.append(
             {"device": str(device), "product": what, "plan": chosen.name, "reason": chosen.reason}
         )

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 
 import lora_kernels
 from lora_kernels.cli import doctor, main
+from lora_kernels.plan import Measured
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a CPU")
 FORWARD = PeftLinear.forward
@@ -34,8 +35,9 @@ def test_json_holds_what_was_found(capsys, plan):
     assert findings["versions"]["peft"] == peft.__version__
     assert findings["variables"]["LORA_KERNELS_PLAN"] == plan
     assert len(findings["gpus"]) == torch.cuda.device_count()
-    assert {row["product"].partition(",")[0] for row in findings["plans"]} == {
-        "training",
+    assert {row["product"].partition(", [")[0] for row in findings["plans"]} == {
+        "training, forward",
+        "training, backward",
         "decoding",
     }
 
@@ -133,6 +135,18 @@ def test_a_gpu_that_all_is_well_with(hopper, plan, capsys):
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert ["cuda:0", "NVIDIA H200, sm_90, driver 580.1"] in lines
     assert ["missing", "nothing"] in lines
+
+
+@pytest.mark.parametrize("plan", ["auto"], indirect=True)
+def test_the_plan_of_a_backward_is_its_own(hopper, plan, monkeypatch):
+    row = Measured((9, 0), torch.bfloat16, "fused", "a.json", m=(8192, 8192), backward=False)
+    monkeypatch.setattr(lora_kernels.plan, "TABLE", (row,))
+    plans = [(row["product"], row["plan"]) for row in doctor.examine().plans]
+    assert plans == [
+        ("training, forward, [8192, 4096] x [4096, 4096], r=16, bfloat16", "fused"),
+        ("training, backward, [8192, 4096] x [4096, 4096], r=16, bfloat16", "sandwich"),
+        ("decoding, [1, 4096] x [4096, 4096], r=16, bfloat16", "sandwich"),
+    ]
 
 
 @pytest.mark.parametrize("plan", ["reference"], indirect=True)
