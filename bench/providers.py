@@ -19,9 +19,10 @@ from bench import peers
 from bench.shapes import Cell
 from tests.formula import Problem
 
-__all__ = ["FLOOR", "OURS", "PLAN", "PROVIDERS", "Provider", "choose"]
+__all__ = ["FLOOR", "FUSED", "OURS", "PLAN", "PROVIDERS", "SANDWICH", "Provider", "choose"]
 
 OURS = "lora_kernels"
+FUSED, SANDWICH = f"{OURS}[fused]", f"{OURS}[sandwich]"  # this package under one of its plans
 FLOOR = "frozen"
 PLAN = "LORA_KERNELS_PLAN"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bench import ceilings, plots, repository, roofline, rows, summary
-from bench.providers import FLOOR, OURS
+from bench.providers import FLOOR, FUSED, OURS, SANDWICH
 from bench.shapes import BOTH
 
 __all__ = ["describe", "main", "markdown", "predicted", "terminal"]
@@ -19,7 +19,7 @@ __all__ = ["describe", "main", "markdown", "predicted", "terminal"]
 # passes than the modelled ones.
 SCHEMES = {
     "peft": "peft", "loralib": "peft", "sandwich": "sandwich", "unsloth": "unsloth",
-    OURS: "split", f"{OURS}[fused]": "split", f"{OURS}[sandwich]": "sandwich",
+    OURS: "split", FUSED: "split", SANDWICH: "sandwich",
 }  # fmt: skip
 DROPOUT_ONLY = ("peft", "loralib")
 

@@ -6,7 +6,7 @@ import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.providers import FLOOR, OURS
+from bench.providers import FLOOR, FUSED, OURS, SANDWICH
 
 __all__ = [
     "ELEMENT_BYTES", "is_ours", "load", "losses_first", "lost", "make_rows", "median_interval",
@@ -21,6 +21,7 @@ UNMEASURED = {
     "p90_ms": None,
     "over_frozen": None,
     "ours_over_peer": None,
+    "fused_over_sandwich": None,
     "withheld": None,
     "saved_bytes": None,
     "peak_bytes": None,
@@ -72,8 +73,9 @@ def make_rows(
 ) -> dict[str, dict]:
     """One row per provider. Ratios are medians over rounds of the ratio within a round.
 
-    ``ours_over_peer`` of a peer's row: the ratio and its 99 % interval; None in the other rows. A
-    provider without samples has a row that says why in ``withheld``, and no number.
+    ``ours_over_peer`` of a peer's row: the ratio and its 99 % interval; None in the other rows. So
+    ``fused_over_sandwich`` of the row of plan fused. A provider without samples has a row that says
+    why in ``withheld``, and no number.
     """
     rows = {}
     for provider in providers:
@@ -92,9 +94,18 @@ def make_rows(
         if FLOOR in samples:
             row["over_frozen"] = statistics.median(_ratios(seconds, samples[FLOOR]))
         if OURS in samples and provider != FLOOR and not is_ours(provider):
-            ratios = _ratios(samples[OURS], seconds)
-            row["ours_over_peer"] = (statistics.median(ratios), *median_interval(ratios))
+            row["ours_over_peer"] = _judged(samples[OURS], seconds)
+        if SANDWICH in samples and provider == FUSED:
+            row["fused_over_sandwich"] = _judged(seconds, samples[SANDWICH])
     return rows
+
+
+def _judged(
+    numerators: Sequence[float], denominators: Sequence[float]
+) -> tuple[float, float, float]:
+    """The median ratio within a round, and its interval."""
+    ratios = _ratios(numerators, denominators)
+    return statistics.median(ratios), *median_interval(ratios)
 
 
 def _ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:

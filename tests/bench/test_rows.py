@@ -64,6 +64,17 @@ def test_other_plans_of_this_package_are_no_peers():
     assert made["lora_kernels[fused]"]["over_frozen"] == 1.0
 
 
+def test_the_plans_of_this_package_are_compared_within_a_round():
+    noise = [1.0, 3.0, 2.0, 5.0] * 10
+    fused, sandwich = "lora_kernels[fused]", "lora_kernels[sandwich]"
+    samples = {fused: [0.75 * t for t in noise], sandwich: noise, "peer": noise}
+    made = rows.make_rows(CELL.fields(), samples, samples)
+    assert made[fused]["fused_over_sandwich"] == (0.75, 0.75, 0.75)
+    assert made[sandwich]["fused_over_sandwich"] is made["peer"]["fused_over_sandwich"] is None
+    alone = rows.make_rows(CELL.fields(), [fused, sandwich], {fused: noise}, {sandwich: "wrong: y"})
+    assert alone[fused]["fused_over_sandwich"] is None
+
+
 def test_provider_without_times_says_why_and_leaves_the_others_as_they_are():
     samples = {name: [1.0] * 20 for name in ("frozen", "lora_kernels")}
     made = rows.make_rows(
