@@ -39,6 +39,7 @@ def test_rows_say_what_was_measured_where_and_how_fast(run):
         assert row["torch"] == torch.__version__
         assert (row["k"], row["n"], row["dtype"], row["mode"]) == (1024, 3072, "float32", "forward")
         assert row["commit"]
+        assert row["gpu"] is row["capability"] is None
         assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
 
 
