@@ -5,11 +5,10 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from lora_kernels import philox, reference
 from lora_kernels.kernels import da, down, dx, dy_pass, fill, forward, launch, sum_parts
 from tests.formula import make_problem
+from tests.kernels import expected
 from tests.kernels.memory import between_nan, guarded_outputs
 from tests.tolerance import assert_close
 
@@ -44,49 +43,20 @@ def gemms(module):
     return [*configurations(module, ["float32"]), *tma[: 1 if module is forward else 3]]
 
 
-class Operands:
-    """A problem's matrices between NaN, with h and dh in float32, and the mask as it multiplies."""
-
-    def __init__(self, shape, dtype, device, dropout_p=0.0, aligned=True, groups=None, lora=None):
-        m, k, n, r = shape
-        n = sum(size for size, _ in groups) if groups else n
-        self.problem = make_problem(
-            m, k, n, r, device=device, dtype=dtype, dropout_p=dropout_p, groups=groups,
-            lora_dtype=lora,
-        )  # fmt: skip
-        if m * min(k, n) <= FEW:
-            self.problem = self.problem.without_cancellation()
-        problem = self.problem
-        self.aligned = aligned
-        for name in ("x", "w", "a", "b", "dy", "bias"):
-            setattr(self, name, between_nan(getattr(problem, name), aligned))
-        ranks = problem.a.shape[0]
-        # Kernels take h and dh from each other, as whole matrices.
-        self.h, self.dh = (torch.randn(m, ranks, device=device) for _ in range(2))
-        if m * min(k, n) <= FEW:
-            self.h, self.dh = self.h.abs(), self.dh.abs()
-        self.numerics = launch.numerics_of(self.x, self.a, self.b)
-        self.mask = torch.ones(m, k, device=device)
-        if dropout_p > 0:
-            self.mask = philox.keep_mask(problem.seed, m, k, dropout_p).float()
-
-    @property
-    def groups(self):
-        problem = self.problem
-        return tuple(problem.out_splits), tuple(problem.enable_lora)
-
-
-def enabled_groups(operands):
-    """(columns of y, rows of b, columns of h) of each enabled group."""
-    return reference.groups(*operands.groups, operands.b.shape[1])
-
-
-def low_rank(operands, left, right_dtype):
-    """h·bᵀ over all columns; zero where a group is disabled."""
-    out = left.new_zeros(left.shape[0], operands.w.shape[0], dtype=right_dtype)
-    for columns, rows, ranks in enabled_groups(operands):
-        out[:, columns] = left[:, ranks].to(right_dtype) @ operands.b[rows].to(right_dtype).T
-    return out
+def make_operands(shape, dtype, device, dropout_p=0.0, aligned=True, groups=None):
+    """A problem's matrices between NaN."""
+    m, k, n, r = shape
+    n = sum(size for size, _ in groups) if groups else n
+    problem = make_problem(
+        m, k, n, r, device=device, dtype=dtype, dropout_p=dropout_p, groups=groups
+    )  # fmt: skip
+    few = m * min(k, n) <= FEW
+    o = expected.Operands(problem.without_cancellation() if few else problem)
+    if few:
+        o.h, o.dh = o.h.abs(), o.dh.abs()
+    for name in ("x", "w", "a", "b", "dy", "bias"):
+        setattr(o, name, between_nan(getattr(o, name), aligned))
+    return o
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -95,14 +65,11 @@ def low_rank(operands, left, right_dtype):
 @pytest.mark.parametrize("config", skinny(down), ids=str)
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 def test_down(aligned, config, dtype, shape, dropout_p, seed, device):
-    o = Operands(shape, dtype, device, dropout_p, aligned)
+    o = make_operands(shape, dtype, device, dropout_p, aligned)
     with guarded_outputs():
         h = down.down(o.x, o.a, o.problem.seed, dropout_p, o.numerics, config)
 
-    def expected(dtype):
-        return o.x.to(dtype) * o.mask.to(dtype) @ o.a.to(dtype).T * philox.keep_scale(dropout_p)
-
-    assert_close(h, expected(torch.float64), expected(torch.float32), "h")
+    assert_close(h, expected.down(o, torch.float64), expected.down(o, torch.float32), "h")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -111,14 +78,11 @@ def test_down(aligned, config, dtype, shape, dropout_p, seed, device):
 @pytest.mark.parametrize("config", skinny(da), ids=str)
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 def test_da(aligned, config, dtype, shape, dropout_p, seed, device):
-    o = Operands(shape, dtype, device, dropout_p, aligned)
+    o = make_operands(shape, dtype, device, dropout_p, aligned)
     with guarded_outputs():
         out = da.da(o.dh, o.x, o.problem.seed, dropout_p, o.a.dtype, o.numerics, config)
 
-    def expected(dtype):
-        return o.dh.to(dtype).T @ (o.x.to(dtype) * o.mask.to(dtype))
-
-    assert_close(out, expected(torch.float64), expected(dtype), "da")
+    assert_close(out, expected.da(o, torch.float64), expected.da(o, dtype), "da")
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
@@ -127,7 +91,7 @@ def test_da(aligned, config, dtype, shape, dropout_p, seed, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", skinny(dy_pass), ids=str)
 def test_dy_pass(config, dtype, shape, groups, needs, seed, device):
-    o = Operands(shape, dtype, device, groups=groups)
+    o = make_operands(shape, dtype, device, groups=groups)
     if groups:  # nothing of a disabled group is read
         column = 0
         for size, on in groups:
@@ -138,16 +102,8 @@ def test_dy_pass(config, dtype, shape, groups, needs, seed, device):
         dh, db = dy_pass.dy_pass(o.dy, o.b, o.h, 1.5, -0.5, *o.groups, *needs, o.numerics, config)
     assert (dh is not None, db is not None) == needs
 
-    def expected(dtype, factor):
-        dh, db = torch.empty_like(o.h, dtype=dtype), torch.empty_like(o.b, dtype=factor)
-        for columns, rows, ranks in enabled_groups(o):
-            dy = o.dy[:, columns]
-            dh[:, ranks] = dy.to(dtype) @ o.b[rows].to(dtype) * 1.5
-            db[rows] = dy.to(factor).T @ o.h[:, ranks].to(factor) * -0.5
-        return dh, db
-
-    exact = expected(torch.float64, torch.float64)
-    baseline = expected(torch.float32, dtype)
+    exact = expected.dy_pass(o, 1.5, -0.5, torch.float64, torch.float64)
+    baseline = expected.dy_pass(o, 1.5, -0.5, torch.float32, dtype)
     for result, *references, what in zip((dh, db), exact, baseline, ("dh", "db"), strict=True):
         if result is not None:
             assert_close(result, *references, what)
@@ -159,15 +115,13 @@ def test_dy_pass(config, dtype, shape, groups, needs, seed, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", skinny(fill), ids=str)
 def test_fill_y(config, dtype, shape, groups, bias, seed, device):
-    o = Operands(shape, dtype, device, groups=groups)
+    o = make_operands(shape, dtype, device, groups=groups)
     vector = o.bias if bias else None
     with guarded_outputs():
         y = fill.fill_y(o.h, o.b, vector, 1.5, *o.groups, dtype, o.numerics, config)
 
-    def expected(dtype):
-        return low_rank(o, o.h, dtype) * 1.5 + (o.bias.to(dtype) if bias else 0)
-
-    assert_close(y, expected(torch.float64), expected(dtype), "y")
+    exact, baseline = (expected.fill_y(o, vector, 1.5, t) for t in (torch.float64, dtype))
+    assert_close(y, exact, baseline, "y")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -175,14 +129,11 @@ def test_fill_y(config, dtype, shape, groups, bias, seed, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", skinny(fill), ids=str)
 def test_fill_dx(config, dtype, shape, dropout_p, seed, device):
-    o = Operands(shape, dtype, device, dropout_p)
+    o = make_operands(shape, dtype, device, dropout_p)
     with guarded_outputs():
         out = fill.fill_dx(o.dh, o.a, o.problem.seed, dropout_p, dtype, o.numerics, config)
 
-    def expected(dtype):
-        return o.mask.to(dtype) * (o.dh.to(dtype) @ o.a.to(dtype))
-
-    assert_close(out, expected(torch.float64), expected(dtype), "dx")
+    assert_close(out, expected.fill_dx(o, torch.float64), expected.fill_dx(o, dtype), "dx")
 
 
 def large_products(module):
@@ -197,9 +148,9 @@ def large_products(module):
             yield pytest.param(config, aligned, transposed, id=name)
 
 
-def stored(o, transposed):
+def stored(o, aligned, transposed):
     """w [N, K], stored [K, N] if transposed."""
-    return between_nan(o.w.T.contiguous(), o.aligned).T if transposed else o.w
+    return between_nan(o.w.T.contiguous(), aligned).T if transposed else o.w
 
 
 @pytest.mark.parametrize("groups", [None, GROUPS], ids=["linear", "merged"])
@@ -209,18 +160,13 @@ def stored(o, transposed):
 def test_forward(config, aligned, transposed, dtype, shape, groups, seed, device):
     if groups and config.tma and transposed:  # a descriptor starts at multiples of 16 bytes
         groups = [(-(-size // 8) * 8, on) for size, on in groups]
-    o = Operands(shape, dtype, device, aligned=aligned, groups=groups)
-    bias = o.bias if aligned else None
+    o = make_operands(shape, dtype, device, aligned=aligned, groups=groups)
+    w, bias = stored(o, aligned, transposed), o.bias if aligned else None
     with guarded_outputs():
-        y = forward.forward(
-            o.x, stored(o, transposed), o.h, o.b, bias, 1.5, *o.groups, o.numerics, config
-        )
+        y = forward.forward(o.x, w, o.h, o.b, bias, 1.5, *o.groups, o.numerics, config)
 
-    def expected(dtype):
-        y = F.linear(o.x.to(dtype), o.w.to(dtype), None if bias is None else bias.to(dtype))
-        return y + low_rank(o, o.h, dtype) * 1.5
-
-    assert_close(y, expected(torch.float64), expected(dtype), "y")
+    exact, baseline = (expected.forward(o, bias, 1.5, t) for t in (torch.float64, dtype))
+    assert_close(y, exact, baseline, "y")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -228,17 +174,12 @@ def test_forward(config, aligned, transposed, dtype, shape, groups, seed, device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("config", "aligned", "transposed"), list(large_products(dx)))
 def test_dx(config, aligned, transposed, dtype, shape, dropout_p, seed, device):
-    o = Operands(shape, dtype, device, dropout_p, aligned)
+    o = make_operands(shape, dtype, device, dropout_p, aligned)
+    w = stored(o, aligned, transposed)
     with guarded_outputs():
-        out = dx.dx(
-            o.dy, stored(o, transposed), o.dh, o.a, o.problem.seed, dropout_p, o.numerics, config
-        )
+        out = dx.dx(o.dy, w, o.dh, o.a, o.problem.seed, dropout_p, o.numerics, config)
 
-    def expected(dtype):
-        update = o.mask.to(dtype) * (o.dh.to(dtype) @ o.a.to(dtype))
-        return o.dy.to(dtype) @ o.w.to(dtype) + update
-
-    assert_close(out, expected(torch.float64), expected(dtype), "dx")
+    assert_close(out, expected.dx(o, torch.float64), expected.dx(o, dtype), "dx")
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7])
