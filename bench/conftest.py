@@ -1,13 +1,13 @@
 """``pytest bench/``: measures each cell, feeds pytest-benchmark, prints and writes the rows."""
 
 import pathlib
-import platform
 
 import pytest
 import torch
 
-from bench import ceilings, cuda, report, repository, rows, shapes, timing
+from bench import ceilings, machine, report, repository, rows, shapes, timing
 from bench.measure import measure, subject_of
+from bench.options import listed
 from bench.providers import OURS, PROVIDERS, choose
 
 ROWS = pytest.StashKey[list[dict]]()
@@ -15,19 +15,6 @@ MEASURED = pytest.StashKey[dict]()
 DEVICE = pytest.StashKey[str]()
 RECORD = pytest.StashKey[pathlib.Path]()
 CLOCK = timing.RecordedClock()
-
-
-def listed(kind, choices=()):
-    """A comma-separated option as a list of kind, each one of choices where there are any."""
-
-    def parse(text):
-        values = [kind(part.strip()) for part in text.split(",")]
-        for value in values:
-            if choices and value not in choices:
-                raise pytest.UsageError(f"{value!r} is none of {', '.join(choices)}")
-        return values
-
-    return parse
 
 
 def pytest_addoption(parser):
@@ -77,14 +64,12 @@ def pytest_configure(config):
         config.option.bench_seconds = 2.0 if device == "cuda" else 6.0
     if config.option.bench_record:
         try:  # before minutes are spent
-            config.stash[RECORD] = repository.result_file(repository.commit(), gpu_name(device))
+            config.stash[RECORD] = repository.result_file(
+                repository.commit(), machine.gpu_name(device)
+            )
         except repository.DirtyTreeError as error:
             raise pytest.UsageError(str(error)) from None
     config.option.benchmark_quiet = True  # the table below says more; -v prints both
-
-
-def gpu_name(device: str) -> str | None:
-    return torch.cuda.get_device_name() if device == "cuda" else None
 
 
 def pytest_generate_tests(metafunc):
@@ -118,23 +103,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def environment(request) -> dict:
     """What a row says of the machine and the code it was measured on, ceilings included."""
-    config, hook = request.config, request.config.hook
-    machine = hook.pytest_benchmark_generate_machine_info(config=config)
-    device = config.stash[DEVICE]
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = None
+    config, device = request.config, request.config.stash[DEVICE]
+    info = config.hook.pytest_benchmark_generate_machine_info(config=config)
     return {
-        "commit": repository.commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "cpu": machine["cpu"].get("brand_raw"),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu_name(device),
-        "capability": torch.cuda.get_device_capability() if device == "cuda" else None,
-        "driver": cuda.gpu_state().get("driver_version") if device == "cuda" else None,
+        **machine.describe(device),
+        "cpu": info["cpu"].get("brand_raw"),
         **ceilings.measure(device, shapes.AXES[device].dtype),
     }
 
