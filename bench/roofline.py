@@ -25,6 +25,7 @@ __all__ = [
     "H200",
     "KERNELS",
     "SCHEMES",
+    "WORK",
     "Part",
     "Scheme",
     "floor",
@@ -119,27 +120,31 @@ def _product(m, k, n, part: Part, element: int, flops: float = 0, moved: float =
     return max(arithmetic, traffic)
 
 
-# FLOPs and bytes of this package's kernels in one step, forward + backward, by what their names
-# hold. Factors and their gradients have e bytes an element as x has, h and dh four.
-KERNELS = {
-    "_down_kernel": lambda m, k, n, r, e: (2 * m * k * r, e * (m * k + r * k) + 4 * m * r),
-    "_forward_kernel": lambda m, k, n, r, e: (
+# FLOPs and bytes of each launcher of this package. Factors and their gradients have e bytes an
+# element as x has, h and dh four.
+WORK = {
+    "down": lambda m, k, n, r, e: (2 * m * k * r, e * (m * k + r * k) + 4 * m * r),
+    "forward": lambda m, k, n, r, e: (
         2 * m * n * (k + r),
         e * (m * k + n * k + m * n + n * r) + 4 * m * r,
     ),
-    "_fill_kernel": lambda m, k, n, r, e: (
-        2 * m * r * (k + n),
-        e * (m * k + m * n + r * k + n * r) + 8 * m * r,
-    ),
-    "_dy_pass_kernel": lambda m, k, n, r, e: (
-        4 * m * n * r,
-        e * (m * n + 2 * n * r) + 8 * m * r,
-    ),
-    "_dx_kernel": lambda m, k, n, r, e: (
+    "fill_y": lambda m, k, n, r, e: (2 * m * n * r, e * (m * n + n * r) + 4 * m * r),
+    "fill_dx": lambda m, k, n, r, e: (2 * m * k * r, e * (m * k + r * k) + 4 * m * r),
+    "dy_pass": lambda m, k, n, r, e: (4 * m * n * r, e * (m * n + 2 * n * r) + 8 * m * r),
+    "dx": lambda m, k, n, r, e: (
         2 * m * k * (n + r),
         e * (m * n + n * k + m * k + r * k) + 4 * m * r,
     ),
-    "_da_kernel": lambda m, k, n, r, e: (2 * m * k * r, e * (m * k + r * k) + 4 * m * r),
+    "da": lambda m, k, n, r, e: (2 * m * k * r, e * (m * k + r * k) + 4 * m * r),
+}
+# What launches the kernels in one step, forward + backward, by what their names hold.
+KERNELS = {
+    "_down_kernel": ("down",),
+    "_forward_kernel": ("forward",),
+    "_fill_kernel": ("fill_y", "fill_dx"),
+    "_dy_pass_kernel": ("dy_pass",),
+    "_dx_kernel": ("dx",),
+    "_da_kernel": ("da",),
 }
 
 
@@ -147,7 +152,8 @@ def kernel_work(
     name: str, m: int, k: int, n: int, r: int, element: int
 ) -> tuple[float, float] | None:
     """FLOPs and bytes in one step of the kernel of this name, None where it is not known."""
-    for known, work in KERNELS.items():
+    for known, launchers in KERNELS.items():
         if known in name:
-            return work(m, k, n, r, element)
+            flops, moved = zip(*(WORK[one](m, k, n, r, element) for one in launchers), strict=True)
+            return sum(flops), sum(moved)
     return None

@@ -76,3 +76,9 @@ def test_kernels_are_known_by_a_part_of_their_name():
     flops, moved = roofline.kernel_work("_down_kernel_0d1d", 4, 8, 6, 2, element=2)
     assert (flops, moved) == (2 * 4 * 8 * 2, 2 * (4 * 8 + 2 * 8) + 4 * 4 * 2)
     assert roofline.kernel_work("vectorized_elementwise_kernel", 4, 8, 6, 2, 2) is None
+
+
+def test_the_kernel_that_fills_counts_for_y_and_for_dx():
+    m, k, n, r, e = 4, 8, 6, 2, 2
+    filled = 2 * (m * k + m * n + r * k + n * r) + 8 * m * r
+    assert roofline.kernel_work("_fill_kernel", m, k, n, r, e) == (2 * m * r * (k + n), filled)
