@@ -14,17 +14,20 @@ kept       where that half, read as a signed 16-bit integer, is >= threshold(p)
 The first two rounds multiply column vectors and row vectors only, and the second joins them: two of
 the seven rounds cost next to nothing, here and in a kernel.
 
+Here, in PyTorch, a small mask costs as much as the calls that make it. So memory and views are laid
+out once for a shape, and a round is three or four calls.
+
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2.
 """
 
+import functools
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "GROUP", "MULTIPLIERS", "ROUNDS", "WEYL", "keep_mask", "keep_scale", "philox_4x32", "threshold",
-]  # fmt: skip
+__all__ = ["GROUP", "MULTIPLIERS", "ROUNDS", "WEYL", "keep_mask", "keep_scale", "threshold"]
 
 ROUNDS = 7
 GROUP = 8  # elements of one row that share a call of the generator
@@ -32,40 +35,6 @@ GROUP = 8  # elements of one row that share a call of the generator
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-
-
-def philox_4x32(counter, key, rounds: int = ROUNDS, workspace: Tensor | None = None):
-    """Philox-4x32: four words of counter and two of key -> four random words.
-
-    Shapes: counter 4 tensors and key 2 tensors, int64, broadcastable -> 4 tensors of their shape.
-    Every word is an int64 whose lower half is the unsigned 32-bit value; words 1 and 3 carry other
-    bits above it. workspace: int64 [6, *shape], whose memory the result then uses.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    shape = torch.broadcast_shapes(*(word.shape for word in counter))
-    if workspace is None:
-        workspace = torch.empty((6, *shape), dtype=torch.int64, device=c0.device)
-    word_0, word_2, *products = workspace  # two words and two pairs of products, over and over
-    for i in range(rounds):
-        out_0, out_1 = products[:2] if i % 2 else products[2:]
-        # A product wraps past 2^63, but its 64 bits are those of the unsigned product. Only words
-        # 0 and 2 are multiplied, so only they need their upper halves cleared.
-        product_0 = torch.mul(c0, MULTIPLIERS[0], out=out_0 if c0.shape == shape else None)
-        product_1 = torch.mul(c2, MULTIPLIERS[1], out=out_1 if c2.shape == shape else None)
-        c0 = _mix(product_1, c1, k0 + i * WEYL[0], word_0)
-        c2 = _mix(product_0, c3, k1 + i * WEYL[1], word_2)
-        c1, c3 = product_1, product_0
-    return c0, c1, c2, c3
-
-
-def _mix(product: Tensor, word: Tensor, key: Tensor, out: Tensor) -> Tensor:
-    """(product >> 32) ^ word ^ key in 32 bits; in out's memory where the result has its shape."""
-    if product.shape == out.shape:
-        mixed = torch.bitwise_right_shift(product, 32, out=out).bitwise_xor_(word)
-    else:
-        mixed = (product >> 32) ^ word
-    return mixed.bitwise_xor_(key).bitwise_and_(_LOW)
 
 
 def threshold(dropout_p: float) -> int:
@@ -91,51 +60,167 @@ def keep_mask(
     Shapes: seed [1] int64 -> [rows, cols] on seed's device: 1 where kept, 0 where dropped.
     dtype: bool, float32 or float64.
     """
-    seed = seed.reshape(())
-    key = (seed & _LOW, (seed >> 32) & _LOW)
-    groups = -(-cols // GROUP)
+    smallest, groups = threshold(dropout_p), -(-cols // GROUP)
     mask = torch.empty((rows, groups * GROUP), dtype=dtype, device=seed.device)
-    col_group = torch.arange(groups, device=seed.device)
-    zero = torch.zeros_like(col_group)
-    step = max(1, _CALLS_AT_ONCE // max(1, groups))
-    for start in range(0, rows, step):
-        part = mask[start : start + step]
-        first = first_row + start
-        row = torch.arange(first, first + len(part), device=seed.device).unsqueeze(1)
-        workspace, draws = _memory(len(part), groups, seed.device)
-        counter = (col_group, (row >> 32) & _LOW, row & _LOW, zero)
-        for i, word in enumerate(philox_4x32(counter, key, workspace=workspace)):
-            draws[..., i].copy_(word)  # the lower half of it
-        halves = draws.view(torch.int16).flatten(1)
+    at_once = max(1, _CALLS_AT_ONCE // max(1, groups))
+    for start in range(0, rows, at_once):
+        part = mask[start : start + at_once]
+        draws = _generator(len(part), groups, seed.device).draws(seed, first_row + start)
         if dtype == torch.bool:
-            torch.ge(halves, threshold(dropout_p), out=part)
+            torch.ge(draws, smallest, out=part)
         else:  # float32 holds every draw, and is compared in place
-            part.copy_(halves).ge_(threshold(dropout_p))
-    return mask[:, :cols]
+            part.copy_(draws).ge_(smallest)
+    return mask if cols == mask.shape[1] else mask[:, :cols]
+
+
+class _Generator:
+    """Philox-4x32 for the counters of rows x groups, in memory that serves every seed.
+
+    Of the four words of a call, 0 and 2 are multiplied. They lie in ``state`` [2, rows, groups],
+    int64 with upper halves that stay 0, so that a product is that of unsigned words. It stands at
+    [0] for word 2 and at [1] for word 0: the upper halves then make the next words 0 and 2, and the
+    lower halves are the next words 1 and 3, in this order. A round xors its keys with the upper
+    halves of its own products and the lower ones of the round before; the keys of two rounds are
+    xored with the products of one, so that every other round needs none.
+    """
+
+    def __init__(self, rows: int, groups: int, memory: Tensor):
+        """memory: int64 [4, 2·calls at least]; memory[0] is 0 and no one else writes to it."""
+        self._rows = rows
+        self._first_row: int | None = None
+        state, *products, draws = (
+            part[: 2 * rows * groups].view(2, rows, groups) for part in memory
+        )  # fmt: skip
+        self._word_0, self._word_2 = state
+        words = _lower(state)
+        halves = draws.view(torch.int32).view(rows, groups, 2, 2)  # words 0 1, then 2 3
+        self._draws = halves.view(torch.int16).view(rows, groups * GROUP)
+        drawn, self._words_1_and_3 = halves.permute(3, 2, 0, 1)
+
+        # keys[i] of words 0 and 2: in the lower half round i + 1's, in the upper half round i's.
+        int32 = {"dtype": torch.int32, "device": memory.device}
+        i = torch.arange(ROUNDS - 1, **int32).view(-1, 1, 1) + torch.arange(1, -1, -1, **int32)
+        first, second = map(_signed, WEYL)
+        weyl = torch.arange(2, **int32).view(2, 1) * _signed(second - first) + first
+        self._steps = i * weyl
+        self._keys = torch.empty_like(self._steps)
+        pairs = self._keys.view(torch.int64)
+        self._key_0, self._key_2 = self._keys[0, :, 1]
+
+        # The first round, but for its keys, and the second: vectors of rows, then of groups.
+        col = torch.arange(groups, device=memory.device)
+        product = col * MULTIPLIERS[0]
+        self._upper_cols, self._lower_cols = _upper(product), _lower(product)
+        self._upper_rows = torch.empty(rows, **int32)
+        self._lower_rows = torch.empty((rows, 1), **int32)
+        self._vectors = torch.zeros(rows + groups, dtype=torch.int64, device=memory.device)
+        self._row_words, self._col_words = _lower(self._vectors).split((rows, groups))
+        self._multipliers = torch.full_like(self._vectors, MULTIPLIERS[0])
+        self._multipliers[rows:] = MULTIPLIERS[1]
+        self._products = torch.empty_like(self._vectors)
+        of_rows, of_cols = self._products.split((rows, groups))
+        self._keyed = (of_cols, pairs[1, 0]), (of_rows, pairs[1, 1])
+        self._joined = (
+            (_upper(of_cols), self._lower_rows, words[0]),
+            (_upper(of_rows).unsqueeze(1), self._lower_cols, words[1]),
+        )
+
+        # The others: products, what to xor them with, and which words are made of what.
+        uppers, lowers = [_upper(p) for p in products], [_lower(p) for p in products]
+        self._rounds = [
+            (products[0], None, (
+                (uppers[0][0], _lower(of_cols), words[0]),
+                (uppers[0][1], _lower(of_rows).unsqueeze(1), words[1]),
+            )),
+        ]  # fmt: skip
+        for i in range(3, ROUNDS):
+            this = (i + ROUNDS - 1) % 2  # the last one, whose lower halves are drawn, gets no key
+            keys = pairs[i].unsqueeze(-1) if this else None
+            out = drawn if i == ROUNDS - 1 else words
+            self._rounds.append((products[this], keys, ((uppers[this], lowers[1 - this], out),)))
+        self._last = lowers[0]
+
+    def draws(self, seed: Tensor, first_row: int) -> Tensor:
+        """The draws of rows first_row, ...: int16 [rows, groups·8], until this is called again."""
+        if first_row != self._first_row:
+            self._set_rows(first_row)
+        xor, multiply = torch.bitwise_xor, torch.mul
+        torch.add(seed.reshape(1).view(torch.int32).view(2, 1), self._steps, out=self._keys)
+        xor(self._upper_rows, self._key_0, out=self._row_words)
+        xor(self._upper_cols, self._key_2, out=self._col_words)
+        multiply(self._vectors, self._multipliers, out=self._products)
+        for products, keys in self._keyed:
+            products.bitwise_xor_(keys)
+        for upper, lower, out in self._joined:
+            xor(upper, lower, out=out)
+        for products, keys, made in self._rounds:
+            multiply(self._word_2, MULTIPLIERS[1], out=products[0])
+            multiply(self._word_0, MULTIPLIERS[0], out=products[1])
+            if keys is not None:
+                products.bitwise_xor_(keys)
+            for upper, lower, out in made:
+                xor(upper, lower, out=out)
+        self._words_1_and_3.copy_(self._last)
+        return self._draws
+
+    def _set_rows(self, first_row: int) -> None:
+        self._first_row = None  # should it be interrupted
+        row = torch.arange(first_row, first_row + self._rows, device=self._vectors.device)
+        product = (row & _LOW) * MULTIPLIERS[1]
+        torch.bitwise_xor(_upper(product), _upper(row), out=self._upper_rows)
+        self._lower_rows.copy_(_lower(product).unsqueeze(1))
+        self._first_row = first_row
+
+
+def _signed(word: int) -> int:
+    """A word of 32 bits as int32 holds it."""
+    return (word & _LOW ^ 1 << 31) - (1 << 31)
+
+
+def _lower(words: Tensor) -> Tensor:
+    """The lower halves of int64, in place: int32."""
+    return words.view(torch.int32)[..., ::2]
+
+
+def _upper(words: Tensor) -> Tensor:
+    return words.view(torch.int32)[..., 1::2]
 
 
 # How many calls of the generator are made in one go, at most: 4 MiB of memory serve any mask.
 _CALLS_AT_ONCE = 1 << 16
+_GENERATORS = 64  # shapes that a thread remembers
 _thread = threading.local()
 
 
-def _memory(rows: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Workspace [6, rows, groups] int64 for philox_4x32, and [rows, groups, 4] int32 draws.
+def _generator(rows: int, groups: int, device: torch.device) -> _Generator:
+    """On the CPU a thread keeps those of the last shapes, which share its memory: page faults of
+    fresh memory cost more than the arithmetic, views more than both.
 
-    On the CPU a thread keeps it: the page faults of fresh memory cost more than the arithmetic.
     Transforms of torch.func let a function write to its own memory only.
     """
-    count = rows * groups
+    calls = rows * groups
     transformed = torch._C._are_functorch_transforms_active()
-    if device.type != "cpu" or count > _CALLS_AT_ONCE or transformed:
-        memory = torch.empty(8 * count, dtype=torch.int64, device=device)
-    else:
-        memory = getattr(_thread, "memory", None)
-        if memory is None:
-            with torch.inference_mode(False):  # an inference tensor could not be reused outside
-                memory = _thread.memory = torch.empty(
-                    8 * _CALLS_AT_ONCE, dtype=torch.int64, device=device
-                )
-        memory = memory[: 8 * count]
-    draws = memory[6 * count :].view(torch.int32).view(rows, groups, 4)
-    return memory[: 6 * count].view(6, rows, groups), draws
+    if device.type != "cpu" or calls > _CALLS_AT_ONCE or transformed:
+        return _Generator(rows, groups, _memory(calls, device))
+    remembered = getattr(_thread, "generator", None)
+    if remembered is None:
+        remembered = _thread.generator = _remembering()
+    return remembered(rows, groups)
+
+
+def _remembering() -> Callable[[int, int], _Generator]:
+    memory = None
+
+    @functools.lru_cache(_GENERATORS)
+    def generator(rows: int, groups: int) -> _Generator:
+        nonlocal memory
+        with torch.inference_mode(False):  # inference tensors could not be reused outside
+            if memory is None:
+                memory = _memory(_CALLS_AT_ONCE, torch.device("cpu"))
+            return _Generator(rows, groups, memory)
+
+    return generator
+
+
+def _memory(calls: int, device: torch.device) -> Tensor:
+    return torch.zeros((4, 2 * calls), dtype=torch.int64, device=device)

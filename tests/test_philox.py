@@ -1,5 +1,6 @@
 """The mask: published Philox vectors, the layout of counters, and statistics of the draws."""
 
+import concurrent.futures
 import math
 
 import pytest
@@ -55,29 +56,17 @@ def seed_tensor(value: int, device) -> torch.Tensor:
     return torch.tensor([value], dtype=torch.int64, device=device)
 
 
+@pytest.fixture
+def nothing_remembered():
+    """This thread has made no mask yet, and leaves none behind."""
+    vars(philox._thread).clear()
+    yield
+    vars(philox._thread).clear()
+
+
 @pytest.mark.parametrize(("rounds", "counter", "key", "expected"), KNOWN_ANSWERS)
-def test_published_vectors(rounds, counter, key, expected, device):
+def test_published_vectors(rounds, counter, key, expected):
     assert scalar_philox(words(counter), words(key), rounds) == words(expected)
-    for shape in ([], [1], [2, 3]):
-        tensors = [torch.full(shape, word, device=device) for word in words(counter)]
-        keys = [torch.tensor(word, device=device) for word in words(key)]
-        out = philox.philox_4x32(tensors, keys, rounds)
-        for word, value in zip(out, words(expected), strict=True):
-            assert torch.equal(word & MASK32, torch.full(shape, value, device=device))
-
-
-def test_counter_words_broadcast_against_each_other(device):
-    key = [torch.tensor(word, device=device) for word in (7, MASK32)]
-    row = torch.arange(5, device=device).unsqueeze(1) + 2**32 - 3
-    col = torch.arange(3, device=device).unsqueeze(0)
-    zero = torch.zeros_like(col)
-    counter = (col, row >> 32, row & MASK32, zero)
-    out = torch.stack(philox.philox_4x32(counter, key), dim=-1) & MASK32
-    for i in range(5):
-        for j in range(3):
-            r = i + 2**32 - 3
-            expected = scalar_philox([j, r >> 32, r & MASK32, 0], [7, MASK32], 7)
-            assert out[i, j].tolist() == expected
 
 
 @pytest.mark.parametrize("value", [0, 1, -1, 2**31, 2**63 - 1, -(2**63), 0x1234_5678_9ABC_DEF0])
@@ -111,6 +100,63 @@ def test_a_part_of_the_mask_is_the_same_bits(first_row, shape, device):
     whole = philox.keep_mask(seed_tensor(99, device), 16, 32, 0.3)
     part = philox.keep_mask(seed_tensor(99, device), rows, cols, 0.3, first_row)
     assert torch.equal(part, whole[first_row : first_row + rows, :cols])
+
+
+SHAPES = [(3, 17), (16, 8), (17, 3), (1, 64), (40, 40)]
+
+
+def test_masks_of_several_shapes_and_seeds_do_not_disturb_each_other(nothing_remembered, device):
+    def masks():
+        return [
+            philox.keep_mask(seed_tensor(seed, device), *shape, 0.4, first_row)
+            for first_row in (0, 2**33)
+            for seed in (1, -2)
+            for shape in SHAPES
+        ]
+
+    alone = []
+    for first_row in (0, 2**33):
+        for seed in (1, -2):
+            for shape in SHAPES:
+                vars(philox._thread).clear()
+                alone.append(philox.keep_mask(seed_tensor(seed, device), *shape, 0.4, first_row))
+    for _ in range(2):
+        for mask, expected in zip(masks(), alone, strict=True):
+            assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64])
+def test_a_large_mask_is_made_in_several_goes(nothing_remembered, dtype, device, monkeypatch):
+    expected = philox.keep_mask(seed_tensor(7, device), 70, 90, 0.3)
+    vars(philox._thread).clear()
+    monkeypatch.setattr(philox, "_CALLS_AT_ONCE", 64)  # 12 calls a row: 5 rows, 14 times
+    mask = philox.keep_mask(seed_tensor(7, device), 70, 90, 0.3, dtype=dtype)
+    assert mask.dtype == dtype
+    assert torch.equal(mask.bool(), expected)
+    wide = philox.keep_mask(seed_tensor(7, device), 2, 8 * 65, 0.3)  # a row is more than one go
+    assert torch.equal(wide[:, :90], expected[:2])
+
+
+def test_threads_make_masks_at_the_same_time(nothing_remembered, device):
+    seeds = [seed_tensor(i, device) for i in range(4)]
+    expected = [philox.keep_mask(seed, 64, 1024, 0.5) for seed in seeds]
+
+    def right(i: int) -> bool:
+        return all(
+            torch.equal(philox.keep_mask(seeds[i], 64, 1024, 0.5), expected[i]) for _ in range(50)
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(right, range(4))) == [True] * 4
+
+
+def test_what_inference_mode_remembers_serves_outside_of_it(nothing_remembered, device):
+    with torch.inference_mode():
+        inside = philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5)
+    outside = philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5, first_row=0)
+    later = philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5, first_row=4)
+    assert torch.equal(inside, outside)
+    assert torch.equal(later[:5], outside[4:])
 
 
 def test_rows_beyond_32_bits_do_not_repeat(device):
