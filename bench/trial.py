@@ -1,0 +1,114 @@
+"""Runs tasks in processes of their own: one that fails, hangs or dies takes no other with it."""
+
+import concurrent.futures
+import multiprocessing
+import queue
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+
+import torch
+
+__all__ = ["attempt", "reason"]
+
+TIMEOUT = 180.0  # seconds; a process starts in some ten, a kernel compiles in a few
+
+
+def attempt(
+    function: Callable[[object], object],
+    tasks: Sequence,
+    jobs: int,
+    timeout: float = TIMEOUT,
+) -> list[str | None]:
+    """Why function(task) fails, for each task; None where it does not.
+
+    jobs: how many processes share the tasks; 1 is this process, which has no such protection.
+    function: one that a new process can import.
+    """
+    if jobs <= 1 or not tasks:
+        return [_failure(function, task) for task in tasks]
+    workers = [_Worker(function, timeout) for _ in range(min(jobs, len(tasks)))]
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def run(task) -> str | None:
+        worker = idle.get()
+        try:
+            return worker.run(task)
+        finally:
+            idle.put(worker)
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+            return list(pool.map(run, tasks))
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+class _Worker:
+    """A process for one task after the other; a new one where it is of no more use."""
+
+    def __init__(self, function: Callable[[object], object], timeout: float):
+        self._function, self._timeout = function, timeout
+        self._process: multiprocessing.process.BaseProcess | None = None
+
+    def run(self, task) -> str | None:
+        if self._process is None:
+            self._start()
+        try:
+            self._pipe.send(task)
+            if self._pipe.poll(self._timeout):
+                failure, usable = self._pipe.recv()
+            else:
+                failure, usable = f"no end within {self._timeout:g} s", False
+        except (EOFError, OSError):
+            self._process.join(self._timeout)
+            failure, usable = f"its process died, exit code {self._process.exitcode}", False
+        if not usable:
+            self.stop()
+        return failure
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
+
+
+def _serve(pipe: Connection, function: Callable[[object], object]) -> None:
+    """Answers each task with its failure, and whether this process can take another one."""
+    while True:
+        failure = _failure(function, pipe.recv())
+        pipe.send((failure, failure is None or _cuda_works()))
+
+
+def _failure(function: Callable[[object], object], task) -> str | None:
+    try:
+        function(task)
+    except Exception as error:  # whatever it is, the other tasks go on
+        return reason(error)
+    return None
+
+
+def _cuda_works() -> bool:
+    """False after an illegal access, say: every later call in the process fails as well."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+    return True
