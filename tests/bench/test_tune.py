@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -190,10 +191,22 @@ def attempted(what: str) -> None:
 
 
 def test_a_process_that_dies_loses_its_own_task_alone():
-    tasks = ["fine", "raise", "die", "fine", "fine", "raise"]
-    failure = "ValueError: two lines"
     died = "its process died, exit code 3"
-    assert trial.attempt(attempted, tasks, jobs=2) == [None, failure, died, None, None, failure]
+    failures = trial.attempt(attempted, ["die", "die", "fine", "raise"], jobs=2)
+    assert failures == [died, died, None, "ValueError: two lines"]
+
+
+def test_a_process_whose_cuda_is_broken_is_of_no_more_use(monkeypatch):
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    answers, tasks = [], iter(["fine", "raise"])
+    pipe = types.SimpleNamespace(recv=lambda: next(tasks), send=answers.append)
+    with pytest.raises(StopIteration):
+        trial._serve(pipe, attempted)
+    assert answers == [(None, True), ("ValueError: two lines", False)]
 
 
 def test_a_task_without_end_is_given_up():
