@@ -128,6 +128,10 @@ WORK = {
         2 * m * n * (k + r),
         e * (m * k + n * k + m * n + n * r) + 4 * m * r,
     ),
+    "few_rows": lambda m, k, n, r, e: (
+        2 * m * n * (k + r) + 2 * m * k * r,
+        e * (m * k + n * k + m * n + r * k + n * r) + 4 * m * r,
+    ),
     "fill_y": lambda m, k, n, r, e: (2 * m * n * r, e * (m * n + n * r) + 4 * m * r),
     "fill_dx": lambda m, k, n, r, e: (2 * m * k * r, e * (m * k + r * k) + 4 * m * r),
     "dy_pass": lambda m, k, n, r, e: (4 * m * n * r, e * (m * n + 2 * n * r) + 8 * m * r),
@@ -141,6 +145,7 @@ WORK = {
 KERNELS = {
     "_down_kernel": ("down",),
     "_forward_kernel": ("forward",),
+    "_few_rows_kernel": ("few_rows",),
     "_fill_kernel": ("fill_y", "fill_dx"),
     "_dy_pass_kernel": ("dy_pass",),
     "_dx_kernel": ("dx",),

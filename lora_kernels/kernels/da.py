@@ -100,7 +100,7 @@ def da(
     block_r = rank_block(r, numerics.rank)
     cols, ranks = cdiv(k, config.BLOCK_COLS), cdiv(r, block_r)
     programs = cols * layers * ranks
-    parts, m_slice = slices(m, config.BLOCK_ROWS, programs, x.device)
+    parts, m_slice = slices(m, config.BLOCK_ROWS, programs, config.waves, x.device)
     out = torch.empty((parts, *dh.shape[:-2], r, k), dtype=torch.float32, device=x.device)
     launch(
         _da_kernel, (programs, parts),

@@ -100,7 +100,7 @@ def down(
     block_r = rank_block(r, numerics.factor)
     rows, ranks = cdiv(m, config.BLOCK_ROWS), cdiv(r, block_r)
     programs = rows * layers * ranks
-    parts, k_slice = slices(k, config.BLOCK_COLS, programs, x.device)
+    parts, k_slice = slices(k, config.BLOCK_COLS, programs, config.waves, x.device)
     h = torch.empty((parts, *a.shape[:-2], m, r), dtype=torch.float32, device=x.device)
     launch(
         _down_kernel, (programs, parts),

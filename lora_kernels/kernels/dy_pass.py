@@ -24,7 +24,7 @@ from lora_kernels.kernels.launch import (
     rank_block,
     slices,
 )
-from lora_kernels.kernels.sum_parts import sum_parts
+from lora_kernels.kernels.sum_parts import sum_both, sum_parts
 from lora_kernels.kernels.tiles import load_tile
 
 CONFIGS = {
@@ -137,7 +137,9 @@ def dy_pass(
         return None, db
     block_r = rank_block(r, numerics.rank)
     rows, ranks = cdiv(m, config.BLOCK_ROWS), cdiv(r, block_r)
-    parts, _ = slices(largest, config.BLOCK_COLS, rows * ranks * groups, dy.device)
+    parts, _ = slices(
+        largest, config.BLOCK_COLS, rows * ranks * groups, config.waves, dy.device
+    )  # fmt: skip
     dh = db_parts = None
     if needs_dh:
         dh = torch.empty((parts, m, groups * r), dtype=torch.float32, device=dy.device)
@@ -153,10 +155,11 @@ def dy_pass(
         BLOCK_M=config.BLOCK_ROWS, BLOCK_N=config.BLOCK_COLS, BLOCK_R=block_r,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return (
-        sum_parts(dh, torch.float32) if needs_dh else None,
-        sum_parts(db_parts, b.dtype) if needs_db else db,
-    )
+    if needs_dh and needs_db:
+        return sum_both(dh, torch.float32, db_parts, b.dtype)
+    if needs_dh:
+        return sum_parts(dh, torch.float32), db
+    return None, sum_parts(db_parts, b.dtype)
 
 
 def _db_alone(

@@ -12,20 +12,27 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lora_kernels.plan import capability_of
 
 __all__ = [
-    "Gemm", "Numerics", "Skinny", "cdiv", "choose_gemm", "choose_skinny", "current", "fits_tma",
-    "launch", "numerics_of", "operand", "programs", "programs_at_once", "rank_block", "slices",
-    "target_of",
+    "FEW_ROWS", "Gemm", "Numerics", "Skinny", "cdiv", "choose_gemm", "choose_skinny", "current",
+    "fits_tma", "launch", "numerics_of", "operand", "programs", "programs_at_once", "rank_block",
+    "slices", "target_of",
 ]  # fmt: skip
+
+
+FEW_ROWS = 64  # up to here a layer is bound by reading its weight
 
 
 @dataclass(frozen=True)
 class Skinny:
-    """Tiles of a kernel that reads one large matrix once: BLOCK_ROWS x BLOCK_COLS of it."""
+    """Tiles of a kernel that reads one large matrix once: BLOCK_ROWS x BLOCK_COLS of it.
+
+    waves: into how many programs for each multiprocessor the work is cut, where it can be.
+    """
 
     BLOCK_ROWS: int
     BLOCK_COLS: int
     num_warps: int
     num_stages: int
+    waves: int = 2
 
 
 @dataclass(frozen=True)
@@ -141,13 +148,15 @@ def rank_block(r: int, dtype: tl.dtype, beside_acc: bool = False) -> int:
     return min(max(16, 1 << (r - 1).bit_length()), limit)
 
 
-def slices(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
+def slices(
+    length: int, block: int, programs: int, waves: int, device: torch.device
+) -> tuple[int, int]:
     """(count, size): length cut into slices of whole blocks until the device has work.
 
     programs: how many there are without slicing. A slice has two blocks at least.
     """
     blocks = cdiv(length, block)
-    wanted = max(1, 2 * programs_at_once(device) // programs)
+    wanted = max(1, waves * programs_at_once(device) // programs)
     size = max(cdiv(blocks, wanted), min(2, blocks))
     return cdiv(blocks, size), size * block
 
@@ -169,7 +178,7 @@ def choose_gemm(configs: dict[str, dict[str, Gemm]], m: int, r: int, x: Tensor, 
     table = configs[target_of(x.device)]
     if x.dtype == torch.float32:
         return table["float32"]
-    if m <= 64:
+    if m <= FEW_ROWS:
         return table["few_rows"]
     entry = "tma" if fits and "tma" in table else "pointer"
     return table.get(f"{entry}_high_rank", table[entry]) if r > 16 else table[entry]

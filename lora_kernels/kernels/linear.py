@@ -3,7 +3,7 @@
 ============  ==========================================  ===============================
 plan          forward                                     backward
 ============  ==========================================  ===============================
-``fused``     down, forward                               dy_pass, dx, da
+``fused``     down, forward; for a few rows few_rows      dy_pass, dx, da
 ``sandwich``  down, fill_y, then cuBLAS adds x·wᵀ to it   dy_pass, fill_dx, cuBLAS, da
 ============  ==========================================  ===============================
 
@@ -19,6 +19,7 @@ from lora_kernels.kernels.da import da
 from lora_kernels.kernels.down import down
 from lora_kernels.kernels.dx import dx
 from lora_kernels.kernels.dy_pass import dy_pass
+from lora_kernels.kernels.few_rows import few_rows, takes
 from lora_kernels.kernels.fill import fill_dx, fill_y
 from lora_kernels.kernels.forward import forward
 from lora_kernels.kernels.launch import Numerics, current, numerics_of
@@ -42,12 +43,18 @@ def lora_linear_forward(
     enable_lora: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """reference.lora_linear_forward by plan "fused" or "sandwich"."""
-    x_rows = rows(x)
+    x_rows, a = rows(x), rows(a)
     numerics = numerics_of(x, a, b)
+    groups = tuple(out_splits), tuple(enable_lora)
     with current(x):
-        h = down(x_rows, rows(a), seed, dropout_p, numerics)
-        groups = tuple(out_splits), tuple(enable_lora)
-        y = output(plan, x_rows, w, h, b, bias, scaling, *groups, numerics)
+        if plan == "fused" and takes(x_rows.shape[0], b.shape[1], dropout_p, numerics):
+            y, h = few_rows(
+                x_rows, either_way(w), a, rows(b), None if bias is None else bias.contiguous(),
+                seed, scaling, dropout_p, *groups, numerics,
+            )  # fmt: skip
+        else:
+            h = down(x_rows, a, seed, dropout_p, numerics)
+            y = output(plan, x_rows, w, h, b, bias, scaling, *groups, numerics)
     return shaped_like(x, y), h
 
 

@@ -46,8 +46,15 @@ def down(o: Operands, dtype: torch.dtype) -> Tensor:
 
 
 def forward(o: Operands, bias: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
-    y = F.linear(o.x.to(dtype), o.w.to(dtype), None if bias is None else bias.to(dtype))
-    return y + _low_rank(o, dtype) * scaling
+    return _base(o, bias, dtype) + _low_rank(o, o.h, dtype) * scaling
+
+
+def few_rows(
+    o: Operands, bias: Tensor | None, scaling: float, dtype: torch.dtype, factor: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """y in dtype, h in factor."""
+    h = down(o, factor)
+    return _base(o, bias, dtype) + _low_rank(o, h, dtype) * scaling, h
 
 
 def dy_pass(
@@ -71,16 +78,20 @@ def da(o: Operands, dtype: torch.dtype) -> Tensor:
 
 
 def fill_y(o: Operands, bias: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
-    return _low_rank(o, dtype) * scaling + (0 if bias is None else bias.to(dtype))
+    return _low_rank(o, o.h, dtype) * scaling + (0 if bias is None else bias.to(dtype))
 
 
 def fill_dx(o: Operands, dtype: torch.dtype) -> Tensor:
     return o.mask.to(dtype) * (o.dh.to(dtype) @ o.a.to(dtype))
 
 
-def _low_rank(o: Operands, dtype: torch.dtype) -> Tensor:
+def _base(o: Operands, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return F.linear(o.x.to(dtype), o.w.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _low_rank(o: Operands, h: Tensor, dtype: torch.dtype) -> Tensor:
     """h·bᵀ over all columns of y; zero where a group is disabled."""
-    out = o.h.new_zeros(len(o.h), sum(o.problem.out_splits), dtype=dtype)
+    out = h.new_zeros(len(h), sum(o.problem.out_splits), dtype=dtype)
     for columns, rows, ranks in o.enabled_groups():
-        out[:, columns] = o.h[:, ranks].to(dtype) @ o.b[rows].to(dtype).T
+        out[:, columns] = h[:, ranks].to(dtype) @ o.b[rows].to(dtype).T
     return out

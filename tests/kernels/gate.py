@@ -19,6 +19,7 @@ from lora_kernels.kernels import (
     down,
     dx,
     dy_pass,
+    few_rows,
     fill,
     forward,
     linear,
@@ -29,7 +30,7 @@ from tests.kernels import aot
 
 KERNELS = (
     down._down_kernel, forward._forward_kernel, dy_pass._dy_pass_kernel, dx._dx_kernel,
-    da._da_kernel, fill._fill_kernel, sum_parts._sum_parts_kernel,
+    da._da_kernel, fill._fill_kernel, sum_parts._sum_parts_kernel, few_rows._few_rows_kernel,
 )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ REPRESENTATIVES = (
     Case(dropout_p=0.0, fan_in_fan_out=True),
     Case(aligned=False),
     Case(m=16, merged=True),
+    Case(m=64, dropout_p=0.0),
     Case(dtype=torch.float16, lora_dtype=torch.float16),
     Case(lora_dtype=torch.float32, r=64),
     Case(dtype=torch.float32, lora_dtype=torch.float32),
@@ -71,12 +73,13 @@ def every_case() -> Iterator[Case]:
     f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
     dtypes = [(bf16, bf16, False), (f16, f16, False), (f32, f32, False), (f32, f32, True)]
     dtypes += [(bf16, f32, False), (bf16, f32, True), (f16, f32, False)]
-    lying = [(8192, True), (8192, False), (16, True)]  # rows, and whether descriptors fit
+    # Rows, and whether descriptors fit.
+    lying = [(8192, True), (8192, False), (64, True), (16, True)]
     ranks = [16, 64, 256]
     for (dtype, lora_dtype, tf32), r in itertools.product(dtypes, ranks):
         yield Case(dtype, lora_dtype, tf32, r=r, merged=True)
         for (m, aligned), transposed, p in itertools.product(lying, [False, True], [0.1, 0.0]):
-            if dtype != f32 or (m, aligned) == (8192, True):
+            if dtype != f32 or aligned:
                 yield Case(dtype, lora_dtype, tf32, m, aligned, transposed, r, p)
 
 

@@ -6,7 +6,17 @@ import itertools
 import pytest
 import torch
 
-from lora_kernels.kernels import da, down, dx, dy_pass, fill, forward, launch, sum_parts
+from lora_kernels.kernels import (
+    da,
+    down,
+    dx,
+    dy_pass,
+    few_rows,
+    fill,
+    forward,
+    launch,
+    sum_parts,
+)
 from tests.formula import make_problem
 from tests.kernels import expected
 from tests.kernels.memory import between_nan, guarded_outputs
@@ -182,6 +192,38 @@ def test_dx(config, aligned, transposed, dtype, shape, dropout_p, seed, device):
     assert_close(out, expected.dx(o, torch.float64), expected.dx(o, dtype), "dx")
 
 
+def few_rows_shapes():
+    """Configuration and a shape with as many rows as one of its programs owns, or fewer."""
+    entries = ["float32", "up_to_16", "up_to_64"]
+    configs = (
+        configurations(few_rows, entries) if GPU
+        else [*configurations(few_rows, entries[:1]), launch.Gemm(16, 16, 16, 4, 1)]
+    )  # fmt: skip
+    shapes = [(1, 1, 1, 1), (5, 7, 11, 3), (16, 64, 128, 16), (37, 65, 70, 17), (64, 96, 40, 32)]
+    for config, shape in itertools.product(configs, shapes):
+        if shape[0] <= config.BLOCK_M:
+            yield config, shape
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(("aligned", "transposed"), [(True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["linear", "merged"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("config", "shape"), list(few_rows_shapes()), ids=str)
+def test_few_rows(config, shape, dtype, groups, aligned, transposed, dropout_p, seed, device):
+    o = make_operands(shape, dtype, device, dropout_p, aligned, groups)
+    w, bias = stored(o, aligned, transposed), o.bias if aligned else None
+    with guarded_outputs():
+        results = few_rows.few_rows(
+            o.x, w, o.a, o.b, bias, o.problem.seed, 1.5, dropout_p, *o.groups, o.numerics, config
+        )
+
+    exact = expected.few_rows(o, bias, 1.5, torch.float64, torch.float64)
+    baseline = expected.few_rows(o, bias, 1.5, dtype, torch.float32)
+    for result, *references, what in zip(results, exact, baseline, ("y", "h"), strict=True):
+        assert_close(result, *references, what)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 7])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 41)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -192,3 +234,20 @@ def test_sum_parts(dtype, shape, parts, seed, device):
     with guarded_outputs() if parts > 1 else contextlib.nullcontext():
         out = sum_parts.sum_parts(values, dtype)
     assert_close(out, values.double().sum(0), values.sum(0).to(dtype), "sum")
+
+
+@pytest.mark.parametrize("parts", [(1, 3), (3, 1), (2, 2), (7, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shapes", [((1, 1), (3, 5)), ((50, 41), (2, 3)), ((32, 32), (32, 64)), ((60, 50), (70, 41))],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sum_both(dtype, shapes, parts, seed, device):
+    first, second = (
+        torch.rand(count, *shape, device=device) for count, shape in zip(parts, shapes, strict=True)
+    )
+    with guarded_outputs():
+        outs = sum_parts.sum_both(first, torch.float32, second, dtype)
+    for out, values, kind in zip(outs, (first, second), (torch.float32, dtype), strict=True):
+        assert_close(out, values.double().sum(0), values.sum(0).to(kind), "sum")
+        assert torch.equal(out, sum_parts.sum_parts(values, kind))

@@ -69,12 +69,13 @@ def test_a_part_without_a_table_takes_the_smallest_tiles(monkeypatch, capability
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 4096])
 @pytest.mark.parametrize("programs", [1, 5, 1000])
 @pytest.mark.parametrize("block", [16, 64])
-def test_slices_cover_the_length_in_whole_blocks(length, programs, block):
-    count, size = launch.slices(length, block, programs, CPU)
+@pytest.mark.parametrize("waves", [1, 2, 4])
+def test_slices_cover_the_length_in_whole_blocks(length, programs, block, waves):
+    count, size = launch.slices(length, block, programs, waves, CPU)
     assert size % block == 0
     assert count * size >= length > (count - 1) * size
     assert count == 1 or size >= 2 * block
-    assert count == 1 or count * programs <= 2 * launch.programs_at_once(CPU)
+    assert count == 1 or count * programs <= waves * launch.programs_at_once(CPU)
 
 
 @pytest.mark.parametrize(
