@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bench.shapes import Cell
-from lora_kernels.kernels import da, down, dx, dy_pass, fill, forward
+from lora_kernels.kernels import da, down, dx, dy_pass, few_rows, fill, forward
 from lora_kernels.kernels.launch import (
+    FEW_ROWS,
     Gemm,
     Skinny,
     choose_gemm,
@@ -27,7 +28,7 @@ from tests.kernels.expected import Operands
 
 __all__ = [
     "LAUNCHERS", "Config", "Launcher", "as_run", "fits_descriptors", "grid", "operands", "run",
-    "source", "table_entry", "thin", "told_apart", "try_out",
+    "source", "table_entry", "takes", "thin", "told_apart", "try_out",
 ]  # fmt: skip
 
 Config = Skinny | Gemm
@@ -64,6 +65,14 @@ LAUNCHERS = {
             ),
         ),
         lambda o, dtype: (expected.forward(o, None, o.problem.scaling, dtype),),
+    ),
+    "few_rows": Launcher(
+        few_rows, "m k n r dropout_p", None,
+        lambda o, c: few_rows.few_rows(
+            o.x, o.w, o.a, o.b, None, o.problem.seed, o.problem.scaling, o.problem.dropout_p,
+            *o.groups, o.numerics, c,
+        ),
+        lambda o, dtype: expected.few_rows(o, None, o.problem.scaling, dtype, dtype),
     ),
     "dy_pass": Launcher(
         dy_pass, "m n r", "rank",
@@ -114,6 +123,12 @@ def operands(cell: Cell) -> Operands:
     return Operands(cell.problem())
 
 
+def takes(name: str, o: Operands) -> bool:
+    """Whether the launcher is one for these operands."""
+    rank, dropout_p = o.b.shape[1], o.problem.dropout_p
+    return name != "few_rows" or few_rows.takes(len(o.x), rank, dropout_p, o.numerics)
+
+
 def run(name: str, o: Operands, config: Config | None) -> Tensors:
     """What the launcher computes, by the table where config is None."""
     with current(o.x):
@@ -135,6 +150,8 @@ def table_entry(name: str, o: Operands) -> tuple[str, Config]:
     names = {target: {entry: entry for entry in entries} for target, entries in table.items()}
     if launcher.dots:
         entry = choose_skinny(names, device, getattr(o.numerics, launcher.dots))
+    elif name == "few_rows":
+        entry = few_rows.choose(names, len(o.x), o.x, o.numerics)
     else:
         entry = choose_gemm(names, len(o.x), o.b.shape[1], o.x, fits_tma(o.x, o.w, o.dy))
     return entry, table[target_of(device)][entry]
@@ -155,8 +172,11 @@ def as_run(name: str, cell: Cell, config: Config) -> Config:
     return dataclasses.replace(config, pieces=1)
 
 
-ROWS, COLS, ELEMENTS = (16, 32, 64, 128), (32, 64, 128, 256), range(2048, 16384 + 1)
-SKINNY_WARPS, SKINNY_STAGES = (4, 8), (2, 3, 4)
+ROWS, COLS, ELEMENTS = (32, 64, 128, 256), (32, 64, 128, 256), range(2048, 16384 + 1)
+SKINNY_WARPS = (4, 8)
+# num_stages and waves: where a length is cut into slices, and where there are none.
+STAGES_AND_WAVES = ((3, 2), (3, 1), (3, 4), (2, 2), (4, 2))
+ONE_STAGE = ((1, 2),)
 # (BLOCK_M, BLOCK_N, BLOCK_K), num_warps, num_stages with the most likely first.
 LARGE_TILES = (
     ((128, 256, 64), 8, (3, 4)),
@@ -171,7 +191,6 @@ LARGE_TILES = (
     ((128, 128, 32), 8, (4, 5)),
     ((128, 64, 32), 8, (3, 4)),
 )
-FEW_ROWS = 64
 FEW_ROWS_TILES = tuple(
     (tile, 4, (3, 4, 5))
     for tile in (
@@ -179,6 +198,9 @@ FEW_ROWS_TILES = tuple(
         (64, 32, 128), (64, 64, 64), (64, 64, 128), (64, 128, 64),
     )
 )  # fmt: skip
+# Of few_rows, whose programs own all rows: BLOCK_N and BLOCK_K; num_warps and num_stages.
+STRIPES = tuple(itertools.product((16, 32, 64), (64, 128, 256)))
+STRIPE_WARPS_AND_STAGES = ((4, 3), (4, 4), (4, 5), (8, 4))
 OTHER_BANDS = (4, 16)  # GROUP_M beside 8, of the first of the large tiles
 # By accumulators a thread. In fewer pieces the mask does not fit into registers beside 128 of them.
 PIECES = {128: (4,), 64: (2, 1, 4), 32: (1, 2)}
@@ -187,11 +209,18 @@ PIECES = {128: (4,), 64: (2, 1, 4), 32: (1, 2)}
 def grid(name: str, cell: Cell, tma: bool) -> list[Config]:
     """Configurations worth a try, all different; tma: descriptors can be used."""
     if LAUNCHERS[name].dots:
-        # fill has no loop over the matrix that it writes, so nothing to prefetch.
-        stages = (1,) if LAUNCHERS[name].module is fill else SKINNY_STAGES
-        shapes = itertools.product(ROWS, COLS, SKINNY_WARPS, stages)
-        return [Skinny(*shape) for shape in shapes if shape[0] * shape[1] in ELEMENTS]
+        # fill has no loop over the matrix that it writes, so nothing to prefetch or to cut.
+        pairs = ONE_STAGE if LAUNCHERS[name].module is fill else STAGES_AND_WAVES
+        return [
+            Skinny(rows, cols, warps, *pair)
+            for rows, cols, warps, pair in itertools.product(ROWS, COLS, SKINNY_WARPS, pairs)
+            if rows * cols in ELEMENTS
+        ]
     few = cell.m <= FEW_ROWS
+    if name == "few_rows":
+        rows = max(16, 1 << (cell.m - 1).bit_length())
+        pairs = itertools.product(STRIPES, STRIPE_WARPS_AND_STAGES)
+        return [Gemm(rows, *stripe, *pair) for stripe, pair in pairs]
     masked = name == "dx" and cell.dropout_p > 0 and not few
     configs = []
     for descriptors in (True, False) if tma else (False,):

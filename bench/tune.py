@@ -99,6 +99,8 @@ def cases(names: Sequence[str], cells: Sequence[Cell], limit: int | None) -> lis
         if (name, cell) in found:
             continue
         o = candidates.operands(cell)
+        if not candidates.takes(name, o):
+            continue
         entry, table = candidates.table_entry(name, o)
         grid = candidates.grid(name, cell, candidates.fits_descriptors(o))
         known = candidates.as_run(name, cell, table)
@@ -323,6 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = DEFAULTS[device]
     seconds = default.seconds if options.seconds is None else options.seconds
     planned = cases(options.kernels, _cells(device, options), options.limit or default.limit)
+    if not planned:
+        parser.error(f"{', '.join(options.kernels)} take none of these cells")
 
     start = time.perf_counter()
     tasks = [(case.name, case.cell, c) for case in planned for c in (case.table, *case.others)]

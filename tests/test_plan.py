@@ -159,7 +159,7 @@ def test_a_kernel_that_does_not_compile_is_named_once_and_the_result_is_right(
     from lora_kernels.kernels import dx, forward
 
     monkeypatch.setenv("LORA_KERNELS_PLAN", "fused")
-    problem = make_problem(9, 8, 7, 2, device=device, dropout_p=0.3)
+    problem = make_problem(70, 8, 7, 2, device=device, dropout_p=0.3)
     expected = solve(problem)
     error = OutOfResources(300000, 232448, "shared memory")
     monkeypatch.setattr(forward, "launch", broken(error))
@@ -180,7 +180,7 @@ def test_a_kernel_that_does_not_compile_is_named_once_and_the_result_is_right(
 def test_where_both_plans_fail_the_reference_computes(forgetful, monkeypatch, device):
     from lora_kernels.kernels import down, dy_pass
 
-    problem = make_problem(9, 8, 7, 2, device=device)
+    problem = make_problem(70, 8, 7, 2, device=device)
     monkeypatch.setenv("LORA_KERNELS_PLAN", "reference")
     expected = solve(problem)
     monkeypatch.setenv("LORA_KERNELS_PLAN", "fused")
@@ -203,7 +203,7 @@ def test_a_plan_that_failed_is_not_tried_again(forgetful, monkeypatch, device):
 
     monkeypatch.setenv("LORA_KERNELS_PLAN", "sandwich")
     monkeypatch.setattr(down, "launch", launch)
-    problem = make_problem(9, 8, 7, 2, device=device)
+    problem = make_problem(70, 8, 7, 2, device=device)
     with pytest.warns(RuntimeWarning, match="gcc"):
         call(problem)
     call(problem)
@@ -230,7 +230,7 @@ def test_other_errors_are_raised(error, monkeypatch, device):
     monkeypatch.setenv("LORA_KERNELS_PLAN", "fused")
     monkeypatch.setattr(down, "launch", broken(error))
     with pytest.raises(type(error)):
-        call(make_problem(9, 8, 7, 2, device=device))
+        call(make_problem(70, 8, 7, 2, device=device))
 
 
 @pytest.fixture

@@ -114,6 +114,19 @@ def takes(m: int, r: int, dropout_p: float, numerics: Numerics) -> bool:
     return m <= rows and r <= rank_block(r, numerics.factor)
 
 
+def choose(configs: dict[str, dict[str, Gemm]], m: int, x: Tensor, numerics: Numerics) -> Gemm:
+    """The entry of a table for m rows of x.
+
+    Float32 factors over a 16-bit layer leave no registers for the tiles of "up_to_16", which are
+    long in K.
+    """
+    table = configs[target_of(x.device)]
+    if x.dtype == torch.float32:
+        return table["float32"]
+    narrow = numerics.factor is not tl.float32
+    return table["up_to_16" if m <= 16 and narrow else "up_to_64"]
+
+
 def few_rows(
     x: Tensor,
     w: Tensor,
@@ -135,7 +148,7 @@ def few_rows(
     inner stride.
     """
     (m, k), n, (ranks, r) = x.shape, w.shape[0], (a.shape[0], b.shape[1])
-    config = config or _choose(m, x, numerics)
+    config = config or choose(CONFIGS, m, x, numerics)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     h = torch.empty((m, ranks), dtype=torch.float32, device=x.device)
     w_t = w.stride(1) == 1  # stored [N, K], so transposed for x·wᵀ
@@ -153,15 +166,3 @@ def few_rows(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return y, h
-
-
-def _choose(m: int, x: Tensor, numerics: Numerics) -> Gemm:
-    """The table's entry; float32 factors over a 16-bit layer leave registers for short tiles only.
-
-    Those of "up_to_16" are long in K.
-    """
-    table = CONFIGS[target_of(x.device)]
-    if x.dtype == torch.float32:
-        return table["float32"]
-    narrow = numerics.factor is not tl.float32
-    return table["up_to_16" if m <= 16 and narrow else "up_to_64"]

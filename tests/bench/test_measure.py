@@ -106,12 +106,12 @@ def test_plan_is_set_around_a_provider_and_put_back(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:lora_kernels. plan fused:RuntimeWarning")
 def test_number_of_a_plan_that_failed_is_withheld(monkeypatch):
-    from lora_kernels.kernels import forward
+    from lora_kernels.kernels import few_rows
 
     def launch(*args, **kwargs):
         raise RuntimeError("ptxas fell over\nand more")
 
-    monkeypatch.setattr(forward, "launch", launch)
+    monkeypatch.setattr(few_rows, "launch", launch)
     monkeypatch.setattr(plan, "_failed", {})
     planned = [
         Provider(f"lora_kernels[{name}]", providers.lora_kernels, plan=name)

@@ -19,8 +19,13 @@ from lora_kernels.kernels.launch import Gemm, Skinny
 REPOSITORY = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CELL = Cell(80, 48, 40, 3, 0.25, FORWARD, dtype=torch.float16, device=DEVICE)
+FEW = dataclasses.replace(CELL, m=13)  # what few_rows takes
 SKINNY = [name for name in LAUNCHERS if LAUNCHERS[name].dots]
-LARGE = [name for name in LAUNCHERS if not LAUNCHERS[name].dots]
+LARGE = [name for name in LAUNCHERS if not LAUNCHERS[name].dots and name != "few_rows"]
+
+
+def cell_for(name):
+    return FEW if name == "few_rows" else CELL
 
 
 @pytest.fixture
@@ -32,14 +37,15 @@ def few_rounds(monkeypatch):
 @pytest.mark.parametrize("name", SKINNY)
 def test_grid_of_a_skinny_kernel_has_no_duplicates_and_keeps_its_limits(name):
     grid = candidates.grid(name, CELL, tma=True)
-    assert 20 <= len(set(grid)) == len(grid) <= 72
+    assert 20 <= len(set(grid)) == len(grid) <= 120
     for config in grid:
-        assert config.BLOCK_ROWS in (16, 32, 64, 128)
+        assert config.BLOCK_ROWS in (32, 64, 128, 256)
         assert config.BLOCK_COLS in (32, 64, 128, 256)
         assert 2048 <= config.BLOCK_ROWS * config.BLOCK_COLS <= 16384
     assert {config.num_warps for config in grid} == {4, 8}
-    stages = {1} if name.startswith("fill") else {2, 3, 4}
-    assert {config.num_stages for config in grid} == stages
+    cut = not name.startswith("fill")
+    assert {config.num_stages for config in grid} == ({2, 3, 4} if cut else {1})
+    assert {config.waves for config in grid} == ({1, 2, 4} if cut else {2})
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
@@ -61,6 +67,22 @@ def test_grid_of_a_large_product_has_no_duplicates_and_keeps_its_limits(name, tm
         assert config.BLOCK_N // config.pieces >= 16
 
 
+@pytest.mark.parametrize(("m", "rows"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64)])
+def test_grid_of_few_rows_has_no_duplicates_and_its_programs_own_all_rows(m, rows):
+    grid = candidates.grid("few_rows", dataclasses.replace(CELL, m=m), tma=True)
+    assert 20 <= len(set(grid)) == len(grid) <= 70
+    assert {config.BLOCK_M for config in grid} == {rows}
+    assert {config.BLOCK_N for config in grid} == {16, 32, 64}
+    assert {config.num_warps for config in grid} == {4, 8}
+    assert {config.num_stages for config in grid} == {3, 4, 5}
+
+
+def test_few_rows_is_tuned_where_it_is_what_runs():
+    cells = [dataclasses.replace(CELL, m=m, dropout_p=p) for m in (16, 17, 65) for p in (0.0, 0.1)]
+    tuned = [(case.cell.m, case.cell.dropout_p) for case in tune.cases(["few_rows"], cells, 1)]
+    assert tuned == [(16, 0.0), (16, 0.1), (17, 0.0)]
+
+
 def test_thinning_is_even_and_repeats_nothing():
     assert candidates.thin(range(10), 5) == [0, 2, 4, 6, 8]
     assert candidates.thin(range(3), 5) == candidates.thin(range(3), None) == [0, 1, 2]
@@ -73,11 +95,11 @@ def test_thinning_is_even_and_repeats_nothing():
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_what_counts_as_the_tables_own_is_what_the_launcher_takes(name, dtype, m, monkeypatch):
     launcher = LAUNCHERS[name]
-    shapes = [(16, 32), (32, 16), (32, 32), (64, 32), (32, 64)]
+    shapes = [(16, 32), (32, 16), (32, 32), (64, 32), (32, 64), (64, 64)]
     if launcher.dots:
         entries = {e: Skinny(*shapes[i], 4, 1) for i, e in enumerate(("narrow", "wide"))}
     else:
-        names = ("float32", "few_rows", "pointer", "tma")
+        names = ("float32", "few_rows", "pointer", "tma", "up_to_16", "up_to_64")
         entries = {e: Gemm(*shapes[i], 16, 4, 1) for i, e in enumerate(names)}
     o = candidates.operands(dataclasses.replace(CELL, m=m, dtype=dtype))
     target = candidates.target_of(o.x.device)
@@ -93,22 +115,24 @@ def test_what_counts_as_the_tables_own_is_what_the_launcher_takes(name, dtype, m
 
 
 def test_cells_that_a_launcher_does_not_tell_apart_are_one_case():
-    cells = [dataclasses.replace(CELL, n=n, dropout_p=p) for n in (40, 56) for p in (0.0, 0.25)]
+    cells = [dataclasses.replace(FEW, n=n, dropout_p=p) for n in (40, 56) for p in (0.0, 0.25)]
     counts = dict.fromkeys(LAUNCHERS, 0)
     for case in tune.cases(list(LAUNCHERS), cells, limit=1):
         counts[case.name] += 1
     assert counts == {
-        "down": 2, "forward": 2, "dy_pass": 2, "dx": 4, "da": 2, "fill_y": 2, "fill_dx": 2,
+        "down": 2, "forward": 2, "few_rows": 4, "dy_pass": 2, "dx": 4, "da": 2, "fill_y": 2,
+        "fill_dx": 2,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_the_tables_own_is_no_candidate_besides(name, monkeypatch):
-    grid = candidates.grid(name, CELL, tma=True)
-    table = {entry: grid[5] for entry in ("narrow", "wide", "pointer", "tma", "float32")}
+    grid = candidates.grid(name, cell_for(name), tma=True)
+    entries = ("narrow", "wide", "pointer", "tma", "float32", "up_to_16")
+    table = {entry: grid[5] for entry in entries}
     target = candidates.target_of(torch.device(DEVICE))
     monkeypatch.setitem(LAUNCHERS[name].module.CONFIGS, target, table)
-    (case,) = tune.cases([name], [CELL], limit=None)
+    (case,) = tune.cases([name], [cell_for(name)], limit=None)
     assert case.table == grid[5]
     assert set(grid) - {grid[5]} >= set(case.others)
     assert case.table not in case.others
@@ -221,7 +245,7 @@ ALL_CONFIGS = {
     config
     for name, launcher in LAUNCHERS.items()
     for config in (
-        *candidates.grid(name, CELL, tma=True),
+        *candidates.grid(name, cell_for(name), tma=True),
         *(entry for table in launcher.module.CONFIGS.values() for entry in table.values()),
     )
 }
@@ -314,6 +338,12 @@ def test_lists_of_what_there_is_not_are_refused(option, message, capsys):
     with pytest.raises(SystemExit):
         tune.main([option])
     assert message in capsys.readouterr().err
+
+
+def test_cells_that_no_launcher_takes_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--kernels=few_rows", "--tokens=65", "--jobs=1"])
+    assert "few_rows take none of these cells" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
