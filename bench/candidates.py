@@ -149,7 +149,8 @@ def table_entry(name: str, o: Operands) -> tuple[str, Config]:
     table = launcher.module.CONFIGS
     names = {target: {entry: entry for entry in entries} for target, entries in table.items()}
     if launcher.dots:
-        entry = choose_skinny(names, device, getattr(o.numerics, launcher.dots))
+        rank = o.b.shape[1] if name == "dy_pass" else 1
+        entry = choose_skinny(names, device, getattr(o.numerics, launcher.dots), rank)
     elif name == "few_rows":
         entry = few_rows.choose(names, len(o.x), o.x, o.numerics)
     else:

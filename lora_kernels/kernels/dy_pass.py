@@ -4,8 +4,8 @@ One program owns BLOCK_M rows of dy and one slice of the columns of one enabled 
 ranks. Its slice gives a part of these rows of dh, its rows a part of these columns of db; sum_parts
 adds both in a fixed order. Disabled groups are not read.
 
-The parts of db are 4·r / BLOCK_M as large as dy. Where that is more than reading dy again, db comes
-from da's kernel instead: dbᵀ = scale_db · hᵀ · dy.
+Parts of db, written and read, are 4·r / BLOCK_M of the bytes of a 16-bit dy. Where that is more
+than reading dy again, db comes from da's kernel instead: dbᵀ = scale_db · hᵀ · dy.
 """
 
 import torch
@@ -34,7 +34,8 @@ CONFIGS = {
         "wide": Skinny(64, 32, num_warps=8, num_stages=3),
     },
     "sm_90": {
-        "narrow": Skinny(128, 64, num_warps=4, num_stages=3),
+        "narrow": Skinny(256, 64, num_warps=8, num_stages=3, waves=1),
+        "narrow_high_rank": Skinny(128, 64, num_warps=4, num_stages=3),
         "wide": Skinny(64, 32, num_warps=8, num_stages=2),
     },
     "sm_100": {
@@ -127,7 +128,7 @@ def dy_pass(
     None for what is not needed.
     """
     m, (b_rows, r) = dy.shape[0], b.shape
-    config = config or choose_skinny(CONFIGS, dy.device, numerics.rank)
+    config = config or choose_skinny(CONFIGS, dy.device, numerics.rank, r)
     groups, largest = sum(enable_lora), max(out_splits)
     db = None
     if needs_db and 4 * r > config.BLOCK_ROWS:

@@ -162,10 +162,16 @@ def slices(
 
 
 def choose_skinny(
-    configs: dict[str, dict[str, Skinny]], device: torch.device, dtype: tl.dtype
+    configs: dict[str, dict[str, Skinny]], device: torch.device, dtype: tl.dtype, r: int = 1
 ) -> Skinny:
-    """The entry of a table for dots in this dtype: "wide" for float32, "narrow" for 16 bits."""
-    return configs[target_of(device)]["wide" if dtype is tl.float32 else "narrow"]
+    """The entry of a table for dots in this dtype: "wide" for float32, "narrow" for 16 bits.
+
+    "narrow_high_rank" stands beside it where more than 16 ranks need smaller tiles.
+    """
+    table = configs[target_of(device)]
+    if dtype is tl.float32:
+        return table["wide"]
+    return table.get("narrow_high_rank", table["narrow"]) if r > 16 else table["narrow"]
 
 
 def choose_gemm(configs: dict[str, dict[str, Gemm]], m: int, r: int, x: Tensor, fits: bool) -> Gemm:

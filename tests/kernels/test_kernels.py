@@ -40,7 +40,7 @@ def configurations(module, entries):
 def skinny(module):
     """On a CPU: the table's tiles, and such small ones that the length is cut into slices."""
     if GPU:
-        return configurations(module, ["narrow", "wide"])
+        return configurations(module, ["narrow", "narrow_high_rank", "wide"])
     return [*configurations(module, ["narrow"]), launch.Skinny(16, 16, num_warps=4, num_stages=1)]
 
 

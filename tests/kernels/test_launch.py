@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from lora_kernels.kernels import da, down, dx, dy_pass, fill, forward, launch
+from lora_kernels.kernels import da, down, dx, dy_pass, few_rows, fill, forward, launch
 from lora_kernels.kernels.launch import Numerics
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -132,9 +132,62 @@ def test_without_descriptors_high_ranks_have_tiles_too(monkeypatch, r, entry):
     assert launch.choose_gemm(dx.CONFIGS, 8192, r, x, True) is dx.CONFIGS["sm_80"][entry]
 
 
-@pytest.mark.parametrize("module", [down, da, dy_pass, fill, forward, dx], ids=lambda m: m.__name__)
-def test_every_table_has_every_target(module):
+@pytest.mark.parametrize(
+    ("dtype", "r", "entry"),
+    [
+        (tl.bfloat16, 16, "narrow"), (tl.bfloat16, 17, "narrow_high_rank"),
+        (tl.float32, 16, "wide"), (tl.float32, 17, "wide"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_entries_of_a_table_of_passes(hopper, dtype, r, entry):
+    table = dy_pass.CONFIGS["sm_90"]
+    assert launch.choose_skinny(dy_pass.CONFIGS, META, dtype, r) is table[entry]
+    if entry == "narrow_high_rank":
+        entry = "narrow"  # no other tiles are needed for x
+    assert launch.choose_skinny(down.CONFIGS, META, dtype, r) is down.CONFIGS["sm_90"][entry]
+
+
+@pytest.mark.parametrize(
+    ("m", "dtype", "lora", "entry"),
+    [
+        (16, BF16, BF16, "up_to_16"), (17, BF16, BF16, "up_to_64"), (64, F16, F16, "up_to_64"),
+        (1, F16, F16, "up_to_16"), (1, BF16, F32, "up_to_64"), (1, F32, F32, "float32"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_entries_of_the_table_of_few_rows(hopper, m, dtype, lora, entry):
+    x, a = torch.empty(m, 16, dtype=dtype, device=META), torch.empty(4, 16, dtype=lora, device=META)
+    numerics = launch.numerics_of(x, a)
+    chosen = few_rows.choose(few_rows.CONFIGS, m, x, numerics)
+    assert chosen is few_rows.CONFIGS["sm_90"][entry]
+    assert m <= chosen.BLOCK_M
+
+
+@pytest.mark.parametrize(
+    ("m", "r", "dropout_p", "lora", "expected"),
+    [
+        (64, 64, 0.0, BF16, True), (65, 64, 0.0, BF16, False), (64, 65, 0.0, BF16, False),
+        (16, 8, 0.1, BF16, True), (17, 8, 0.1, BF16, False),
+        (1, 32, 0.0, F32, True), (1, 33, 0.0, F32, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_few_rows_takes(hopper, m, r, dropout_p, lora, expected):
+    x, a = torch.empty(m, 16, dtype=BF16, device=META), torch.empty(r, 16, dtype=lora, device=META)
+    assert few_rows.takes(m, r, dropout_p, launch.numerics_of(x, a)) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "needed"),
+    [
+        *((module, {"narrow", "wide"}) for module in (down, da, dy_pass, fill)),
+        *((module, {"float32", "few_rows", "pointer"}) for module in (forward, dx)),
+        (few_rows, {"float32", "up_to_16", "up_to_64"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_table_has_every_target(module, needed):
     targets = {"interpreter", "sm_80", "sm_90", "sm_100", "hip", "other"}
     assert set(module.CONFIGS) == targets
-    needed = {"float32", "few_rows", "pointer"} if module in (forward, dx) else {"narrow", "wide"}
     assert all(needed <= set(module.CONFIGS[target]) for target in targets)
