@@ -196,11 +196,12 @@ def _generator(rows: int, groups: int, device: torch.device) -> _Generator:
     """On the CPU a thread keeps those of the last shapes, which share its memory: page faults of
     fresh memory cost more than the arithmetic, views more than both.
 
-    Transforms of torch.func let a function write to its own memory only.
+    Transforms of torch.func let a function write to its own memory only, and what is made under a
+    dispatch mode, such as FakeTensorMode, is of no use outside of it.
     """
     calls = rows * groups
-    transformed = torch._C._are_functorch_transforms_active()
-    if device.type != "cpu" or calls > _CALLS_AT_ONCE or transformed:
+    apart = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    if device.type != "cpu" or calls > _CALLS_AT_ONCE or apart:
         return _Generator(rows, groups, _memory(calls, device))
     remembered = getattr(_thread, "generator", None)
     if remembered is None:

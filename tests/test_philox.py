@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import philox
 
@@ -157,6 +158,15 @@ def test_what_inference_mode_remembers_serves_outside_of_it(nothing_remembered, 
     later = philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5, first_row=4)
     assert torch.equal(inside, outside)
     assert torch.equal(later[:5], outside[4:])
+
+
+def test_fake_tensors_are_not_remembered(nothing_remembered, device):
+    with FakeTensorMode():
+        assert philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5).shape == (9, 20)
+    mask = philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5)
+    with FakeTensorMode():
+        assert philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5).shape == (9, 20)
+    assert torch.equal(philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5), mask)
 
 
 def test_rows_beyond_32_bits_do_not_repeat(device):
