@@ -22,13 +22,12 @@ from lora_kernels.kernels.launch import (
     fits_tma,
     target_of,
 )
-from lora_kernels.plan import capability_of
 from tests.kernels import expected
 from tests.kernels.expected import Operands
 
 __all__ = [
-    "LAUNCHERS", "Config", "Launcher", "as_run", "fits_descriptors", "grid", "operands", "run",
-    "source", "table_entry", "takes", "thin", "told_apart", "try_out",
+    "LAUNCHERS", "Config", "Launcher", "as_run", "grid", "operands", "run", "source",
+    "table_entry", "takes", "thin", "told_apart", "try_out",
 ]  # fmt: skip
 
 Config = Skinny | Gemm
@@ -158,13 +157,6 @@ def table_entry(name: str, o: Operands) -> tuple[str, Config]:
     return entry, table[target_of(device)][entry]
 
 
-def fits_descriptors(o: Operands) -> bool:
-    """Whether the device has tensor descriptors, and they can hold the large matrices."""
-    target = target_of(o.x.device)
-    has = target == "interpreter" or (target != "hip" and capability_of(o.x.device) >= (9, 0))
-    return has and fits_tma(o.x, o.w, o.dy)
-
-
 def as_run(name: str, cell: Cell, config: Config) -> Config:
     """The configuration without what makes no difference in a cell: pieces, without a mask."""
     masked = name == "dx" and cell.dropout_p > 0
@@ -208,7 +200,7 @@ PIECES = {128: (4,), 64: (2, 1, 4), 32: (1, 2)}
 
 
 def grid(name: str, cell: Cell, tma: bool) -> list[Config]:
-    """Configurations worth a try, all different; tma: descriptors can be used."""
+    """Configurations worth a try, all different; tma: with descriptors too."""
     if LAUNCHERS[name].dots:
         # fill has no loop over the matrix that it writes, so nothing to prefetch or to cut.
         pairs = ONE_STAGE if LAUNCHERS[name].module is fill else STAGES_AND_WAVES
@@ -219,7 +211,8 @@ def grid(name: str, cell: Cell, tma: bool) -> list[Config]:
         ]
     few = cell.m <= FEW_ROWS
     if name == "few_rows":
-        rows = max(16, 1 << (cell.m - 1).bit_length())
+        up_to_16 = cell.m <= 16 and cell.dtype != torch.float32
+        rows = 16 if up_to_16 else FEW_ROWS  # the most that the cell's entry has to serve
         pairs = itertools.product(STRIPES, STRIPE_WARPS_AND_STAGES)
         return [Gemm(rows, *stripe, *pair) for stripe, pair in pairs]
     masked = name == "dx" and cell.dropout_p > 0 and not few

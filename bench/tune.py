@@ -102,7 +102,8 @@ def cases(names: Sequence[str], cells: Sequence[Cell], limit: int | None) -> lis
         if not candidates.takes(name, o):
             continue
         entry, table = candidates.table_entry(name, o)
-        grid = candidates.grid(name, cell, candidates.fits_descriptors(o))
+        # The other entries serve matrices that descriptors do not fit as well.
+        grid = candidates.grid(name, cell, tma=entry.startswith("tma"))
         known = candidates.as_run(name, cell, table)
         others = [config for config in grid if candidates.as_run(name, cell, config) != known]
         found[name, cell] = Case(name, cell, entry, table, tuple(candidates.thin(others, limit)))

@@ -67,9 +67,16 @@ def test_grid_of_a_large_product_has_no_duplicates_and_keeps_its_limits(name, tm
         assert config.BLOCK_N // config.pieces >= 16
 
 
-@pytest.mark.parametrize(("m", "rows"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64)])
-def test_grid_of_few_rows_has_no_duplicates_and_its_programs_own_all_rows(m, rows):
-    grid = candidates.grid("few_rows", dataclasses.replace(CELL, m=m), tma=True)
+@pytest.mark.parametrize(
+    ("m", "dtype", "rows"),
+    [
+        (1, torch.float16, 16), (16, torch.float16, 16), (17, torch.float16, 64),
+        (64, torch.float16, 64), (1, torch.float32, 64),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_grid_of_few_rows_has_no_duplicates_and_serves_all_that_its_entry_does(m, dtype, rows):
+    grid = candidates.grid("few_rows", dataclasses.replace(CELL, m=m, dtype=dtype), tma=True)
     assert 20 <= len(set(grid)) == len(grid) <= 70
     assert {config.BLOCK_M for config in grid} == {rows}
     assert {config.BLOCK_N for config in grid} == {16, 32, 64}
@@ -81,6 +88,21 @@ def test_few_rows_is_tuned_where_it_is_what_runs():
     cells = [dataclasses.replace(CELL, m=m, dropout_p=p) for m in (16, 17, 65) for p in (0.0, 0.1)]
     tuned = [(case.cell.m, case.cell.dropout_p) for case in tune.cases(["few_rows"], cells, 1)]
     assert tuned == [(16, 0.0), (16, 0.1), (17, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("m", "entry", "tma"), [(16, "few_rows", {False}), (80, "tma", {True, False})]
+)
+@pytest.mark.parametrize("name", LARGE)
+def test_descriptors_are_tried_where_the_entry_is_for_matrices_that_they_fit(
+    name, m, entry, tma, monkeypatch
+):
+    table = dict.fromkeys(("few_rows", "pointer", "tma"), Gemm(16, 16, 16, 4, 1))
+    target = candidates.target_of(torch.device(DEVICE))
+    monkeypatch.setitem(LAUNCHERS[name].module.CONFIGS, target, table)
+    (case,) = tune.cases([name], [dataclasses.replace(CELL, m=m)], limit=None)
+    assert case.entry == entry
+    assert {config.tma for config in case.others} == tma
 
 
 def test_thinning_is_even_and_repeats_nothing():
