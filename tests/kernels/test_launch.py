@@ -191,3 +191,9 @@ def test_every_table_has_every_target(module, needed):
     targets = {"interpreter", "sm_80", "sm_90", "sm_100", "hip", "other"}
     assert set(module.CONFIGS) == targets
     assert all(needed <= set(module.CONFIGS[target]) for target in targets)
+
+
+@pytest.mark.parametrize("table", few_rows.CONFIGS.values(), ids=few_rows.CONFIGS)
+def test_a_program_of_few_rows_owns_all_rows_that_its_entry_serves(table):
+    assert table["up_to_16"].BLOCK_M >= 16
+    assert min(table[entry].BLOCK_M for entry in ("up_to_64", "float32")) >= launch.FEW_ROWS
