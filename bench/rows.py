@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from bench.providers import FLOOR, FUSED, OURS, SANDWICH
 
 __all__ = [
-    "ELEMENT_BYTES", "is_ours", "load", "losses_first", "lost", "make_rows", "median_interval",
-    "quantiles", "save",
+    "ELEMENT_BYTES", "is_ours", "judged", "load", "losses_first", "lost", "make_rows",
+    "median_interval", "quantiles", "save",
 ]  # fmt: skip
 
 # What a row has beside the fields of its cell; the values where nothing was measured.
@@ -94,16 +94,16 @@ def make_rows(
         if FLOOR in samples:
             row["over_frozen"] = statistics.median(_ratios(seconds, samples[FLOOR]))
         if OURS in samples and provider != FLOOR and not is_ours(provider):
-            row["ours_over_peer"] = _judged(samples[OURS], seconds)
+            row["ours_over_peer"] = judged(samples[OURS], seconds)
         if SANDWICH in samples and provider == FUSED:
-            row["fused_over_sandwich"] = _judged(seconds, samples[SANDWICH])
+            row["fused_over_sandwich"] = judged(seconds, samples[SANDWICH])
     return rows
 
 
-def _judged(
+def judged(
     numerators: Sequence[float], denominators: Sequence[float]
 ) -> tuple[float, float, float]:
-    """The median ratio within a round, and its interval."""
+    """The median ratio within a round, and its 99 % interval."""
     ratios = _ratios(numerators, denominators)
     return statistics.median(ratios), *median_interval(ratios)
 

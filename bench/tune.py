@@ -196,14 +196,8 @@ def _row(
             "tflop_s": flops / median / 1e12,
         }
         if case.table in samples:
-            row["over_table"] = _ratio(samples[config], samples[case.table])
+            row["over_table"] = rows.judged(samples[config], samples[case.table])
     return row
-
-
-def _ratio(ours: Sequence[float], table: Sequence[float]) -> tuple[float, float, float]:
-    """Median over rounds of the ratio within a round, and its 99 % interval."""
-    ratios = [above / below for above, below in zip(ours, table, strict=True)]
-    return statistics.median(ratios), *rows.median_interval(ratios)
 
 
 def report(case: Case, measured: Sequence[Mapping], configs: Sequence[Config]) -> str:
@@ -294,9 +288,9 @@ def confirm(
         table.append(times.get(each.table))
     if None in table:
         return measured, dataclasses.replace(verdict, ratio=None)
-    by_cell = tuple(_ratio(*pair)[0] for pair in zip(ours, table, strict=True))
+    by_cell = tuple(rows.judged(*pair)[0] for pair in zip(ours, table, strict=True))
     sums = ([sum(times) for times in zip(*cells, strict=False)] for cells in (ours, table))
-    return measured, dataclasses.replace(verdict, ratio=_ratio(*sums), by_cell=by_cell)
+    return measured, dataclasses.replace(verdict, ratio=rows.judged(*sums), by_cell=by_cell)
 
 
 def _best(
