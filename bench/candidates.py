@@ -13,7 +13,6 @@ from torch import Tensor
 from bench.shapes import Cell
 from lora_kernels.kernels import da, down, dx, dy_pass, few_rows, fill, forward
 from lora_kernels.kernels.launch import (
-    FEW_ROWS,
     Gemm,
     Skinny,
     choose_gemm,
@@ -22,6 +21,7 @@ from lora_kernels.kernels.launch import (
     fits_tma,
     target_of,
 )
+from lora_kernels.plan import FEW_ROWS
 from tests.kernels import expected
 from tests.kernels.expected import Operands
 

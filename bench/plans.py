@@ -25,7 +25,7 @@ import torch
 from bench import repository, rows
 from bench.providers import FUSED, SANDWICH
 from bench.shapes import BACKWARD, FORWARD, GRAPH
-from lora_kernels.plan import Measured, Product, aligned
+from lora_kernels.plan import Measured, Product, aligned, unmeasured
 
 __all__ = ["load", "main", "python", "table", "terminal"]
 
@@ -87,24 +87,34 @@ def _faster(row: Mapping) -> bool:
 def table(measured: Rows) -> list[Measured]:
     """Rows for plan.TABLE: they hold for every product measured that fused is faster at.
 
+    Where it is not, though it is what a product takes that was not measured, a row says sandwich.
     n and k are exact. m and r reach from a measurement to its neighbours where these agree, and m
     without end where the two largest do; they pass over no measurement that says otherwise. Layers
     of one product, such as a plain one and a merged one, have to agree.
     """
     deciding = [(_product(row), row) for row in measured if _decides(row)]
-    verdicts: dict[tuple, dict[int, dict[int, bool]]] = {}  # [capability, layer and pass][r][m]
+    faster: dict[tuple, dict[int, dict[int, bool]]] = {}  # [capability, layer and pass][r][m]
     for product, row in deciding:
         key = (*row["capability"],), product._replace(m=0, r=0)
-        by_tokens = verdicts.setdefault(key, {}).setdefault(product.r, {})
+        by_tokens = faster.setdefault(key, {}).setdefault(product.r, {})
         by_tokens[product.m] = by_tokens.get(product.m, True) and _faster(row)
-    made = [
-        Measured(
-            capability, product.dtype, "fused", "", m=m, n=(product.n,) * 2, k=(product.k,) * 2,
-            r=r, dropout=product.dropout, aligned=product.aligned, backward=product.backward,
-        )
-        for (capability, product), by_rank in verdicts.items()
-        for m, r in _bounds(by_rank)
-    ]  # fmt: skip
+    made = []
+    for (capability, product), by_rank in faster.items():
+        slower = {
+            r: {
+                m: unmeasured(product._replace(m=m, r=r)) == "fused" and not verdict
+                for m, verdict in by_tokens.items()
+            }
+            for r, by_tokens in by_rank.items()
+        }
+        made += [
+            Measured(
+                capability, product.dtype, plan, "", m=m, n=(product.n,) * 2, k=(product.k,) * 2,
+                r=r, dropout=product.dropout, aligned=product.aligned, backward=product.backward,
+            )
+            for plan, verdicts in (("fused", by_rank), ("sandwich", slower))
+            for m, r in _bounds(verdicts)
+        ]  # fmt: skip
     for flag in ("dropout", "backward"):
         made = _either(made, flag)
     return [dataclasses.replace(row, source=_source(row, deciding)) for row in made]

@@ -101,7 +101,8 @@ def _run(name: str, product: plan.Product, args: tuple, tensors: Sequence | None
     def what() -> tuple:
         used = args if tensors is None else tensors
         dtypes = dict.fromkeys(t.dtype for t in used if isinstance(t, torch.Tensor))
-        return (name, product.device, *dtypes)
+        few = ("few rows",) if product.m <= plan.FEW_ROWS else ()  # they have kernels of their own
+        return (name, *few, product.device, *dtypes)
 
     return plan.run(chosen, what, by_plan)
 

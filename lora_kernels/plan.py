@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "PLANS", "Measured", "Plan", "Product", "aligned", "capability_of", "choose", "failures", "run",
+    "FEW_MASKED_ROWS", "FEW_ROWS", "PLANS", "TABLE", "Measured", "Plan", "Product", "aligned",
+    "capability_of", "choose", "failures", "run", "unmeasured",
 ]  # fmt: skip
 
 PLANS = ("fused", "sandwich", "reference")
@@ -83,9 +84,23 @@ class Measured:
         )
 
 
-# Filled by measurement; the first row that holds decides. A product that no row holds for takes the
-# sandwich: with cuBLAS for its large part it is never far from the best.
+# Filled by measurement; the first row that holds decides.
 TABLE: tuple[Measured, ...] = ()
+
+# Up to here a layer is bound by reading its weight, and one kernel makes h and y; with dropout up
+# to the second, because every program of it draws the mask.
+FEW_ROWS, FEW_MASKED_ROWS = 64, 16
+
+
+def unmeasured(product: Product) -> str:
+    """The plan of a product that no row of the table holds for.
+
+    It is the sandwich, which with cuBLAS for its large part is never far from the best, but for few
+    rows, where it is three launches beside the one of cuBLAS.
+    """
+    rows = FEW_MASKED_ROWS if product.dropout else FEW_ROWS
+    one_launch = product.m <= rows and product.r <= 32 and not product.backward
+    return "fused" if one_launch else "sandwich"
 
 
 def choose(product: Product) -> Plan:
@@ -117,7 +132,7 @@ def choose(product: Product) -> Plan:
     for row in TABLE:
         if row.holds(product, capability):
             return Plan(row.plan, f"measured: {row.source}")
-    return Plan("sandwich", f"no measurement for capability {capability} holds here")
+    return Plan(unmeasured(product), f"no measurement for capability {capability} holds here")
 
 
 def aligned(*matrices: Tensor | None) -> bool:

@@ -50,6 +50,24 @@ def test_without_a_measurement_cublas_takes_the_large_product(h200):
 
 
 @pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"m": 64}, "fused"),
+        ({"m": 65}, "sandwich"),
+        ({"m": 16, "dropout": True, "r": 32}, "fused"),
+        ({"m": 17, "dropout": True}, "sandwich"),
+        ({"m": 1, "r": 33}, "sandwich"),
+        ({"m": 1, "backward": True}, "sandwich"),
+    ],
+    ids=str,
+)
+def test_without_a_measurement_few_rows_take_the_fewest_launches(h200, changes, name, monkeypatch):
+    assert choose(product(**changes)).name == name
+    monkeypatch.setattr(plans, "TABLE", (replace(ROW, plan="sandwich", m=(1, 64), k=(4096, 4096)),))
+    assert choose(product(**changes, k=4096)).name == "sandwich"
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"m": 0}, "empty"),
@@ -175,6 +193,22 @@ def test_a_kernel_that_does_not_compile_is_named_once_and_the_result_is_right(
     assert "300000" in ours[0]
     for name, result in results.items():
         torch.testing.assert_close(result, expected[name], msg=name)
+
+
+def test_few_rows_fail_alone(forgetful, monkeypatch, device):
+    from lora_kernels.kernels import few_rows
+
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "fused")
+    few, many = (make_problem(m, 8, 7, 2, device=device) for m in (9, 70))
+    expected = call(few)
+    monkeypatch.setattr(few_rows, "launch", broken(RuntimeError("PassManager::run failed")))
+    with pytest.warns(RuntimeWarning, match="fused failed for lora_linear_forward few rows"):
+        torch.testing.assert_close(call(few), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        call(few)
+        monkeypatch.setattr("lora_kernels.kernels.fill.launch", broken(KeyError("not fused")))
+        call(many)
 
 
 def test_where_both_plans_fail_the_reference_computes(forgetful, monkeypatch, device):

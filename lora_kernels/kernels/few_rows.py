@@ -14,7 +14,6 @@ from torch import Tensor
 from lora_kernels import philox
 from lora_kernels.kernels.dropout import keep_tile, word_threshold
 from lora_kernels.kernels.launch import (
-    FEW_ROWS,
     Gemm,
     Numerics,
     cdiv,
@@ -23,8 +22,7 @@ from lora_kernels.kernels.launch import (
     target_of,
 )
 from lora_kernels.kernels.tiles import load_tile, locate, store_tile
-
-_MASKED_ROWS = 16  # up to here every program draws the mask; beyond, down does it once
+from lora_kernels.plan import FEW_MASKED_ROWS, FEW_ROWS
 
 CONFIGS = {
     "interpreter": dict.fromkeys(
@@ -110,7 +108,7 @@ def _few_rows_kernel(
 
 def takes(m: int, r: int, dropout_p: float, numerics: Numerics) -> bool:
     """Whether few_rows is the launch for m rows and rank r."""
-    rows = FEW_ROWS if dropout_p == 0 else _MASKED_ROWS
+    rows = FEW_ROWS if dropout_p == 0 else FEW_MASKED_ROWS
     return m <= rows and r <= rank_block(r, numerics.factor)
 
 

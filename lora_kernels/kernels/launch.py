@@ -9,16 +9,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels.plan import capability_of
+from lora_kernels.plan import FEW_ROWS, capability_of
 
 __all__ = [
-    "FEW_ROWS", "Gemm", "Numerics", "Skinny", "cdiv", "choose_gemm", "choose_skinny", "current",
+    "Gemm", "Numerics", "Skinny", "cdiv", "choose_gemm", "choose_skinny", "current",
     "fits_tma", "launch", "numerics_of", "operand", "programs", "programs_at_once", "rank_block",
     "slices", "target_of",
 ]  # fmt: skip
-
-
-FEW_ROWS = 64  # up to here a layer is bound by reading its weight
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def bounds(measured, name="m"):
         ({16: FASTER, 64: FASTER, 512: SLOWER}, [(16, 64)]),
         ({512: SLOWER, 4096: FASTER, 8192: FASTER}, [(4096, math.inf)]),
         ({4096: SLOWER, 8192: FASTER}, [(8192, 8192)]),
-        ({1: FASTER, 16: SLOWER, 64: FASTER, 512: SLOWER}, [(1, 1), (64, 64)]),
+        ({512: FASTER, 600: SLOWER, 800: FASTER, 900: SLOWER}, [(512, 512), (800, 800)]),
         ({64: FASTER, 512: WITHHELD, 4096: FASTER}, [(64, 64), (4096, 4096)]),
         ({4096: FASTER, 8192: FASTER, 16384: WITHHELD}, [(4096, 8192)]),
     ],
@@ -88,6 +88,18 @@ def test_tokens_reach_from_one_measurement_to_its_neighbours(ratios, expected):
     measured = [canned(ratio, m=m) for m, ratio in ratios.items()]
     assert bounds(measured) == expected
     assert bounds(measured[::-1]) == expected
+
+
+def test_few_rows_where_fused_is_no_faster_take_the_sandwich():
+    """Fused is what they take unmeasured: up to 16 rows with dropout, 64 without."""
+    ratios = {1: FASTER, 16: SLOWER, 17: SLOWER, 64: NOISE, 65: SLOWER}
+    for p, expected in ((0.1, [16]), (0.0, [16, 17, 64])):
+        measured = [canned(ratio, m=m, dropout_p=p) for m, ratio in ratios.items()]
+        fused, sandwich = plans.table(measured)
+        assert (fused.plan, fused.m) == ("fused", (1, 1))
+        assert (sandwich.plan, sandwich.m) == ("sandwich", (expected[0], expected[-1]))
+        assert sandwich.source == "a.json"
+    assert plans.table([canned(SLOWER, m=16, mode="backward")]) == []
 
 
 def test_ranks_reach_from_one_measurement_to_its_neighbours():
