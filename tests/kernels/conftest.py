@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.kernels import races
+
 
 @pytest.fixture
 def allow_tf32(request) -> Iterator[bool]:
@@ -13,3 +15,9 @@ def allow_tf32(request) -> Iterator[bool]:
     torch.backends.cuda.matmul.allow_tf32 = request.param
     yield request.param
     torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def no_races() -> Iterator[None]:
+    with races.noticed():
+        yield
