@@ -22,12 +22,14 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", secti
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["GROUP", "MULTIPLIERS", "ROUNDS", "WEYL", "keep_mask", "keep_scale", "threshold"]
+__all__ = [
+    "GROUP", "MULTIPLIERS", "ROUNDS", "WEYL", "keep_mask", "keep_scale", "masks", "threshold",
+]  # fmt: skip
 
 ROUNDS = 7
 GROUP = 8  # elements of one row that share a call of the generator
@@ -60,17 +62,43 @@ def keep_mask(
     Shapes: seed [1] int64 -> [rows, cols] on seed's device: 1 where kept, 0 where dropped.
     dtype: bool, float32 or float64.
     """
-    smallest, groups = threshold(dropout_p), -(-cols // GROUP)
+    groups = -(-cols // GROUP)
     mask = torch.empty((rows, groups * GROUP), dtype=dtype, device=seed.device)
-    at_once = max(1, _CALLS_AT_ONCE // max(1, groups))
-    for start in range(0, rows, at_once):
-        part = mask[start : start + at_once]
-        draws = _generator(len(part), groups, seed.device).draws(seed, first_row + start)
-        if dtype == torch.bool:
-            torch.ge(draws, smallest, out=part)
-        else:  # float32 holds every draw, and is compared in place
-            part.copy_(draws).ge_(smallest)
+    for some in _slices(rows, groups):
+        _draw(mask[some], seed, first_row + some.start, threshold(dropout_p))
     return mask if cols == mask.shape[1] else mask[:, :cols]
+
+
+def masks(
+    seed: Tensor, rows: int, cols: int, dropout_p: float, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """keep_mask in slices of rows: fresh memory for all of it would cost more than the draws.
+
+    A slice's mask may be written to, and lasts until the next one is made.
+    """
+    groups = -(-cols // GROUP)
+    for some in _slices(rows, groups):
+        count = some.stop - some.start
+        mask = _scratch(count * groups * GROUP, dtype, seed.device).view(count, groups * GROUP)
+        _draw(mask, seed, some.start, threshold(dropout_p))
+        yield some, mask if cols == mask.shape[1] else mask[:, :cols]
+
+
+def _slices(rows: int, groups: int) -> Iterator[slice]:
+    """The rows in slices whose draws are made in one go; one that is empty where there are none."""
+    at_once = max(1, _CALLS_AT_ONCE // max(1, groups))
+    for start in range(0, max(1, rows), at_once):
+        yield slice(start, min(start + at_once, rows))
+
+
+def _draw(mask: Tensor, seed: Tensor, first_row: int, smallest: int) -> None:
+    """Fills a mask whose rows are whole groups."""
+    rows, cols = mask.shape
+    draws = _generator(rows, cols // GROUP, seed.device).draws(seed, first_row)
+    if mask.dtype == torch.bool:
+        torch.ge(draws, smallest, out=mask)
+    else:  # float32 holds every draw, and is compared in place
+        mask.copy_(draws).ge_(smallest)
 
 
 class _Generator:
@@ -186,41 +214,61 @@ def _upper(words: Tensor) -> Tensor:
     return words.view(torch.int32)[..., 1::2]
 
 
-# How many calls of the generator are made in one go, at most: 4 MiB of memory serve any mask.
-_CALLS_AT_ONCE = 1 << 16
+# How many calls of the generator are made in one go, at most: 8 MiB of memory serve any draws.
+_CALLS_AT_ONCE = 1 << 17
 _GENERATORS = 64  # shapes that a thread remembers
 _thread = threading.local()
 
 
-def _generator(rows: int, groups: int, device: torch.device) -> _Generator:
-    """On the CPU a thread keeps those of the last shapes, which share its memory: page faults of
-    fresh memory cost more than the arithmetic, views more than both.
+def _keeps(calls: int, device: torch.device) -> bool:
+    """Whether memory for so many calls is the thread's, which keeps it: the page faults of fresh
+    memory cost more than the arithmetic.
 
     Transforms of torch.func let a function write to its own memory only, and what is made under a
     dispatch mode, such as FakeTensorMode, is of no use outside of it.
     """
-    calls = rows * groups
     apart = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
-    if device.type != "cpu" or calls > _CALLS_AT_ONCE or apart:
-        return _Generator(rows, groups, _memory(calls, device))
-    remembered = getattr(_thread, "generator", None)
-    if remembered is None:
-        remembered = _thread.generator = _remembering()
-    return remembered(rows, groups)
+    return device.type == "cpu" and calls <= _CALLS_AT_ONCE and not apart
 
 
-def _remembering() -> Callable[[int, int], _Generator]:
-    memory = None
+def _kept() -> "_Kept":
+    kept = getattr(_thread, "kept", None)
+    if kept is None:
+        kept = _thread.kept = _Kept()
+    return kept
 
-    @functools.lru_cache(_GENERATORS)
-    def generator(rows: int, groups: int) -> _Generator:
-        nonlocal memory
-        with torch.inference_mode(False):  # inference tensors could not be reused outside
-            if memory is None:
-                memory = _memory(_CALLS_AT_ONCE, torch.device("cpu"))
-            return _Generator(rows, groups, memory)
 
-    return generator
+class _Kept:
+    """What a thread keeps: the generators of the last shapes over one memory, and a mask's."""
+
+    def __init__(self):
+        self.generator = functools.lru_cache(_GENERATORS)(self._generator)
+        self.scratch = functools.cache(self._scratch)
+        self._memory: Tensor | None = None
+
+    # Inference tensors could not be used again outside of inference_mode.
+    @torch.inference_mode(False)
+    def _generator(self, rows: int, groups: int) -> _Generator:
+        if self._memory is None:
+            self._memory = _memory(_CALLS_AT_ONCE, torch.device("cpu"))
+        return _Generator(rows, groups, self._memory)
+
+    @torch.inference_mode(False)
+    def _scratch(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(GROUP * _CALLS_AT_ONCE, dtype=dtype, device="cpu")
+
+
+def _generator(rows: int, groups: int, device: torch.device) -> _Generator:
+    calls = rows * groups
+    if _keeps(calls, device):
+        return _kept().generator(rows, groups)
+    return _Generator(rows, groups, _memory(calls, device))
+
+
+def _scratch(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if _keeps(elements // GROUP, device):
+        return _kept().scratch(dtype)[:elements]
+    return torch.empty(elements, dtype=dtype, device=device)
 
 
 def _memory(calls: int, device: torch.device) -> Tensor:

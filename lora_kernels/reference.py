@@ -54,8 +54,12 @@ def low_rank_input(x: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float) 
     acc = accumulate_dtype(x.dtype)
     if dropout_p == 0:
         return _as(acc, rows) @ _as(acc, a).T
-    mask = philox.keep_mask(seed, *rows.shape, dropout_p, dtype=acc)
-    return (_dropped(rows, mask) @ _as(acc, a).T) * philox.keep_scale(dropout_p)
+    factor = _as(acc, a).T
+    parts = [
+        _dropped(rows[some], mask) @ factor
+        for some, mask in philox.masks(seed, *rows.shape, dropout_p, acc)
+    ]
+    return _join(parts, dim=0) * philox.keep_scale(dropout_p)
 
 
 def lora_linear_forward(
@@ -125,28 +129,32 @@ def lora_linear_backward(
             ],
             dim=1,
         )
-        if dropout_p > 0:
-            shape = (dy_rows.shape[0], a.shape[1])
-            mask = philox.keep_mask(seed, *shape, dropout_p, dtype=acc)
-            dh = dh * (scaling * philox.keep_scale(dropout_p))
-        else:
-            dh = dh * scaling
+        dh = dh * (scaling * philox.keep_scale(dropout_p))
     if needs_x:
-        dx = dy_rows @ w
-        if dropout_p > 0:
-            update = dh @ _as(acc, a)
-            if dx.dtype == acc:
-                dx.addcmul_(update, mask)
-            else:
-                dx.add_(update.mul_(mask))
+        update = dh @ _as(acc, a) if dropout_p > 0 else None
+    if dropout_p > 0 and (needs_x or needs_a):
+        for some, mask in philox.masks(seed, dy_rows.shape[0], a.shape[1], dropout_p, acc):
+            if needs_x:
+                update[some].mul_(mask)
+            if needs_a:
+                part = dh[some].T @ _dropped(rows[some], mask)
+                da = part if da is None else da.add_(part)
+    elif needs_a:
+        da = dh.T @ _as(acc, rows)
+    if needs_x:
+        if update is not None and dy.dtype == acc:
+            dx = update.addmm_(dy_rows, w)
         else:
-            add_product_(dx, dh, _as(acc, a), 1.0)
+            dx = dy_rows @ w
+            if update is not None:
+                dx.add_(update)
+            else:
+                add_product_(dx, dh, _as(acc, a), 1.0)
         dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     if needs_w:
         dw = dy_rows.T @ rows
     if needs_a:
-        x_hat = _dropped(rows, mask) if dropout_p > 0 else _as(acc, rows)
-        da = _as(a.dtype, dh.T @ x_hat)
+        da = _as(a.dtype, da)
     if needs_b:
         db = _join(
             [

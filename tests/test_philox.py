@@ -138,6 +138,25 @@ def test_a_large_mask_is_made_in_several_goes(nothing_remembered, dtype, device,
     assert torch.equal(wide[:, :90], expected[:2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(70, 90), (1, 8), (5, 3), (0, 9)], ids=str)
+def test_masks_are_keep_mask_in_slices_that_may_be_written_to(
+    nothing_remembered, shape, dtype, device, monkeypatch
+):
+    whole = philox.keep_mask(seed_tensor(7, device), *shape, 0.3, dtype=dtype)
+    vars(philox._thread).clear()
+    monkeypatch.setattr(philox, "_CALLS_AT_ONCE", 64)
+    for _ in range(2):
+        ends = [0]
+        for some, mask in philox.masks(seed_tensor(7, device), *shape, 0.3, dtype):
+            assert some.start == ends[-1]
+            assert torch.equal(mask, whole[some])
+            mask.fill_(torch.nan)
+            ends.append(some.stop)
+        assert ends[-1] == shape[0]
+        assert len(ends) == {70: 15}.get(shape[0], 2)
+
+
 def test_threads_make_masks_at_the_same_time(nothing_remembered, device):
     seeds = [seed_tensor(i, device) for i in range(4)]
     expected = [philox.keep_mask(seed, 64, 1024, 0.5) for seed in seeds]
