@@ -271,6 +271,6 @@ def test_other_rows_are_refused(result_file, changes, message, capsys):
 
 
 def test_results_of_the_repository_are_a_cpus():
-    recorded = Path(plans.__file__).parent / "results/cpu/a756038614.json"
+    (recorded,) = Path(plans.__file__).parent.glob("results/cpu/??????????.json")
     with pytest.raises(ValueError, match="rows of a GPU are needed"):
         plans.load([recorded])
