@@ -1,9 +1,9 @@
 """torch.library ops: CUDA -> kernels by plan, CPU -> reference, fake -> shapes.
 
 Two ops serve LoRALinear (one group) and LoRAMergedLinear (several), two more layers that share
-their input. They carry no autograd formula
-of their own; functional.py's autograd Function is built from them. plan.py says which of kernels/
-and reference.py a call goes to; the kernels, and triton with them, are imported by the first.
+their input. They carry no autograd formula of their own; functional.py's autograd Function is built
+from them. plan.py says which of kernels/ and reference.py a call goes to; the kernels, and triton
+with them, are imported by the first.
 """
 
 import functools

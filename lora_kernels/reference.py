@@ -130,9 +130,9 @@ def lora_linear_backward(
             dim=1,
         )
         dh = dh * (scaling * philox.keep_scale(dropout_p))
-    if needs_x:
-        update = dh @ _as(acc, a) if dropout_p > 0 else None
+    update = None
     if dropout_p > 0 and (needs_x or needs_a):
+        update = dh @ _as(acc, a) if needs_x else None
         for some, mask in philox.masks(seed, dy_rows.shape[0], a.shape[1], dropout_p, acc):
             if needs_x:
                 update[some].mul_(mask)
@@ -142,14 +142,13 @@ def lora_linear_backward(
     elif needs_a:
         da = dh.T @ _as(acc, rows)
     if needs_x:
-        if update is not None and dy.dtype == acc:
+        if update is None:
+            dx = dy_rows @ w
+            add_product_(dx, dh, _as(acc, a), 1.0)
+        elif dy.dtype == torch.float32:  # in the memory that update has
             dx = update.addmm_(dy_rows, w)
         else:
-            dx = dy_rows @ w
-            if update is not None:
-                dx.add_(update)
-            else:
-                add_product_(dx, dh, _as(acc, a), 1.0)
+            dx = (dy_rows @ w).add_(update)
         dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     if needs_w:
         dw = dy_rows.T @ rows

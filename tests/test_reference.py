@@ -114,7 +114,7 @@ def test_groups_lists_columns_rows_and_ranks():
 @pytest.mark.parametrize("shape", [(0, 4, 6, 2), (5, 1, 6, 2), (5, 4, 1, 1), (1, 1, 1, 3)])
 def test_empty_and_one_element_sizes(shape, seed, device):
     m, k, n, r = shape
-    problem = make_problem(m, k, n, r, device=device, dropout_p=0.25)
+    problem = make_problem(m, k, n, r, device=device, dropout_p=0.25).without_cancellation()
     y, h = forward(problem)
     results = {"y": y, **backward(problem, h, [True] * 5)}
     exact, baseline = problem.solve(torch.float64), problem.solve()

@@ -1,8 +1,7 @@
 """da = dhᵀ · x_hat. One program owns BLOCK_R rows and BLOCK_K columns of da and one slice of M.
 
 It reads its part of x once and draws the mask again. Layers that share x each have a da, a dh and a
-mask. Slices of M have a da each; sum_parts adds
-them in a fixed order.
+mask. Slices of M have a da each; sum_parts adds them in a fixed order.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """h = x_hat · aᵀ. One program owns BLOCK_M rows of h, BLOCK_R of its columns and one slice of K.
 
-It reads its part of x once and drops elements in registers. Layers that share x each have an h,
-an a and a mask. Where M alone gives too few programs, K
-is cut into slices, each with an h of its own, and sum_parts adds these in a fixed order.
+It reads its part of x once and drops elements in registers. Layers that share x each have an h, an
+a and a mask. Where M alone gives too few programs, K is cut into slices, each with an h of its own,
+and sum_parts adds these in a fixed order.
 """
 
 import torch
