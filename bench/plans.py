@@ -71,7 +71,7 @@ def _ratio(row: Mapping) -> str:
     ratio = row["fused_over_sandwich"]
     if ratio is None:
         return row["withheld"] or f"no {SANDWICH}"
-    return "{:.3f} ({:.3f}-{:.3f})".format(*ratio)
+    return rows.in_words(ratio)
 
 
 def _decides(row: Mapping) -> bool:

@@ -13,7 +13,7 @@ from bench import ceilings, plots, repository, roofline, rows, summary
 from bench.providers import FLOOR, FUSED, OURS, SANDWICH
 from bench.shapes import BOTH
 
-__all__ = ["describe", "main", "markdown", "predicted", "terminal"]
+__all__ = ["main", "markdown", "predicted", "terminal"]
 
 # The scheme of roofline.py that each provider follows. Without dropout PEFT and loralib have fewer
 # passes than the modelled ones.
@@ -36,12 +36,6 @@ def predicted(row: Mapping) -> float | None:
     return roofline.ratio(
         scheme, row["m"], row["k"], row["n"], row["r"], part, rows.ELEMENT_BYTES[row["dtype"]]
     )  # fmt: skip
-
-
-def describe(row: Mapping) -> str:
-    """A row's ratio in words."""
-    ratio = row["ours_over_peer"]
-    return "" if ratio is None else "{:.3f} ({:.3f}-{:.3f})".format(*ratio)
 
 
 def terminal(measured: Sequence[Mapping]) -> str:
@@ -73,7 +67,7 @@ def terminal(measured: Sequence[Mapping]) -> str:
             f"{cell:{wide}} {row['provider']:{name}} {row['median_ms']:9.3f} {row['p10_ms']:8.3f} "
             f"{row['p90_ms']:8.3f} {_number(row['over_frozen'], '8.3f')} "
             f"{_number(predicted(row), '6.2f')} {_megabytes(row['saved_bytes'])}  "
-            f"{describe(row)}{mark}".rstrip()
+            f"{rows.in_words(row['ours_over_peer'])}{mark}".rstrip()
         )
         previous = row["cell"]
     return "\n".join(lines + _models(timed))

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from bench.providers import FLOOR, FUSED, OURS, SANDWICH
 
 __all__ = [
-    "ELEMENT_BYTES", "is_ours", "judged", "load", "losses_first", "lost", "make_rows",
-    "median_interval", "quantiles", "save",
+    "ELEMENT_BYTES", "in_words", "is_ours", "judged", "load", "losses_first", "lost",
+    "make_rows", "median_interval", "quantiles", "save",
 ]  # fmt: skip
 
 # What a row has beside the fields of its cell; the values where nothing was measured.
@@ -106,6 +106,11 @@ def judged(
     """The median ratio within a round, and its 99 % interval."""
     ratios = _ratios(numerators, denominators)
     return statistics.median(ratios), *median_interval(ratios)
+
+
+def in_words(ratio: Sequence[float] | None) -> str:
+    """What judged says, as text; empty where nothing was judged."""
+    return "" if ratio is None else "{:.3f} ({:.3f}-{:.3f})".format(*ratio)
 
 
 def _ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:

@@ -209,7 +209,7 @@ def report(case: Case, measured: Sequence[Mapping], configs: Sequence[Config]) -
     )
     lines = [f"{case}, {case.module}.py {case.entry!r}: {len(timed)} of {len(pairs)} timed"]
     for row, config in [*(pair for pair in timed if pair[0]["is_table"]), *best[:BEST]]:
-        ratio = "table" if row["is_table"] else _words(row["over_table"])
+        ratio = "table" if row["is_table"] else rows.in_words(row["over_table"])
         product = f" {row['tflop_s']:7.1f} TFLOP/s" if LAUNCHERS[case.name].dots is None else ""
         lines.append(
             f"  {row['median_ms'] * 1e3:9.2f} us {row['gb_s']:7.0f} GB/s{product}  {ratio:19}  "
@@ -218,10 +218,6 @@ def report(case: Case, measured: Sequence[Mapping], configs: Sequence[Config]) -
     lines += [f"  no time: {source(config)}: {row['reason']}" for row, config in pairs
               if not row["rounds"]]  # fmt: skip
     return "\n".join(lines)
-
-
-def _words(ratio: Sequence[float] | None) -> str:
-    return "" if ratio is None else "{:.3f} ({:.3f}-{:.3f})".format(*ratio)
 
 
 @dataclass(frozen=True)
@@ -253,7 +249,7 @@ class Verdict:
         if self.best == self.table:
             return f"{self.place}: keep {source(self.table)}, nothing looked faster"
         cells = ", ".join(f"{ratio:.3f}" for ratio in self.by_cell)
-        took = f"{_words(self.ratio)} of the table's time (by cell: {cells})"
+        took = f"{rows.in_words(self.ratio)} of the table's time (by cell: {cells})"
         if not self.faster:
             return f"{self.place}: keep {source(self.table)}; {source(self.best)} takes {took}"
         if self.ratio is None:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "FEW_MASKED_ROWS", "FEW_ROWS", "PLANS", "TABLE", "Measured", "Plan", "Product", "aligned",
-    "capability_of", "choose", "failures", "run", "unmeasured",
+    "FEW_ROWS", "PLANS", "TABLE", "Measured", "Plan", "Product", "aligned", "capability_of",
+    "choose", "failures", "one_launch_rows", "run", "unmeasured",
 ]  # fmt: skip
 
 PLANS = ("fused", "sandwich", "reference")
@@ -87,9 +87,12 @@ class Measured:
 # Filled by measurement; the first row that holds decides.
 TABLE: tuple[Measured, ...] = ()
 
-# Up to here a layer is bound by reading its weight, and one kernel makes h and y; with dropout up
-# to the second, because every program of it draws the mask.
-FEW_ROWS, FEW_MASKED_ROWS = 64, 16
+FEW_ROWS = 64  # up to here a layer is bound by reading its weight
+
+
+def one_launch_rows(dropout: bool) -> int:
+    """Up to how many rows one kernel makes h and y: with dropout every program draws the mask."""
+    return 16 if dropout else FEW_ROWS
 
 
 def unmeasured(product: Product) -> str:
@@ -98,8 +101,8 @@ def unmeasured(product: Product) -> str:
     It is the sandwich, which with cuBLAS for its large part is never far from the best, but for few
     rows, where it is three launches beside the one of cuBLAS.
     """
-    rows = FEW_MASKED_ROWS if product.dropout else FEW_ROWS
-    one_launch = product.m <= rows and product.r <= 32 and not product.backward
+    few = product.m <= one_launch_rows(product.dropout)
+    one_launch = few and product.r <= 32 and not product.backward
     return "fused" if one_launch else "sandwich"
 
 

@@ -21,8 +21,8 @@ from lora_kernels.kernels.launch import (
     rank_block,
     target_of,
 )
-from lora_kernels.kernels.tiles import load_tile, locate, store_tile
-from lora_kernels.plan import FEW_MASKED_ROWS, FEW_ROWS
+from lora_kernels.kernels.tiles import add_bias, load_tile, locate, store_tile
+from lora_kernels.plan import one_launch_rows
 
 CONFIGS = {
     "interpreter": dict.fromkeys(
@@ -101,15 +101,13 @@ def _few_rows_kernel(
         update = (h * scaling).to(UPDATE_DTYPE)
         acc = tl.dot(update, b.to(UPDATE_DTYPE), acc, input_precision=UPDATE_PRECISION)
     if HAS_BIAS:
-        offs_n = column + tl.arange(0, BLOCK_N)
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < end, other=0.0).to(tl.float32)[None, :]
+        acc = add_bias(acc, bias_ptr, column, end)
     store_tile(y_ptr, acc, 0, column, stride_ym, M, end)
 
 
 def takes(m: int, r: int, dropout_p: float, numerics: Numerics) -> bool:
     """Whether few_rows is the launch for m rows and rank r."""
-    rows = FEW_ROWS if dropout_p == 0 else FEW_MASKED_ROWS
-    return m <= rows and r <= rank_block(r, numerics.factor)
+    return m <= one_launch_rows(dropout_p > 0) and r <= rank_block(r, numerics.factor)
 
 
 def choose(configs: dict[str, dict[str, Gemm]], m: int, x: Tensor, numerics: Numerics) -> Gemm:

@@ -20,6 +20,7 @@ from lora_kernels.kernels.launch import (
     rank_block,
 )
 from lora_kernels.kernels.tiles import (
+    add_bias,
     add_low_rank,
     count_tiles,
     locate,
@@ -85,8 +86,7 @@ def _fill_kernel(
                 update = tl.where(keep, update, 0.0)
             acc += update
     if HAS_BIAS:
-        offs_n = column + tl.arange(0, BLOCK_N)
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < end, other=0.0).to(tl.float32)[None, :]
+        acc = add_bias(acc, bias_ptr, column, end)
     store_tile(out_ptr, acc, row, column, stride_om, M, end)
 
 

@@ -23,6 +23,7 @@ from lora_kernels.kernels.launch import (
     rank_block,
 )
 from lora_kernels.kernels.tiles import (
+    add_bias,
     add_low_rank,
     count_tiles,
     locate,
@@ -91,8 +92,7 @@ def _forward_kernel(
                 True, UPDATE_DTYPE, PRECISION, BLOCK_R, RANK_BLOCKS,
             )  # fmt: skip
         if HAS_BIAS:
-            offs_n = column + tl.arange(0, BLOCK_N)
-            acc += tl.load(bias_ptr + offs_n, mask=offs_n < end, other=0.0).to(tl.float32)[None, :]
+            acc = add_bias(acc, bias_ptr, column, end)
         store_tile(y, acc, row, column, stride_ym, M, end, TMA_STORE)
 
 

@@ -168,7 +168,7 @@ def choose_skinny(
     table = configs[target_of(device)]
     if dtype is tl.float32:
         return table["wide"]
-    return table.get("narrow_high_rank", table["narrow"]) if r > 16 else table["narrow"]
+    return _by_rank(table, "narrow", r)
 
 
 def choose_gemm(configs: dict[str, dict[str, Gemm]], m: int, r: int, x: Tensor, fits: bool) -> Gemm:
@@ -184,6 +184,10 @@ def choose_gemm(configs: dict[str, dict[str, Gemm]], m: int, r: int, x: Tensor, 
     if m <= FEW_ROWS:
         return table["few_rows"]
     entry = "tma" if fits and "tma" in table else "pointer"
+    return _by_rank(table, entry, r)
+
+
+def _by_rank(table: dict, entry: str, r: int):
     return table.get(f"{entry}_high_rank", table[entry]) if r > 16 else table[entry]
 
 

@@ -129,6 +129,13 @@ def add_low_rank(
 
 
 @triton.jit
+def add_bias(acc, bias_ptr, column, end):
+    """acc + bias[column..] in every row, zero from end on."""
+    offs = column + tl.arange(0, acc.shape[1])
+    return acc + tl.load(bias_ptr + offs, mask=offs < end, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def halves(tile):
     """The left and the right half of a tile's columns; costs no data movement."""
     rows: tl.constexpr = tile.shape[0]
