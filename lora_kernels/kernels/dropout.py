@@ -32,10 +32,15 @@ def keep_tile(seed, row, col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: t
     # Words 0 and 1 follow from the rows alone after one round, 2 and 3 from the columns: shapes
     # [ROWS, 1] and [1, COLS / 8]. The second round joins them.
     for _ in tl.static_range(_ROUNDS):
-        product_0, product_1 = c0 * _M0, c2 * _M1
-        c0, c2 = tl.umulhi(c2, _M1) ^ c1 ^ k0, tl.umulhi(c0, _M0) ^ c3 ^ k1
-        c1, c3 = product_1, product_0
+        product_0, product_1 = c0.to(tl.uint64) * _M0, c2.to(tl.uint64) * _M1
+        c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = product_1.to(tl.uint32), product_0.to(tl.uint32)
         k0, k1 = k0 + _W0, k1 + _W1
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # [ROWS, COLS / 8, 2, 2]: 0 1 2 3
-    halves = tl.join(words << 16, words).to(tl.int32, bitcast=True)
+    # A word is broadcast to its two elements: where a thread holds others of the mask, as in the
+    # result of a dot, the words are what is moved to it, not a byte for every element.
+    words = words.reshape(BLOCK_ROWS, BLOCK_COLS // 2, 1)
+    to_upper_half = (16 - 16 * tl.arange(0, 2)).to(tl.uint32)[None, None, :]
+    halves = (words << to_upper_half).to(tl.int32, bitcast=True)
     return (halves >= threshold).reshape(BLOCK_ROWS, BLOCK_COLS)
