@@ -22,12 +22,14 @@ def word_threshold(dropout_p: float) -> int:
 def keep_tile(seed, row, col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """keep(seed, row.., col..) -> bool [BLOCK_ROWS, BLOCK_COLS].
 
-    row: int64; col: a multiple of 8; threshold: word_threshold(p).
+    row: int64, such that no multiple of 2^32 lies within the tile, as none does where tiles begin
+    at multiples of their rows; col: a multiple of 8; threshold: word_threshold(p).
     """
-    rows = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_ROWS)[:, None]
     groups = col // _GROUP + tl.arange(0, BLOCK_COLS // _GROUP)[None, :]
-    c0, c1 = groups.to(tl.uint32), (rows >> 32).to(tl.uint32)
-    c2, c3 = rows.to(tl.uint32), tl.zeros_like(groups).to(tl.uint32)
+    row = tl.cast(row, tl.int64)
+    c0, c1 = groups.to(tl.uint32), (row >> 32).to(tl.uint32)
+    c2 = row.to(tl.uint32) + tl.arange(0, BLOCK_ROWS).to(tl.uint32)[:, None]
+    c3 = tl.zeros_like(groups).to(tl.uint32)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     # Words 0 and 1 follow from the rows alone after one round, 2 and 3 from the columns: shapes
     # [ROWS, 1] and [1, COLS / 8]. The second round joins them.

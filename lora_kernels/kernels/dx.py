@@ -137,7 +137,7 @@ def dx(
 ) -> Tensor:
     """dx = dy·w + (dh·a where kept); dh carries the mask's scale.
 
-    Shapes: dy [M, N], w [N, K] with one unit stride, dh [M, R] float32, a [R, K] -> dx [M, K]; dy
+    Shapes: dy [M, N], w [N, K] with one unit stride, dh [M, R], a [R, K] -> dx [M, K]; dy
     and a have a unit inner stride.
     """
     m, n = dy.shape

@@ -124,8 +124,8 @@ def dy_pass(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dh_g = scale_dh·dy_g·b_g and db_g = scale_db·dy_gᵀ·h_g for each enabled group g.
 
-    Shapes: dy [M, N], b [sum of enabled splits, r], h [M, E*r] -> dh [M, E*r] float32, db like b;
-    None for what is not needed.
+    Shapes: dy [M, N], b [sum of enabled splits, r], h [M, E*r] -> dh [M, E*r] in
+    numerics.dh, db like b; None for what is not needed.
     """
     m, (b_rows, r) = dy.shape[0], b.shape
     config = config or choose_skinny(CONFIGS, dy.device, numerics.rank, r)
@@ -157,9 +157,9 @@ def dy_pass(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if needs_dh and needs_db:
-        return sum_both(dh, torch.float32, db_parts, b.dtype)
+        return sum_both(dh, numerics.dh, db_parts, b.dtype)
     if needs_dh:
-        return sum_parts(dh, torch.float32), db
+        return sum_parts(dh, numerics.dh), db
     return None, sum_parts(db_parts, b.dtype)
 
 

@@ -84,7 +84,10 @@ def _fill_kernel(
                     tl.load(seed_ptr + layer), row, column, threshold, BLOCK_M, BLOCK_N
                 )
                 update = tl.where(keep, update, 0.0)
-            acc += update
+            if LAYERS == 1:
+                acc = update
+            else:
+                acc += update
     if HAS_BIAS:
         acc = add_bias(acc, bias_ptr, column, end)
     store_tile(out_ptr, acc, row, column, stride_om, M, end)

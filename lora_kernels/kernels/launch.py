@@ -65,6 +65,11 @@ class Numerics:
     precision: str
     update_precision: str
 
+    @property
+    def dh(self) -> torch.dtype:
+        """In which dtype dh lies in memory: float32, but for what every product rounds it to."""
+        return torch.bfloat16 if self.rank is tl.bfloat16 else torch.float32
+
 
 _TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 

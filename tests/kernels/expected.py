@@ -12,7 +12,7 @@ from tests.formula import Problem
 
 
 class Operands:
-    """The matrices of a problem, h and dh in float32, and the mask as it multiplies.
+    """The matrices of a problem, h in float32, dh, and the mask as it multiplies.
 
     Kernels take h and dh from each other, as whole matrices; here they are random.
     """
@@ -24,6 +24,7 @@ class Operands:
         shape, device = (len(self.x), len(self.a)), self.x.device
         self.h, self.dh = (torch.randn(shape, device=device) for _ in range(2))
         self.numerics = launch.numerics_of(self.x, self.a, self.b)
+        self.dh = self.dh.to(self.numerics.dh)
 
     @functools.cached_property
     def mask(self) -> Tensor:
