@@ -29,11 +29,11 @@ CONFIGS = {
         "wide": Skinny(32, 64, num_warps=4, num_stages=2),
     },
     "sm_90": {
-        "narrow": Skinny(64, 64, num_warps=4, num_stages=3),
+        "narrow": Skinny(64, 128, num_warps=8, num_stages=2),
         "wide": Skinny(32, 64, num_warps=4, num_stages=3),
     },
     "sm_100": {
-        "narrow": Skinny(64, 64, num_warps=4, num_stages=3),
+        "narrow": Skinny(64, 128, num_warps=8, num_stages=2),
         "wide": Skinny(32, 64, num_warps=8, num_stages=3),
     },
     "hip": {
@@ -69,8 +69,9 @@ def _da_kernel(
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for step in tl.range(0, steps):
         row = first_m + step * BLOCK_M
-        dh = load_tile(dh_ptr, row, r, R, M, R, BLOCK_M, BLOCK_R)
-        x = load_tile(x_ptr, row, k, stride_xm, M, K, BLOCK_M, BLOCK_K)
+        # From the tile's own first row on: what each step has to compute is a scalar.
+        dh = load_tile(dh_ptr + row * R, 0, r, R, M - row, R, BLOCK_M, BLOCK_R)
+        x = load_tile(x_ptr + row * stride_xm, 0, k, stride_xm, M - row, K, BLOCK_M, BLOCK_K)
         if DROPOUT:
             x = tl.where(keep_tile(seed, row, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
         acc = tl.dot(dh.to(DTYPE).T, x.to(DTYPE), acc, input_precision=PRECISION)

@@ -27,15 +27,16 @@ from lora_kernels.kernels.tiles import load_tile
 CONFIGS = {
     "interpreter": dict.fromkeys(("narrow", "wide"), Skinny(64, 64, num_warps=4, num_stages=1)),
     "sm_80": {
-        "narrow": Skinny(64, 64, num_warps=8, num_stages=3),
+        "narrow": Skinny(128, 64, num_warps=8, num_stages=3),
         "wide": Skinny(64, 32, num_warps=8, num_stages=3),
     },
     "sm_90": {
-        "narrow": Skinny(64, 128, num_warps=8, num_stages=3),
+        "narrow": Skinny(128, 64, num_warps=8, num_stages=3),
         "wide": Skinny(64, 32, num_warps=8, num_stages=3),
     },
     "sm_100": {
-        "narrow": Skinny(64, 64, num_warps=4, num_stages=3),
+        "narrow": Skinny(64, 128, num_warps=8, num_stages=2),
+        "narrow_high_rank": Skinny(64, 64, num_warps=4, num_stages=3),
         "wide": Skinny(64, 32, num_warps=8, num_stages=3),
     },
     "hip": {
@@ -96,7 +97,7 @@ def down(
     For L layers that share x: a [L, R, K], seed [L] -> [L, M, R].
     """
     (m, k), r, layers = x.shape, a.shape[-2], a.shape[:-2].numel()
-    config = config or choose_skinny(CONFIGS, x.device, numerics.factor)
+    config = config or choose_skinny(CONFIGS, x.device, numerics.factor, r)
     block_r = rank_block(r, numerics.factor)
     rows, ranks = cdiv(m, config.BLOCK_ROWS), cdiv(r, block_r)
     programs = rows * layers * ranks

@@ -46,7 +46,7 @@ CONFIGS = {
         "tma_high_rank": Gemm(128, 128, 64, num_warps=8, num_stages=4, tma=True, pieces=2),
     },
     "sm_100": {
-        "float32": Gemm(64, 64, 16, num_warps=4, num_stages=3, pieces=4),
+        "float32": Gemm(32, 64, 32, num_warps=4, num_stages=3, pieces=2),
         "few_rows": Gemm(64, 128, 64, num_warps=8, num_stages=3),
         "pointer": Gemm(128, 64, 32, num_warps=8, num_stages=3, pieces=2),
         "tma": Gemm(128, 256, 64, num_warps=8, num_stages=3, tma=True, pieces=4),

@@ -31,15 +31,17 @@ from lora_kernels.kernels.tiles import (
 CONFIGS = {
     "interpreter": dict.fromkeys(("narrow", "wide"), Skinny(64, 64, num_warps=4, num_stages=1)),
     "sm_80": {
-        "narrow": Skinny(64, 64, num_warps=8, num_stages=1),
+        "narrow": Skinny(64, 128, num_warps=8, num_stages=1),
+        "narrow_high_rank": Skinny(32, 64, num_warps=4, num_stages=1),
         "wide": Skinny(32, 32, num_warps=4, num_stages=1),
     },
     "sm_90": {
-        "narrow": Skinny(64, 128, num_warps=8, num_stages=1),
+        "narrow": Skinny(128, 128, num_warps=8, num_stages=1),
+        "narrow_high_rank": Skinny(64, 128, num_warps=8, num_stages=1),
         "wide": Skinny(64, 64, num_warps=8, num_stages=1),
     },
     "sm_100": {
-        "narrow": Skinny(64, 128, num_warps=4, num_stages=1),
+        "narrow": Skinny(128, 128, num_warps=8, num_stages=1),
         "wide": Skinny(64, 64, num_warps=8, num_stages=1),
     },
     "hip": {
@@ -97,7 +99,7 @@ def _fill(
     left, right, right_t, bias, seed, scale, dropout_p, sizes, enabled, r, dtype, numerics, config
 ) -> Tensor:
     (m, rank_total), device = left.shape[-2:], left.device
-    config = config or choose_skinny(CONFIGS, device, numerics.update)
+    config = config or choose_skinny(CONFIGS, device, numerics.update, r)
     out = torch.empty((m, sum(sizes)), dtype=dtype, device=device)
     block_r = rank_block(r, numerics.update)
     rows = cdiv(m, config.BLOCK_ROWS)

@@ -5,24 +5,6 @@ import triton.language as tl
 
 
 @triton.jit
-def _place(
-    matrix, row, col, stride, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
-):  # fmt: skip
-    """Pointers to matrix[row.., col..], and which of them are not beyond rows and cols.
-
-    Within the tile, offsets and rows left count from its own first row: what a loop over tiles
-    has to compute anew is a scalar.
-    """
-    row = tl.cast(row, tl.int64)
-    offs_row = tl.arange(0, BLOCK_ROWS)
-    offs_col = col + tl.arange(0, BLOCK_COLS)
-    rows_left = tl.minimum(rows - row, BLOCK_ROWS).to(tl.int32)
-    mask = (offs_row < rows_left)[:, None] & (offs_col < cols)[None, :]
-    within = offs_row.to(tl.int64)[:, None] * stride
-    return matrix + row * stride + within + offs_col[None, :], mask
-
-
-@triton.jit
 def load_tile(
     source, row, col, stride, rows, cols,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, TMA: tl.constexpr = False,
@@ -34,7 +16,10 @@ def load_tile(
     if TMA:
         tile = source.load([tl.cast(row, tl.int32), tl.cast(col, tl.int32)])
     else:
-        pointers, mask = _place(source, row, col, stride, rows, cols, BLOCK_ROWS, BLOCK_COLS)
+        offs_row = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_ROWS)
+        offs_col = col + tl.arange(0, BLOCK_COLS)
+        mask = (offs_row < rows)[:, None] & (offs_col < cols)[None, :]
+        pointers = source + offs_row[:, None] * stride + offs_col[None, :]
         tile = tl.load(pointers, mask=mask, other=0.0)
     return tile
 
@@ -45,9 +30,10 @@ def store_tile(target, tile, row, col, stride, rows, cols, TMA: tl.constexpr = F
     if TMA:
         target.store([tl.cast(row, tl.int32), tl.cast(col, tl.int32)], tile.to(target.dtype))
     else:
-        pointers, mask = _place(
-            target, row, col, stride, rows, cols, tile.shape[0], tile.shape[1]
-        )  # fmt: skip
+        offs_row = tl.cast(row, tl.int64) + tl.arange(0, tile.shape[0])
+        offs_col = col + tl.arange(0, tile.shape[1])
+        mask = (offs_row < rows)[:, None] & (offs_col < cols)[None, :]
+        pointers = target + offs_row[:, None] * stride + offs_col[None, :]
         tl.store(pointers, tile.to(target.dtype.element_ty), mask=mask)
 
 
