@@ -86,7 +86,7 @@ def _fill_kernel(
                     tl.load(seed_ptr + layer), row, column, threshold, BLOCK_M, BLOCK_N
                 )
                 update = tl.where(keep, update, 0.0)
-            if LAYERS == 1:
+            if LAYERS == 1:  # an addition to zeros would stay, one for each element
                 acc = update
             else:
                 acc += update

@@ -51,14 +51,16 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _is_done(parts: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the only part is the sum, as it is."""
+    return parts.shape[0] == 1 and parts.dtype == dtype
+
+
 def sum_both(
     first: Tensor, first_dtype: torch.dtype, second: Tensor, second_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """sum_parts of two, in one launch where both have something to sum or to round."""
-    if any(
-        parts.shape[0] == 1 and parts.dtype == dtype
-        for parts, dtype in ((first, first_dtype), (second, second_dtype))
-    ):
+    if _is_done(first, first_dtype) or _is_done(second, second_dtype):
         return sum_parts(first, first_dtype), sum_parts(second, second_dtype)
     out, second_out = (
         torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)

@@ -9,9 +9,11 @@ from lora_kernels import philox
 from lora_kernels.kernels.dropout import keep_tile, word_threshold
 
 
-@triton.jit(do_not_specialize=["row", "col", "threshold"])
-def _keep_kernel(seed_ptr, out_ptr, row, col, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
-    keep = keep_tile(tl.load(seed_ptr), row, col, threshold, ROWS, COLS)
+@triton.jit(do_not_specialize=["col", "threshold"])
+def _keep_kernel(
+    seed_ptr, row_ptr, out_ptr, col, threshold, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    keep = keep_tile(tl.load(seed_ptr), tl.load(row_ptr), col, threshold, ROWS, COLS)
     offs = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     tl.store(out_ptr + offs, keep.to(tl.int8))
 
@@ -19,14 +21,18 @@ def _keep_kernel(seed_ptr, out_ptr, row, col, threshold, ROWS: tl.constexpr, COL
 def tile(seed, row, col, rows, cols, dropout_p):
     out = torch.full((rows, cols), -1, dtype=torch.int8, device=seed.device)
     threshold = word_threshold(dropout_p)
-    _keep_kernel[(1,)](seed, out, row, col, threshold, ROWS=rows, COLS=cols)
+    # An argument from 2^31 on would be 32 bits wide in the interpreter.
+    rows_before = torch.tensor([row], device=seed.device)
+    _keep_kernel[(1,)](seed, rows_before, out, col, threshold, ROWS=rows, COLS=cols)
     return out
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64])
 @pytest.mark.parametrize("cols", [8, 32, 128])
 @pytest.mark.parametrize(
-    ("row", "col"), [(0, 0), (48, 0), (7, 264), (3 * 2**31 + 5, 2**20)], ids=str
+    ("row", "col"),
+    [(0, 0), (48, 0), (7, 264), (2**31 + 5, 2**20), (3 * 2**31 + 5, 2**20)],
+    ids=str,
 )
 def test_a_tile_has_the_bits_of_the_whole_mask(rows, cols, row, col, seed, device):
     seeds = torch.randint(-(2**63), 2**63 - 1, (1,)).to(device)
