@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.timing import trained
-from tests.formula import Problem, lora_formula
-from tests.tolerance import assert_close
+from lora_kernels.testing.problem import Problem, lora_formula
+from lora_kernels.testing.tolerance import assert_close
 
 __all__ = ["check", "compare", "dropout_mask"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bench import accuracy, peers
 from bench.providers import FLOOR, OURS, Provider
 from bench.shapes import BOTH, EAGER
-from tests.formula import Problem
+from lora_kernels.testing.problem import Problem
 
 __all__ = ["MODEL_PROVIDERS", "ModelCell", "model_cells"]
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.formula import Problem, lora_formula
+from lora_kernels.testing.problem import Problem, lora_formula
 
 __all__ = ["Formula", "Sandwich", "Unsloth"]
 

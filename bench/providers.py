@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench import peers
 from bench.shapes import Cell
-from tests.formula import Problem
+from lora_kernels.testing.problem import Problem
 
 __all__ = ["FLOOR", "FUSED", "OURS", "PLAN", "PROVIDERS", "SANDWICH", "Provider", "choose"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.formula import Problem, make_problem
+from lora_kernels.testing.problem import Problem, make_problem
 
 __all__ = ["EXECUTIONS", "MODES", "SETS", "Cell", "representative", "select"]
 

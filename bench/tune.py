@@ -28,8 +28,8 @@ from bench.options import listed
 from bench.shapes import Cell, Layer
 from lora_kernels.kernels.launch import target_of
 from tests.kernels.expected import Operands
-from tests.kernels.memory import guarded_outputs
-from tests.tolerance import assert_close
+from lora_kernels.testing.memory import guarded_outputs
+from lora_kernels.testing.tolerance import assert_close
 
 __all__ = ["Case", "Verdict", "cases", "confirm", "main", "measure", "report"]
 

@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from lora_kernels import sharded
-from lora_kernels.layers.base import LoRALayer, check_alpha, check_dropout, check_rank
+from lora_kernels import distributed
+from lora_kernels.checks import check_alpha, check_dropout, check_rank
+from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_kernels.layers.embedding import LoRAEmbedding
 from lora_kernels.layers.linear import LoRALinear, is_hf_conv1d
@@ -420,8 +421,8 @@ def check_wrappable(targets: Mapping[str, nn.Module]) -> None:
                 "only nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and Hugging Face's "
                 "Conv1D can, and no subclasses of them"
             )
-        elif sharded.is_managed(module) or any(
-            map(sharded.is_dtensor, module._parameters.values())
+        elif distributed.is_managed(module) or any(
+            map(distributed.is_dtensor, module._parameters.values())
         ):
             reason = "its weight is sharded: apply_lora goes before fully_shard"
         elif "weight" not in module._parameters:

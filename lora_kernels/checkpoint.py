@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import adapt, peft_format, sharded
+from lora_kernels import adapt, peft_format, distributed
 from lora_kernels.adapt import LayerPlan
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
@@ -130,7 +130,7 @@ def save_adapter(
             records[path] = record
     bias = adapt.recorded_biases(model)
     for key, model_key in _other_keys(model, layers, bias, saved).items():
-        tensors[key] = sharded.gathered(state[model_key])
+        tensors[key] = distributed.full_tensor(state[model_key])
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"save_adapter: {key} is not finite")
@@ -145,7 +145,7 @@ def save_adapter(
         metadata[_METADATA] = json.dumps({path: vars(record) for path, record in records.items()})
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
 
-    if not any(map(sharded.is_dtensor, state.values())):
+    if not any(map(distributed.is_dtensor, state.values())):
         _write(Path(directory), tensors, metadata, config)
         return
     try:
@@ -183,7 +183,7 @@ def load_adapter(
             layer.lora_alpha, layer.scaling = plan.lora_alpha, plan.scaling
         adapt.record_trained(model, config.bias, saved)
         own = model.state_dict()
-        state = {key: sharded.spread_like(value, own[key]) for key, value in state.items()}
+        state = {key: distributed.distribute_like(value, own[key]) for key, value in state.items()}
     else:
         adapt.wrap_modules(model, plans, config.lora_dropout, merge_weights, True)
         adapt.untie(model, saved)

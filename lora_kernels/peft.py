@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels import functional
+from lora_kernels import checks, functional
+from lora_kernels.spec import LoraSpec, OutputSplits
 
 __all__ = ["Operands", "misfit", "operands_of", "patch_peft", "unpatch_peft", "unreached"]
 
@@ -116,9 +117,8 @@ def _patched(upstream: Callable) -> Callable:
         weight, a, b, bias, scaling, dropout_p = operands
         if isinstance(scaling, Tensor):
             b, scaling = b * scaling, 1.0  # its value stays on the device
-        return functional.lora_forward(
-            self, x, weight, a, b, bias, scaling, dropout_p, None, None, (True,)
-        )
+        spec = LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
+        return functional.lora_forward(self, x, weight, a, b, bias, spec)
 
     return forward
 
@@ -217,7 +217,7 @@ def misfit(x, operands: Operands) -> str | None:
         return f"x {list(x.shape)} does not fit weight {list(weight.shape)}"
     if x.dtype != weight.dtype:
         narrow = torch.float64 not in (x.dtype, weight.dtype) and x.dtype in _DTYPES
-        if not narrow or functional.autocast_dtype(x) is None:
+        if not narrow or checks.autocast_dtype(x) is None:
             return f"x is {x.dtype} and base_layer.weight {weight.dtype}"
     if _has_any_global_hook():
         return "there are hooks on all modules"

@@ -25,10 +25,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import reference, sharded
-from lora_kernels.layers.base import LoRALayer, check_alpha, check_dropout, check_rank
+from lora_kernels import distributed
+from lora_kernels.checks import check_alpha, check_dropout, check_rank
+from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
+from lora_kernels.spec import OutputSplits
 
 __all__ = [
     "AdapterConfig",
@@ -259,7 +261,7 @@ def to_peft(layer: LoRALayer) -> tuple[Tensor, Tensor, Record | None]:
 
     Raises: ValueError for a convolution that PEFT cannot express.
     """
-    a, b = (sharded.gathered(factor.detach()) for factor in (layer.lora_A, layer.lora_B))
+    a, b = (distributed.full_tensor(factor.detach()) for factor in (layer.lora_A, layer.lora_B))
     if isinstance(layer, LoRAMergedLinear):
         record = Record(layer.r, tuple(layer.enable_lora), tuple(layer.out_splits))
         return a, _block_diagonal(b, record), record
@@ -324,7 +326,7 @@ def _stores_transposed(module: nn.Module) -> bool:
 
 
 def _groups(record: Record):
-    return list(reference.groups(record.out_splits, record.enable_lora, record.r))
+    return list(OutputSplits(record.out_splits, record.enable_lora).groups(record.r))
 
 
 def _block_diagonal(b: Tensor, record: Record) -> Tensor:

@@ -7,7 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lora_kernels import functional, peft, plan
+from lora_kernels import checks, peft
+from lora_kernels.dispatch import algorithm
+from lora_kernels.dispatch.algorithm import Algorithm, GemmShape
+from lora_kernels.dispatch.tma import is_tma_compliant
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LinearLayer
 
@@ -112,7 +115,7 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
     return _row(name, kind, shape, ranks, dtype, taken, reason)
 
 
-def _row(name, kind, shape, ranks, dtype, taken: plan.Plan | None, reason: str | None) -> Row:
+def _row(name, kind, shape, ranks, dtype, taken: Algorithm | None, reason: str | None) -> Row:
     chosen, why = (None, reason) if taken is None else taken
     return Row(name, kind, tuple(shape), ranks, dtype, taken is not None, chosen, why)
 
@@ -122,20 +125,20 @@ def _example(weight: torch.Tensor) -> torch.Tensor:
     return torch.empty((0, weight.shape[1]), dtype=weight.dtype, device=weight.device)
 
 
-def _plan(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens: int) -> plan.Plan:
+def _plan(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens: int) -> Algorithm:
     """The forward's, of one layer or of those that one call computes for the same x.
 
     The reason names the backward's plan too where it is another.
     """
     n, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     x = _example(weights[0])
-    dtype = functional.autocast_dtype(x) or x.dtype
+    dtype = checks.autocast_dtype(x) or x.dtype
     if dtype != x.dtype:  # as autocast will lay them out
         weights = [torch.empty_like(weight, dtype=dtype, device="meta") for weight in weights]
     dys = [torch.empty((0, w.shape[0]), dtype=dtype, device="meta") for w in weights]
-    product = plan.Product(tokens, n, k, r, dtype, x.device, dropout_p > 0)
-    forward = plan.choose(product._replace(aligned=plan.aligned(x, *weights)))
-    backward = plan.choose(product._replace(aligned=plan.aligned(*dys, *weights), backward=True))
+    product = GemmShape(tokens, n, k, r, dtype, x.device, dropout_p > 0)
+    forward = algorithm.choose(product._replace(tma=is_tma_compliant(x, *weights)))
+    backward = algorithm.choose(product._replace(tma=is_tma_compliant(*dys, *weights), backward=True))
     if backward.name == forward.name:
         return forward
     both = f"{forward.reason}; backward: {backward.name}, {backward.reason}"

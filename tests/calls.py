@@ -3,7 +3,7 @@
 from torch import Tensor, autograd
 
 import lora_kernels
-from tests.formula import OPERANDS, Problem
+from lora_kernels.testing.problem import OPERANDS, Problem
 
 
 def call(problem: Problem, **operands) -> Tensor:
@@ -14,10 +14,10 @@ def call(problem: Problem, **operands) -> Tensor:
         "dropout_p": problem.dropout_p,
         "seed": problem.seed if problem.dropout_p else None,
     }
-    if len(problem.groups) == 1:
+    if problem.splits.enabled == (True,):
         return lora_kernels.lora_linear(x, w, a, b, bias, **constants)
     return lora_kernels.lora_merged_linear(
-        x, w, a, b, bias, enable_lora=problem.enable_lora, out_splits=problem.out_splits,
+        x, w, a, b, bias, enable_lora=problem.splits.enabled, out_splits=problem.splits.sizes,
         **constants,
     )  # fmt: skip
 

@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import lora_kernels
 from lora_kernels import ops
 from tests.calls import call, solve
-from tests.formula import OPERANDS, make_problem
-from tests.tolerance import assert_close
+from lora_kernels.testing.problem import OPERANDS, make_problem
+from lora_kernels.testing.tolerance import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 QKV = [(12, True), (4, False), (8, True)]

@@ -32,7 +32,7 @@ PUBLIC = [
 # One direction of travel: a module may import those of its own level and below.
 LEVELS = {
     "philox": 0,
-    "sharded": 0,
+    "distributed": 0,
     "plan": 0,
     "reference": 1,
     "kernels": 2,

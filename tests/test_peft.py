@@ -19,7 +19,7 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import ops, patch_peft, report, unpatch_peft
-from tests.dispatch import Calls
+from tests.op_calls import Calls
 from tests.peft_models import (
     UPSTREAM,
     assert_as_without,
@@ -32,7 +32,7 @@ from tests.peft_models import (
     with_lora,
 )
 from tests.tiny_models import BASES, LAYERS, TARGETS, randomise, tiny_llama
-from tests.tolerance import assert_close
+from lora_kernels.testing.tolerance import assert_close
 
 both_models = pytest.mark.parametrize("family", list(BASES))
 

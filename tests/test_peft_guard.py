@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 
 import lora_kernels.peft
 from lora_kernels import patch_peft, report, unpatch_peft
-from tests.dispatch import Calls
+from tests.op_calls import Calls
 from tests.peft_models import assert_as_without, both_bases, lora_layer
 
 pytestmark = pytest.mark.usefixtures("unpatched")

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 import lora_kernels as lora
 from lora_kernels import patch_peft, plan, report
 from lora_kernels.report import Report, Row
-from tests.dispatch import Calls
+from tests.op_calls import Calls
 from tests.tiny_models import tiny_gpt2, tiny_llama
 
 REFERENCE = "CPU tensors reach the kernels only under TRITON_INTERPRET=1"

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lora_kernels
-from tests.dispatch import Calls
-from tests.formula import make_problem
-from tests.tolerance import assert_close
+from tests.op_calls import Calls
+from lora_kernels.testing.problem import make_problem
+from lora_kernels.testing.tolerance import assert_close
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU

@@ -8,9 +8,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from lora_kernels import apply_lora, patch_peft, report
-from tests.dispatch import Calls
+from tests.op_calls import Calls
 from tests.tiny_models import BASES, LAYERS, TARGETS, randomise
-from tests.tolerance import assert_close
+from lora_kernels.testing.tolerance import assert_close
 
 STEPS = 4
 LORA = {"r": 3, "lora_alpha": 5}

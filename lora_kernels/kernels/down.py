@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels import philox
+from lora_kernels import dropout
 from lora_kernels.kernels.dropout import keep_tile, word_threshold
 from lora_kernels.kernels.launch import (
     Numerics,
@@ -106,7 +106,7 @@ def down(
     launch(
         _down_kernel, (programs, parts),
         x, a, seed, h,
-        m, k, r, layers, k_slice, word_threshold(dropout_p), philox.keep_scale(dropout_p),
+        m, k, r, layers, k_slice, word_threshold(dropout_p), dropout.keep_scale(dropout_p),
         x.stride(0), a.stride(-2),
         DROPOUT=dropout_p > 0, DTYPE=numerics.factor, PRECISION=numerics.precision,
         BLOCK_M=config.BLOCK_ROWS, BLOCK_K=config.BLOCK_COLS, BLOCK_R=block_r,

@@ -1,21 +1,21 @@
-"""The dropout mask in Triton: the bits of philox.py, for any tile of x."""
+"""The dropout mask in Triton: the bits of dropout.py, for any tile of x."""
 
 import triton
 import triton.language as tl
 
-from lora_kernels import philox
+from lora_kernels import dropout
 
-_GROUP = tl.constexpr(philox.GROUP)
-_ROUNDS = tl.constexpr(philox.ROUNDS)
-_M0 = tl.constexpr(philox.MULTIPLIERS[0])
-_M1 = tl.constexpr(philox.MULTIPLIERS[1])
-_W0 = tl.constexpr(philox.WEYL[0])
-_W1 = tl.constexpr(philox.WEYL[1])
+_GROUP = tl.constexpr(dropout.LANES)
+_ROUNDS = tl.constexpr(dropout.ROUNDS)
+_M0 = tl.constexpr(dropout.MULTIPLIERS[0])
+_M1 = tl.constexpr(dropout.MULTIPLIERS[1])
+_W0 = tl.constexpr(dropout.WEYL[0])
+_W1 = tl.constexpr(dropout.WEYL[1])
 
 
 def word_threshold(dropout_p: float) -> int:
-    """philox.threshold(p) for a draw that is compared where it lies, in a word's upper half."""
-    return philox.threshold(dropout_p) * 65536
+    """dropout.threshold(p) for a draw that is compared where it lies, in a word's upper half."""
+    return dropout.threshold(dropout_p) * 65536
 
 
 @triton.jit

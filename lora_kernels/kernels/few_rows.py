@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels import philox
+from lora_kernels import dropout
 from lora_kernels.kernels.dropout import keep_tile, word_threshold
 from lora_kernels.kernels.launch import (
     Gemm,
@@ -152,7 +152,7 @@ def few_rows(
         _few_rows_kernel, (sum(cdiv(size, config.BLOCK_N) for size in out_splits),),
         x, w, a, b, bias, seed, h, y,
         m, n, k, r, ranks, out_splits, scaling,
-        word_threshold(dropout_p), philox.keep_scale(dropout_p),
+        word_threshold(dropout_p), dropout.keep_scale(dropout_p),
         x.stride(0), w.stride(0) if w_t else w.stride(1), a.stride(0), b.stride(0), n,
         ENABLED=enable_lora, W_T=w_t, HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0,
         MAIN_DTYPE=numerics.main, FACTOR_DTYPE=numerics.factor, UPDATE_DTYPE=numerics.update,

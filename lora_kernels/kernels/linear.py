@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lora_kernels import philox
+from lora_kernels import dropout
 from lora_kernels.kernels.da import da
 from lora_kernels.kernels.down import down
 from lora_kernels.kernels.dx import dx
@@ -107,7 +107,7 @@ def lora_linear_backward(
     grad_x = grad_w = grad_a = grad_b = grad_bias = None
     with current(dy):
         if needs_x or needs_a or needs_b:
-            keep_scale = philox.keep_scale(dropout_p)
+            keep_scale = dropout.keep_scale(dropout_p)
             dh, grad_b = dy_pass(
                 dy_rows, rows(b), h, scaling * keep_scale, scaling,
                 tuple(out_splits), tuple(enable_lora), needs_x or needs_a, needs_b, numerics,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels import philox
+from lora_kernels import dropout
 from lora_kernels.kernels.da import da
 from lora_kernels.kernels.down import down
 from lora_kernels.kernels.dy_pass import dy_pass
@@ -76,7 +76,7 @@ def lora_shared_linear_backward(
     with current(dys[0]):
         dhs, dbs = [], []
         if needs_x or needs_a or needs_b:
-            keep_scale = philox.keep_scale(dropout_p)
+            keep_scale = dropout.keep_scale(dropout_p)
             for dy, h_l, b, scaling in zip(dy_rows, hs, bs, scalings, strict=True):
                 dh, db = dy_pass(
                     dy, rows(b), h_l, scaling * keep_scale, scaling, (dy.shape[1],), (True,),

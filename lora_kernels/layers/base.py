@@ -7,50 +7,16 @@ to it (``delta_weight``); merging, restoring and checkpointing are written once,
 
 import contextlib
 import gc
-import math
-import operator
 import sys
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_kernels import sharded
+from lora_kernels import distributed
+from lora_kernels.checks import check_alpha, check_dropout, check_rank
 
 __all__ = ["LoRALayer"]
-
-
-def check_rank(r, layer: str) -> int:
-    """r as a non-negative int, or a ValueError that names it."""
-    try:
-        rank = operator.index(r)
-    except TypeError:
-        rank = -1
-    if rank < 0 or isinstance(r, bool):
-        raise ValueError(f"{layer}: r must be an integer >= 0, got {r!r}")
-    return rank
-
-
-def check_alpha(lora_alpha, layer: str):
-    """lora_alpha unchanged where it is a finite real number, or a ValueError that names it."""
-    try:
-        finite = math.isfinite(lora_alpha)
-    except (TypeError, OverflowError):
-        finite = False
-    if not finite:
-        raise ValueError(f"{layer}: lora_alpha must be a finite number, got {lora_alpha!r}")
-    return lora_alpha
-
-
-def check_dropout(lora_dropout, layer: str) -> float:
-    """lora_dropout as a float in [0, 1), or a ValueError that names it."""
-    try:
-        p = float(lora_dropout)
-    except (TypeError, ValueError, OverflowError):
-        p = math.nan
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{layer}: lora_dropout must be in [0, 1), got {lora_dropout!r}")
-    return p
 
 
 class LoRALayer:
@@ -129,7 +95,7 @@ class LoRALayer:
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """lora_A and lora_B, gathered from all ranks where they are sharded."""
-        return sharded.gathered(self.lora_A), sharded.gathered(self.lora_B)
+        return distributed.full_tensor(self.lora_A), distributed.full_tensor(self.lora_B)
 
     @property
     def has_lora(self) -> bool:
@@ -160,7 +126,7 @@ class LoRALayer:
             if not self.has_lora:
                 return weight.detach().clone()
             base = self.base_weight().detach().to(weight.device)
-            return (base + sharded.spread_like(self.delta_weight(), base)).to(weight.dtype)
+            return (base + distributed.distribute_like(self.delta_weight(), base)).to(weight.dtype)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -189,11 +155,11 @@ class LoRALayer:
     def _unmerge(self) -> None:
         if self._base_weight is not None:
             owner = self._weight_owner()
-            if sharded.is_managed(owner):
+            if distributed.is_managed(owner):
                 owner.state_dict()  # has it sharded again, before it is written to
             weight = self._weight()
             with undisturbed(weight):
-                weight.copy_(sharded.spread_like(self._base_weight, weight))
+                weight.copy_(distributed.distribute_like(self._base_weight, weight))
             self._base_weight = self._merged_from = None
         self.merged = False
 
@@ -204,7 +170,7 @@ class LoRALayer:
         if getattr(self, "_is_replica", False):  # of nn.DataParallel: a copy of a merged layer
             return
         if self._adapter_state() != self._merged_from:
-            if sharded.is_managed(self._weight_owner()):
+            if distributed.is_managed(self._weight_owner()):
                 raise RuntimeError(
                     f"{type(self).__name__}({self.extra_repr()}): eval() merged it before "
                     f"fully_shard took its weight: call train() on the model first"
@@ -230,7 +196,7 @@ class LoRALayer:
         owner = self._weight_owner()
         if owner._parameters["weight"].is_meta:
             return False
-        if sharded.is_managed(owner) or sharded.is_dtensor(owner._parameters["weight"]):
+        if distributed.is_managed(owner) or distributed.is_dtensor(owner._parameters["weight"]):
             return True
         references, storage_uses = _reference_counts(owner)  # before a name here adds to them
         weight = owner._parameters["weight"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_kernels import functional, sharded
+from lora_kernels import checks, distributed
 from lora_kernels.layers.base import LoRALayer
 
 __all__ = ["ConvLoRA", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d"]
@@ -152,12 +152,12 @@ class ConvLoRA(LoRALayer, nn.Module):
         return y + self.conv._conv_forward(self.lora_dropout(x), kernel, None)
 
     def _check_input(self, x) -> None:
-        functional.check_tensor(self, "x", x)
+        checks.check_tensor(self, "x", x)
         weight, channels = self.conv.weight, self.conv.in_channels
         unbatched = weight.dim() - 1
-        if sharded.is_dtensor(weight):
+        if distributed.is_dtensor(weight):
             raise RuntimeError(
-                f"{functional.layer_name(self)}: its conv has been sharded by itself and is not "
+                f"{checks.layer_name(self)}: its conv has been sharded by itself and is not "
                 f"called: apply fully_shard to the LoRA layer, or around it"
             )
         if x.dim() not in (unbatched, unbatched + 1) or x.shape[-unbatched] != channels:
@@ -165,11 +165,11 @@ class ConvLoRA(LoRALayer, nn.Module):
             problem = f"have shape [N, {shape}] or [{shape}], got {list(x.shape)}"
         elif x.device != weight.device:
             problem = f"be on weight's device {weight.device}, got {x.device}"
-        elif x.dtype != weight.dtype and functional.autocast_dtype(x) is None:
+        elif x.dtype != weight.dtype and checks.autocast_dtype(x) is None:
             problem = f"have weight's dtype {weight.dtype}, got {x.dtype}"
         else:
             return
-        raise ValueError(f"{functional.layer_name(self)}: x must {problem}")
+        raise ValueError(f"{checks.layer_name(self)}: x must {problem}")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         errors = args[-1]

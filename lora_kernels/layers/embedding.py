@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels import functional, sharded
+from lora_kernels import checks, distributed
 from lora_kernels.layers.base import LoRALayer, undisturbed
 
 __all__ = ["LoRAEmbedding"]
@@ -101,9 +101,9 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         weight = self._weight()
         with undisturbed(weight):
             delta = self.delta_weight()
-            base = sharded.gathered(self.base_weight().detach()).to(delta)
+            base = distributed.full_tensor(self.base_weight().detach()).to(delta)
             merged = (self._limit(base) + delta).to(weight.dtype)
-            return sharded.spread_like(merged, weight)
+            return distributed.distribute_like(merged, weight)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_ids(x)
@@ -150,13 +150,13 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
             got = x.dtype
         elif x.device != self.weight.device:
             raise ValueError(
-                f"{functional.layer_name(self)}: x must be on weight's device "
+                f"{checks.layer_name(self)}: x must be on weight's device "
                 f"{self.weight.device}, got {x.device}"
             )
         else:
             return
         raise TypeError(
-            f"{functional.layer_name(self)}: x must be a dense torch.Tensor of int32 or int64, "
+            f"{checks.layer_name(self)}: x must be a dense torch.Tensor of int32 or int64, "
             f"got {got}"
         )
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels import functional
+from lora_kernels import checks, functional
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.spec import LoraSpec, OutputSplits
 
 __all__ = ["LinearLayer", "LoRALinear"]
 
@@ -20,8 +21,6 @@ def is_hf_conv1d(module) -> bool:
 class LinearLayer(LoRALayer, nn.Linear):
     """What LoRALinear and LoRAMergedLinear share: the weight's layout, wrapping, the forward."""
 
-    out_splits: list[int] | None = None
-    enable_lora: list[bool] = [True]  # noqa: RUF012 - replaced, never changed
     _shared_input = None  # a SharedInput where share_inputs joined the layer with others
 
     def _set_layout(self, fan_in_fan_out: bool) -> None:
@@ -45,6 +44,11 @@ class LinearLayer(LoRALayer, nn.Linear):
             device="meta", dtype=linear.weight.dtype, **kwargs,
         )  # fmt: skip
         return layer._adopt(linear, lora_dtype)
+
+    @property
+    def splits(self) -> OutputSplits:
+        """The groups of output columns."""
+        return OutputSplits.whole(self.out_features)
 
     def reset_parameters(self) -> None:
         """Draws weight and bias as nn.Linear does, whichever way round weight is stored."""
@@ -73,16 +77,16 @@ class LinearLayer(LoRALayer, nn.Linear):
         weight = self._oriented(self.weight)
         if self.merged or not self.has_lora:
             self._refresh()
-            functional.check_input(self, x, weight)
+            checks.check_input(self, x, weight)
             return F.linear(x, weight, self.bias)
         if self._shared_input is not None:
             y = self._shared_input.output(self, x)
             if y is not None:
                 return y
+        spec = LoraSpec(self.scaling, self._dropout_p(), self.splits)
         return functional.lora_forward(
-            self, x, weight, self.lora_A, self.lora_B, self.bias, self.scaling,
-            self._dropout_p(), None, self.out_splits, self.enable_lora,
-        )  # fmt: skip
+            self, x, weight, self.lora_A, self.lora_B, self.bias, spec
+        )
 
     def extra_repr(self) -> str:
         text = f"{nn.Linear.extra_repr(self)}, r={self.r}"

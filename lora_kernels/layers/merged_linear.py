@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import functional, reference
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LinearLayer
+from lora_kernels.spec import OutputSplits
 
 __all__ = ["LoRAMergedLinear"]
 
@@ -43,14 +43,11 @@ class LoRAMergedLinear(LinearLayer):
     ):
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
-        self.enable_lora = _check_enable(enable_lora)
-        self.out_splits = _check_splits(out_features, self.enable_lora, out_splits)
+        splits = OutputSplits.of(out_features, enable_lora, out_splits, owner=type(self).__name__)
+        self.enable_lora, self.out_splits = list(splits.enabled), list(splits.sizes)
         self._set_layout(fan_in_fan_out)
-        if self.r > 0 and any(self.enable_lora):
-            self._add_adapter(
-                (self.r * sum(self.enable_lora), in_features),
-                (self._enabled_columns(), self.r),
-            )
+        if self.r > 0 and any(splits.enabled):
+            self._add_adapter((self.r * splits.count, in_features), (splits.rows, self.r))
         self.reset_parameters()
 
     @classmethod
@@ -75,8 +72,10 @@ class LoRAMergedLinear(LinearLayer):
             enable_lora=enable_lora, merge_weights=merge_weights, out_splits=out_splits,
         )  # fmt: skip
 
-    def _enabled_columns(self) -> int:
-        return sum(n for n, on in zip(self.out_splits, self.enable_lora, strict=True) if on)
+    @property
+    def splits(self) -> OutputSplits:
+        """The groups of output columns: out_splits and enable_lora."""
+        return OutputSplits(tuple(self.out_splits), tuple(self.enable_lora))
 
     @property
     def lora_ind(self) -> Tensor:
@@ -88,53 +87,25 @@ class LoRAMergedLinear(LinearLayer):
     def zero_pad(self, x: Tensor) -> Tensor:
         """Rows of the enabled groups -> rows of all groups, zero where disabled."""
         padded = x.new_zeros((self.out_features, *x.shape[1:]))
-        for columns, rows, _ in self._groups():
+        for columns, rows, _ in self.splits.groups(self.r):
             padded[columns] = x[rows]
         return padded
 
     def merge_AB(self) -> Tensor:
         """The update of the whole weight before scaling, as weight is stored."""
         a, b = self._factors()
-        product = torch.cat([b[rows] @ a[ranks] for _, rows, ranks in self._groups()])
+        product = torch.cat([b[rows] @ a[ranks] for _, rows, ranks in self.splits.groups(self.r)])
         return self._oriented(self.zero_pad(product))
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
         a, b = (factor.to(acc) for factor in self._factors())
         delta = a.new_zeros((self.out_features, self.in_features))
-        for columns, rows, ranks in self._groups():
+        for columns, rows, ranks in self.splits.groups(self.r):
             delta[columns] = b[rows] @ a[ranks]
         return self._oriented(delta) * self.scaling
-
-    def _groups(self):
-        return reference.groups(self.out_splits, self.enable_lora, self.r)
 
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, enable_lora={self.enable_lora}, out_splits={self.out_splits}"
         )
-
-
-def _check_enable(enable_lora) -> list[bool]:
-    flags = list(enable_lora) if isinstance(enable_lora, (list, tuple)) else None
-    if not flags or not all(isinstance(flag, bool) for flag in flags):
-        raise ValueError(
-            f"LoRAMergedLinear: enable_lora must be a list of at least one bool, "
-            f"got {enable_lora!r}"
-        )
-    return flags
-
-
-def _check_splits(out_features: int, enable_lora: list[bool], out_splits) -> list[int]:
-    if out_splits is None:
-        return functional.equal_splits(out_features, enable_lora, "LoRAMergedLinear")
-    splits = list(out_splits)
-    fits = len(splits) == len(enable_lora) and all(
-        isinstance(size, int) and size >= 1 for size in splits
-    )
-    if not fits or sum(splits) != out_features:
-        raise ValueError(
-            f"LoRAMergedLinear: out_splits must be {len(enable_lora)} sizes >= 1 that sum to "
-            f"out_features={out_features}, got {out_splits!r}"
-        )
-    return splits

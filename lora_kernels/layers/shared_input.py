@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import functional, sharded
+from lora_kernels import checks, distributed
+from lora_kernels.functional import lora_shared_linear
 from lora_kernels.layers.linear import LoRALinear
-from lora_kernels.shared import lora_shared_linear
 
 __all__ = ["SharedInput", "share_inputs"]
 
@@ -120,7 +120,7 @@ class SharedInput:
         """
         return (
             len({layer._dropout_p() for layer in self.layers}) == 1
-            and not any(map(sharded.is_sharded_alone, self.layers))
+            and not any(map(distributed.is_sharded_alone, self.layers))
             and not any(
                 layer.merged or type(tensor) not in (nn.Parameter, Tensor)
                 for layer in self.layers
@@ -131,7 +131,7 @@ class SharedInput:
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         layers = self.layers
         for layer in layers:
-            functional.check_shape(layer, x, layer._oriented(layer.weight))
+            checks.check_shape(layer, x, layer._oriented(layer.weight))
         return lora_shared_linear(
             x,
             [layer._oriented(layer.weight) for layer in layers],
@@ -145,7 +145,7 @@ class SharedInput:
     def _state_for(self, x: Tensor) -> tuple:
         """What must not have changed between the computation and the fetching of an output."""
         state = (
-            torch.is_grad_enabled(), functional.autocast_dtype(x),
+            torch.is_grad_enabled(), checks.autocast_dtype(x),
             *((layer.scaling, layer._dropout_p()) for layer in self.layers),
         )  # fmt: skip
         if torch.compiler.is_compiling():

@@ -21,7 +21,7 @@ from lora_kernels import (
     save_adapter,
 )
 from lora_kernels.cli import main
-from tests.tolerance import assert_close
+from lora_kernels.testing.tolerance import assert_close
 
 ALPHA = ["--lora-alpha", "6"]
 

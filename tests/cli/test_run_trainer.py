@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.dispatch import Calls
+from tests.op_calls import Calls
 from tests.peft_models import config
 from tests.tiny_models import BASES, LAYERS, randomise
-from tests.tolerance import assert_close
+from lora_kernels.testing.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("unpatched")
 

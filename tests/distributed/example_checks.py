@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from examples.finetune import ranks
 from tests.examples import in_float64, tiny
-from tests.tolerance import assert_close
+from lora_kernels.testing.tolerance import assert_close
 
 
 def the_example_has_the_losses_of_one_process(directory):

@@ -27,7 +27,7 @@ from tests.distributed.engines import (
     whole,
     wrap,
 )
-from tests.tolerance import assert_close
+from lora_kernels.testing.tolerance import assert_close
 
 CHECKS = {}
 SHARDED = ENGINES[1:]

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from lora_kernels import patch_peft, unpatch_peft
-from tests.dispatch import Calls
+from tests.op_calls import Calls
 from tests.distributed.engines import (
     ENGINES,
     STEPS,
@@ -21,7 +21,7 @@ from tests.distributed.engines import (
     wrap,
 )  # fmt: skip
 from tests.tiny_models import randomise, tiny_llama
-from tests.tolerance import assert_close
+from lora_kernels.testing.tolerance import assert_close
 
 CHECKS = {}
 PATCHED_FROM_OUTSIDE = hasattr(PeftLinear.forward, "__wrapped__")

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels import philox, reference
+from lora_kernels import dropout, reference
 from lora_kernels.kernels import launch
-from tests.formula import Problem
+from lora_kernels.testing.problem import Problem
 
 
 class Operands:
@@ -42,7 +42,7 @@ class Operands:
 
 
 def down(o: Operands, dtype: torch.dtype) -> Tensor:
-    keep_scale = philox.keep_scale(o.problem.dropout_p)
+    keep_scale = dropout.keep_scale(o.problem.dropout_p)
     return o.x.to(dtype) * o.mask.to(dtype) @ o.a.to(dtype).T * keep_scale
 
 

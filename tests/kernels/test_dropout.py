@@ -1,11 +1,11 @@
-"""The mask in Triton: bit for bit that of philox.py, wherever the tile lies."""
+"""The mask in Triton: bit for bit that of dropout.py, wherever the tile lies."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from lora_kernels import philox
+from lora_kernels import dropout
 from lora_kernels.kernels.dropout import keep_tile, word_threshold
 
 
@@ -36,7 +36,7 @@ def tile(seed, row, col, rows, cols, dropout_p):
 )
 def test_a_tile_has_the_bits_of_the_whole_mask(rows, cols, row, col, seed, device):
     seeds = torch.randint(-(2**63), 2**63 - 1, (1,)).to(device)
-    wide = philox.keep_mask(seeds, rows, col + cols, 0.3, first_row=row)
+    wide = dropout.keep_mask(seeds, rows, col + cols, 0.3, first_row=row)
     assert torch.equal(tile(seeds, row, col, rows, cols, 0.3).bool(), wide[:, col:])
 
 
@@ -44,12 +44,12 @@ def test_a_tile_has_the_bits_of_the_whole_mask(rows, cols, row, col, seed, devic
 @pytest.mark.parametrize("row", [0, 2**32, 3 * 2**33 + 1], ids=str)
 def test_seeds_and_rows_beyond_32_bits(value, row, device):
     seeds = torch.tensor([value], device=device)
-    expected = philox.keep_mask(seeds, 16, 64, 0.5, first_row=row)
+    expected = dropout.keep_mask(seeds, 16, 64, 0.5, first_row=row)
     assert torch.equal(tile(seeds, row, 0, 16, 64, 0.5).bool(), expected)
 
 
 @pytest.mark.parametrize("dropout_p", [2**-17, 2**-16, 0.1, 0.5, 0.9, 1 - 2**-16, 1 - 2**-40])
 def test_thresholds(dropout_p, seed, device):
     seeds = torch.randint(-(2**63), 2**63 - 1, (1,)).to(device)
-    expected = philox.keep_mask(seeds, 64, 64, dropout_p)
+    expected = dropout.keep_mask(seeds, 64, 64, dropout_p)
     assert torch.equal(tile(seeds, 0, 0, 64, 64, dropout_p).bool(), expected)

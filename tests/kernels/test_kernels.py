@@ -17,10 +17,10 @@ from lora_kernels.kernels import (
     launch,
     sum_parts,
 )
-from tests.formula import make_problem
+from lora_kernels.testing.problem import make_problem
 from tests.kernels import expected
-from tests.kernels.memory import between_nan, guarded_outputs
-from tests.tolerance import assert_close
+from lora_kernels.testing.memory import between_nan, guarded_outputs
+from lora_kernels.testing.tolerance import assert_close
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU

@@ -7,8 +7,8 @@ import torch
 
 from lora_kernels.kernels import linear
 from tests.calls import call, solve
-from tests.formula import make_problem
-from tests.tolerance import assert_close
+from lora_kernels.testing.problem import make_problem
+from lora_kernels.testing.tolerance import assert_close
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU

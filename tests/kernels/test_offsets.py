@@ -10,8 +10,8 @@ CODE = """
 import os, sys
 import torch
 from tests.calls import solve
-from tests.formula import make_problem
-from tests.tolerance import assert_close
+from lora_kernels.testing.problem import make_problem
+from lora_kernels.testing.tolerance import assert_close
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)

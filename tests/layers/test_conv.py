@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_kernels import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA, LoRAConv1d, LoRAConv2d, LoRAConv3d
-from tests.tolerance import assert_close
+from lora_kernels.testing.tolerance import assert_close
 
 CIN, COUT, R, ALPHA = 4, 6, 2, 3
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

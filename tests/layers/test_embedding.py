@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_kernels import LoRALayer
 from lora_kernels.layers.embedding import LoRAEmbedding
-from tests.tolerance import assert_close
+from lora_kernels.testing.tolerance import assert_close
 
 NUM, DIM, R, ALPHA = 11, 6, 3, 5
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

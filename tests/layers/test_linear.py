@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize, prune  # noqa: F401 - nn.utils gets both
 
 import lora_kernels
 from lora_kernels import LoRALayer, LoRALinear
-from tests.formula import lora_formula
-from tests.tolerance import assert_close
+from lora_kernels.testing.problem import lora_formula
+from lora_kernels.testing.tolerance import assert_close
 
 CONFIGURATIONS = {
     "plain": {},

@@ -10,7 +10,7 @@ from torch import nn
 import lora_kernels
 from lora_kernels import LoRALinear, LoRAMergedLinear
 from tests.layers.test_linear import filled, output_and_gradients
-from tests.tolerance import assert_close
+from lora_kernels.testing.tolerance import assert_close
 
 ENABLED = [
     [True],

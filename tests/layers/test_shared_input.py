@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lora
 from lora_kernels.layers.shared_input import SharedInput
-from tests.dispatch import Calls
-from tests.tolerance import assert_close
+from tests.op_calls import Calls
+from lora_kernels.testing.tolerance import assert_close
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 SHARED, ALONE = "lora_shared_linear_forward", "lora_linear_forward"

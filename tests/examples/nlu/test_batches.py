@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests import torchrun
 from tests.examples import in_float64, tiny
-from tests.tolerance import assert_close
+from lora_kernels.testing.tolerance import assert_close
 
 
 @pytest.fixture(scope="module")

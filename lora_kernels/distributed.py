@@ -1,10 +1,10 @@
-"""Parameters that torch.distributed shards (FSDP2's fully_shard): DTensors, gathered and spread."""
+"""Parameters that torch.distributed shards (FSDP2's fully_shard): DTensors, whole and distributed."""
 
 import sys
 
 from torch import Tensor, nn
 
-__all__ = ["gathered", "is_dtensor", "is_managed", "is_sharded_alone", "spread_like"]
+__all__ = ["distribute_like", "full_tensor", "is_dtensor", "is_managed", "is_sharded_alone"]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -13,14 +13,14 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def gathered(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a DTensor, a collective that every rank takes part in; others as they are."""
     if not is_dtensor(tensor):
         return tensor
     return tensor.to(tensor.device_mesh.device_type).full_tensor()  # offloaded ones lie elsewhere
 
 
-def spread_like(whole: Tensor, like: Tensor) -> Tensor:
+def distribute_like(whole: Tensor, like: Tensor) -> Tensor:
     """whole, equal on every rank, laid out as like: a DTensor where that is one."""
     if not is_dtensor(like):
         return whole

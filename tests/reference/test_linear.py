@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from lora_kernels import philox, reference
-from tests.formula import OPERANDS, make_problem
-from tests.tolerance import assert_close
+from lora_kernels import dropout, reference
+from lora_kernels.testing.problem import OPERANDS, make_problem
+from lora_kernels.testing.tolerance import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 GROUPS = {
@@ -98,8 +98,8 @@ def test_h_does_not_overflow_in_float16(device):
 def test_low_rank_input_is_the_dropped_out_product(seed, device):
     problem = make_problem(7, 9, 4, 3, device=device, dtype=torch.float64, dropout_p=0.5)
     h = reference.low_rank_input(problem.x, problem.a, problem.seed, 0.5)
-    mask = philox.keep_mask(problem.seed, 7, 9, 0.5)
-    expected = (problem.x * mask * philox.keep_scale(0.5)) @ problem.a.T
+    mask = dropout.keep_mask(problem.seed, 7, 9, 0.5)
+    expected = (problem.x * mask * dropout.keep_scale(0.5)) @ problem.a.T
     assert_close(h, expected, expected, "h")
 
 

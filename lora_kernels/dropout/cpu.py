@@ -1,23 +1,8 @@
-"""The dropout mask: a pure function of (seed, row, column).
+"""The mask of mask.py in PyTorch's operators, fast on a CPU.
 
-``keep(seed, row, col)`` is one 16-bit draw of Philox-4x32 with 7 rounds, compared with a threshold.
-Nothing else enters: not the tile that asks, not the device, not the shape of the matrix around the
-element. One call of the generator serves eight neighbours in a row:
-
-=========  =====================================================================
-counter    (col // 8, row >> 32, row & 0xffffffff, 0)
-key        (seed & 0xffffffff, seed >> 32)
-element    16-bit half ``col % 2`` (low half first) of output word ``col % 8 // 2``
-kept       where that half, read as a signed 16-bit integer, is >= threshold(p)
-=========  =====================================================================
-
-The first two rounds multiply column vectors and row vectors only, and the second joins them: two of
-the seven rounds cost next to nothing, here and in a kernel.
-
-Here, in PyTorch, a small mask costs as much as the calls that make it. So memory and views are laid
-out once for a shape, and a round is three or four calls.
-
-Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2.
+The first two rounds multiply vectors of columns and of rows only, and the second joins them: two of
+the seven rounds cost next to nothing, here and in a kernel. A small mask costs as much as the calls
+that make it, so memory and views are laid out once for a shape, and a round is three or four calls.
 """
 
 import functools
@@ -27,26 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = [
-    "GROUP", "MULTIPLIERS", "ROUNDS", "WEYL", "keep_mask", "keep_scale", "masks", "threshold",
-]  # fmt: skip
+from lora_kernels.dropout.mask import LANES, MULTIPLIERS, ROUNDS, WEYL, threshold
 
-ROUNDS = 7
-GROUP = 8  # elements of one row that share a call of the generator
+__all__ = ["keep_mask", "masks"]
 
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-
-
-def threshold(dropout_p: float) -> int:
-    """Smallest signed 16-bit draw that is kept; p is rounded to a multiple of 2^-16, below 1."""
-    return min(round(dropout_p * 65536), 65535) - 32768
-
-
-def keep_scale(dropout_p: float) -> float:
-    """1 / (1 - p) for the p that the mask really has."""
-    return 65536 / (32768 - threshold(dropout_p))
 
 
 def keep_mask(
@@ -62,9 +32,9 @@ def keep_mask(
     Shapes: seed [1] int64 -> [rows, cols] on seed's device: 1 where kept, 0 where dropped.
     dtype: bool, float32 or float64.
     """
-    groups = -(-cols // GROUP)
-    mask = torch.empty((rows, groups * GROUP), dtype=dtype, device=seed.device)
-    for some in _slices(rows, groups):
+    octets = -(-cols // LANES)
+    mask = torch.empty((rows, octets * LANES), dtype=dtype, device=seed.device)
+    for some in _slices(rows, octets):
         _draw(mask[some], seed, first_row + some.start, threshold(dropout_p))
     return mask if cols == mask.shape[1] else mask[:, :cols]
 
@@ -76,25 +46,25 @@ def masks(
 
     A slice's mask may be written to, and lasts until the next one is made.
     """
-    groups = -(-cols // GROUP)
-    for some in _slices(rows, groups):
+    octets = -(-cols // LANES)
+    for some in _slices(rows, octets):
         count = some.stop - some.start
-        mask = _scratch(count * groups * GROUP, dtype, seed.device).view(count, groups * GROUP)
+        mask = _scratch(count * octets * LANES, dtype, seed.device).view(count, octets * LANES)
         _draw(mask, seed, some.start, threshold(dropout_p))
         yield some, mask if cols == mask.shape[1] else mask[:, :cols]
 
 
-def _slices(rows: int, groups: int) -> Iterator[slice]:
+def _slices(rows: int, octets: int) -> Iterator[slice]:
     """The rows in slices whose draws are made in one go; one that is empty where there are none."""
-    at_once = max(1, _CALLS_AT_ONCE // max(1, groups))
+    at_once = max(1, _CALLS_AT_ONCE // max(1, octets))
     for start in range(0, max(1, rows), at_once):
         yield slice(start, min(start + at_once, rows))
 
 
 def _draw(mask: Tensor, seed: Tensor, first_row: int, smallest: int) -> None:
-    """Fills a mask whose rows are whole groups."""
+    """Fills a mask whose rows are whole octets."""
     rows, cols = mask.shape
-    draws = _generator(rows, cols // GROUP, seed.device).draws(seed, first_row)
+    draws = _generator(rows, cols // LANES, seed.device).draws(seed, first_row)
     if mask.dtype == torch.bool:
         torch.ge(draws, smallest, out=mask)
     else:  # float32 holds every draw, and is compared in place
@@ -102,9 +72,9 @@ def _draw(mask: Tensor, seed: Tensor, first_row: int, smallest: int) -> None:
 
 
 class _Generator:
-    """Philox-4x32 for the counters of rows x groups, in memory that serves every seed.
+    """Philox-4x32 for the counters of rows x octets, in memory that serves every seed.
 
-    Of the four words of a call, 0 and 2 are multiplied. They lie in ``state`` [2, rows, groups],
+    Of the four words of a call, 0 and 2 are multiplied. They lie in ``state`` [2, rows, octets],
     int64 with upper halves that stay 0, so that a product is that of unsigned words. It stands at
     [0] for word 2 and at [1] for word 0: the upper halves then make the next words 0 and 2, and the
     lower halves are the next words 1 and 3, in this order. A round xors its keys with the upper
@@ -112,17 +82,17 @@ class _Generator:
     xored with the products of one, so that every other round needs none.
     """
 
-    def __init__(self, rows: int, groups: int, memory: Tensor):
+    def __init__(self, rows: int, octets: int, memory: Tensor):
         """memory: int64 [4, 2·calls at least]; memory[0] is 0 and no one else writes to it."""
         self._rows = rows
         self._first_row: int | None = None
         state, *products, draws = (
-            part[: 2 * rows * groups].view(2, rows, groups) for part in memory
+            part[: 2 * rows * octets].view(2, rows, octets) for part in memory
         )  # fmt: skip
         self._word_0, self._word_2 = state
         words = _lower(state)
-        halves = draws.view(torch.int32).view(rows, groups, 2, 2)  # words 0 1, then 2 3
-        self._draws = halves.view(torch.int16).view(rows, groups * GROUP)
+        halves = draws.view(torch.int32).view(rows, octets, 2, 2)  # words 0 1, then 2 3
+        self._draws = halves.view(torch.int16).view(rows, octets * LANES)
         drawn, self._words_1_and_3 = halves.permute(3, 2, 0, 1)
 
         # keys[i] of words 0 and 2: in the lower half round i + 1's, in the upper half round i's.
@@ -135,18 +105,18 @@ class _Generator:
         pairs = self._keys.view(torch.int64)
         self._key_0, self._key_2 = self._keys[0, :, 1]
 
-        # The first round, but for its keys, and the second: vectors of rows, then of groups.
-        col = torch.arange(groups, device=memory.device)
+        # The first round, but for its keys, and the second: vectors of rows, then of octets.
+        col = torch.arange(octets, device=memory.device)
         product = col * MULTIPLIERS[0]
         self._upper_cols, self._lower_cols = _upper(product), _lower(product)
         self._upper_rows = torch.empty(rows, **int32)
         self._lower_rows = torch.empty((rows, 1), **int32)
-        self._vectors = torch.zeros(rows + groups, dtype=torch.int64, device=memory.device)
-        self._row_words, self._col_words = _lower(self._vectors).split((rows, groups))
+        self._vectors = torch.zeros(rows + octets, dtype=torch.int64, device=memory.device)
+        self._row_words, self._col_words = _lower(self._vectors).split((rows, octets))
         self._multipliers = torch.full_like(self._vectors, MULTIPLIERS[0])
         self._multipliers[rows:] = MULTIPLIERS[1]
         self._products = torch.empty_like(self._vectors)
-        of_rows, of_cols = self._products.split((rows, groups))
+        of_rows, of_cols = self._products.split((rows, octets))
         self._keyed = (of_cols, pairs[1, 0]), (of_rows, pairs[1, 1])
         self._joined = (
             (_upper(of_cols), self._lower_rows, words[0]),
@@ -169,7 +139,7 @@ class _Generator:
         self._last = lowers[0]
 
     def draws(self, seed: Tensor, first_row: int) -> Tensor:
-        """The draws of rows first_row, ...: int16 [rows, groups·8], until this is called again."""
+        """The draws of rows first_row, ...: int16 [rows, octets·8], until this is called again."""
         if first_row != self._first_row:
             self._set_rows(first_row)
         xor, multiply = torch.bitwise_xor, torch.mul
@@ -248,25 +218,25 @@ class _Kept:
 
     # Inference tensors could not be used again outside of inference_mode.
     @torch.inference_mode(False)
-    def _generator(self, rows: int, groups: int) -> _Generator:
+    def _generator(self, rows: int, octets: int) -> _Generator:
         if self._memory is None:
             self._memory = _memory(_CALLS_AT_ONCE, torch.device("cpu"))
-        return _Generator(rows, groups, self._memory)
+        return _Generator(rows, octets, self._memory)
 
     @torch.inference_mode(False)
     def _scratch(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(GROUP * _CALLS_AT_ONCE, dtype=dtype, device="cpu")
+        return torch.empty(LANES * _CALLS_AT_ONCE, dtype=dtype, device="cpu")
 
 
-def _generator(rows: int, groups: int, device: torch.device) -> _Generator:
-    calls = rows * groups
+def _generator(rows: int, octets: int, device: torch.device) -> _Generator:
+    calls = rows * octets
     if _keeps(calls, device):
-        return _kept().generator(rows, groups)
-    return _Generator(rows, groups, _memory(calls, device))
+        return _kept().generator(rows, octets)
+    return _Generator(rows, octets, _memory(calls, device))
 
 
 def _scratch(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if _keeps(elements // GROUP, device):
+    if _keeps(elements // LANES, device):
         return _kept().scratch(dtype)[:elements]
     return torch.empty(elements, dtype=dtype, device=device)
 

@@ -7,13 +7,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+__all__ = ["between_nan", "guarded_outputs"]
+
 _PAD = 64  # elements, so that what lies between keeps an alignment of 16 bytes
 
 
 def between_nan(tensor: Tensor, aligned: bool = True) -> Tensor:
     """A copy of a matrix or vector inside a buffer that is NaN everywhere else.
 
-    Its rows start 16 bytes apart from a multiple of 16 bytes where aligned, and anywhere otherwise.
+    aligned: its rows start at multiples of 16 bytes; otherwise anywhere.
     """
     if tensor.dim() == 1:
         buffer = torch.full((len(tensor) + 2 * _PAD,), torch.nan).to(tensor)

@@ -11,7 +11,7 @@ import lora_kernels
 from lora_kernels import plan as plans
 from lora_kernels.plan import Measured, Plan, Product, choose
 from tests.calls import call, solve
-from tests.formula import make_problem
+from lora_kernels.testing.problem import make_problem
 
 GPU = torch.cuda.is_available()
 H200 = torch.device("cuda", 0)

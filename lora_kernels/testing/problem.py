@@ -1,28 +1,32 @@
 """The mathematics in a few differentiable lines, and random operands for it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels import philox
+from lora_kernels import dropout
+from lora_kernels.spec import LoraSpec, OutputSplits
+
+__all__ = ["OPERANDS", "Problem", "lora_formula", "make_problem"]
 
 OPERANDS = ("x", "w", "a", "b", "bias")
 
 
-def lora_formula(x, w, a, b, bias, *, scaling, mask=None, keep_scale=1.0, groups=None) -> Tensor:
+def lora_formula(x, w, a, b, bias, spec: LoraSpec, mask: Tensor | None = None) -> Tensor:
     """y = x·wᵀ + bias + scaling·(x_hat·aᵀ)·bᵀ in the operands' own dtype.
 
-    groups: [(size, enabled), …] of the columns of y; None is one enabled group. mask: bool, [M, K].
+    mask: what dropout multiplies x by, in x's shape or [M, K]; None drops nothing.
     """
     y = F.linear(x, w, bias)
-    x_hat = x if mask is None else x * mask.view(x.shape) * keep_scale
+    x_hat = x if mask is None else x * mask.view(x.shape)
     updates, row, rank, r = [], 0, 0, b.shape[1]
-    for size, enabled in groups or [(w.shape[0], True)]:
+    for size, enabled in zip(spec.splits.sizes, spec.splits.enabled, strict=True):
         if enabled:
             h = x_hat.to(a.dtype) @ a[rank : rank + r].T
-            updates.append(h.to(b.dtype) @ b[row : row + size].T * scaling)
+            updates.append(h.to(b.dtype) @ b[row : row + size].T * spec.scaling)
             row, rank = row + size, rank + r
         else:
             updates.append(y.new_zeros((*y.shape[:-1], size)))
@@ -31,7 +35,7 @@ def lora_formula(x, w, a, b, bias, *, scaling, mask=None, keep_scale=1.0, groups
 
 @dataclasses.dataclass
 class Problem:
-    """Random operands of one LoRA product, their gradient, and how the columns are grouped."""
+    """Random operands of one LoRA product, their gradient, and what else the product is."""
 
     x: Tensor
     w: Tensor
@@ -40,17 +44,22 @@ class Problem:
     bias: Tensor | None
     dy: Tensor
     seed: Tensor
-    scaling: float
-    dropout_p: float
-    groups: list[tuple[int, bool]]
+    spec: LoraSpec
 
     @property
-    def out_splits(self) -> list[int]:
-        return [size for size, _ in self.groups]
+    def scaling(self) -> float:
+        """By which the update is multiplied."""
+        return self.spec.scaling
 
     @property
-    def enable_lora(self) -> list[bool]:
-        return [enabled for _, enabled in self.groups]
+    def dropout_p(self) -> float:
+        """With which probability an element of x is dropped."""
+        return self.spec.dropout_p
+
+    @property
+    def splits(self) -> OutputSplits:
+        """The groups of y's columns."""
+        return self.spec.splits
 
     def operands(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in OPERANDS if getattr(self, name) is not None}
@@ -58,13 +67,16 @@ class Problem:
     def without_cancellation(self) -> "Problem":
         """The same with nothing negative: a lone sum that cancels has no digits to compare."""
         values = {name: getattr(self, name).abs() for name in (*self.operands(), "dy")}
-        return dataclasses.replace(self, scaling=abs(self.scaling), **values)
+        spec = dataclasses.replace(self.spec, scaling=abs(self.scaling))
+        return dataclasses.replace(self, spec=spec, **values)
 
     def mask(self) -> Tensor | None:
+        """What is kept of x: bool [M, K], by the mask's definition; None without dropout."""
         if self.dropout_p == 0:
             return None
-        rows = self.x.numel() // self.x.shape[-1]
-        return philox.keep_mask(self.seed, rows, self.x.shape[-1], self.dropout_p)
+        cols = self.x.shape[-1]
+        row, col = (torch.arange(n, device=self.x.device) for n in (self.x.numel() // cols, cols))
+        return dropout.keep(self.seed, row[:, None], col, self.dropout_p)
 
     def solve(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """y and every gradient by PyTorch's autograd, in dtype, or as the operands are."""
@@ -72,13 +84,10 @@ class Problem:
             name: value.detach().to(dtype or value.dtype).requires_grad_()
             for name, value in self.operands().items()
         }
-        y = lora_formula(
-            *(leaves.get(name) for name in OPERANDS),
-            scaling=self.scaling,
-            mask=self.mask(),
-            keep_scale=philox.keep_scale(self.dropout_p),
-            groups=self.groups,
-        )
+        mask = self.mask()
+        if mask is not None:
+            mask = mask * dropout.keep_scale(self.dropout_p)
+        y = lora_formula(*(leaves.get(name) for name in OPERANDS), self.spec, mask)
         grads = torch.autograd.grad(y, list(leaves.values()), self.dy.to(y.dtype))
         return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
@@ -95,26 +104,27 @@ def make_problem(
     bias=True,
     dropout_p=0.0,
     scaling=2.0,
-    groups=None,
+    groups: Sequence[tuple[int, bool]] | None = None,
 ) -> Problem:
-    """Operands drawn from torch's generator, the weights at the size that keeps y near one."""
+    """Operands drawn from torch's generator, the weights at the size that keeps y near one.
+
+    groups: (size, enabled) of each group of y's columns; None is one enabled group.
+    """
     lead = m if isinstance(m, tuple) else (m,)
-    groups = groups or [(n, True)]
+    sizes, enabled = zip(*(groups or [(n, True)]), strict=True)
+    splits = OutputSplits(sizes, enabled)
     lora_dtype = lora_dtype or dtype
 
     def draw(shape, std, dtype):
         return (torch.randn(shape) * std).to(device, dtype)
 
-    enabled = [size for size, on in groups if on]
     return Problem(
         x=draw((*lead, k), 1.0, dtype),
         w=draw((n, k), k**-0.5, dtype),
-        a=draw((r * len(enabled), k), k**-0.5, lora_dtype),
-        b=draw((sum(enabled), r), r**-0.5, lora_dtype),
+        a=draw((r * splits.count, k), k**-0.5, lora_dtype),
+        b=draw((splits.rows, r), r**-0.5, lora_dtype),
         bias=draw((n,), 1.0, dtype) if bias else None,
         dy=draw((*lead, n), 1.0, dtype),
         seed=torch.randint(-(2**63), 2**63 - 1, (1,)).to(device),
-        scaling=scaling,
-        dropout_p=dropout_p,
-        groups=groups,
+        spec=LoraSpec(scaling, dropout_p, splits),
     )

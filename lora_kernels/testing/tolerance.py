@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+__all__ = ["assert_close"]
+
 
 def assert_close(actual: Tensor, reference64: Tensor, baseline: Tensor, what: str = "") -> None:
     """rms_err <= 1.25·rms_torch + 4·eps·rms(ref) and max_err <= 2·max_torch + 4·eps·max|ref|.

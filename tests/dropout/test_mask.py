@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels import philox
+from lora_kernels import dropout
 
 MASK32 = 0xFFFFFFFF
 
@@ -60,9 +60,9 @@ def seed_tensor(value: int, device) -> torch.Tensor:
 @pytest.fixture
 def nothing_remembered():
     """This thread has made no mask yet, and leaves none behind."""
-    vars(philox._thread).clear()
+    vars(dropout._thread).clear()
     yield
-    vars(philox._thread).clear()
+    vars(dropout._thread).clear()
 
 
 @pytest.mark.parametrize(("rounds", "counter", "key", "expected"), KNOWN_ANSWERS)
@@ -74,7 +74,7 @@ def test_published_vectors(rounds, counter, key, expected):
 @pytest.mark.parametrize("first_row", [0, 2**31 - 2, 2**32 - 2, 2**40 + 5, 2**62])
 def test_mask_is_the_documented_function_of_seed_row_and_column(value, first_row, device):
     rows, cols, p = 4, 19, 0.4
-    mask = philox.keep_mask(seed_tensor(value, device), rows, cols, p, first_row)
+    mask = dropout.keep_mask(seed_tensor(value, device), rows, cols, p, first_row)
     expected = [
         [scalar_keep(value, first_row + row, col, p) for col in range(cols)] for row in range(rows)
     ]
@@ -83,14 +83,14 @@ def test_mask_is_the_documented_function_of_seed_row_and_column(value, first_row
 
 @pytest.mark.parametrize("p", [0.0, 1e-9, 2**-16, 0.1, 0.5, 0.9, 1 - 2**-16, 1 - 1e-9])
 def test_threshold_rounds_p_to_sixteen_bits_and_never_drops_everything(p):
-    kept = 32768 - philox.threshold(p)
+    kept = 32768 - dropout.threshold(p)
     assert 1 <= kept <= 65536
     assert abs(kept / 65536 - (1 - p)) <= 2**-16
-    assert philox.keep_scale(p) * kept == 65536
+    assert dropout.keep_scale(p) * kept == 65536
 
 
 def test_p_zero_keeps_everything(device):
-    assert philox.keep_mask(seed_tensor(3, device), 17, 23, 0.0).all()
+    assert dropout.keep_mask(seed_tensor(3, device), 17, 23, 0.0).all()
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_p_zero_keeps_everything(device):
 )
 def test_a_part_of_the_mask_is_the_same_bits(first_row, shape, device):
     rows, cols = shape
-    whole = philox.keep_mask(seed_tensor(99, device), 16, 32, 0.3)
-    part = philox.keep_mask(seed_tensor(99, device), rows, cols, 0.3, first_row)
+    whole = dropout.keep_mask(seed_tensor(99, device), 16, 32, 0.3)
+    part = dropout.keep_mask(seed_tensor(99, device), rows, cols, 0.3, first_row)
     assert torch.equal(part, whole[first_row : first_row + rows, :cols])
 
 
@@ -109,7 +109,7 @@ SHAPES = [(3, 17), (16, 8), (17, 3), (1, 64), (40, 40)]
 def test_masks_of_several_shapes_and_seeds_do_not_disturb_each_other(nothing_remembered, device):
     def masks():
         return [
-            philox.keep_mask(seed_tensor(seed, device), *shape, 0.4, first_row)
+            dropout.keep_mask(seed_tensor(seed, device), *shape, 0.4, first_row)
             for first_row in (0, 2**33)
             for seed in (1, -2)
             for shape in SHAPES
@@ -119,8 +119,8 @@ def test_masks_of_several_shapes_and_seeds_do_not_disturb_each_other(nothing_rem
     for first_row in (0, 2**33):
         for seed in (1, -2):
             for shape in SHAPES:
-                vars(philox._thread).clear()
-                alone.append(philox.keep_mask(seed_tensor(seed, device), *shape, 0.4, first_row))
+                vars(dropout._thread).clear()
+                alone.append(dropout.keep_mask(seed_tensor(seed, device), *shape, 0.4, first_row))
     for _ in range(2):
         for mask, expected in zip(masks(), alone, strict=True):
             assert torch.equal(mask, expected)
@@ -128,13 +128,13 @@ def test_masks_of_several_shapes_and_seeds_do_not_disturb_each_other(nothing_rem
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64])
 def test_a_large_mask_is_made_in_several_goes(nothing_remembered, dtype, device, monkeypatch):
-    expected = philox.keep_mask(seed_tensor(7, device), 70, 90, 0.3)
-    vars(philox._thread).clear()
+    expected = dropout.keep_mask(seed_tensor(7, device), 70, 90, 0.3)
+    vars(dropout._thread).clear()
     monkeypatch.setattr(philox, "_CALLS_AT_ONCE", 64)  # 12 calls a row: 5 rows, 14 times
-    mask = philox.keep_mask(seed_tensor(7, device), 70, 90, 0.3, dtype=dtype)
+    mask = dropout.keep_mask(seed_tensor(7, device), 70, 90, 0.3, dtype=dtype)
     assert mask.dtype == dtype
     assert torch.equal(mask.bool(), expected)
-    wide = philox.keep_mask(seed_tensor(7, device), 2, 8 * 65, 0.3)  # a row is more than one go
+    wide = dropout.keep_mask(seed_tensor(7, device), 2, 8 * 65, 0.3)  # a row is more than one go
     assert torch.equal(wide[:, :90], expected[:2])
 
 
@@ -143,12 +143,12 @@ def test_a_large_mask_is_made_in_several_goes(nothing_remembered, dtype, device,
 def test_masks_are_keep_mask_in_slices_that_may_be_written_to(
     nothing_remembered, shape, dtype, device, monkeypatch
 ):
-    whole = philox.keep_mask(seed_tensor(7, device), *shape, 0.3, dtype=dtype)
-    vars(philox._thread).clear()
+    whole = dropout.keep_mask(seed_tensor(7, device), *shape, 0.3, dtype=dtype)
+    vars(dropout._thread).clear()
     monkeypatch.setattr(philox, "_CALLS_AT_ONCE", 64)
     for _ in range(2):
         ends = [0]
-        for some, mask in philox.masks(seed_tensor(7, device), *shape, 0.3, dtype):
+        for some, mask in dropout.masks(seed_tensor(7, device), *shape, 0.3, dtype):
             assert some.start == ends[-1]
             assert torch.equal(mask, whole[some])
             mask.fill_(torch.nan)
@@ -159,11 +159,11 @@ def test_masks_are_keep_mask_in_slices_that_may_be_written_to(
 
 def test_threads_make_masks_at_the_same_time(nothing_remembered, device):
     seeds = [seed_tensor(i, device) for i in range(4)]
-    expected = [philox.keep_mask(seed, 64, 1024, 0.5) for seed in seeds]
+    expected = [dropout.keep_mask(seed, 64, 1024, 0.5) for seed in seeds]
 
     def right(i: int) -> bool:
         return all(
-            torch.equal(philox.keep_mask(seeds[i], 64, 1024, 0.5), expected[i]) for _ in range(50)
+            torch.equal(dropout.keep_mask(seeds[i], 64, 1024, 0.5), expected[i]) for _ in range(50)
         )
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -172,34 +172,34 @@ def test_threads_make_masks_at_the_same_time(nothing_remembered, device):
 
 def test_what_inference_mode_remembers_serves_outside_of_it(nothing_remembered, device):
     with torch.inference_mode():
-        inside = philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5)
-    outside = philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5, first_row=0)
-    later = philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5, first_row=4)
+        inside = dropout.keep_mask(seed_tensor(5, device), 9, 20, 0.5)
+    outside = dropout.keep_mask(seed_tensor(5, device), 9, 20, 0.5, first_row=0)
+    later = dropout.keep_mask(seed_tensor(5, device), 9, 20, 0.5, first_row=4)
     assert torch.equal(inside, outside)
     assert torch.equal(later[:5], outside[4:])
 
 
 def test_fake_tensors_are_not_remembered(nothing_remembered, device):
     with FakeTensorMode():
-        assert philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5).shape == (9, 20)
-    mask = philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5)
+        assert dropout.keep_mask(seed_tensor(5, device), 9, 20, 0.5).shape == (9, 20)
+    mask = dropout.keep_mask(seed_tensor(5, device), 9, 20, 0.5)
     with FakeTensorMode():
-        assert philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5).shape == (9, 20)
-    assert torch.equal(philox.keep_mask(seed_tensor(5, device), 9, 20, 0.5), mask)
+        assert dropout.keep_mask(seed_tensor(5, device), 9, 20, 0.5).shape == (9, 20)
+    assert torch.equal(dropout.keep_mask(seed_tensor(5, device), 9, 20, 0.5), mask)
 
 
 def test_rows_beyond_32_bits_do_not_repeat(device):
     seed = seed_tensor(5, device)
-    low = philox.keep_mask(seed, 8, 64, 0.5)
+    low = dropout.keep_mask(seed, 8, 64, 0.5)
     for first_row in (2**31, 2**32, 2**33, 2**48):
-        assert not torch.equal(philox.keep_mask(seed, 8, 64, 0.5, first_row), low)
+        assert not torch.equal(dropout.keep_mask(seed, 8, 64, 0.5, first_row), low)
 
 
 @fixed_seeds
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.25, 0.5, 0.9])
 def test_drop_rate_is_p_within_four_sigma(p, seed, device):
-    mask = philox.keep_mask(seed_tensor(seed, device), 512, 1024, p)
-    expected = 1 / philox.keep_scale(p)
+    mask = dropout.keep_mask(seed_tensor(seed, device), 512, 1024, p)
+    expected = 1 / dropout.keep_scale(p)
     sigma = math.sqrt(expected * (1 - expected) / mask.numel())
     assert abs(mask.double().mean().item() - expected) <= 4 * sigma
 
@@ -208,16 +208,16 @@ def test_drop_rate_is_p_within_four_sigma(p, seed, device):
 @pytest.mark.parametrize("shift", [(0, 1), (0, 2), (0, 8), (1, 0), (2, 0), (8, 0), (1, 1)])
 def test_neighbours_are_uncorrelated(shift, seed, device):
     p, rows, cols = 0.5, 512, 1024
-    mask = philox.keep_mask(seed_tensor(seed, device), rows, cols, p).double() * 2 - 1
+    mask = dropout.keep_mask(seed_tensor(seed, device), rows, cols, p).double() * 2 - 1
     product = mask[shift[0] :, shift[1] :] * mask[: rows - shift[0], : cols - shift[1]]
     assert abs(product.mean().item()) <= 4.5 / math.sqrt(product.numel())
 
 
 @fixed_seeds
 def test_seeds_that_differ_in_one_bit_are_uncorrelated(seed, device):
-    base = philox.keep_mask(seed_tensor(seed, device), 256, 256, 0.5)
+    base = dropout.keep_mask(seed_tensor(seed, device), 256, 256, 0.5)
     for bit in (0, 1, 31, 32, 62):
-        other = philox.keep_mask(seed_tensor(seed ^ (1 << bit), device), 256, 256, 0.5)
+        other = dropout.keep_mask(seed_tensor(seed ^ (1 << bit), device), 256, 256, 0.5)
         agreement = (base == other).double().mean().item()
         assert abs(agreement - 0.5) <= 4.5 * 0.5 / 256
 
@@ -226,8 +226,8 @@ def test_seeds_that_differ_in_one_bit_are_uncorrelated(seed, device):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_every_row_and_column_has_its_own_fair_share(axis, seed, device):
     p, n = 0.3, 1024
-    mask = philox.keep_mask(seed_tensor(seed, device), n, n, p).double()
-    keep = 1 / philox.keep_scale(p)
+    mask = dropout.keep_mask(seed_tensor(seed, device), n, n, p).double()
+    keep = 1 / dropout.keep_scale(p)
     z = (mask.mean(axis) - keep) / math.sqrt(keep * (1 - keep) / n)
     # z² over n lines is chi-square with n degrees of freedom: mean n, variance 2n
     assert abs(z.square().sum().item() - n) <= 5 * math.sqrt(2 * n)

@@ -1,0 +1,172 @@
+"""What layers and functions take, and how their errors read.
+
+An error names the layer or the function, the argument, what it must be and what it is.
+"""
+
+import math
+import operator
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.spec import LoraSpec, OutputSplits
+
+__all__ = [
+    "DTYPES", "autocast_dtype", "check_alpha", "check_device_and_dtype", "check_dropout",
+    "check_input", "check_operands", "check_rank", "check_shape", "check_spec", "check_tensor",
+    "check_weight", "layer_name",
+]  # fmt: skip
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LARGEST = sys.float_info.max
+
+
+def layer_name(layer: str | nn.Module) -> str:
+    """What an error calls a layer: its class with its arguments; of a function, its name."""
+    return layer if isinstance(layer, str) else f"{type(layer).__name__}({layer.extra_repr()})"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives x, weight and bias; None if they stay. Adapters always stay."""
+    device_type = x.device.type
+    if device_type == "meta" or x.dtype == torch.float64:
+        return None
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+# ---- hyperparameters ----
+
+
+def check_rank(r, layer: str) -> int:
+    """r as an int >= 0. Raises: ValueError that names it."""
+    try:
+        rank = operator.index(r)
+    except TypeError:
+        rank = -1
+    if rank < 0 or isinstance(r, bool):
+        raise ValueError(f"{layer}: r must be an integer >= 0, got {r!r}")
+    return rank
+
+
+def check_alpha(lora_alpha, layer: str):
+    """lora_alpha unchanged if it is a finite real number. Raises: ValueError that names it."""
+    try:
+        finite = math.isfinite(lora_alpha)
+    except (TypeError, OverflowError):
+        finite = False
+    if not finite:
+        raise ValueError(f"{layer}: lora_alpha must be a finite number, got {lora_alpha!r}")
+    return lora_alpha
+
+
+def check_dropout(lora_dropout, layer: str) -> float:
+    """lora_dropout as a float in [0, 1). Raises: ValueError that names it."""
+    try:
+        p = float(lora_dropout)
+    except (TypeError, ValueError, OverflowError):
+        p = math.nan
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{layer}: lora_dropout must be in [0, 1), got {lora_dropout!r}")
+    return p
+
+
+def check_spec(layer: str | nn.Module, spec: LoraSpec) -> None:
+    """scaling is finite and dropout_p in [0, 1). Raises: TypeError, ValueError."""
+    scaling, dropout_p = spec.scaling, spec.dropout_p
+    for name, value in (("dropout_p", dropout_p), ("scaling", scaling)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{layer_name(layer)}: {name} must be a number, got {value!r}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{layer_name(layer)}: dropout_p must be in [0, 1), got {dropout_p!r}")
+    if not -_LARGEST <= scaling <= _LARGEST:
+        raise ValueError(f"{layer_name(layer)}: scaling must be finite, got {scaling!r}")
+
+
+# ---- tensors ----
+
+
+def check_tensor(layer: str | nn.Module, name: str, value) -> None:
+    """value is a dense floating-point tensor. Raises: TypeError."""
+    if not isinstance(value, Tensor):
+        problem = f"be a torch.Tensor, got {type(value).__name__}"
+    elif value.layout is not torch.strided:
+        problem = f"be dense, got {value.layout}"
+    elif value.dtype not in DTYPES:
+        problem = f"be float32, float16, bfloat16 or float64, got {value.dtype}"
+    else:
+        return
+    raise TypeError(f"{layer_name(layer)}: {name} must {problem}")
+
+
+def check_weight(layer: str | nn.Module, weight) -> None:
+    """weight is a dense floating-point matrix. Raises: TypeError, ValueError."""
+    check_tensor(layer, "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(
+            f"{layer_name(layer)}: weight must have shape [N, K], got {list(weight.shape)}"
+        )
+
+
+def check_shape(layer: str | nn.Module, x, weight: Tensor) -> None:
+    """x is a dense floating-point tensor [..., K] for weight [N, K]. Raises: TypeError, ValueError."""
+    check_tensor(layer, "x", x)
+    in_features = weight.shape[1]
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"{layer_name(layer)}: x must have shape [..., {in_features}], got {list(x.shape)}"
+        )
+
+
+def check_device_and_dtype(layer: str | nn.Module, x: Tensor, weight: Tensor) -> None:
+    """x is on weight's device and, unless autocast casts both, has its dtype. Raises: ValueError."""
+    if x.device != weight.device:
+        problem = f"be on weight's device {weight.device}, got {x.device}"
+    elif x.dtype != weight.dtype and autocast_dtype(x) is None:
+        problem = f"have weight's dtype {weight.dtype}, got {x.dtype}"
+    else:
+        return
+    raise ValueError(f"{layer_name(layer)}: x must {problem}")
+
+
+def check_input(layer: str | nn.Module, x, weight: Tensor) -> None:
+    """x fits a product with weight [N, K]. Raises: TypeError, ValueError."""
+    check_shape(layer, x, weight)
+    check_device_and_dtype(layer, x, weight)
+
+
+def check_operands(
+    layer: str | nn.Module,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    splits: OutputSplits,
+) -> None:
+    """Factors and bias fit weight [N, K] and splits, which fit each other. Raises: TypeError,
+    ValueError.
+    """
+    n, k = weight.shape
+    check_tensor(layer, "lora_A", a)
+    check_tensor(layer, "lora_B", b)
+    if b.dim() != 2 or b.shape[1] < 1:
+        _fail(layer, "lora_B", "have shape [rows, r] with r >= 1", list(b.shape))
+    if b.shape[0] != splits.rows:
+        _fail(layer, "lora_B", f"have {splits.rows} rows", list(b.shape))
+    rank = b.shape[1] * splits.count
+    if a.dim() != 2 or a.shape[0] != rank or a.shape[1] != k:
+        _fail(layer, "lora_A", f"have shape [{rank}, {k}]", list(a.shape))
+    if bias is not None:
+        if bias.dim() != 1 or bias.shape[0] != n:
+            _fail(layer, "bias", f"have shape [{n}]", list(bias.shape))
+        if bias.dtype != weight.dtype:
+            _fail(layer, "bias", f"have weight's dtype {weight.dtype}", bias.dtype)
+    for name, operand in (("lora_A", a), ("lora_B", b), ("bias", bias)):
+        if operand is not None and operand.device != weight.device:
+            _fail(layer, name, f"be on weight's device {weight.device}", operand.device)
+
+
+def _fail(layer: str | nn.Module, name: str, expected: str, value) -> None:
+    raise ValueError(f"{layer_name(layer)}: {name} must {expected}, got {value}")

@@ -1,0 +1,3 @@
+"""Which algorithm computes a product: choice, measurements that ship, and what takes over."""
+
+__all__: list[str] = []

@@ -1,0 +1,73 @@
+"""What takes over if the kernels of an algorithm do not compile or launch."""
+
+import re
+import subprocess
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from lora_kernels.dispatch.algorithm import ALGORITHMS, Algorithm
+
+__all__ = ["failures", "run"]
+
+_Result = TypeVar("_Result")
+
+_failed: dict[tuple[str, tuple], str] = {}
+# The device's own errors, which come from wherever it is asked next, and memory that ran out.
+_NOT_OURS = re.compile(
+    "out of memory|ALLOC_FAILED|CUDA error|illegal|misaligned|unspecified launch failure"
+    "|device-side assert|captur",
+    re.IGNORECASE,
+)
+
+
+def run(algorithm: Algorithm, what: Callable[[], tuple], compute: Callable[[str], _Result]) -> _Result:
+    """compute(algorithm.name), or the next algorithm's result if kernels do not compile or launch.
+
+    what: gives the op, device and dtypes. An algorithm that failed for them is not tried again,
+    and that is said once. Running out of memory and the device's own errors are raised.
+    """
+    for name in ALGORITHMS[ALGORITHMS.index(algorithm.name) : -1]:
+        if _failed and (name, what()) in _failed:
+            continue
+        try:
+            return compute(name)
+        except Exception as error:
+            if not _is_a_kernels(error):
+                raise
+            _give_up(name, what(), error)
+    return compute("reference")
+
+
+def failures() -> dict[tuple[str, tuple], str]:
+    """The reason by (algorithm, what) of all that did not compile or launch in this process.
+
+    what: as what() of run().
+    """
+    return dict(_failed)
+
+
+def _give_up(name: str, what: tuple, error: Exception) -> None:
+    reason = _failed[name, what] = f"{type(error).__name__}: {error}"
+    following = ALGORITHMS[ALGORITHMS.index(name) + 1]
+    warnings.warn(
+        f"lora_kernels: algorithm {name} failed for {' '.join(map(str, what))} and {following} takes "
+        f"its place: {reason}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _is_a_kernels(error: Exception) -> bool:
+    """Whether compiling or launching a kernel failed, and not the device or this package."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return isinstance(error, ImportError)
+    if isinstance(error, TritonError):
+        return True
+    faults = (ImportError, OSError, RuntimeError, subprocess.SubprocessError)
+    outside = isinstance(error, torch.OutOfMemoryError) or _NOT_OURS.search(str(error))
+    return isinstance(error, faults) and not outside

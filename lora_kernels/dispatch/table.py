@@ -1,0 +1,63 @@
+"""The measurements that ship: the fastest algorithm by GPU and GEMM shape."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["TABLE", "GemmShape", "TuningEntry"]
+
+
+class GemmShape(NamedTuple):
+    """What an algorithm is chosen by: x [m, k], w [n, k], rank r, and how they lie in memory.
+
+    tma: whether tensor descriptors hold the large operands, see tma.py. backward: whether the large
+    product is dy·w, with the mask behind it, and not x·wᵀ.
+    """
+
+    m: int
+    n: int
+    k: int
+    r: int
+    dtype: torch.dtype
+    device: torch.device
+    dropout: bool = False
+    tma: bool = True
+    backward: bool = False
+
+
+@dataclass(frozen=True)
+class TuningEntry:
+    """This algorithm was the fastest on a GPU of this capability for products within the bounds."""
+
+    capability: tuple[int, int]
+    dtype: torch.dtype
+    algorithm: str
+    source: str  # the result file
+    m: tuple[float, float] = (1, math.inf)
+    n: tuple[float, float] = (1, math.inf)
+    k: tuple[float, float] = (1, math.inf)
+    r: tuple[float, float] = (1, math.inf)
+    dropout: bool | None = None  # None, here and below: either
+    tma: bool | None = True
+    backward: bool | None = None
+
+    def holds(self, shape: GemmShape, capability: tuple[int, int]) -> bool:
+        # In every call, of every row: what most rows differ in comes first.
+        return (
+            self.n[0] <= shape.n <= self.n[1]
+            and self.k[0] <= shape.k <= self.k[1]
+            and self.m[0] <= shape.m <= self.m[1]
+            and self.r[0] <= shape.r <= self.r[1]
+            and self.backward in (None, shape.backward)
+            and self.dropout in (None, shape.dropout)
+            and self.tma in (None, shape.tma)
+            and self.dtype == shape.dtype
+            and self.capability == capability
+        )
+
+
+# Filled by measurement; the first row that holds decides.
+TABLE: tuple[TuningEntry, ...] = ()
+

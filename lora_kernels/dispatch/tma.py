@@ -1,0 +1,35 @@
+"""What TMA, the unit of Hopper and later that copies tiles, can read and write."""
+
+from torch import Tensor
+
+__all__ = ["is_tma_compliant", "why_not_tma"]
+
+_ROW_BYTES = 16  # what addresses and row strides are multiples of
+
+
+def why_not_tma(matrix: Tensor) -> str | None:
+    """Why no tensor descriptor holds a matrix [..., K], in words; None if one does.
+
+    The matrix may be stored either way round: one of its strides is 1.
+    """
+    strides, sizes = matrix.stride(), matrix.shape
+    if 1 not in strides:
+        return f"no stride is 1, got {strides}"
+    if matrix.data_ptr() % _ROW_BYTES:
+        return f"its address is no multiple of {_ROW_BYTES}"
+    inner = len(strides) - 1 - strides[::-1].index(1)
+    for dim, stride in enumerate(strides):
+        if dim == inner:
+            continue
+        if stride * matrix.element_size() % _ROW_BYTES:
+            return f"a stride of {stride} elements is no multiple of {_ROW_BYTES} bytes"
+        if stride < sizes[inner]:
+            return f"rows of {sizes[inner]} elements overlap at a stride of {stride}"
+    if max(sizes) >= 2**31:
+        return f"a dimension of {max(sizes)} does not fit into 31 bits"
+    return None
+
+
+def is_tma_compliant(*matrices: Tensor | None) -> bool:
+    """Whether tensor descriptors hold all of these."""
+    return all(matrix is None or why_not_tma(matrix) is None for matrix in matrices)

@@ -1,0 +1,101 @@
+"""What the ops share: PyTorch's library of them, and the way of a call to its implementation.
+
+An op has no autograd formula of its own: an autograd Function is built from a forward op and a
+backward op. dispatch/ says which of kernels/ and reference/ computes a call; the kernels, and
+triton with them, are imported by the first call that reaches them.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch import algorithm, fallback
+from lora_kernels.dispatch.table import GemmShape
+
+__all__ = ["OP_LIBRARY", "binds_positionally", "compute", "define"]
+
+OP_LIBRARY = torch.library.Library("lora_kernels", "DEF")
+
+
+def define(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
+    """Registers lora_kernels::name for CPU and CUDA, with fake for tracing; returns the op."""
+    OP_LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    for key in ("CPU", "CUDA"):
+        OP_LIBRARY.impl(name, _without_autocast(implementation), key)
+    torch.library.register_fake(f"lora_kernels::{name}", fake, lib=OP_LIBRARY)
+    return getattr(torch.ops.lora_kernels, name).default
+
+
+def compute(
+    reference: ModuleType, name: str, shape: GemmShape, operands: tuple, typed: Sequence[Tensor]
+):
+    """What reference.name(*operands) specifies, by the algorithm that is chosen for shape.
+
+    The module of the same name in kernels/ has a function of the same name, which takes the
+    algorithm in front of the operands. typed: the tensors whose dtypes decide which kernels are
+    compiled.
+    """
+    chosen = algorithm.choose(shape)
+    if chosen.name == "reference":
+        return getattr(reference, name)(*operands)
+
+    def by(chosen: str):
+        if chosen == "reference":
+            return getattr(reference, name)(*operands)
+        return getattr(_kernels_of(reference), name)(chosen, *operands)
+
+    def what() -> tuple:
+        dtypes = dict.fromkeys(tensor.dtype for tensor in typed if tensor is not None)
+        small = ("small m",) if shape.m <= algorithm.SMALL_M else ()  # has kernels of its own
+        return (name, *small, shape.device, *dtypes)
+
+    return fallback.run(chosen, what, by)
+
+
+@functools.cache
+def _kernels_of(reference: ModuleType) -> ModuleType:
+    return importlib.import_module(reference.__name__.replace(".reference.", ".kernels."))
+
+
+def _without_autocast(implementation: Callable) -> Callable:
+    """Operands arrive in the dtypes they are to be used in; an ambient autocast changes nothing."""
+
+    @functools.wraps(implementation)
+    def wrapper(first, *args):
+        device_type = (first if isinstance(first, Tensor) else first[0]).device.type
+        if not torch.is_autocast_enabled(device_type):
+            return implementation(first, *args)
+        with torch.autocast(device_type, enabled=False):
+            return implementation(first, *args)
+
+    return wrapper
+
+
+class _PositionalSignature(inspect.Signature):
+    """A signature whose bind() takes the arguments as they come."""
+
+    class Bound(NamedTuple):
+        args: tuple
+        kwargs: dict
+
+        def apply_defaults(self) -> None:
+            """There are none to apply."""
+
+    def bind(self, *args):
+        return self.Bound(args, {})
+
+
+def binds_positionally(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """A Function whose apply() always gets all arguments, by position.
+
+    Function.apply binds its arguments to forward's signature in every call, and the general bind()
+    costs as much as a small product: of a forward of 75 µs, 30.
+    """
+    function.forward.__signature__ = _PositionalSignature.from_callable(function.forward)
+    return function

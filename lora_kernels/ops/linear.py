@@ -1,0 +1,184 @@
+"""The op behind lora_linear and lora_merged_linear."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch.table import GemmShape
+from lora_kernels.dispatch.tma import is_tma_compliant
+from lora_kernels.ops.library import binds_positionally, compute, define
+from lora_kernels.reference import linear as reference
+from lora_kernels.spec import LoraSpec, Needs, OutputSplits
+
+__all__ = ["LoraLinear", "lora_linear_backward", "lora_linear_forward"]
+
+
+def _forward(x, w, a, b, bias, seed, scaling, dropout_p, sizes, enabled):
+    n, k = w.shape
+    shape = GemmShape(
+        m=x.numel() // max(1, k), n=n, k=k, r=b.shape[1], dtype=x.dtype, device=x.device,
+        dropout=dropout_p > 0, tma=is_tma_compliant(x, w),
+    )  # fmt: skip
+    operands = (x, w, a, b, bias, seed, _spec(scaling, dropout_p, sizes, enabled))
+    return compute(reference, "lora_linear_forward", shape, operands, (x, w, a, b, bias, seed))
+
+
+def _backward(dy, x, h, w, a, b, seed, scaling, dropout_p, sizes, enabled, needs):
+    n = dy.shape[-1]
+    wide = next((operand for operand in (x, w, a) if operand is not None), None)
+    shape = GemmShape(
+        m=dy.numel() // max(1, n), n=n, k=1 if wide is None else wide.shape[-1],
+        r=1 if b is None else b.shape[1], dtype=dy.dtype, device=dy.device,
+        dropout=dropout_p > 0, tma=is_tma_compliant(dy, w), backward=True,
+    )  # fmt: skip
+    spec = _spec(scaling, dropout_p, sizes, enabled)
+    operands = (dy, x, h, w, a, b, seed, spec, Needs(*needs))
+    return compute(
+        reference, "lora_linear_backward", shape, operands, (dy, x, h, w, a, b, seed)
+    )  # fmt: skip
+
+
+def _spec(scaling: float, dropout_p: float, sizes: Sequence[int], enabled: Sequence[bool]):
+    return LoraSpec(scaling, dropout_p, OutputSplits(tuple(sizes), tuple(enabled)))
+
+
+def _forward_fake(x, w, a, b, bias, seed, scaling, dropout_p, sizes, enabled):
+    y = x.new_empty((*x.shape[:-1], w.shape[0]))
+    m = x.numel() // x.shape[-1]
+    h = x.new_empty((m, a.shape[0]), dtype=reference.accumulate_dtype(x.dtype))
+    return y, h
+
+
+def _backward_fake(dy, x, h, w, a, b, seed, scaling, dropout_p, sizes, enabled, needs):
+    needs = Needs(*needs)
+    grads = []
+    if needs.x:
+        grads.append(dy.new_empty((*dy.shape[:-1], w.shape[1])))
+    if needs.w:
+        grads.append(dy.new_empty((dy.shape[-1], x.shape[-1])))
+    if needs.a:
+        grads.append(a.new_empty(a.shape))
+    if needs.b:
+        grads.append(b.new_empty(b.shape))
+    if needs.bias:
+        grads.append(dy.new_empty((dy.shape[-1],)))
+    return grads
+
+
+_forward_op = define(
+    "lora_linear_forward",
+    "(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? seed, float scaling, "
+    "float dropout_p, SymInt[] out_splits, bool[] enable_lora) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define(
+    "lora_linear_backward",
+    "(Tensor dy, Tensor? x, Tensor? h, Tensor? w, Tensor? a, Tensor? b, Tensor? seed, "
+    "float scaling, float dropout_p, SymInt[] out_splits, bool[] enable_lora, bool[] needs) "
+    "-> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+def lora_linear_forward(x, w, a, b, bias, seed, spec: LoraSpec) -> tuple[Tensor, Tensor]:
+    """y and h, as reference.linear has them, by the op."""
+    splits = spec.splits
+    return _forward_op(
+        x, w, a, b, bias, seed, spec.scaling, spec.dropout_p, splits.sizes, splits.enabled
+    )
+
+
+def lora_linear_backward(operands: Sequence[Tensor | None], spec: LoraSpec, needs: Needs):
+    """The gradients that needs asks for, as reference.linear has them, by the op.
+
+    operands: dy, x, h, w, a, b, seed.
+    """
+    splits = spec.splits
+    return _backward_op(
+        *operands, spec.scaling, spec.dropout_p, splits.sizes, splits.enabled, needs
+    )
+
+
+@binds_positionally
+class LoraLinear(torch.autograd.Function):
+    """Saves x, h, the seed and the parameters, and of these only what the backward will read."""
+
+    @staticmethod
+    def forward(x, w, a, b, bias, seed, spec):
+        return lora_linear_forward(x, w, a, b, bias, seed, spec)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, a, b, _, seed, ctx.spec = inputs
+        _, h = output
+        ctx.mark_non_differentiable(h)
+        ctx.set_materialize_grads(False)
+        needs_x, needs_w, needs_a, needs_b, _ = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(
+            x if needs_w or needs_a else None,
+            h if needs_b else None,
+            w if needs_x else None,
+            a if needs_x or needs_a else None,
+            b if needs_x or needs_a or needs_b else None,
+            seed if needs_x or needs_a else None,
+        )
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        needs = Needs(*ctx.needs_input_grad[:5])
+        if dy is None or not any(needs):
+            return (None,) * 7
+        operands = (dy, *ctx.saved_tensors)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _LoraLinearBackward.apply(*operands, ctx.spec, needs)
+        else:
+            grads = lora_linear_backward(operands, ctx.spec, needs)
+        return (*needs.spread(grads), None, None)
+
+
+class _LoraLinearBackward(torch.autograd.Function):
+    """The backward as a function of its operands, for create_graph=True.
+
+    Its own derivative is that of the reference, in plain PyTorch, with h written out as a function
+    of x and a.
+    """
+
+    @staticmethod
+    def forward(dy, x, h, w, a, b, seed, spec, needs):
+        return tuple(lora_linear_backward((dy, x, h, w, a, b, seed), spec, needs))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *operands, ctx.spec, ctx.needs = inputs
+        ctx.save_for_backward(*operands)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dy, x, saved_h, w, a, b, seed = ctx.saved_tensors
+        spec, needs = ctx.spec, ctx.needs
+        if needs.x and needs.b and x is None:
+            raise RuntimeError(
+                "lora_linear: double backward through x and lora_B needs lora_A to require a "
+                "gradient too; without it x is not saved"
+            )
+        operands = {"dy": dy, "x": x, "w": w, "a": a, "b": b}
+        present = [name for name, operand in operands.items() if operand is not None]
+
+        def backward(*tensors):
+            given = dict.fromkeys(operands) | dict(zip(present, tensors, strict=True))
+            h = saved_h  # a constant, unless x or a have gradients: then both are here
+            if needs.b and x is not None and a is not None:
+                h = reference.low_rank_input(given["x"], given["a"], seed, spec.dropout_p)
+            return tuple(
+                reference.lora_linear_backward(
+                    given["dy"], given["x"], h, given["w"], given["a"], given["b"], seed, spec, needs
+                )
+            )
+
+        _, vjp = torch.func.vjp(backward, *(operands[name] for name in present))
+        by_name = dict(zip(present, vjp(grads), strict=True))
+        ordered = [by_name.get(name) for name in ("dy", "x", None, "w", "a", "b")]
+        return (*ordered, None, None, None)

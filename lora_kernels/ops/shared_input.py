@@ -1,0 +1,169 @@
+"""The op behind lora_shared_linear: several LoRA linears over one x."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch.table import GemmShape
+from lora_kernels.dispatch.tma import is_tma_compliant
+from lora_kernels.ops.library import compute, define
+from lora_kernels.reference import shared_input as reference
+from lora_kernels.reference.linear import accumulate_dtype
+from lora_kernels.spec import LoraSpec, Needs, OutputSplits
+
+__all__ = ["lora_shared_linear"]
+
+
+def _forward(x, ws, a, bs, biases, seeds, scalings, dropout_p):
+    shape = GemmShape(
+        m=x.numel() // max(1, x.shape[-1]), n=sum(w.shape[0] for w in ws), k=x.shape[-1],
+        r=a.shape[1], dtype=x.dtype, device=x.device, dropout=dropout_p > 0,
+        tma=is_tma_compliant(x, *ws),
+    )  # fmt: skip
+    operands = (x, ws, a, bs, biases, seeds, _specs(ws, scalings, dropout_p))
+    return compute(reference, "lora_shared_linear_forward", shape, operands, (x, a, *bs))
+
+
+def _backward(dys, x, h, ws, a, bs, seeds, scalings, dropout_p, needs):
+    dy = dys[0]
+    shape = GemmShape(
+        m=dy.numel() // max(1, dy.shape[-1]), n=sum(w.shape[0] for w in ws), k=a.shape[2],
+        r=a.shape[1], dtype=dy.dtype, device=dy.device, dropout=dropout_p > 0,
+        tma=is_tma_compliant(*dys, *ws), backward=True,
+    )  # fmt: skip
+    operands = (dys, x, h, ws, a, bs, seeds, _specs(ws, scalings, dropout_p), Needs(*needs))
+    return compute(reference, "lora_shared_linear_backward", shape, operands, (dy, a, *bs))
+
+
+def _specs(ws: Sequence[Tensor], scalings: Sequence[float], dropout_p: float) -> list[LoraSpec]:
+    return [
+        LoraSpec(scaling, dropout_p, OutputSplits.whole(w.shape[0]))
+        for w, scaling in zip(ws, scalings, strict=True)
+    ]
+
+
+def _forward_fake(x, ws, a, bs, biases, seeds, scalings, dropout_p):
+    ys = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in ws]
+    shape = (len(ws), x.numel() // x.shape[-1], a.shape[1])
+    return [*ys, x.new_empty(shape, dtype=accumulate_dtype(x.dtype))]
+
+
+def _backward_fake(dys, x, h, ws, a, bs, seeds, scalings, dropout_p, needs):
+    needs = Needs(*needs)
+    grads = []
+    if needs.x:
+        grads.append(dys[0].new_empty((*dys[0].shape[:-1], a.shape[2])))
+    if needs.w:
+        grads += [dy.new_empty((dy.shape[-1], a.shape[2])) for dy in dys]
+    if needs.a:
+        grads.append(a.new_empty(a.shape))
+    if needs.b:
+        grads += [b.new_empty(b.shape) for b in bs]
+    if needs.bias:
+        grads += [dy.new_empty((dy.shape[-1],)) for dy in dys]
+    return grads
+
+
+_forward_op = define(
+    "lora_shared_linear_forward",
+    "(Tensor x, Tensor[] ws, Tensor a, Tensor[] bs, Tensor?[] biases, Tensor? seeds, "
+    "float[] scalings, float dropout_p) -> Tensor[]",
+    _forward,
+    _forward_fake,
+)
+_backward_op = define(
+    "lora_shared_linear_backward",
+    "(Tensor[] dys, Tensor? x, Tensor? h, Tensor[] ws, Tensor a, Tensor[] bs, Tensor? seeds, "
+    "float[] scalings, float dropout_p, bool[] needs) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+def lora_shared_linear(
+    x: Tensor, seeds: Tensor | None, specs: Sequence[LoraSpec], *operands: Tensor | None
+) -> list[Tensor]:
+    """The y of L layers over x. operands: L of w, then L of a, of b and of bias."""
+    recorded = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *operands)
+    )
+    if torch.compiler.is_compiling() and not recorded:
+        # TorchDynamo cannot trace a Function with as many arguments as come without its backward.
+        *ys, _ = _compute(x, seeds, specs, *operands)
+    else:
+        *ys, _ = _LoraSharedLinear.apply(x, seeds, specs, *operands)
+    return ys
+
+
+def _compute(x, seeds, specs, *operands) -> tuple[Tensor, ...]:
+    ws, factors, bs, biases = _quarters(operands)
+    scalings, dropout_p = [spec.scaling for spec in specs], specs[0].dropout_p
+    return tuple(_forward_op(x, ws, torch.stack(factors), bs, biases, seeds, scalings, dropout_p))
+
+
+class _LoraSharedLinear(torch.autograd.Function):
+    """Saves x, h, the seeds and the parameters, and of these only what the backward will read."""
+
+    @staticmethod
+    def forward(x, seeds, specs, *operands):
+        return _compute(x, seeds, specs, *operands)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, seeds, ctx.specs, *operands = inputs
+        ws, factors, bs, _ = _quarters(operands)
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+        # One answer for all layers of a group: what one of them needs is computed for all.
+        ctx.needs = needs = Needs(
+            ctx.needs_input_grad[0], *map(any, _quarters(ctx.needs_input_grad[3:]))
+        )
+        ctx.save_for_backward(
+            x if needs.w or needs.a else None, output[-1] if needs.b else None, seeds,
+            *ws, *factors, *bs,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, *dys):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "lora_shared_linear: has no second derivative; call lora_linear for each layer "
+                "if create_graph=True is needed"
+            )
+        used = [dy is not None for dy in dys[:-1]]
+        count = len(used)
+        if not any(used):
+            return (None,) * (3 + 4 * count)
+        x, h, seeds, *operands = ctx.saved_tensors
+        ws, factors, bs = operands[:count], operands[count : 2 * count], operands[2 * count :]
+        like = next(dy for dy in dys if dy is not None)
+        full = [
+            like.new_zeros(*like.shape[:-1], w.shape[0]) if dy is None else dy
+            for dy, w in zip(dys[:-1], ws, strict=True)
+        ]
+        scalings, dropout_p = [spec.scaling for spec in ctx.specs], ctx.specs[0].dropout_p
+        grads = iter(
+            _backward_op(
+                full, x, h, ws, torch.stack(factors), bs, seeds, scalings, dropout_p, ctx.needs
+            )
+        )
+        needs = ctx.needs
+
+        def of_layers(needed: bool) -> list[Tensor | None]:
+            return [next(grads) if needed else None for _ in range(count)]
+
+        grad_x = next(grads) if needs.x else None
+        grad_ws = of_layers(needs.w)
+        grad_as = next(grads).unbind() if needs.a else [None] * count
+        spread = (*grad_ws, *grad_as, *of_layers(needs.b), *of_layers(needs.bias))
+        # An output that nothing used gives its layer no gradient, rather than zeros.
+        asked = zip(ctx.needs_input_grad[3:], used * 4, strict=True)
+        kept = (g if all(ask) else None for g, ask in zip(spread, asked, strict=True))
+        return (grad_x, None, None, *kept)
+
+
+def _quarters(operands: Sequence) -> tuple[list, list, list, list]:
+    """ws, factors, bs and biases, as they stand one behind the other."""
+    count = len(operands) // 4
+    return tuple(list(operands[i * count : (i + 1) * count]) for i in range(4))

@@ -1,0 +1,177 @@
+"""lora_linear and its backward in plain PyTorch: the specification, the CPU path and the oracle.
+
+Notation: x [M, K] input; w [N, K] base weight; a [E·r, K] and b [rows of the enabled groups, r] LoRA
+factors of E enabled groups of output columns (LoRALinear: one group, E = 1); x_hat = dropout(x);
+h = x_hat·aᵀ [M, E·r]; dh = scaling·dy·b [M, E·r]. Low-rank products run in float32 at least,
+whatever the dtypes of x, a and b.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels import dropout
+from lora_kernels.spec import LoraSpec, Needs
+
+__all__ = [
+    "accumulate_dtype", "lora_linear_backward", "lora_linear_forward", "low_rank_input",
+    "shaped_like",
+]  # fmt: skip
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of h and dh: float32, or float64 for float64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def low_rank_input(x: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """h = x_hat·aᵀ. Shapes: x [..., K], a [R, K] -> h [M, R] in accumulate_dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    acc = accumulate_dtype(x.dtype)
+    if dropout_p == 0:
+        return _as(acc, rows) @ _as(acc, a).T
+    factor = _as(acc, a).T
+    parts = [
+        _dropped(rows[some], mask) @ factor
+        for some, mask in dropout.masks(seed, *rows.shape, dropout_p, acc)
+    ]
+    return _join(parts, dim=0) * dropout.keep_scale(dropout_p)
+
+
+def lora_linear_forward(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    spec: LoraSpec,
+) -> tuple[Tensor, Tensor]:
+    """y = x·wᵀ + bias, plus scaling·h·bᵀ in the columns of each enabled group; h = x_hat·aᵀ.
+
+    Shapes: x [..., K], w [N, K], a [E·r, K], b [rows of the enabled groups, r], bias [N], seed [1]
+    -> y [..., N], h [M, E·r] in accumulate_dtype.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    acc = accumulate_dtype(x.dtype)
+    y = F.linear(rows, w, bias)
+    h = low_rank_input(rows, a, seed, spec.dropout_p)
+    for columns, b_rows, ranks in spec.splits.groups(b.shape[1]):
+        factor = _as(acc, _part(b, 0, b_rows)).T
+        _add_product_(_part(y, 1, columns), _part(h, 1, ranks), factor, spec.scaling)
+    return shaped_like(x, y), h
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    w: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    seed: Tensor | None,
+    spec: LoraSpec,
+    needs: Needs,
+) -> list[Tensor]:
+    """The gradients of lora_linear_forward that needs asks for, in its order.
+
+    dx = dy·w + mask∘(dh·a); dw = dyᵀ·x; da = dhᵀ·x_hat; db = scaling·dyᵀ·h;
+    dbias = column sums of dy. An operand may be None if no gradient asked for depends on it: x
+    but for dw and da, h but for db, w but for dx, a but for dx and da, b but for dx, da and db.
+    """
+    scaling, dropout_p = spec.scaling, spec.dropout_p
+    dy_rows = dy.reshape(-1, dy.shape[-1])
+    rows = None if x is None else x.reshape(-1, x.shape[-1])
+    acc = accumulate_dtype(dy.dtype)
+    dx = dw = da = db = dbias = None
+
+    enabled = list(spec.splits.groups(b.shape[1])) if b is not None else []
+
+    if needs.x or needs.a:
+        # b is copied column by column: BLAS is twice as fast on a skinny factor that way.
+        dh = _join(
+            [
+                F.linear(
+                    _as(acc, _part(dy_rows, 1, columns)),
+                    _as(acc, _part(b, 0, b_rows)).T.contiguous(),
+                )
+                for columns, b_rows, _ in enabled
+            ],
+            dim=1,
+        )
+        dh = dh * (scaling * dropout.keep_scale(dropout_p))
+    update = None
+    if dropout_p > 0 and (needs.x or needs.a):
+        update = dh @ _as(acc, a) if needs.x else None
+        for some, mask in dropout.masks(seed, dy_rows.shape[0], a.shape[1], dropout_p, acc):
+            if needs.x:
+                update[some].mul_(mask)
+            if needs.a:
+                part = dh[some].T @ _dropped(rows[some], mask)
+                da = part if da is None else da.add_(part)
+    elif needs.a:
+        da = dh.T @ _as(acc, rows)
+    if needs.x:
+        if update is None:
+            dx = dy_rows @ w
+            _add_product_(dx, dh, _as(acc, a), 1.0)
+        elif dy.dtype == torch.float32:  # in the memory that update has
+            dx = update.addmm_(dy_rows, w)
+        else:
+            dx = (dy_rows @ w).add_(update)
+        dx = dx.view(*dy.shape[:-1], dx.shape[-1])
+    if needs.w:
+        dw = dy_rows.T @ rows
+    if needs.a:
+        da = _as(a.dtype, da)
+    if needs.b:
+        db = _join(
+            [
+                (_part(h, 1, ranks).T @ _as(acc, _part(dy_rows, 1, columns))).T * scaling
+                for columns, _, ranks in enabled
+            ],
+            dim=0,
+        )
+        db = _as(b.dtype, db).contiguous()
+    if needs.bias:
+        dbias = dy_rows.sum(0)
+    return [grad for grad in (dx, dw, da, db, dbias) if grad is not None]
+
+
+def shaped_like(x: Tensor, y: Tensor) -> Tensor:
+    """y [M, N] as x [..., K] lies, and no view: autograd forbids to change a view that a Function
+    returns, as nn.ReLU(inplace=True) would.
+    """
+    if x.dim() == 2:
+        return y
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))
+
+
+def _add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """out += scale·left·right in place; out may have fewer bits than the product."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right, alpha=scale)
+    else:
+        out.add_((left @ right).mul_(scale))
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """tensor.to(dtype), without a call where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _part(tensor: Tensor, dim: int, part: slice) -> Tensor:
+    """tensor's entries part of dim, without a call where these are all."""
+    size = part.stop - part.start
+    return tensor if size == tensor.shape[dim] else tensor.narrow(dim, part.start, size)
+
+
+def _dropped(rows: Tensor, mask: Tensor) -> Tensor:
+    """rows * mask, in mask's memory where torch.func does not forbid it."""
+    if torch._C._are_functorch_transforms_active():
+        return rows * mask
+    return mask.mul_(rows)
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -1,0 +1,147 @@
+"""The values that travel together: LoraSpec, OutputSplits, Needs.
+
+They hold no tensors, they are compared and hashed by value, and torch.compile traces them through
+an autograd Function without a recompilation.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Group", "LoraSpec", "Needs", "OutputSplits"]
+
+
+class Group(NamedTuple):
+    """Where an enabled group of output columns lies, as slices.
+
+    columns: of y [M, N]; rows: of lora_B; ranks: rows of lora_A, which are columns of h.
+    """
+
+    columns: slice
+    rows: slice
+    ranks: slice
+
+
+@dataclass(frozen=True)
+class OutputSplits:
+    """Output columns in groups: how wide each group is, and whether it has an update.
+
+    E is the number of enabled groups. lora_A has E·r rows, lora_B the rows of the enabled groups.
+    """
+
+    sizes: tuple[int, ...]
+    enabled: tuple[bool, ...]
+
+    @classmethod
+    def whole(cls, columns: int) -> "OutputSplits":
+        """One enabled group of all columns: a LoRALinear's."""
+        return cls((columns,), (True,))
+
+    @classmethod
+    def of(
+        cls,
+        columns: int,
+        enabled: Sequence[bool],
+        sizes: Sequence[int] | None = None,
+        *,
+        owner: str,
+        names: tuple[str, str] = ("enable_lora", "out_splits"),
+    ) -> "OutputSplits":
+        """The groups, once they are known to fit together; sizes=None makes them equal.
+
+        owner: what an error begins with: a layer, a function, or a file and the place in it.
+        names: what enabled and sizes are called there.
+        Raises: ValueError if enabled is not a list or tuple of at least one bool, if its length
+        does not divide columns and there are no sizes, or if sizes are not as many integers >= 1
+        that sum to columns.
+        """
+        flags, parts = names
+        if (
+            not isinstance(enabled, (list, tuple))
+            or not enabled
+            or not all(isinstance(flag, bool) for flag in enabled)
+        ):
+            raise ValueError(f"{owner}: {flags} must be a list of at least one bool, got {enabled!r}")
+        count = len(enabled)
+        if sizes is None:
+            if columns % count:
+                raise ValueError(
+                    f"{owner}: the length of {flags} must divide the {columns} output columns, "
+                    f"got {flags}={list(enabled)}; give {parts} for groups of unequal size"
+                )
+            return cls((columns // count,) * count, tuple(enabled))
+        fits = (
+            isinstance(sizes, (list, tuple))
+            and len(sizes) == count
+            and all(_is_size(size) for size in sizes)
+            and sum(sizes) == columns
+        )
+        if not fits:
+            raise ValueError(
+                f"{owner}: {parts} must be {count} integers >= 1, one for each entry of {flags}, "
+                f"that sum to the {columns} output columns, got {sizes!r}"
+            )
+        return cls(tuple(sizes), tuple(enabled))
+
+    @property
+    def columns(self) -> int:
+        """N, over all groups."""
+        return sum(self.sizes)
+
+    @property
+    def rows(self) -> int:
+        """Rows of lora_B: the columns of the enabled groups."""
+        return sum(size for size, on in zip(self.sizes, self.enabled, strict=True) if on)
+
+    @property
+    def count(self) -> int:
+        """E, the number of enabled groups."""
+        return sum(self.enabled)
+
+    def groups(self, r: int) -> Iterator[Group]:
+        """The enabled groups in order, for factors of rank r."""
+        column = row = rank = 0
+        for size, enabled in zip(self.sizes, self.enabled, strict=True):
+            if enabled:
+                yield Group(
+                    slice(column, column + size), slice(row, row + size), slice(rank, rank + r)
+                )
+                row, rank = row + size, rank + r
+            column += size
+
+
+def _is_size(size) -> bool:
+    return (
+        isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) and bool(size >= 1)
+    )
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What an update is besides its tensors.
+
+    scaling: what h·lora_Bᵀ is multiplied by. dropout_p: the probability with which an element of x
+    is dropped in front of lora_A, in [0, 1). splits: the groups of output columns.
+    """
+
+    scaling: float
+    dropout_p: float
+    splits: OutputSplits
+
+
+class Needs(NamedTuple):
+    """Which operands of a LoRA product need a gradient."""
+
+    x: bool = False
+    w: bool = False
+    a: bool = False
+    b: bool = False
+    bias: bool = False
+
+    def spread(self, grads: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+        """The gradients of the needed operands, in order, with None in the places of the others."""
+        following = iter(grads)
+        return tuple(next(following) if needed else None for needed in self)
