@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import adapt, peft_format, distributed
+from lora_kernels import adapt, distributed, peft_format
 from lora_kernels.adapt import LayerPlan
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA

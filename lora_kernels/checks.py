@@ -111,7 +111,7 @@ def check_weight(layer: str | nn.Module, weight) -> None:
 
 
 def check_shape(layer: str | nn.Module, x, weight: Tensor) -> None:
-    """x is a dense floating-point tensor [..., K] for weight [N, K]. Raises: TypeError, ValueError."""
+    """x is a dense tensor of floats [..., K] for weight [N, K]. Raises: TypeError, ValueError."""
     check_tensor(layer, "x", x)
     in_features = weight.shape[1]
     if x.dim() == 0 or x.shape[-1] != in_features:
@@ -121,7 +121,7 @@ def check_shape(layer: str | nn.Module, x, weight: Tensor) -> None:
 
 
 def check_device_and_dtype(layer: str | nn.Module, x: Tensor, weight: Tensor) -> None:
-    """x is on weight's device and, unless autocast casts both, has its dtype. Raises: ValueError."""
+    """x has weight's device and, unless autocast casts both, its dtype. Raises: ValueError."""
     if x.device != weight.device:
         problem = f"be on weight's device {weight.device}, got {x.device}"
     elif x.dtype != weight.dtype and autocast_dtype(x) is None:

@@ -1,4 +1,4 @@
-"""Parameters that torch.distributed shards (FSDP2's fully_shard): DTensors, whole and distributed."""
+"""Parameters that torch.distributed shards (FSDP2's fully_shard): as DTensors."""
 
 import sys
 

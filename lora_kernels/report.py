@@ -138,7 +138,9 @@ def _plan(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens: int
     dys = [torch.empty((0, w.shape[0]), dtype=dtype, device="meta") for w in weights]
     product = GemmShape(tokens, n, k, r, dtype, x.device, dropout_p > 0)
     forward = algorithm.choose(product._replace(tma=is_tma_compliant(x, *weights)))
-    backward = algorithm.choose(product._replace(tma=is_tma_compliant(*dys, *weights), backward=True))
+    backward = algorithm.choose(
+        product._replace(tma=is_tma_compliant(*dys, *weights), backward=True)
+    )
     if backward.name == forward.name:
         return forward
     both = f"{forward.reason}; backward: {backward.name}, {backward.reason}"

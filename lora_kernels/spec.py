@@ -64,7 +64,9 @@ class OutputSplits:
             or not enabled
             or not all(isinstance(flag, bool) for flag in enabled)
         ):
-            raise ValueError(f"{owner}: {flags} must be a list of at least one bool, got {enabled!r}")
+            raise ValueError(
+                f"{owner}: {flags} must be a list of at least one bool, got {enabled!r}"
+            )
         count = len(enabled)
         if sizes is None:
             if columns % count:
@@ -114,9 +116,7 @@ class OutputSplits:
 
 
 def _is_size(size) -> bool:
-    return (
-        isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) and bool(size >= 1)
-    )
+    return isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) and bool(size >= 1)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which algorithm a product takes, and why: the Triton kernels, or PyTorch's own operators.
 
-``fused`` and ``addmm`` run the kernels, see kernels/; ``reference`` runs reference/. The environment
-variable LORA_KERNELS_PLAN = auto | fused | addmm | reference is read in every call.
+``fused`` and ``addmm`` run the kernels, see kernels/; ``reference`` runs reference/. The
+environment variable LORA_KERNELS_PLAN = auto | fused | addmm | reference is read in every call.
 """
 
 import functools
@@ -87,9 +87,7 @@ def _asked() -> str:
         )
         asked = _FORMER[asked]
     if asked not in ("auto", *ALGORITHMS):
-        raise ValueError(
-            f"{_VARIABLE} must be one of auto, {', '.join(ALGORITHMS)}, got {asked!r}"
-        )
+        raise ValueError(f"{_VARIABLE} must be one of auto, {', '.join(ALGORITHMS)}, got {asked!r}")
     return asked
 
 

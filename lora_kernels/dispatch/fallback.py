@@ -23,7 +23,9 @@ _NOT_OURS = re.compile(
 )
 
 
-def run(algorithm: Algorithm, what: Callable[[], tuple], compute: Callable[[str], _Result]) -> _Result:
+def run(
+    algorithm: Algorithm, what: Callable[[], tuple], compute: Callable[[str], _Result]
+) -> _Result:
     """compute(algorithm.name), or the next algorithm's result if kernels do not compile or launch.
 
     what: gives the op, device and dtypes. An algorithm that failed for them is not tried again,
@@ -53,8 +55,8 @@ def _give_up(name: str, what: tuple, error: Exception) -> None:
     reason = _failed[name, what] = f"{type(error).__name__}: {error}"
     following = ALGORITHMS[ALGORITHMS.index(name) + 1]
     warnings.warn(
-        f"lora_kernels: algorithm {name} failed for {' '.join(map(str, what))} and {following} takes "
-        f"its place: {reason}",
+        f"lora_kernels: algorithm {name} failed for {' '.join(map(str, what))} and {following} "
+        f"takes its place: {reason}",
         RuntimeWarning,
         stacklevel=3,
     )

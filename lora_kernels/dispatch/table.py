@@ -60,4 +60,3 @@ class TuningEntry:
 
 # Filled by measurement; the first row that holds decides.
 TABLE: tuple[TuningEntry, ...] = ()
-

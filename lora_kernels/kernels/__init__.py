@@ -1,1 +1,4 @@
-"""Triton only; a file per kernel. linear.py makes the two ops of reference.py of them."""
+"""Triton kernels, a file each, and the ops that are made of them: linear.py, shared_input.py.
+
+registry.py has an entry for each: its function, its launchers, tiles, FLOPs, bytes and formula.
+"""

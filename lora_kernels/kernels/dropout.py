@@ -1,11 +1,14 @@
-"""The dropout mask in Triton: the bits of dropout.py, for any tile of x."""
+"""The dropout mask in Triton: the bits of dropout/mask.py, for any tile of x."""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from lora_kernels import dropout
 
-_GROUP = tl.constexpr(dropout.LANES)
+_LANES = tl.constexpr(dropout.LANES)
 _ROUNDS = tl.constexpr(dropout.ROUNDS)
 _M0 = tl.constexpr(dropout.MULTIPLIERS[0])
 _M1 = tl.constexpr(dropout.MULTIPLIERS[1])
@@ -13,23 +16,34 @@ _W0 = tl.constexpr(dropout.WEYL[0])
 _W1 = tl.constexpr(dropout.WEYL[1])
 
 
+class Mask(NamedTuple):
+    """The mask as a kernel gets it; a kernel that drops nothing gets None in its place.
+
+    seed: int64, one for each layer. threshold: word_threshold(p). It is a multiple of 65536 for
+    every p, so p decides about no compilation.
+    """
+
+    seed: Tensor
+    threshold: int
+
+
 def word_threshold(dropout_p: float) -> int:
-    """dropout.threshold(p) for a draw that is compared where it lies, in a word's upper half."""
+    """threshold(p) for a draw that is compared in a word's upper half."""
     return dropout.threshold(dropout_p) * 65536
 
 
 @triton.jit
-def keep_tile(seed, row, col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def keep_tile(seed, threshold, row, col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """keep(seed, row.., col..) -> bool [BLOCK_ROWS, BLOCK_COLS].
 
-    row: int64, such that no multiple of 2^32 lies within the tile, as none does where tiles begin
-    at multiples of their rows; col: a multiple of 8; threshold: word_threshold(p).
+    row: int64, such that no multiple of 2^32 lies within the tile, as none does if tiles begin at
+    multiples of their rows; col: a multiple of 8; threshold: word_threshold(p).
     """
-    groups = col // _GROUP + tl.arange(0, BLOCK_COLS // _GROUP)[None, :]
+    octets = col // _LANES + tl.arange(0, BLOCK_COLS // _LANES)[None, :]
     row = tl.cast(row, tl.int64)
-    c0, c1 = groups.to(tl.uint32), (row >> 32).to(tl.uint32)
+    c0, c1 = octets.to(tl.uint32), (row >> 32).to(tl.uint32)
     c2 = row.to(tl.uint32) + tl.arange(0, BLOCK_ROWS).to(tl.uint32)[:, None]
-    c3 = tl.zeros_like(groups).to(tl.uint32)
+    c3 = tl.zeros_like(octets).to(tl.uint32)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     # Words 0 and 1 follow from the rows alone after one round, 2 and 3 from the columns: shapes
     # [ROWS, 1] and [1, COLS / 8]. The second round joins them.
@@ -40,7 +54,7 @@ def keep_tile(seed, row, col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: t
         c1, c3 = product_1.to(tl.uint32), product_0.to(tl.uint32)
         k0, k1 = k0 + _W0, k1 + _W1
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # [ROWS, COLS / 8, 2, 2]: 0 1 2 3
-    # A word is broadcast to its two elements: where a thread holds others of the mask, as in the
+    # A word is broadcast to its two elements: if a thread holds others of the mask, as in the
     # result of a dot, the words are what is moved to it, not a byte for every element.
     words = words.reshape(BLOCK_ROWS, BLOCK_COLS // 2, 1)
     to_upper_half = (16 - 16 * tl.arange(0, 2)).to(tl.uint32)[None, None, :]

@@ -1,89 +1,81 @@
-"""The two ops of reference.py, made of kernels by plan.
+"""lora_linear and its backward, made of kernels.
 
-============  ==========================================  ===============================
-plan          forward                                     backward
-============  ==========================================  ===============================
-``fused``     down, forward; for a few rows few_rows      dy_pass, dx, da
-``sandwich``  down, fill_y, then cuBLAS adds x·wᵀ to it   dy_pass, fill_dx, cuBLAS, da
-============  ==========================================  ===============================
+===========  ===============================================  ======================================
+algorithm    forward                                          backward
+===========  ===============================================  ======================================
+``fused``    shrink, gemm_fwd; for a small m gemm_small_m     grad_b, gemm_bwd, grad_a
+``addmm``    shrink, expand_y, then cuBLAS adds x·wᵀ to it    grad_b, expand_dx, cuBLAS adds dy·w,
+                                                              grad_a
+===========  ===============================================  ======================================
 
 Gradients of weight and bias, which LoRA leaves frozen, are PyTorch's own products.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from lora_kernels import dropout
-from lora_kernels.kernels.da import da
-from lora_kernels.kernels.down import down
-from lora_kernels.kernels.dx import dx
-from lora_kernels.kernels.dy_pass import dy_pass
-from lora_kernels.kernels.few_rows import few_rows, takes
-from lora_kernels.kernels.fill import fill_dx, fill_y
-from lora_kernels.kernels.forward import forward
-from lora_kernels.kernels.launch import Numerics, current, numerics_of
-from lora_kernels.kernels.layout import either_way, rows
-from lora_kernels.reference import shaped_like
+from lora_kernels.kernels.expand import expand_dx, expand_y
+from lora_kernels.kernels.gemm_bwd import gemm_bwd
+from lora_kernels.kernels.gemm_fwd import gemm_fwd
+from lora_kernels.kernels.gemm_small_m import gemm_small_m, supports
+from lora_kernels.kernels.grad_a import grad_a
+from lora_kernels.kernels.grad_b import grad_b
+from lora_kernels.kernels.launch import as_rows, on_device_of, with_unit_stride
+from lora_kernels.kernels.numerics import Numerics, numerics_of
+from lora_kernels.kernels.shrink import shrink
+from lora_kernels.reference.linear import shaped_like
+from lora_kernels.spec import LoraSpec, Needs
 
 __all__ = ["lora_linear_backward", "lora_linear_forward", "output"]
 
 
 def lora_linear_forward(
-    plan: str,
+    algorithm: str,
     x: Tensor,
     w: Tensor,
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
     seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    out_splits: Sequence[int],
-    enable_lora: Sequence[bool],
+    spec: LoraSpec,
 ) -> tuple[Tensor, Tensor]:
-    """reference.lora_linear_forward by plan "fused" or "sandwich"."""
-    x_rows, a = rows(x), rows(a)
+    """reference.linear.lora_linear_forward by algorithm "fused" or "addmm"."""
+    x_rows, a = as_rows(x), as_rows(a)
     numerics = numerics_of(x, a, b)
-    groups = tuple(out_splits), tuple(enable_lora)
-    with current(x):
-        if plan == "fused" and takes(x_rows.shape[0], b.shape[1], dropout_p, numerics):
-            y, h = few_rows(
-                x_rows, either_way(w), a, rows(b), None if bias is None else bias.contiguous(),
-                seed, scaling, dropout_p, *groups, numerics,
-            )  # fmt: skip
+    with on_device_of(x):
+        if algorithm == "fused" and supports(x_rows.shape[0], b.shape[1], spec.dropout_p, numerics):
+            bias = None if bias is None else bias.contiguous()
+            y, h = gemm_small_m(
+                x_rows, with_unit_stride(w), a, as_rows(b), bias, seed, spec, numerics
+            )
         else:
-            h = down(x_rows, a, seed, dropout_p, numerics)
-            y = output(plan, x_rows, w, h, b, bias, scaling, *groups, numerics)
+            h = shrink(x_rows, a, seed, spec.dropout_p, numerics)
+            y = output(algorithm, x_rows, w, h, b, bias, spec, numerics)
     return shaped_like(x, y), h
 
 
 def output(
-    plan: str,
+    algorithm: str,
     x: Tensor,
     w: Tensor,
     h: Tensor,
     b: Tensor,
     bias: Tensor | None,
-    scaling: float,
-    out_splits: tuple[int, ...],
-    enable_lora: tuple[bool, ...],
+    spec: LoraSpec,
     numerics: Numerics,
 ) -> Tensor:
-    """y = x·wᵀ + bias + scaling·h_g·b_gᵀ by plan, of operands that lie in any way but x and h.
+    """y = x·wᵀ + bias + scaling·h_g·b_gᵀ, of operands that lie in any way but x and h.
 
-    Shapes: as in forward.
+    Shapes: as in gemm_fwd.
     """
-    w, b = either_way(w), rows(b)
+    w, b = with_unit_stride(w), as_rows(b)
     bias = None if bias is None else bias.contiguous()
-    if plan == "fused":
-        return forward(x, w, h, b, bias, scaling, out_splits, enable_lora, numerics)
-    y = fill_y(h, b, bias, scaling, out_splits, enable_lora, x.dtype, numerics)
-    return y.addmm_(x, w.T)
+    if algorithm == "fused":
+        return gemm_fwd(x, w, h, b, bias, spec, numerics)
+    return expand_y(h, b, bias, spec, x.dtype, numerics).addmm_(x, w.T)
 
 
 def lora_linear_backward(
-    plan: str,
+    algorithm: str,
     dy: Tensor,
     x: Tensor | None,
     h: Tensor | None,
@@ -91,39 +83,30 @@ def lora_linear_backward(
     a: Tensor | None,
     b: Tensor | None,
     seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    out_splits: Sequence[int],
-    enable_lora: Sequence[bool],
-    needs: Sequence[bool],
+    spec: LoraSpec,
+    needs: Needs,
 ) -> list[Tensor]:
-    """reference.lora_linear_backward by plan "fused" or "sandwich"."""
-    needs_x, needs_w, needs_a, needs_b, needs_bias = needs
-    dy_rows = rows(dy)
-    x_rows = None if x is None else rows(x)
-    h = None if h is None else h.contiguous()
-    a = None if a is None else rows(a)
+    """reference.linear.lora_linear_backward by algorithm "fused" or "addmm"."""
+    dropout_p = spec.dropout_p
+    dy_rows, x_rows, a = as_rows(dy), as_rows(x), as_rows(a)
+    h = h.contiguous() if needs.b else None
     numerics = numerics_of(dy, a, b)
-    grad_x = grad_w = grad_a = grad_b = grad_bias = None
-    with current(dy):
-        if needs_x or needs_a or needs_b:
-            keep_scale = dropout.keep_scale(dropout_p)
-            dh, grad_b = dy_pass(
-                dy_rows, rows(b), h, scaling * keep_scale, scaling,
-                tuple(out_splits), tuple(enable_lora), needs_x or needs_a, needs_b, numerics,
-            )  # fmt: skip
-        if needs_x:
-            w = either_way(w)
-            if plan == "fused":
-                grad_x = dx(dy_rows, w, dh, a, seed, dropout_p, numerics)
+    dx = dw = da = db = dbias = None
+    with on_device_of(dy):
+        if needs.x or needs.a or needs.b:
+            dh, db = grad_b(dy_rows, as_rows(b), h, spec, needs.x or needs.a, numerics)
+        if needs.x:
+            w = with_unit_stride(w)
+            if algorithm == "fused":
+                dx = gemm_bwd(dy_rows, w, dh, a, seed, dropout_p, numerics)
             else:
-                grad_x = fill_dx(dh, a, seed, dropout_p, dy.dtype, numerics)
-                grad_x.addmm_(dy_rows, w)
-            grad_x = grad_x.view(*dy.shape[:-1], grad_x.shape[1])
-        if needs_w:
-            grad_w = dy_rows.T @ x_rows
-        if needs_a:
-            grad_a = da(dh, x_rows, seed, dropout_p, a.dtype, numerics)
-        if needs_bias:
-            grad_bias = dy_rows.sum(0)
-    return [g for g in (grad_x, grad_w, grad_a, grad_b, grad_bias) if g is not None]
+                dx = expand_dx(dh, a, seed, dropout_p, dy.dtype, numerics)
+                dx.addmm_(dy_rows, w)
+            dx = dx.view(*dy.shape[:-1], dx.shape[1])
+        if needs.w:
+            dw = dy_rows.T @ x_rows
+        if needs.a:
+            da = grad_a(dh, x_rows, seed, dropout_p, a.dtype, numerics)
+        if needs.bias:
+            dbias = dy_rows.sum(0)
+    return [grad for grad in (dx, dw, da, db, dbias) if grad is not None]

@@ -174,7 +174,15 @@ class _LoraLinearBackward(torch.autograd.Function):
                 h = reference.low_rank_input(given["x"], given["a"], seed, spec.dropout_p)
             return tuple(
                 reference.lora_linear_backward(
-                    given["dy"], given["x"], h, given["w"], given["a"], given["b"], seed, spec, needs
+                    given["dy"],
+                    given["x"],
+                    h,
+                    given["w"],
+                    given["a"],
+                    given["b"],
+                    seed,
+                    spec,
+                    needs,
                 )
             )
 

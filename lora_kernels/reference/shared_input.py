@@ -44,7 +44,7 @@ def lora_shared_linear_backward(
     specs: Sequence[LoraSpec],
     needs: Needs,
 ) -> list[Tensor]:
-    """The gradients of lora_shared_linear_forward that needs asks for, its w, b, bias of all layers.
+    """The gradients of lora_shared_linear_forward that needs asks for, of all layers.
 
     One dx, the sum over the layers; L of dw; da [L, r, K]; L of db; L of dbias; in that order.
     x may be None but for dw and da, h but for db.

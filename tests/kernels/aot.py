@@ -76,7 +76,6 @@ def compiling_for(target: str) -> Iterator[None]:
 class Report:
     """What the machine code of one compiled kernel says."""
 
-    kernel: str
     registers: int
     shared: int
     spills: int
@@ -99,16 +98,16 @@ def reports(kernel: triton.JITFunction, seen: set) -> Iterator[Report]:
     for key, compiled in kernel.device_caches[0][0].items():
         if key not in seen:
             seen.add(key)
-            yield _inspect(kernel.fn.__name__, compiled)
+            yield _inspect(compiled)
 
 
-def _inspect(name: str, compiled) -> Report:
+def _inspect(compiled) -> Report:
     # Triton's own code says which dots there are; float32 ones without TF32 need no matrix unit.
     dots = re.findall(r"tt\.dot .*", compiled.asm["ttir"])
     needs_matrix = any(re.search(r"tensor<\w+x(bf16|f16)>", dot) or "tf32" in dot for dot in dots)
     read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
     registers, spills, matrix = read(compiled)
-    return Report(name, registers, compiled.metadata.shared, spills, matrix, needs_matrix)
+    return Report(registers, compiled.metadata.shared, spills, matrix, needs_matrix)
 
 
 def _read_cubin(compiled) -> tuple[int, int, int]:

@@ -1,9 +1,9 @@
 """The ahead-of-time gate: ``python -m tests.kernels.gate TARGET [--all]`` needs no GPU.
 
 Every kernel, in the configurations that the tables can pick for the target, has to compile without
-a spill, within the target's shared memory, with matrix instructions wherever a 16-bit or TF32 dot
-is. Prints a line per compilation and exits with 1 where one is at fault. Without --all: a
-representative of each kernel.
+a spill, within the target's shared memory, with matrix instructions for every 16-bit or TF32 dot.
+Prints a line per compilation and exits with 1 if one is at fault. Without --all: a representative
+of each kernel.
 """
 
 import argparse
@@ -14,24 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from lora_kernels.kernels import (
-    da,
-    down,
-    dx,
-    dy_pass,
-    few_rows,
-    fill,
-    forward,
-    linear,
-    shared_linear,
-    sum_parts,
-)  # fmt: skip
+from lora_kernels.kernels.operands import Operands
+from lora_kernels.kernels.registry import KERNELS, LAUNCHERS
+from lora_kernels.testing.problem import make_problem
 from tests.kernels import aot
-
-KERNELS = (
-    down._down_kernel, forward._forward_kernel, dy_pass._dy_pass_kernel, dx._dx_kernel,
-    da._da_kernel, fill._fill_kernel, sum_parts._sum_parts_kernel, few_rows._few_rows_kernel,
-)  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -83,49 +69,33 @@ def every_case() -> Iterator[Case]:
                 yield Case(dtype, lora_dtype, tf32, m, aligned, transposed, r, p)
 
 
+def operands(case: Case, layers: int = 1) -> Operands:
+    """Operands of this case that take no memory."""
+    k = 4096 if case.aligned else 4095
+    groups = [(2048, True), (1024, False), (1024, True)] if case.merged else None
+    problem = make_problem(
+        case.m, k, 4096, case.r, device="meta", dtype=case.dtype, lora_dtype=case.lora_dtype,
+        dropout_p=case.dropout_p, groups=groups,
+    )  # fmt: skip
+    if case.fan_in_fan_out:
+        problem.w = problem.w.new_empty(k, 4096).T
+    return Operands(problem, layers)
+
+
 def compile_layer(case: Case) -> None:
-    """Launches all kernels of both plans on a layer of this case.
-
-    Groups of a merged layer are taken for layers that share x, too.
-    """
-    m, k = case.m, 4096 if case.aligned else 4095
-    sizes, enabled = (
-        ((2048, 1024, 1024), (True, False, True)) if case.merged else ((4096,), (True,))
-    )
-    n = sum(sizes)
-
-    def meta(*shape, dtype=case.dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    b_rows = sum(size for size, on in zip(sizes, enabled, strict=True) if on)
-    w = meta(k, n).T if case.fan_in_fan_out else meta(n, k)
-    a = meta(case.r * sum(enabled), k, dtype=case.lora_dtype)
-    b = meta(b_rows, case.r, dtype=case.lora_dtype)
-    x, dy, bias, seed = meta(m, k), meta(m, n), meta(n), meta(1, dtype=torch.int64)
-    layer = (seed, 2.0, case.dropout_p, sizes, enabled)
+    """Launches every launcher on operands of this case, and on those of layers that share x."""
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
-    for plan in ("fused", "sandwich"):
-        _, h = linear.lora_linear_forward(plan, x, w, a, b, bias, *layer)
-        needs = [True, False, True, True, False]
-        linear.lora_linear_backward(plan, dy, x, h, w, a, b, *layer, needs)
-        if case.merged:
-            ws, dys, bs, biases = (
-                [meta(n, k) for n in sizes], [meta(m, n) for n in sizes],
-                [meta(n, case.r, dtype=case.lora_dtype) for n in sizes], [None] * len(sizes),
-            )  # fmt: skip
-            stacked = meta(len(sizes), case.r, k, dtype=case.lora_dtype)
-            constants = (meta(len(sizes), dtype=torch.int64), [2.0] * len(sizes), case.dropout_p)
-            *_, h = shared_linear.lora_shared_linear_forward(
-                plan, x, ws, stacked, bs, biases, *constants
-            )
-            shared_linear.lora_shared_linear_backward(
-                plan, dys, x, h, ws, stacked, bs, *constants, needs
-            )
+    o, shared = operands(case), operands(case._replace(merged=False), layers=3)
+    for launcher in LAUNCHERS.values():
+        if launcher.supports(o):
+            launcher(o)
+        if launcher.layers and case.merged:
+            launcher(shared)
 
 
 def run(target: str, cases: tuple[Case, ...], write: Callable[[str], None] = print) -> int:
     """Compiles the cases, writes the table, and returns the number of faults."""
-    seen: dict[str, set] = {kernel.fn.__name__: set() for kernel in KERNELS}
+    seen: dict[str, set] = {name: set() for name in KERNELS}
     count = faults = 0
     write(f"{target:8} {'kernel':18} {'registers':>9} {'shared':>7} {'spills':>6} {'matrix':>6}")
     with aot.compiling_for(target):
@@ -135,13 +105,13 @@ def run(target: str, cases: tuple[Case, ...], write: Callable[[str], None] = pri
             except Exception as error:
                 faults += 1
                 write(f"{target:8} {case}: {type(error).__name__}: {error}  <-- does not compile")
-            for kernel in KERNELS:
-                for report in aot.reports(kernel, seen[kernel.fn.__name__]):
+            for name, kernel in KERNELS.items():
+                for report in aot.reports(kernel.function, seen[name]):
                     count += 1
                     found = report.faults(target)
                     faults += bool(found)
                     write(
-                        f"{target:8} {report.kernel[1:-7]:18} {report.registers:9} "
+                        f"{target:8} {name:18} {report.registers:9} "
                         f"{report.shared:7} {report.spills:6} {report.matrix_instructions:6}  "
                         f"{case}" + ("  <-- " + ", ".join(found) if found else "")
                     )

@@ -1,17 +1,36 @@
 """Device code that kernels share: tiles in memory, tile order, the products of tiles."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+class Matrix(NamedTuple):
+    """A matrix as a kernel gets it: where it begins, and the elements from row to row.
+
+    Its rows have a unit stride. How many rows and columns there are is an argument of its own.
+    """
+
+    ptr: Tensor
+    stride: int
+
+
+@triton.jit
+def part_of(matrix, row, col):
+    """The matrix that begins at (row, col)."""
+    return Matrix(matrix.ptr + tl.cast(row, tl.int64) * matrix.stride + col, matrix.stride)
 
 
 @triton.jit
 def load_tile(
-    source, row, col, stride, rows, cols,
+    source, row, col, rows, cols,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
     """source[row.., col..] -> [BLOCK_ROWS, BLOCK_COLS], zero from rows and cols on.
 
-    source: a pointer to rows of unit inner stride, or with TMA a tensor descriptor.
+    source: a Matrix, or with TMA a tensor descriptor.
     """
     if TMA:
         tile = source.load([tl.cast(row, tl.int32), tl.cast(col, tl.int32)])
@@ -19,13 +38,13 @@ def load_tile(
         offs_row = tl.cast(row, tl.int64) + tl.arange(0, BLOCK_ROWS)
         offs_col = col + tl.arange(0, BLOCK_COLS)
         mask = (offs_row < rows)[:, None] & (offs_col < cols)[None, :]
-        pointers = source + offs_row[:, None] * stride + offs_col[None, :]
+        pointers = source.ptr + offs_row[:, None] * source.stride + offs_col[None, :]
         tile = tl.load(pointers, mask=mask, other=0.0)
     return tile
 
 
 @triton.jit
-def store_tile(target, tile, row, col, stride, rows, cols, TMA: tl.constexpr = False):
+def store_tile(target, tile, row, col, rows, cols, TMA: tl.constexpr = False):
     """target[row.., col..] = tile in target's dtype, up to rows and cols."""
     if TMA:
         target.store([tl.cast(row, tl.int32), tl.cast(col, tl.int32)], tile.to(target.dtype))
@@ -33,16 +52,16 @@ def store_tile(target, tile, row, col, stride, rows, cols, TMA: tl.constexpr = F
         offs_row = tl.cast(row, tl.int64) + tl.arange(0, tile.shape[0])
         offs_col = col + tl.arange(0, tile.shape[1])
         mask = (offs_row < rows)[:, None] & (offs_col < cols)[None, :]
-        pointers = target + offs_row[:, None] * stride + offs_col[None, :]
-        tl.store(pointers, tile.to(target.dtype.element_ty), mask=mask)
+        pointers = target.ptr + offs_row[:, None] * target.stride + offs_col[None, :]
+        tl.store(pointers, tile.to(target.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def swizzle(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """The tile-th tile (m, n): down GROUP_M rows, then right, so that operands stay in L2."""
-    in_band = GROUP_M * tiles_n
-    first_m = tile // in_band * GROUP_M
-    height = min(tiles_m - first_m, GROUP_M)
+def swizzle(tile, tiles_m, tiles_n, BAND_M: tl.constexpr):
+    """The tile-th tile (m, n): down BAND_M rows, then right, so that operands stay in L2."""
+    in_band = BAND_M * tiles_n
+    first_m = tile // in_band * BAND_M
+    height = min(tiles_m - first_m, BAND_M)
     return first_m + tile % in_band % height, tile % in_band // height
 
 
@@ -59,7 +78,7 @@ def count_tiles(sizes, ENABLED: tl.constexpr, BLOCK: tl.constexpr):
 def locate(tile, sizes, ENABLED: tl.constexpr, BLOCK: tl.constexpr):
     """The tile-th tile over the groups: (column, end of the group, row of b, group of h, enabled).
 
-    The row of b and the group of h mean nothing where enabled is 0.
+    The row of b and the group of h mean nothing if enabled is 0.
     """
     column, end, b_row, group, enabled = 0, 0, 0, 0, 0
     first, start, b_start, h_group = 0, 0, 0, 0
@@ -81,8 +100,7 @@ def locate(tile, sizes, ENABLED: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def matmul(
-    left, right, row, col, stride_left, stride_right, rows, cols, depth,
-    RIGHT_T: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    left, right, row, col, rows, cols, depth, RIGHT_T: tl.constexpr, NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """left[row..] · right[:, col..] in float32: left [rows, depth], right [depth, cols].
@@ -92,48 +110,47 @@ def matmul(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in tl.range(0, tl.cdiv(depth, BLOCK_K)):
         k = step * BLOCK_K
-        tile = load_tile(left, row, k, stride_left, rows, depth, BLOCK_M, BLOCK_K, TMA)
+        tile = load_tile(left, row, k, rows, depth, BLOCK_M, BLOCK_K, TMA)
         if RIGHT_T:
-            other = load_tile(right, col, k, stride_right, cols, depth, BLOCK_N, BLOCK_K, TMA).T
+            other = load_tile(right, col, k, cols, depth, BLOCK_N, BLOCK_K, TMA).T
         else:
-            other = load_tile(right, k, col, stride_right, depth, cols, BLOCK_K, BLOCK_N, TMA)
-        acc = tl.dot(tile.to(DTYPE), other.to(DTYPE), acc, input_precision=PRECISION)
+            other = load_tile(right, k, col, depth, cols, BLOCK_K, BLOCK_N, TMA)
+        tile, other = tile.to(NUMERICS.main), other.to(NUMERICS.main)
+        acc = tl.dot(tile, other, acc, input_precision=NUMERICS.update_precision)
     return acc
 
 
 @triton.jit
 def add_low_rank(
-    acc, left_ptr, right_ptr, row, right_row, scale, stride_left, stride_right, rows, right_end, R,
-    RIGHT_T: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    acc, left, right, row, right_row, scale, rows, right_end, R,
+    RIGHT_T: tl.constexpr, NUMERICS: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """acc + scale · left[row..] · right[:, right_row..]: left [rows, R] (h or dh).
 
     RIGHT_T: right is stored [.., R] (b), otherwise [R, ..] (a). scale meets left in float32; it is
-    1 where left is in fewer bits.
+    1 if left is in fewer bits.
     """
     # One stage: the factors are read once, and buffers would stand beside those of the product.
     for block in tl.range(0, RANK_BLOCKS, num_stages=1):
         r = block * BLOCK_R
-        left = load_tile(left_ptr, row, r, stride_left, rows, R, acc.shape[0], BLOCK_R)
+        tile = load_tile(left, row, r, rows, R, acc.shape[0], BLOCK_R)
         if RIGHT_T:
-            right = load_tile(
-                right_ptr, right_row, r, stride_right, right_end, R, acc.shape[1], BLOCK_R
-            ).T
+            other = load_tile(right, right_row, r, right_end, R, acc.shape[1], BLOCK_R).T
         else:
-            right = load_tile(
-                right_ptr, r, right_row, stride_right, R, right_end, BLOCK_R, acc.shape[1]
-            )
-        left = (left * scale).to(DTYPE)
-        acc = tl.dot(left, right.to(DTYPE), acc, input_precision=PRECISION)
+            other = load_tile(right, r, right_row, R, right_end, BLOCK_R, acc.shape[1])
+        tile, other = (tile * scale).to(NUMERICS.update), other.to(NUMERICS.update)
+        acc = tl.dot(tile, other, acc, input_precision=NUMERICS.update_precision)
     return acc
 
 
 @triton.jit
-def add_bias(acc, bias_ptr, column, end):
-    """acc + bias[column..] in every row, zero from end on."""
-    offs = column + tl.arange(0, acc.shape[1])
-    return acc + tl.load(bias_ptr + offs, mask=offs < end, other=0.0).to(tl.float32)[None, :]
+def add_bias(acc, bias, column, end):
+    """acc + bias[column..] in every row, zero from end on; acc itself if bias is None."""
+    if bias is not None:
+        offs = column + tl.arange(0, acc.shape[1])
+        acc += tl.load(bias + offs, mask=offs < end, other=0.0).to(tl.float32)[None, :]
+    return acc
 
 
 @triton.jit

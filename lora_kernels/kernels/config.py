@@ -1,0 +1,94 @@
+"""Tiles of the kernels: what a configuration says, and which entry of a table serves a product."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from lora_kernels.dispatch.algorithm import capability_of
+
+
+@dataclass(frozen=True)
+class SkinnyConfig:
+    """Tiles of a kernel that reads one large matrix once: BLOCK_ROWS x BLOCK_COLS of it.
+
+    programs_per_sm: into how many programs for each multiprocessor the work is cut, if it can be.
+    """
+
+    BLOCK_ROWS: int
+    BLOCK_COLS: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 2
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of a large product.
+
+    tma: operands come and go through tensor descriptors, and programs stay to take several tiles.
+    epilogue_subtile: in how many parts a tile is finished if a dropout mask needs registers: 1, 2
+    or 4. BAND_M: how many tiles below each other are taken before the next column of tiles.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    epilogue_subtile: int = 1
+    BAND_M: int = 8
+
+
+@dataclass(frozen=True)
+class When:
+    """Which products an entry of a table serves.
+
+    bits: of the operands of the dot; None means any. m, r: up to so many rows and ranks. tma: only
+    if tensor descriptors hold the operands.
+    """
+
+    bits: int | None = None
+    m: float = math.inf
+    r: float = math.inf
+    tma: bool = False
+
+    def holds(self, bits: int, m: int, r: int, tma: bool) -> bool:
+        return (
+            self.bits in (None, bits) and m <= self.m and r <= self.r and (tma or not self.tma)
+        )  # fmt: skip
+
+
+Config = TypeVar("Config", SkinnyConfig, GemmConfig)
+Table = Mapping[str, Sequence[tuple[When, Config]]]
+
+
+def select(
+    table: Table, target: str, bits: int, m: int = 1, r: int = 1, tma: bool = False
+) -> Config:
+    """The first entry of the target's table that serves such a product."""
+    return next(config for when, config in table[target] if when.holds(bits, m, r, tma))
+
+
+_TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+
+
+def target_of(device: torch.device) -> str:
+    """The key of a device in the tables."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "hip"
+    return _TARGETS.get(capability_of(device), "other")
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a device; a handful in the interpreter, which runs one after another."""
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

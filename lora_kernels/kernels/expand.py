@@ -1,0 +1,158 @@
+"""out = mask ∘ (scale · left · right) + bias, what cuBLAS then adds the large product to.
+
+One program owns one tile of out: BLOCK_M rows and BLOCK_N columns of one group. The forward fills y
+with scaling · h · bᵀ + bias, the backward fills dx with mask ∘ (dh · a). Columns of a disabled
+group get the bias alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.kernels.config import SkinnyConfig, When, select, target_of
+from lora_kernels.kernels.dropout import keep_tile
+from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block
+from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.tile import (
+    add_bias,
+    add_low_rank,
+    count_tiles,
+    locate,
+    part_of,
+    store_tile,
+    swizzle,
+)
+from lora_kernels.spec import LoraSpec, OutputSplits
+
+TILES = {
+    "interpreter": [(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
+    "sm_80": [
+        (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=1)),
+        (When(r=16), SkinnyConfig(64, 128, num_warps=8, num_stages=1)),
+        (When(), SkinnyConfig(32, 64, num_warps=4, num_stages=1)),
+    ],
+    "sm_90": [
+        (When(bits=32), SkinnyConfig(64, 64, num_warps=8, num_stages=1)),
+        (When(r=16), SkinnyConfig(128, 128, num_warps=8, num_stages=1)),
+        (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=1)),
+    ],
+    "sm_100": [
+        (When(bits=32), SkinnyConfig(64, 64, num_warps=8, num_stages=1)),
+        (When(), SkinnyConfig(128, 128, num_warps=8, num_stages=1)),
+    ],
+    "hip": [
+        (When(bits=32), SkinnyConfig(64, 64, num_warps=4, num_stages=1)),
+        (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1)),
+    ],
+    "other": [
+        (When(bits=32), SkinnyConfig(64, 64, num_warps=4, num_stages=1)),
+        (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1)),
+    ],
+}
+
+
+@triton.jit(do_not_specialize=["M"])
+def _expand_kernel(
+    left, right, bias, mask, out,
+    M, R, sizes, scale,
+    LAYERS: tl.constexpr, ENABLED: tl.constexpr, RIGHT_T: tl.constexpr, NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    tiles_n = count_tiles(sizes, ENABLED, BLOCK_N)
+    tile_m, tile_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, 8)
+    row = tl.cast(tile_m, tl.int64) * BLOCK_M
+    column, end, right_row, group, enabled = locate(tile_n, sizes, ENABLED, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if enabled:
+        # Not unrolled: the masks of several layers at once do not fit into registers.
+        for layer in tl.range(LAYERS):
+            of_layer = tl.cast(layer, tl.int64)
+            update = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            update = add_low_rank(
+                update, part_of(left, of_layer * M, group * R), part_of(right, of_layer * R, 0),
+                row, right_row, scale, M, right_row + end - column, R,
+                RIGHT_T, NUMERICS, BLOCK_R, RANK_BLOCKS,
+            )  # fmt: skip
+            if mask is not None:
+                seed = tl.load(mask.seed + layer)
+                keep = keep_tile(seed, mask.threshold, row, column, BLOCK_M, BLOCK_N)
+                update = tl.where(keep, update, 0.0)
+            if LAYERS == 1:  # an addition to zeros would stay, one for each element
+                acc = update
+            else:
+                acc += update
+    acc = add_bias(acc, bias, column, end)
+    store_tile(out, acc, row, column, M, end)
+
+
+def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
+    """The entry of TILES that serves rank r."""
+    return select(TILES, target_of(device), bits_of(numerics.update), r=r)
+
+
+def expand_y(
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    spec: LoraSpec,
+    dtype: torch.dtype,
+    numerics: Numerics,
+    config: SkinnyConfig | None = None,
+) -> Tensor:
+    """scaling·h_g·b_gᵀ + bias in dtype.
+
+    Shapes: h [M, E·r], b [rows of the enabled groups, r], bias [N] -> [M, N].
+    """
+    m, r, splits = h.shape[0], b.shape[1], spec.splits
+    config = config or config_for(h.device, r, numerics)
+    y = torch.empty((m, splits.columns), dtype=dtype, device=h.device)
+    launch(
+        _expand_kernel, _grid(y, splits, config),
+        left=matrix(h), right=matrix(b), bias=bias, mask=None, out=matrix(y),
+        M=m, R=r, sizes=splits.sizes, scale=spec.scaling,
+        LAYERS=1, ENABLED=splits.enabled, RIGHT_T=True, **_constants(r, numerics, config),
+    )  # fmt: skip
+    return y
+
+
+def expand_dx(
+    dh: Tensor,
+    a: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    dtype: torch.dtype,
+    numerics: Numerics,
+    config: SkinnyConfig | None = None,
+) -> Tensor:
+    """dh·a if kept, else 0, in dtype; dh carries the mask's scale. [M, R], [R, K] -> [M, K].
+
+    For L layers that share x, their sum: dh [L, M, R], a [L, R, K], seed [L] -> [M, K].
+    """
+    m, (r, k) = dh.shape[-2], a.shape[-2:]
+    config = config or config_for(dh.device, r, numerics)
+    splits = OutputSplits.whole(k)
+    dx = torch.empty((m, k), dtype=dtype, device=dh.device)
+    launch(
+        _expand_kernel, _grid(dx, splits, config),
+        left=matrix(dh), right=matrix(a), bias=None, mask=mask(seed, dropout_p), out=matrix(dx),
+        M=m, R=r, sizes=splits.sizes, scale=1.0,
+        LAYERS=dh.shape[:-2].numel(), ENABLED=splits.enabled, RIGHT_T=False,
+        **_constants(r, numerics, config),
+    )  # fmt: skip
+    return dx
+
+
+def _grid(out: Tensor, splits: OutputSplits, config: SkinnyConfig) -> tuple[int]:
+    columns = sum(cdiv(size, config.BLOCK_COLS) for size in splits.sizes)
+    return (cdiv(len(out), config.BLOCK_ROWS) * columns,)
+
+
+def _constants(r: int, numerics: Numerics, config: SkinnyConfig) -> dict:
+    block_r = rank_block(r, numerics.update)
+    return {
+        "NUMERICS": numerics, "BLOCK_M": config.BLOCK_ROWS, "BLOCK_N": config.BLOCK_COLS,
+        "BLOCK_R": block_r, "RANK_BLOCKS": cdiv(r, block_r),
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip

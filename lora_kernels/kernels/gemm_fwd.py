@@ -1,0 +1,149 @@
+"""y = x · wᵀ + bias + scaling · h · bᵀ. One program owns tiles of y, one after the other.
+
+A tile is BLOCK_M rows and BLOCK_N columns of one group. The product of rank R goes into the same
+accumulator once the loop over K is done, and costs neither registers nor shared memory there.
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.dispatch.algorithm import SMALL_M
+from lora_kernels.dispatch.tma import is_tma_compliant
+from lora_kernels.kernels.config import GemmConfig, When, select, target_of
+from lora_kernels.kernels.launch import (
+    cdiv,
+    launch,
+    matrix,
+    num_programs,
+    rank_block,
+    tma_operand,
+)
+from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.tile import (
+    add_bias,
+    add_low_rank,
+    count_tiles,
+    locate,
+    matmul,
+    part_of,
+    store_tile,
+    swizzle,
+)
+from lora_kernels.spec import LoraSpec
+
+TILES = {
+    "interpreter": [(When(), GemmConfig(64, 64, 64, num_warps=4, num_stages=1))],
+    "sm_80": [
+        (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=3)),
+        (When(m=SMALL_M), GemmConfig(32, 64, 64, num_warps=4, num_stages=4)),
+        (When(), GemmConfig(128, 128, 32, num_warps=8, num_stages=3)),
+    ],
+    "sm_90": [
+        (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=3)),
+        (When(m=SMALL_M), GemmConfig(64, 64, 64, num_warps=4, num_stages=4)),
+        (When(tma=True), GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True)),
+        (When(), GemmConfig(128, 128, 32, num_warps=8, num_stages=3)),
+    ],
+    "sm_100": [
+        (When(bits=32), GemmConfig(64, 32, 32, num_warps=8, num_stages=3)),
+        (When(m=SMALL_M), GemmConfig(64, 64, 64, num_warps=8, num_stages=4)),
+        (When(tma=True), GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True)),
+        (When(), GemmConfig(128, 128, 32, num_warps=8, num_stages=3)),
+    ],
+    "hip": [
+        (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=2)),
+        (When(m=SMALL_M), GemmConfig(32, 64, 64, num_warps=4, num_stages=2)),
+        (When(), GemmConfig(128, 128, 32, num_warps=8, num_stages=2)),
+    ],
+    "other": [
+        (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=2)),
+        (When(m=SMALL_M), GemmConfig(32, 64, 64, num_warps=4, num_stages=2)),
+        (When(), GemmConfig(64, 128, 32, num_warps=4, num_stages=3)),
+    ],
+}
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gemm_fwd_kernel(
+    x, w, h, b, bias, y,
+    M, N, K, R, sizes, scaling,
+    ENABLED: tl.constexpr, W_T: tl.constexpr, NUMERICS: tl.constexpr,
+    TMA: tl.constexpr, TMA_STORE: tl.constexpr, BAND_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = count_tiles(sizes, ENABLED, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = swizzle(tile, tiles_m, tiles_n, BAND_M)
+        row = tl.cast(tile_m, tl.int64) * BLOCK_M
+        column, end, b_row, group, enabled = locate(tile_n, sizes, ENABLED, BLOCK_N)
+        acc = matmul(
+            x, w, row, column, M, N, K, W_T, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_K, TMA
+        )  # fmt: skip
+        if enabled:
+            acc = add_low_rank(
+                acc, part_of(h, 0, group * R), b, row, b_row, scaling, M, b_row + end - column, R,
+                True, NUMERICS, BLOCK_R, RANK_BLOCKS,
+            )  # fmt: skip
+        acc = add_bias(acc, bias, column, end)
+        store_tile(y, acc, row, column, M, end, TMA_STORE)
+
+
+def config_for(x: Tensor, w: Tensor, r: int, spec: LoraSpec, numerics: Numerics) -> GemmConfig:
+    """The entry of TILES that serves x [M, K], w [N, K] and rank r."""
+    # A tile of w stored [K, N] begins with a group, and a descriptor at multiples of 16 bytes.
+    starts = itertools.accumulate(spec.splits.sizes[:-1])
+    tma = is_tma_compliant(x, w) and _rows_fit(x, w.shape[0])
+    tma = tma and (w.stride(1) == 1 or all(_rows_fit(x, start) for start in starts))
+    return select(TILES, target_of(x.device), bits_of(numerics.main), x.shape[0], r, tma)
+
+
+def _rows_fit(x: Tensor, columns: int) -> bool:
+    """Whether so many elements are a multiple of 16 bytes, as rows of y must be for TMA."""
+    return columns * x.element_size() % 16 == 0
+
+
+def gemm_fwd(
+    x: Tensor,
+    w: Tensor,
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    spec: LoraSpec,
+    numerics: Numerics,
+    config: GemmConfig | None = None,
+) -> Tensor:
+    """y = x·wᵀ + bias + scaling·h_g·b_gᵀ in the columns of each enabled group g.
+
+    Shapes: x [M, K], w [N, K] with one unit stride, h [M, E·r] float32,
+    b [rows of the enabled groups, r] -> y [M, N]; x and b have a unit inner stride.
+    """
+    (m, k), (n, r), splits = x.shape, (w.shape[0], b.shape[1]), spec.splits
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    w_t = w.stride(1) == 1  # stored [N, K], so transposed for x·wᵀ
+    stored = w if w_t else w.T
+    block_r = rank_block(r, numerics.update, beside_acc=True)
+    config = config or config_for(x, w, r, spec, numerics)
+    block_m, block_n, block_k, tma = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.tma
+    # A tile that ends with its group, not with y, must not write the columns behind it.
+    whole_tiles = all(size % block_n == 0 for size in splits.sizes[:-1])
+    tma_store = tma and whole_tiles and is_tma_compliant(y)
+    tiles = cdiv(m, block_m) * sum(cdiv(size, block_n) for size in splits.sizes)
+    launch(
+        _gemm_fwd_kernel, (num_programs(tiles, config, x.device),),
+        x=tma_operand(x, block_m, block_k, tma),
+        w=tma_operand(stored, *((block_n, block_k) if w_t else (block_k, block_n)), tma),
+        h=matrix(h), b=matrix(b), bias=bias, y=tma_operand(y, block_m, block_n, tma_store),
+        M=m, N=n, K=k, R=r, sizes=splits.sizes, scaling=spec.scaling,
+        ENABLED=splits.enabled, W_T=w_t, NUMERICS=numerics,
+        TMA=tma, TMA_STORE=tma_store, BAND_M=config.BAND_M,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        BLOCK_R=block_r, RANK_BLOCKS=cdiv(r, block_r),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,167 @@
+"""dh = scale_dh · dy · b and db = scale_db · dyᵀ · h from one read of dy.
+
+One program owns BLOCK_M rows of dy and one slice of the columns of one enabled group, for BLOCK_R
+ranks. Its slice gives a part of these rows of dh, its rows a part of these columns of db;
+split_k_reduce adds both in a fixed order. Disabled groups are not read.
+
+Parts of db, written and read, are 4·r / BLOCK_M of the bytes of a 16-bit dy. If that is more than
+reading dy again, db comes from grad_a's kernel instead: dbᵀ = scale_db · hᵀ · dy.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels import dropout
+from lora_kernels.kernels.config import SkinnyConfig, When, num_sms, select, target_of
+from lora_kernels.kernels.grad_a import grad_a
+from lora_kernels.kernels.launch import cdiv, launch, matrix, rank_block, split
+from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.split_k_reduce import split_k_reduce, split_k_reduce_both
+from lora_kernels.kernels.tile import load_tile, part_of
+from lora_kernels.spec import LoraSpec
+
+TILES = {
+    "interpreter": [(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
+    "sm_80": [
+        (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
+        (When(), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
+    ],
+    "sm_90": [
+        (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=2)),
+        (When(r=16), SkinnyConfig(256, 64, num_warps=8, num_stages=3, programs_per_sm=1)),
+        (When(), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
+    ],
+    "sm_100": [
+        (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=2)),
+        (When(), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
+    ],
+    "hip": [
+        (When(bits=32), SkinnyConfig(64, 32, num_warps=4, num_stages=2)),
+        (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
+    ],
+    "other": [
+        (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),
+        (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
+    ],
+}
+
+
+@triton.jit(do_not_specialize=["M", "parts"])
+def _grad_b_kernel(
+    dy, b, h, dh_ptr, db_ptr,
+    M, R, rank_total, b_rows, sizes, parts, scale_dh, scale_db,
+    ENABLED: tl.constexpr, NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    ranks = tl.cdiv(R, BLOCK_R)  # programs of the same rows are neighbours: dy comes from L2
+    pid_m = (tl.program_id(0) // ranks).to(tl.int64)
+    r = tl.program_id(0) % ranks * BLOCK_R
+    group, part = tl.program_id(1) // parts, tl.program_id(1) % parts
+    row = pid_m * BLOCK_M
+
+    # The group-th enabled group: its first column of dy, its first row of b, its size.
+    start, b_start, size = 0, 0, 0
+    column, b_row, seen = 0, 0, 0
+    for g in tl.static_range(len(ENABLED)):
+        if ENABLED[g]:
+            here = group == seen
+            start = tl.where(here, column, start)
+            b_start = tl.where(here, b_row, b_start)
+            size = tl.where(here, sizes[g], size)
+            b_row += sizes[g]
+            seen += 1
+        column += sizes[g]
+    n_slice = tl.cdiv(tl.cdiv(size, BLOCK_N), parts) * BLOCK_N
+    first_n = part * n_slice
+    steps = tl.cdiv(tl.maximum(min(size - first_n, n_slice), 0), BLOCK_N)
+
+    offs_r = r + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    if db_ptr is not None:
+        h_tile = load_tile(part_of(h, 0, group * R), row, r, M, R, BLOCK_M, BLOCK_R)
+        h_tile = h_tile.to(NUMERICS.rank)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for step in tl.range(0, steps):
+        n = first_n + step * BLOCK_N
+        dy_tile = load_tile(dy, row, start + n, M, start + size, BLOCK_M, BLOCK_N)
+        if dh_ptr is not None:
+            b_tile = load_tile(b, b_start + n, r, b_start + size, R, BLOCK_N, BLOCK_R)
+            left, right = dy_tile.to(NUMERICS.factor), b_tile.to(NUMERICS.factor)
+            acc = tl.dot(left, right, acc, input_precision=NUMERICS.precision)
+        if db_ptr is not None:
+            left = dy_tile.to(NUMERICS.rank).T
+            db = tl.dot(left, h_tile, input_precision=NUMERICS.precision) * scale_db
+            offs_n = n + tl.arange(0, BLOCK_N)
+            offs_b = (pid_m * b_rows + b_start + offs_n)[:, None] * R + offs_r[None, :]
+            tl.store(db_ptr + offs_b, db, mask=(offs_n < size)[:, None] & mask_r[None, :])
+
+    if dh_ptr is not None:
+        offs_m = row + tl.arange(0, BLOCK_M)
+        offs_dh = (tl.cast(part, tl.int64) * M + offs_m)[:, None] * rank_total + group * R
+        mask = (offs_m < M)[:, None] & mask_r[None, :]
+        tl.store(dh_ptr + offs_dh + offs_r[None, :], acc * scale_dh, mask=mask)
+
+
+def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
+    """The entry of TILES that serves rank r."""
+    return select(TILES, target_of(device), bits_of(numerics.rank), r=r)
+
+
+def grad_b(
+    dy: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    spec: LoraSpec,
+    needs_dh: bool,
+    numerics: Numerics,
+    config: SkinnyConfig | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dh_g = scaling·keep_scale·dy_g·b_g and db_g = scaling·dy_gᵀ·h_g for each enabled group g.
+
+    Shapes: dy [M, N], b [rows of the enabled groups, r], h [M, E·r] -> dh [M, E·r] in numerics.dh,
+    db like b. dh is None if it is not needed, db if h is None.
+    """
+    m, (b_rows, r), splits = dy.shape[0], b.shape, spec.splits
+    config = config or config_for(dy.device, r, numerics)
+    db, needs_db = None, h is not None
+    if needs_db and 4 * r > config.BLOCK_ROWS:
+        db, needs_db = _db_alone(dy, h, spec, r, numerics).to(b.dtype), False
+    if not (needs_dh or needs_db):
+        return None, db
+    block_r = rank_block(r, numerics.rank)
+    rows, ranks = cdiv(m, config.BLOCK_ROWS), cdiv(r, block_r)
+    wanted = config.programs_per_sm * num_sms(dy.device)
+    parts, _ = split(
+        max(splits.sizes), config.BLOCK_COLS, rows * ranks * splits.count, wanted
+    )  # fmt: skip
+    dh_parts = db_parts = None
+    if needs_dh:
+        dh_parts = torch.empty((parts, m, splits.count * r), dtype=torch.float32, device=dy.device)
+    if needs_db:
+        db_parts = torch.empty((rows, b_rows, r), dtype=torch.float32, device=dy.device)
+    launch(
+        _grad_b_kernel, (rows * ranks, splits.count * parts),
+        dy=matrix(dy), b=matrix(b), h=matrix(h) if needs_db else None,
+        dh_ptr=dh_parts, db_ptr=db_parts,
+        M=m, R=r, rank_total=splits.count * r, b_rows=b_rows, sizes=splits.sizes, parts=parts,
+        scale_dh=spec.scaling * dropout.keep_scale(spec.dropout_p), scale_db=spec.scaling,
+        ENABLED=splits.enabled, NUMERICS=numerics,
+        BLOCK_M=config.BLOCK_ROWS, BLOCK_N=config.BLOCK_COLS, BLOCK_R=block_r,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if needs_dh and needs_db:
+        return split_k_reduce_both(dh_parts, numerics.dh, db_parts, b.dtype)
+    if needs_dh:
+        return split_k_reduce(dh_parts, numerics.dh), db
+    return None, split_k_reduce(db_parts, b.dtype)
+
+
+def _db_alone(dy: Tensor, h: Tensor, spec: LoraSpec, r: int, numerics: Numerics) -> Tensor:
+    """db in float32 by grad_a's kernel, a group at a time. Shapes as in grad_b."""
+    parts = [
+        grad_a(h[:, ranks].contiguous(), dy[:, columns], None, 0.0, torch.float32, numerics)
+        for columns, _, ranks in spec.splits.groups(r)
+    ]
+    return (torch.cat(parts, 1).T * spec.scaling).contiguous()

@@ -1,0 +1,77 @@
+"""How precise each product is: as precise as what it is rounded to."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.kernels.config import target_of
+
+
+class Numerics(NamedTuple):
+    """In which dtypes the operands of a dot meet, and how float32 ones are multiplied.
+
+    main: x·wᵀ and dy·w. factor: x or dy with a factor, for h and dh. rank: h or dh with dy or x,
+    for db and da; precision goes with these two. update: h or dh with a factor, for y and dx;
+    update_precision goes with it and with main. A constexpr argument of every kernel with a dot.
+    """
+
+    main: tl.dtype
+    factor: tl.dtype
+    rank: tl.dtype
+    update: tl.dtype
+    precision: str
+    update_precision: str
+
+    @property
+    def dh(self) -> torch.dtype:
+        """In which dtype dh lies in memory: float32, but for what every product rounds it to."""
+        return torch.bfloat16 if self.rank is tl.bfloat16 else torch.float32
+
+
+_TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def numerics_of(x: Tensor, *factors: Tensor | None) -> Numerics:
+    """The numerics of a layer whose x, or dy, and factors are these.
+
+    float32 layers multiply as torch's float32 products do, with TF32 only if that is allowed.
+    16-bit layers multiply in their dtype; but h and dh of a float16 layer are float32 and meet
+    others as TF32, which has float16's bits and a range that no scaling overflows. float32 factors
+    over a 16-bit layer get float32 gradients, so what these are made of is multiplied as float32.
+    """
+    uniform = all(factor is None or factor.dtype == x.dtype for factor in factors)
+    return _numerics(x.dtype, uniform, target_of(x.device), _tf32_allowed())
+
+
+def bits_of(dtype: tl.dtype) -> int:
+    """How many bits an operand of a dot has, for the tables of tiles."""
+    return 32 if dtype is tl.float32 else 16
+
+
+@functools.cache
+def _numerics(dtype: torch.dtype, uniform: bool, target: str, tf32_allowed: bool) -> Numerics:
+    """uniform: the factors are in the layer's dtype."""
+    # TF32 is not everywhere on AMD's parts.
+    tf32, exact = ("ieee", "ieee") if target == "hip" else ("tf32", "tf32x3")
+    # Triton's interpreter would multiply bfloat16 as integers.
+    interpreted_bf16 = dtype == torch.bfloat16 and target == "interpreter"
+    main = tl.float32 if interpreted_bf16 else _TL[dtype]
+    update = main if main is tl.bfloat16 else tl.float32
+    if dtype == torch.float32:
+        precision = tf32 if tf32_allowed else "ieee"
+        return Numerics(main, main, main, main, precision, precision)
+    if uniform:
+        return Numerics(main, main, update, update, tf32, tf32)
+    precision = tf32 if tf32_allowed else exact
+    return Numerics(main, tl.float32, tl.float32, update, precision, tf32)
+
+
+def _tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # The older of the two settings cannot be read if the newer one was used.
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32

@@ -1,0 +1,205 @@
+"""The kernels and their launchers: an entry each, from which everything about one is reached.
+
+The ahead-of-time gate, tuning, the share of the machine's ceilings that bench/ shows, its counters
+and the tests go through these entries.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.kernels import (
+    expand,
+    formulas,
+    gemm_bwd,
+    gemm_fwd,
+    gemm_small_m,
+    grad_a,
+    grad_b,
+    shrink,
+    split_k_reduce,
+)
+from lora_kernels.kernels.config import GemmConfig, SkinnyConfig, Table
+from lora_kernels.kernels.launch import on_device_of
+from lora_kernels.kernels.operands import Operands
+
+__all__ = ["KERNELS", "LAUNCHERS", "Dims", "Kernel", "Launcher"]
+
+Config = SkinnyConfig | GemmConfig
+Tensors = tuple[Tensor, ...]
+
+
+class Dims(NamedTuple):
+    """x [m, k], w [n, k], rank r; an element of h and dh has four bytes, any other e."""
+
+    m: int
+    k: int
+    n: int
+    r: int
+    e: int = 2
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A launcher of a kernel, how it is called, and what it computes at which cost.
+
+    depends_on: the dimensions, and p for dropout, that its time depends on. call: it on Operands
+    with a configuration, or with what the table has if that is None. formula: the same in plain
+    PyTorch, in a dtype. config_for: what the table has for Operands. flops, moved: of one call, and
+    the bytes it moves. supports: whether it takes such Operands. layers: whether it takes those of
+    several layers over one x.
+    """
+
+    name: str
+    depends_on: str
+    call: Callable[[Operands, Config | None], Tensors]
+    formula: Callable[[Operands, torch.dtype], Tensors]
+    config_for: Callable[[Operands], Config]
+    flops: Callable[[Dims], int]
+    moved: Callable[[Dims], int]
+    supports: Callable[[Operands], bool] = lambda o: True
+    layers: bool = False
+
+    def __call__(self, o: Operands, config: Config | None = None) -> Tensors:
+        with on_device_of(o.x):
+            return self.call(o, config)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel: its function, the table of its tiles, and what launches it.
+
+    A kernel without launchers is launched by those of others.
+    """
+
+    name: str
+    function: Callable
+    tiles: Table | None
+    launchers: tuple[Launcher, ...] = ()
+
+    @property
+    def is_gemm(self) -> bool:
+        """Whether it is a large product, so that its FLOPs matter, and not its bytes alone."""
+        return self.tiles is not None and isinstance(self.tiles["other"][0][1], GemmConfig)
+
+
+def _dropout(o: Operands) -> tuple[Tensor, float]:
+    return o.seed, o.spec.dropout_p
+
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("shrink", shrink._shrink_kernel, shrink.TILES, (
+            Launcher(
+                "shrink", "m k r p",
+                call=lambda o, c: (shrink.shrink(o.x, o.a, *_dropout(o), o.numerics, c),),
+                formula=formulas.shrink,
+                config_for=lambda o: shrink.config_for(o.x.device, o.a.shape[-2], o.numerics),
+                flops=lambda d: 2 * d.m * d.k * d.r,
+                moved=lambda d: d.e * (d.m * d.k + d.r * d.k) + 4 * d.m * d.r,
+                layers=True,
+            ),
+        )),
+        Kernel("gemm_fwd", gemm_fwd._gemm_fwd_kernel, gemm_fwd.TILES, (
+            Launcher(
+                "gemm_fwd", "m k n r",
+                call=lambda o, c: (
+                    gemm_fwd.gemm_fwd(o.x, o.w, o.h, o.b, o.bias, o.spec, o.numerics, c),
+                ),
+                formula=formulas.gemm_fwd,
+                config_for=lambda o: gemm_fwd.config_for(o.x, o.w, o.r, o.spec, o.numerics),
+                flops=lambda d: 2 * d.m * d.n * (d.k + d.r),
+                moved=lambda d: (
+                    d.e * (d.m * d.k + d.n * d.k + d.m * d.n + d.n * d.r) + 4 * d.m * d.r
+                ),
+            ),
+        )),
+        Kernel("gemm_small_m", gemm_small_m._gemm_small_m_kernel, gemm_small_m.TILES, (
+            Launcher(
+                "gemm_small_m", "m k n r p",
+                call=lambda o, c: gemm_small_m.gemm_small_m(
+                    o.x, o.w, o.a, o.b, o.bias, o.seed, o.spec, o.numerics, c
+                ),
+                formula=formulas.gemm_small_m,
+                config_for=lambda o: gemm_small_m.config_for(o.x, o.numerics),
+                flops=lambda d: 2 * d.m * d.n * (d.k + d.r) + 2 * d.m * d.k * d.r,
+                moved=lambda d: (
+                    d.e * (d.m * d.k + d.n * d.k + d.m * d.n + d.r * d.k + d.n * d.r)
+                    + 4 * d.m * d.r
+                ),
+                supports=lambda o: gemm_small_m.supports(
+                    len(o.x), o.r, o.spec.dropout_p, o.numerics
+                ),
+            ),
+        )),
+        Kernel("expand", expand._expand_kernel, expand.TILES, (
+            Launcher(
+                "expand_y", "m n r",
+                call=lambda o, c: (
+                    expand.expand_y(o.h, o.b, o.bias, o.spec, o.x.dtype, o.numerics, c),
+                ),
+                formula=formulas.expand_y,
+                config_for=lambda o: expand.config_for(o.x.device, o.r, o.numerics),
+                flops=lambda d: 2 * d.m * d.n * d.r,
+                moved=lambda d: d.e * (d.m * d.n + d.n * d.r) + 4 * d.m * d.r,
+            ),
+            Launcher(
+                "expand_dx", "m k r p",
+                call=lambda o, c: (
+                    expand.expand_dx(o.dh, o.a, *_dropout(o), o.x.dtype, o.numerics, c),
+                ),
+                formula=formulas.expand_dx,
+                config_for=lambda o: expand.config_for(o.x.device, o.a.shape[-2], o.numerics),
+                flops=lambda d: 2 * d.m * d.k * d.r,
+                moved=lambda d: d.e * (d.m * d.k + d.r * d.k) + 4 * d.m * d.r,
+                layers=True,
+            ),
+        )),
+        Kernel("grad_b", grad_b._grad_b_kernel, grad_b.TILES, (
+            Launcher(
+                "grad_b", "m n r",
+                call=lambda o, c: grad_b.grad_b(o.dy, o.b, o.h, o.spec, True, o.numerics, c),
+                formula=formulas.grad_b,
+                config_for=lambda o: grad_b.config_for(o.dy.device, o.r, o.numerics),
+                flops=lambda d: 4 * d.m * d.n * d.r,
+                moved=lambda d: d.e * (d.m * d.n + 2 * d.n * d.r) + 8 * d.m * d.r,
+            ),
+        )),
+        Kernel("gemm_bwd", gemm_bwd._gemm_bwd_kernel, gemm_bwd.TILES, (
+            Launcher(
+                "gemm_bwd", "m k n r p",
+                call=lambda o, c: (
+                    gemm_bwd.gemm_bwd(o.dy, o.w, o.dh, o.a, *_dropout(o), o.numerics, c),
+                ),
+                formula=formulas.gemm_bwd,
+                config_for=lambda o: gemm_bwd.config_for(o.dy, o.w, len(o.a), o.numerics),
+                flops=lambda d: 2 * d.m * d.k * (d.n + d.r),
+                moved=lambda d: (
+                    d.e * (d.m * d.n + d.n * d.k + d.m * d.k + d.r * d.k) + 4 * d.m * d.r
+                ),
+            ),
+        )),
+        Kernel("grad_a", grad_a._grad_a_kernel, grad_a.TILES, (
+            Launcher(
+                "grad_a", "m k r p",
+                call=lambda o, c: (
+                    grad_a.grad_a(o.dh, o.x, *_dropout(o), o.a.dtype, o.numerics, c),
+                ),
+                formula=formulas.grad_a,
+                config_for=lambda o: grad_a.config_for(o.x.device, o.numerics),
+                flops=lambda d: 2 * d.m * d.k * d.r,
+                moved=lambda d: d.e * (d.m * d.k + d.r * d.k) + 4 * d.m * d.r,
+                layers=True,
+            ),
+        )),
+        Kernel("split_k_reduce", split_k_reduce._split_k_reduce_kernel, None),
+    )
+}  # fmt: skip
+
+LAUNCHERS = {
+    launcher.name: launcher for kernel in KERNELS.values() for launcher in kernel.launchers
+}
