@@ -1,4 +1,4 @@
-"""Fixtures of every test: the device, the plan, and a seed that a failing test prints."""
+"""Fixtures of every test: the device, the algorithm, and a seed that a failing test prints."""
 
 import os
 import random
@@ -23,7 +23,7 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def plan(monkeypatch, request) -> str:
+def algorithm(monkeypatch, request) -> str:
     """What LORA_KERNELS_PLAN is: the fixture's parameter, or what a user's process has.
 
     On a CPU that is the reference: interpreted kernels are slow, and wrong in bfloat16.

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lora_kernels.kernels import config
 from tests.kernels import races
 
 
@@ -15,6 +16,13 @@ def allow_tf32(request) -> Iterator[bool]:
     torch.backends.cuda.matmul.allow_tf32 = request.param
     yield request.param
     torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Meta tensors count as tensors of an H200."""
+    monkeypatch.setattr(config, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(config, "num_sms", lambda device: 132)
 
 
 @pytest.fixture(autouse=True)

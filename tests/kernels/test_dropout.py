@@ -13,7 +13,7 @@ from lora_kernels.kernels.dropout import keep_tile, word_threshold
 def _keep_kernel(
     seed_ptr, row_ptr, out_ptr, col, threshold, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    keep = keep_tile(tl.load(seed_ptr), tl.load(row_ptr), col, threshold, ROWS, COLS)
+    keep = keep_tile(tl.load(seed_ptr), threshold, tl.load(row_ptr), col, ROWS, COLS)
     offs = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     tl.store(out_ptr + offs, keep.to(tl.int8))
 

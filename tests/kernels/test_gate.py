@@ -50,19 +50,21 @@ def test_every_configuration_compiles_without_spills(target):
 RECOMPILATION = """
 import torch
 from lora_kernels.kernels import linear
-from tests.kernels import aot, gate
+from lora_kernels.kernels.registry import KERNELS
+from lora_kernels.spec import LoraSpec, Needs, OutputSplits
+from tests.kernels import aot
 
 def layer(m, n, k, scaling, dropout_p):
     def meta(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
     x, w, a, b, dy = meta(m, k), meta(n, k), meta(16, k), meta(n, 16), meta(m, n)
-    common = (meta(1, dtype=torch.int64), scaling, dropout_p, (n,), (True,))
-    _, h = linear.lora_linear_forward(PLAN, x, w, a, b, None, *common)
-    needs = [True, False, True, True, False]
-    linear.lora_linear_backward(PLAN, dy, x, h, w, a, b, *common, needs)
+    seed, spec = meta(1, dtype=torch.int64), LoraSpec(scaling, dropout_p, OutputSplits.whole(n))
+    _, h = linear.lora_linear_forward(ALGORITHM, x, w, a, b, None, seed, spec)
+    needs = Needs(x=True, a=True, b=True)
+    linear.lora_linear_backward(ALGORITHM, dy, x, h, w, a, b, seed, spec, needs)
 
 def compilations():
-    return [len(kernel.device_caches[0][0]) for kernel in gate.KERNELS]
+    return [len(kernel.function.device_caches[0][0]) for kernel in KERNELS.values()]
 
 with aot.compiling_for("sm_90"):
     layer(8192, 4096, 2048, 2.0, 0.1)
@@ -75,9 +77,9 @@ with aot.compiling_for("sm_90"):
 """
 
 
-@pytest.mark.parametrize("plan", ["fused", "sandwich"])
-def test_other_sizes_and_scalings_compile_nothing(plan):
-    code = f"PLAN = {plan!r}\n{RECOMPILATION}"
+@pytest.mark.parametrize("name", ["fused", "addmm"])
+def test_other_sizes_and_scalings_compile_nothing(name):
+    code = f"ALGORITHM = {name!r}\n{RECOMPILATION}"
     done = subprocess.run(
         [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
     )
@@ -88,10 +90,11 @@ def test_a_fault_is_found():
     """A configuration that the gate must refuse: far too large for registers."""
     code = """
 import sys
-from lora_kernels.kernels import forward
-from lora_kernels.kernels.launch import Gemm
+from lora_kernels.kernels import gemm_fwd
+from lora_kernels.kernels.config import GemmConfig, When
 from tests.kernels import gate
-forward.CONFIGS["sm_80"]["pointer"] = Gemm(256, 256, 32, num_warps=4, num_stages=2)
+too_large = GemmConfig(256, 256, 32, num_warps=4, num_stages=2)
+gemm_fwd.TILES["sm_80"][-1] = (When(), too_large)
 sys.exit(min(gate.run("sm_80", (gate.Case(),)), 1))
 """
     done = subprocess.run(
@@ -99,5 +102,5 @@ sys.exit(min(gate.run("sm_80", (gate.Case(),)), 1))
     )
     assert done.returncode == 1, done.stderr
     (fault,) = [line for line in done.stdout.splitlines() if "<--" in line]
-    assert "forward" in fault
+    assert "gemm_fwd" in fault
     assert "spills" in fault

@@ -1,20 +1,21 @@
-"""Both plans through the public functions: random layers against float64, identities, bits."""
+"""Both algorithms through the public functions: random layers against float64, identities, bits."""
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
 from lora_kernels.kernels import linear
-from tests.calls import call, solve
 from lora_kernels.testing.problem import make_problem
 from lora_kernels.testing.tolerance import assert_close
+from tests.calls import call, solve
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 SIZES = [1, 2, 7, 13, 31, 32, 61, 64, 89, 96]
 QKV = [(24, True), (16, False), (33, True)]
-kernels = pytest.mark.parametrize("plan", ["fused", "sandwich"], indirect=True)
+kernels = pytest.mark.parametrize("algorithm", ["fused", "addmm"], indirect=True)
 
 
 def random_layout(choice, tensor):
@@ -51,7 +52,8 @@ def random_problem(seed, device):
     if problem.x.numel() <= 16 or problem.dy.numel() <= 16:
         problem = problem.without_cancellation()
         # 30 times a sum of one sign can be more than float16 holds.
-        problem.scaling = min(problem.scaling, 2.0)
+        spec = dataclasses.replace(problem.spec, scaling=min(problem.scaling, 2.0))
+        problem.spec = spec
     for name in ("x", "w", "a", "b", "bias", "dy"):
         setattr(problem, name, random_layout(rng.choice, getattr(problem, name)))
     return problem
@@ -59,12 +61,12 @@ def random_problem(seed, device):
 
 @kernels
 @pytest.mark.parametrize("part", range(20))
-def test_random_layers(part, plan, seed, device):
+def test_random_layers(part, algorithm, seed, device):
     for case in range(8):
         problem = random_problem(seed + case, device)
         exact, baseline = problem.solve(torch.float64), problem.solve()
         for name, result in solve(problem).items():
-            what = f"{plan} seed {seed + case} {name}"
+            what = f"{algorithm} seed {seed + case} {name}"
             assert_close(result, exact[name], baseline[name], what)
 
 
@@ -132,7 +134,7 @@ def test_the_rows_of_a_batch_do_not_depend_on_each_other(dropout_p, seed, device
 
 @kernels
 @pytest.mark.parametrize("scaling", [2.0**40, 2.0**-40], ids=str)
-def test_scaling_meets_float16_in_float32(scaling, plan, seed, device):
+def test_scaling_meets_float16_in_float32(scaling, algorithm, seed, device):
     """dh = scaling·dy·b and scaling·h are beyond float16; y, dx and the gradients are not."""
     problem = make_problem(20, 30, 25, 4, device=device, dtype=torch.float16, scaling=scaling)
     small = 2.0**-20
@@ -150,10 +152,10 @@ def test_scaling_meets_float16_in_float32(scaling, plan, seed, device):
 
 
 @kernels
-def test_h_is_float32_and_saved_once(plan, seed, device):
+def test_h_is_float32_and_saved_once(algorithm, seed, device):
     problem = make_problem(20, 30, 25, 4, device=device, dtype=torch.float16)
-    args = (problem.bias, None, 2.0, 0.0, [25], [True])
-    y, h = linear.lora_linear_forward(plan, problem.x, problem.w, problem.a, problem.b, *args)
+    operands = (problem.x, problem.w, problem.a, problem.b, problem.bias, None, problem.spec)
+    y, h = linear.lora_linear_forward(algorithm, *operands)
     assert (y.dtype, y.shape) == (torch.float16, (20, 25))
     assert (h.dtype, h.shape) == (torch.float32, (20, 4))
     assert h.is_contiguous()
@@ -163,7 +165,7 @@ def test_h_is_float32_and_saved_once(plan, seed, device):
 @pytest.mark.skipif(not GPU, reason="CUDA graphs and streams need a GPU")
 class TestOnAGPU:
     @kernels
-    def test_a_graph_draws_a_new_mask_in_every_replay(self, plan, seed, device):
+    def test_a_graph_draws_a_new_mask_in_every_replay(self, algorithm, seed, device):
         problem = make_problem(256, 512, 384, 16, device=device, dropout_p=0.5, bias=False)
         leaves = {
             name: value.clone().requires_grad_() for name, value in problem.operands().items()
@@ -196,7 +198,7 @@ class TestOnAGPU:
         assert not torch.equal(seen[1], seen[2])
 
     @kernels
-    def test_any_stream(self, plan, seed, device):
+    def test_any_stream(self, algorithm, seed, device):
         problem = make_problem(512, 256, 384, 16, device=device, dropout_p=0.5)
         expected = solve(problem)
         stream = torch.cuda.Stream()
@@ -209,7 +211,7 @@ class TestOnAGPU:
 
     @kernels
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-    def test_a_device_that_is_not_the_current_one(self, plan, seed):
+    def test_a_device_that_is_not_the_current_one(self, algorithm, seed):
         problem = make_problem(64, 96, 80, 8, device="cuda:1", dropout_p=0.5)
         exact, baseline = problem.solve(torch.float64), problem.solve()
         assert torch.cuda.current_device() == 0
@@ -218,7 +220,7 @@ class TestOnAGPU:
 
     @kernels
     @pytest.mark.parametrize("allow_tf32", [True, False], indirect=True)
-    def test_float32_obeys_allow_tf32(self, allow_tf32, plan, seed, device):
+    def test_float32_obeys_allow_tf32(self, allow_tf32, algorithm, seed, device):
         problem = make_problem(256, 512, 384, 16, device=device)
         exact, baseline = problem.solve(torch.float64), problem.solve()
         for name, result in solve(problem).items():
@@ -232,7 +234,7 @@ class TestOnAGPU:
     @pytest.mark.parametrize("shape", [(1024, 512, 768, 16), (1000, 520, 776, 12)], ids=str)
     @pytest.mark.parametrize("fan_in_fan_out", [False, True])
     def test_sizes_that_take_the_tables_tiles(
-        self, fan_in_fan_out, shape, dtype, plan, seed, device
+        self, fan_in_fan_out, shape, dtype, algorithm, seed, device
     ):
         m, k, n, r = shape
         problem = make_problem(m, k, n, r, device=device, dtype=dtype, dropout_p=0.1)

@@ -1,5 +1,6 @@
 """``pytest -m mutants``: the tests of the kernels have to notice faults put into the kernels."""
 
+import ast
 import concurrent.futures
 import os
 import shutil
@@ -9,38 +10,32 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels import mutation
+
 REPOSITORY = Path(__file__).parents[2]
-KERNELS = Path("lora_kernels/kernels")
 # What finds most faults soonest comes first.
 SUITE = [
     "tests/kernels/test_linear.py::test_output_and_gradients", "tests/kernels/test_dropout.py",
-    "tests/kernels/test_launch.py", "tests/kernels/test_offsets.py",
-    "tests/kernels/test_kernels.py", "tests/kernels/test_linear.py",
-    "tests/test_shared.py",
+    "tests/kernels/test_launch.py", "tests/kernels/test_numerics.py",
+    "tests/kernels/test_offsets.py", "tests/kernels", "tests/ops/test_shared_input.py",
 ]  # fmt: skip
-
-
-def mutants() -> dict[str, tuple[str, str, str]]:
-    """By fault: the file, what is written there, what stands there in the mutant."""
-    lines = (Path(__file__).parent / "mutants.tsv").read_text(encoding="utf-8").splitlines()
-    rows = (line.replace("\\n", "\n").split("\t") for line in lines[1:])
-    return {fault: tuple(rest) for fault, *rest in rows}
-
-
-MUTANTS = mutants()
+OUTSIDE = ("test_mutants.py", "test_gate.py", "test_races.py")  # they test no kernel
+MUTANTS = mutation.read()
 
 
 def noticed(name: str, folder: Path) -> bool:
     """Whether the suite fails on a copy of the repository with this fault in it."""
-    file, written, mutated = MUTANTS[name]
+    mutant = MUTANTS[name]
     for part in ("lora_kernels", "tests", "pyproject.toml"):
         copy = shutil.copytree if (REPOSITORY / part).is_dir() else shutil.copy
         copy(REPOSITORY / part, folder / part)
-    path = folder / KERNELS / file
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace(written, mutated), encoding="utf-8")
+    copied = folder / mutant.file.relative_to(REPOSITORY)
+    copied.write_text(mutant.source(), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *SUITE],
+        [
+            sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *SUITE,
+            *("--ignore=" + str(folder / "tests/kernels" / name) for name in OUTSIDE),
+        ],
         cwd=folder, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -50,9 +45,27 @@ def noticed(name: str, folder: Path) -> bool:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_fault_has_one_place(name):
-    file, written, mutated = MUTANTS[name]
-    assert (REPOSITORY / KERNELS / file).read_text(encoding="utf-8").count(written) == 1
-    assert mutated != written
+    mutant = MUTANTS[name]
+    assert len(mutant.places()) == 1
+    assert ast.dump(ast.parse(mutant.source())) != ast.dump(ast.parse(mutant.file.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("tl.where(any_keep, any_x, 0.0)", "y = tile + (any_x)"),
+        ("any_same + any_same", None),
+        ("tile + tl.where(any_a, any_b, any_c)", "y = (any_x)"),
+    ],
+)
+def test_a_fault_is_found_by_what_is_written(written, expected, tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text("def f():\n    # ü\n    y = tile + tl.where(\n        keep, x, 0.0\n    )\n")
+    mutant = mutation.Mutant(file, "f", written, "any_x")
+    assert len(mutant.places()) == (expected is not None)
+    if expected:
+        bound = {"any_x": "x"} if "any_x" in written else {"any_x": "any_x"}
+        assert expected.replace("any_x", bound["any_x"]) in mutant.source()
 
 
 @pytest.mark.mutants

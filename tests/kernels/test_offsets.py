@@ -37,8 +37,8 @@ for operand in ("x", "w", "a", "b", "dy"):
 """
 
 
-@pytest.mark.parametrize("plan", ["fused", "sandwich"], indirect=True)
-def test_rows_2_to_the_30_apart(plan, tmp_path):
+@pytest.mark.parametrize("algorithm", ["fused", "addmm"], indirect=True)
+def test_rows_2_to_the_30_apart(algorithm, tmp_path):
     done = subprocess.run([sys.executable, "-c", CODE, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, f"operands up to the last of: {done.stdout}\n{done.stderr}"
     assert done.stdout.split() == ["x", "w", "a", "b", "dy"]

@@ -1,0 +1,43 @@
+"""grad_b: dh = scaling · keep_scale · dy · b and db = scaling · dyᵀ · h."""
+
+import pytest
+import torch
+
+from lora_kernels.kernels.grad_b import grad_b
+from tests.kernels.cases import check, dtypes, linear_and_merged, operands, shapes, skinny
+
+
+def without_disabled_groups(o):
+    """The same operands; what nobody may read of dy is NaN."""
+    column = 0
+    for size, enabled in zip(o.spec.splits.sizes, o.spec.splits.enabled, strict=True):
+        if not enabled:
+            o.dy[:, column : column + size] = torch.nan
+        column += size
+    return o
+
+
+@linear_and_merged
+@shapes
+@dtypes
+@skinny("grad_b")
+def test_grad_b_is_its_formula(config, dtype, shape, groups, seed, device):
+    o = without_disabled_groups(operands(shape, dtype, device, groups=groups, dropout_p=0.3))
+    check("grad_b", o, config, dh=o.numerics.dh, db=dtype)
+
+
+@pytest.mark.parametrize("needed", ["dh", "db"])
+@linear_and_merged
+@shapes
+@dtypes
+@skinny("grad_b")
+def test_grad_b_computes_one_alone_to_the_same_bits(
+    config, dtype, shape, groups, needed, seed, device
+):
+    o = without_disabled_groups(operands(shape, dtype, device, groups=groups, dropout_p=0.3))
+    both = grad_b(o.dy, o.b, o.h, o.spec, True, o.numerics, config)
+    h = o.h if needed == "db" else None
+    dh, db = grad_b(o.dy, o.b, h, o.spec, needed == "dh", o.numerics, config)
+    alone, other, expected = (dh, db, both[0]) if needed == "dh" else (db, dh, both[1])
+    assert other is None
+    assert torch.equal(alone, expected)
