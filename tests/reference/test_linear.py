@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 
-from lora_kernels import dropout, reference
+from lora_kernels import dropout
+from lora_kernels.reference import linear as reference
+from lora_kernels.spec import Needs
 from lora_kernels.testing.problem import OPERANDS, make_problem
 from lora_kernels.testing.tolerance import assert_close
 
@@ -20,15 +22,14 @@ GROUPS = {
 
 def forward(problem):
     return reference.lora_linear_forward(
-        problem.x, problem.w, problem.a, problem.b, problem.bias, problem.seed, problem.scaling,
-        problem.dropout_p, problem.out_splits, problem.enable_lora,
-    )  # fmt: skip
+        problem.x, problem.w, problem.a, problem.b, problem.bias, problem.seed, problem.spec
+    )
 
 
 def backward(problem, h, needs):
     grads = reference.lora_linear_backward(
-        problem.dy, problem.x, h, problem.w, problem.a, problem.b, problem.seed, problem.scaling,
-        problem.dropout_p, problem.out_splits, problem.enable_lora, needs,
+        problem.dy, problem.x, h, problem.w, problem.a, problem.b, problem.seed, problem.spec,
+        Needs(*needs),
     )  # fmt: skip
     asked = [name for name, needed in zip(OPERANDS, needs, strict=True) if needed]
     return dict(zip(asked, grads, strict=True))
@@ -101,14 +102,6 @@ def test_low_rank_input_is_the_dropped_out_product(seed, device):
     mask = dropout.keep_mask(problem.seed, 7, 9, 0.5)
     expected = (problem.x * mask * dropout.keep_scale(0.5)) @ problem.a.T
     assert_close(h, expected, expected, "h")
-
-
-def test_groups_lists_columns_rows_and_ranks():
-    listed = list(reference.groups((4, 3, 2), (True, False, True), 5))
-    assert listed == [
-        (slice(0, 4), slice(0, 4), slice(0, 5)),
-        (slice(7, 9), slice(4, 6), slice(5, 10)),
-    ]
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 6, 2), (5, 1, 6, 2), (5, 4, 1, 1), (1, 1, 1, 3)])

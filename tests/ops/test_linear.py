@@ -1,0 +1,40 @@
+"""The ops behind lora_linear: what PyTorch asks of a custom op."""
+
+import inspect
+
+import pytest
+import torch
+
+from lora_kernels.ops.linear import LoraLinear
+from lora_kernels.spec import Needs
+from lora_kernels.testing.problem import make_problem
+
+FORWARD = torch.ops.lora_kernels.lora_linear_forward.default
+BACKWARD = torch.ops.lora_kernels.lora_linear_backward.default
+QKV = [(8, True), (8, False), (8, True)]
+
+
+@pytest.mark.parametrize("algorithm", ["reference", "fused", "addmm"], indirect=True)
+@pytest.mark.parametrize("groups", [None, QKV], ids=["linear", "merged"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.float64], ids=str)
+def test_lora_linear_passes_opcheck(groups, dropout_p, lora_dtype, seed, device):
+    problem = make_problem(
+        (2, 3), 8, 24, 2, device=device, lora_dtype=lora_dtype, dropout_p=dropout_p, groups=groups
+    )
+    splits = problem.splits
+    flat = (problem.seed, problem.scaling, dropout_p, list(splits.sizes), list(splits.enabled))
+    operands = (problem.x, problem.w, problem.a, problem.b)
+    torch.library.opcheck(FORWARD, (*operands, problem.bias, *flat))
+    _, h = FORWARD(*operands, problem.bias, *flat)
+    for needs in (Needs(*[True] * 5), Needs(x=True, b=True), Needs(a=True, bias=True)):
+        args = (problem.dy, problem.x, h, problem.w, problem.a, problem.b, *flat, list(needs))
+        torch.library.opcheck(BACKWARD, args)
+
+
+def test_lora_linear_binds_its_arguments_positionally():
+    signature = inspect.signature(LoraLinear.forward)
+    assert list(signature.parameters) == ["x", "w", "a", "b", "bias", "seed", "spec"]
+    bound = signature.bind(*range(7))
+    bound.apply_defaults()
+    assert bound.args == tuple(range(7))
