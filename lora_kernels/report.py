@@ -84,12 +84,12 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     else:
         shared = getattr(layer, "_shared_input", None)
         joined = shared.layers if shared is not None and shared.together() else (layer,)
-        weights = [member._oriented(member.base_weight()) for member in joined]
-        taken = _plan(weights, layer.r, layer._dropout_p(), tokens)
+        weights = [member.oriented(member.base_weight()) for member in joined]
+        taken = _plan(weights, layer.r, layer.dropout_p, tokens)
         if len(joined) > 1:
             others = f"{len(joined) - 1} other layer{'s' * (len(joined) > 2)}"
             taken = taken._replace(reason=f"{taken.reason}; in one call with {others}")
-    shape = layer._oriented(weight).shape if isinstance(layer, LinearLayer) else weight.shape
+    shape = layer.oriented(weight).shape if isinstance(layer, LinearLayer) else weight.shape
     ranks = (layer.r,) if layer.has_lora else ()
     return _row(name, type(layer).__name__, shape, ranks, weight.dtype, taken, reason)
 
@@ -138,7 +138,9 @@ def _plan(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens: int
     dys = [torch.empty((0, w.shape[0]), dtype=dtype, device="meta") for w in weights]
     product = GemmShape(tokens, n, k, r, dtype, x.device, dropout_p > 0)
     forward = algorithm.choose(product._replace(tma=is_tma_compliant(x, *weights)))
-    backward = algorithm.choose(product._replace(tma=is_tma_compliant(*dys, *weights), backward=True))
+    backward = algorithm.choose(
+        product._replace(tma=is_tma_compliant(*dys, *weights), backward=True)
+    )
     if backward.name == forward.name:
         return forward
     both = f"{forward.reason}; backward: {backward.name}, {backward.reason}"

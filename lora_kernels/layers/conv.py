@@ -33,7 +33,7 @@ class ConvLoRA(LoRALayer, nn.Module):
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's ConvLoRA.
     """
 
-    _weight_name = "conv.weight"
+    weight_name = "conv.weight"
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class ConvLoRA(LoRALayer, nn.Module):
             self._refresh()
             return self.conv(x)
         weight, bias = self.conv.weight, self.conv.bias
-        dropout = self._dropout_p() > 0
+        dropout = self.dropout_p > 0
         device_type = "cpu" if weight.is_meta else weight.device.type
         with torch.autocast(device_type, enabled=False):
             delta = self.delta_weight()

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels import checks, distributed
-from lora_kernels.layers.base import LoRALayer, undisturbed
+from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.merging import undisturbed
 
 __all__ = ["LoRAEmbedding"]
 

@@ -95,7 +95,7 @@ class LoRAMergedLinear(LinearLayer):
         """The update of the whole weight before scaling, as weight is stored."""
         a, b = self._factors()
         product = torch.cat([b[rows] @ a[ranks] for _, rows, ranks in self.splits.groups(self.r)])
-        return self._oriented(self.zero_pad(product))
+        return self.oriented(self.zero_pad(product))
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
@@ -103,7 +103,7 @@ class LoRAMergedLinear(LinearLayer):
         delta = a.new_zeros((self.out_features, self.in_features))
         for columns, rows, ranks in self.splits.groups(self.r):
             delta[columns] = b[rows] @ a[ranks]
-        return self._oriented(delta) * self.scaling
+        return self.oriented(delta) * self.scaling
 
     def extra_repr(self) -> str:
         return (

@@ -77,7 +77,7 @@ def share_inputs(
 
 
 def _kind(layer: LoRALinear) -> tuple:
-    weights = (layer._weight(), layer.lora_A, layer.lora_B)
+    weights = (layer.weight, layer.lora_A, layer.lora_B)
     return layer.in_features, layer.r, layer.lora_dropout.p, *((w.dtype, w.device) for w in weights)
 
 
@@ -119,7 +119,7 @@ class SharedInput:
         where weights that fully_shard gathers layer by layer are there already.
         """
         return (
-            len({layer._dropout_p() for layer in self.layers}) == 1
+            len({layer.dropout_p for layer in self.layers}) == 1
             and not any(map(distributed.is_sharded_alone, self.layers))
             and not any(
                 layer.merged or type(tensor) not in (nn.Parameter, Tensor)
@@ -131,22 +131,22 @@ class SharedInput:
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         layers = self.layers
         for layer in layers:
-            checks.check_shape(layer, x, layer._oriented(layer.weight))
+            checks.check_shape(layer, x, layer.oriented(layer.weight))
         return lora_shared_linear(
             x,
-            [layer._oriented(layer.weight) for layer in layers],
+            [layer.oriented(layer.weight) for layer in layers],
             [layer.lora_A for layer in layers],
             [layer.lora_B for layer in layers],
             [layer.bias for layer in layers],
             scalings=[layer.scaling for layer in layers],
-            dropout_p=layers[0]._dropout_p(),
+            dropout_p=layers[0].dropout_p,
         )
 
     def _state_for(self, x: Tensor) -> tuple:
         """What must not have changed between the computation and the fetching of an output."""
         state = (
             torch.is_grad_enabled(), checks.autocast_dtype(x),
-            *((layer.scaling, layer._dropout_p()) for layer in self.layers),
+            *((layer.scaling, layer.dropout_p) for layer in self.layers),
         )  # fmt: skip
         if torch.compiler.is_compiling():
             return state

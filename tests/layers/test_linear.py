@@ -11,8 +11,10 @@ from torch.nn.utils import parametrize, prune  # noqa: F401 - nn.utils gets both
 
 import lora_kernels
 from lora_kernels import LoRALayer, LoRALinear
+from lora_kernels.spec import LoraSpec
 from lora_kernels.testing.problem import lora_formula
 from lora_kernels.testing.tolerance import assert_close
+from tests.layers.cases import filled, output_and_gradients
 
 CONFIGURATIONS = {
     "plain": {},
@@ -26,24 +28,6 @@ CONFIGURATIONS = {
 configurations = pytest.mark.parametrize(
     "options", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys()
 )
-
-
-def filled(layer, device):
-    """layer with random lora_B, so that the update is not zero; on device."""
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.copy_(torch.randn(parameter.shape))
-    return layer.to(device)
-
-
-def output_and_gradients(layer, x, dy):
-    """y, dx and the gradient of every parameter that gets one, in the layer's own dtype."""
-    leaf = x.to(layer.weight.dtype, copy=True).requires_grad_()
-    y = layer(leaf)
-    y.backward(dy.to(y.dtype))
-    grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "x": leaf.grad, **grads}
 
 
 def twins(options, device, dtype=torch.float32):
@@ -124,9 +108,8 @@ def test_dropout_acts_in_training_alone_with_a_new_mask_in_every_call(seed, devi
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-    without = lora_formula(
-        x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, scaling=layer.scaling
-    )
+    spec = LoraSpec(layer.scaling, 0.0, layer.splits)
+    without = lora_formula(x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, spec)
     torch.testing.assert_close(layer(x), without)
 
 

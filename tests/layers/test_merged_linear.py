@@ -9,8 +9,8 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels import LoRALinear, LoRAMergedLinear
-from tests.layers.test_linear import filled, output_and_gradients
 from lora_kernels.testing.tolerance import assert_close
+from tests.layers.cases import filled, output_and_gradients
 
 ENABLED = [
     [True],

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lora
 from lora_kernels.layers.shared_input import SharedInput
-from tests.op_calls import Calls
 from lora_kernels.testing.tolerance import assert_close
+from tests.op_calls import Calls
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 SHARED, ALONE = "lora_shared_linear_forward", "lora_linear_forward"
@@ -64,7 +64,7 @@ def assert_same(model, shared, x, *context):
         assert_close(result, reference[name], baseline[name], name)
 
 
-@pytest.mark.parametrize("plan", ["reference", "fused", "sandwich"], indirect=True)
+@pytest.mark.parametrize("plan", ["reference", "fused", "addmm"], indirect=True)
 def test_same_numbers_in_one_call(plan, seed, device):
     model, x = make(device)
     shared = copy.deepcopy(model)
