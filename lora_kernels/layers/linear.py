@@ -83,6 +83,7 @@ class LinearLayer(LoRALayer, nn.Linear):
         weight = self.oriented(self.weight)
         if self.merged or not self.has_lora:
             self._refresh()
+            checks.check_weight(self, weight)
             checks.check_input(self, x, weight)
             return F.linear(x, weight, self.bias)
         if self._shared_input is not None:

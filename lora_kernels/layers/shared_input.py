@@ -102,6 +102,7 @@ class SharedInput:
         if x is self._x and index in self._outputs and self._state == self._state_for(x):
             y = self._outputs.pop(index)
         elif self.together():
+            checks.check_input(layer, x, layer.oriented(layer.weight))
             ys = self._compute(x)
             self._x, self._state = x, self._state_for(x)
             self._outputs = {i: y for i, y in enumerate(ys) if i != index}

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import os
 import pathlib
 import pickle
@@ -14,7 +15,14 @@ import torch
 from torch import nn
 
 import lora_kernels
-from lora_kernels import LoRALayer
+from lora_kernels import (
+    LoRAConv1d,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    LoRAMergedLinear,
+)
+from lora_kernels.checks import layer_name
 from tests.layers.cases import build, every_layer, example, filled, unmerged_output
 
 
@@ -147,3 +155,73 @@ def test_mixin_names_what_a_subclass_must_define():
 
     with pytest.raises(NotImplementedError, match="Incomplete"):
         Incomplete().delta_weight()
+
+
+# ---- errors ----
+
+LAYERS = {
+    "linear": lambda r: LoRALinear(12, 20, r=r),
+    "fan_in_fan_out": lambda r: LoRALinear(12, 20, r=r, fan_in_fan_out=True),
+    "dropout": lambda r: LoRALinear(12, 20, r=r, lora_dropout=0.5),
+    "merged_linear": lambda r: LoRAMergedLinear(12, 20, r=r, enable_lora=[True, False]),
+    "conv": lambda r: LoRAConv1d(12, 20, 3, r=r),
+    "embedding": lambda r: LoRAEmbedding(12, 20, r=r),
+}
+LINEARS = ("linear", "fan_in_fan_out", "dropout", "merged_linear")
+MISTAKES = {
+    "type": lambda x: x.tolist(),
+    "layout": lambda x: x.to_sparse(),
+    "kind": lambda x: x.to(torch.complex64),
+    "dtype": lambda x: x.double(),
+    "device": lambda x: x.to("meta"),
+    "shape": lambda x: x[:, :5],
+    "scalar": lambda x: x.flatten()[0],
+}
+IDS_OF_ANY_SHAPE = [("embedding", "shape"), ("embedding", "scalar")]
+WEIGHTS = {
+    "dtype": lambda weight: weight.to(torch.int8),
+    "layout": lambda weight: weight.to_sparse(),
+    "shape": lambda weight: weight[None],
+}
+
+
+def error_of(layer, x):
+    """The class of the error that layer(x) raises, and its text behind the layer's name."""
+    with pytest.raises((TypeError, ValueError)) as error:
+        layer(x)
+    name, _, problem = str(error.value).partition(": ")
+    assert name == layer_name(layer)
+    return error.type, problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "mistake"),
+    [case for case in itertools.product(LAYERS, MISTAKES) if case not in IDS_OF_ANY_SHAPE],
+)
+def test_error_of_a_bad_x_is_the_same_in_both_modes_and_without_an_adapter(kind, mistake, device):
+    x = {"conv": torch.ones(2, 12, 7), "embedding": torch.ones(2, 7, dtype=torch.int64)}.get(
+        kind, torch.ones(2, 12)
+    )
+    x = MISTAKES[mistake](x.to(device))
+    errors = [
+        error_of(LAYERS[kind](r).to(device).train(training), x)
+        for r in (2, 0)
+        for training in (True, False)
+    ]
+    assert errors == errors[:1] * 4
+    assert errors[0][1].startswith("x must")
+
+
+@pytest.mark.parametrize("kind", LINEARS)
+@pytest.mark.parametrize("change", WEIGHTS.values(), ids=WEIGHTS)
+def test_error_of_a_bad_weight_is_the_same_in_both_modes_and_without_an_adapter(
+    kind, change, device
+):
+    errors = []
+    for r in (2, 0):
+        for training in (True, False):
+            layer = LAYERS[kind](r).to(device).train(training)
+            layer.weight = nn.Parameter(change(layer.weight.detach()), requires_grad=False)
+            errors.append(error_of(layer, torch.ones(2, 12, device=device)))
+    assert errors == errors[:1] * 4
+    assert errors[0][1].startswith("weight must")

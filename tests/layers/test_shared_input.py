@@ -309,11 +309,30 @@ def test_t5_shares_in_self_attention_and_gates_alone(seed, device):
     assert ends == [attention, gates] * 2
 
 
-def test_errors_name_the_layer(seed, device):
+MISTAKES = {
+    "type": lambda x: x.tolist(),
+    "layout": lambda x: x.to_sparse(),
+    "kind": lambda x: x.to(torch.complex64),
+    "dtype": lambda x: x.double(),
+    "device": lambda x: x.to("meta"),
+    "shape": lambda x: x[..., :5],
+    "scalar": lambda x: x[0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_errors_are_those_of_the_layer_alone(mistake, seed, device):
     model, x = make(device)
-    lora.share_inputs(model)
-    with pytest.raises(ValueError, match=r"LoRALinear\(in_features=12.*x must have shape"):
-        model.q_proj(x[..., :5])
+    errors = []
+    for joined in (False, True):
+        if joined:
+            lora.share_inputs(model)
+        for training in (True, False):
+            with pytest.raises((TypeError, ValueError)) as error:
+                model.train(training).k_proj(mistake(x))
+            errors.append((error.type, str(error.value)))
+    assert errors == errors[:1] * 4
+    assert errors[0][1].startswith("LoRALinear(in_features=12, out_features=8,")
 
 
 def test_a_llama_takes_one_call_for_attention_and_one_for_its_gates(seed, device):
