@@ -12,9 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import patch_peft, unpatch_peft
+from lora_kernels.testing.tolerance import assert_close
 from tests.op_calls import Calls
 from tests.tiny_models import BASES, TARGETS, randomise
-from lora_kernels.testing.tolerance import assert_close
 
 UPSTREAM = PeftLinear.forward
 both_bases = pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])

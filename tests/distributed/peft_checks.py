@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from lora_kernels import patch_peft, unpatch_peft
-from tests.op_calls import Calls
+from lora_kernels.testing.tolerance import assert_close
 from tests.distributed.engines import (
     ENGINES,
     STEPS,
@@ -20,8 +20,8 @@ from tests.distributed.engines import (
     trainable,
     wrap,
 )  # fmt: skip
+from tests.op_calls import Calls
 from tests.tiny_models import randomise, tiny_llama
-from lora_kernels.testing.tolerance import assert_close
 
 CHECKS = {}
 PATCHED_FROM_OUTSIDE = hasattr(PeftLinear.forward, "__wrapped__")

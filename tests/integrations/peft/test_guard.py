@@ -11,8 +11,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 
-import lora_kernels.peft
 from lora_kernels import patch_peft, report, unpatch_peft
+from lora_kernels.integrations.peft import guard
 from tests.op_calls import Calls
 from tests.peft_models import assert_as_without, both_bases, lora_layer
 
@@ -134,7 +134,7 @@ def test_what_the_guard_does_not_know_runs_pefts_forward(change, reason, seed, d
     assert calls.fused == 0
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     (row,) = report(layer)
-    assert (row.fused, row.plan) == (False, None)
+    assert (row.fused, row.algorithm) == (False, None)
     assert re.search(reason, row.reason), row.reason
 
 
@@ -244,13 +244,13 @@ def test_shapes_of_x(shape, bias, conv1d, seed, device):
 
 
 @both_bases
-@pytest.mark.parametrize("plan", ["fused", "sandwich"], indirect=True)
+@pytest.mark.parametrize("plan", ["fused", "addmm"], indirect=True)
 def test_kernels(plan, conv1d, seed, device):
     x = torch.randn(5, 16, device=device)
     layer = lora_layer(device, conv1d=conv1d)
-    assert report(layer)[0].plan is None
+    assert report(layer)[0].algorithm is None
     patch_peft()
-    assert report(layer)[0].plan == plan
+    assert report(layer)[0].algorithm == plan
     unpatch_peft()
     assert_as_without(layer, functools.partial(solve_alone, x=x), fused=1)
 
@@ -290,7 +290,7 @@ def test_nested_x(seed, device):
 
 
 def test_a_device_without_operators(monkeypatch, seed, device, patched):
-    monkeypatch.setattr(lora_kernels.peft, "_DEVICES", ("npu",))
+    monkeypatch.setattr(guard, "_DEVICES", ("npu",))
     layer = lora_layer(device)
     with Calls() as calls:
         layer(torch.randn(3, 16, device=device))

@@ -8,9 +8,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from lora_kernels import apply_lora, patch_peft, report
+from lora_kernels.testing.tolerance import assert_close
 from tests.op_calls import Calls
 from tests.tiny_models import BASES, LAYERS, TARGETS, randomise
-from lora_kernels.testing.tolerance import assert_close
 
 STEPS = 4
 LORA = {"r": 3, "lora_alpha": 5}

@@ -18,7 +18,8 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import ops, patch_peft, report, unpatch_peft
+from lora_kernels import patch_peft, report, unpatch_peft
+from lora_kernels.testing.tolerance import assert_close
 from tests.op_calls import Calls
 from tests.peft_models import (
     UPSTREAM,
@@ -32,7 +33,6 @@ from tests.peft_models import (
     with_lora,
 )
 from tests.tiny_models import BASES, LAYERS, TARGETS, randomise, tiny_llama
-from lora_kernels.testing.tolerance import assert_close
 
 both_models = pytest.mark.parametrize("family", list(BASES))
 
@@ -80,7 +80,7 @@ def test_warns_once_of_a_forward_it_does_not_know_and_patches_it(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(PeftLinear, "forward", forward)
-        with pytest.warns(RuntimeWarning, match="none that lora_kernels knows"):
+        with pytest.warns(RuntimeWarning, match="lora_kernels does not know"):
             patch_peft()
         assert PeftLinear.forward.__wrapped__ is forward
         unpatch_peft()
@@ -507,7 +507,7 @@ def test_compiles_whole(family, hotswap, seed, device):
 
     compiled = torch.compile(model, fullgraph=True, backend=graphs(nodes))
     compare()
-    assert nodes.count(ops.lora_linear_forward) == layers
+    assert nodes.count(torch.ops.lora_kernels.lora_linear_forward.default) == layers
     if hotswap:
         for layer in peft_layers(model):
             layer.scaling["default"].fill_(0.25)
