@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_kernels.testing.tolerance import assert_close
 from tests.op_calls import Calls
 from tests.peft_models import config
 from tests.tiny_models import BASES, LAYERS, randomise
-from lora_kernels.testing.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("unpatched")
 

@@ -1,4 +1,4 @@
-"""lora_shared_linear: what lora_linear gives layer by layer, in one call."""
+"""lora_shared_linear: in one call, what lora_linear gives layer by layer."""
 
 import itertools
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import lora_kernels
-from tests.op_calls import Calls
 from lora_kernels.testing.problem import make_problem
 from lora_kernels.testing.tolerance import assert_close
+from tests.op_calls import Calls
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
-every_plan = pytest.mark.parametrize("plan", ["reference", "fused", "sandwich"], indirect=True)
+every_plan = pytest.mark.parametrize("plan", ["reference", "fused", "addmm"], indirect=True)
 SIZES = (37, 16, 41)
 SCALINGS = (2.0, -0.5, 1.5)
 
@@ -96,7 +96,7 @@ def test_each_layer_draws_the_mask_of_its_own_seed(plan, seed, device):
     layers[2].seed = layers[0].seed
     for name in ("a", "b", "w", "bias", "dy"):
         setattr(layers[2], name, getattr(layers[0], name).clone())
-    layers[2].scaling = layers[0].scaling
+    layers[2].spec = layers[0].spec
     same, other, again = call(layers)
     assert torch.equal(same, again)
     layers[2].seed = layers[1].seed
