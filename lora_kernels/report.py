@@ -27,7 +27,7 @@ class Row(NamedTuple):
     weight: tuple[int, ...]  # shape of the base weight: [N, K] of a linear, as stored of others
     ranks: tuple[int, ...]  # of the active adapters
     dtype: torch.dtype | None  # of the base weight
-    fused: bool  # whether lora_linear, or lora_shared_linear, is the forward
+    fused: bool  # whether the forward is lora_linear or lora_shared_linear
     algorithm: str | None  # of the forward: "fused", "addmm" or "reference"; None if not fused
     reason: str  # of the algorithm, and of the backward's if it is another; or why it is not fused
 
@@ -57,10 +57,10 @@ class Report(list[Row]):
 def report(model: nn.Module, tokens: int = 4096) -> Report:
     """Every LoRA layer of a model: fused by which algorithm for this many tokens, or why not.
 
-    It tells what the next forward would do with an input of the base weight's dtype, and a backward
-    behind it: with the adapters that are active now, in this mode, under the autocast that is on.
-    Parameters that fully_shard has sharded are DTensors until a forward gathers them; ask inside of
-    one.
+    It tells what the next forward would do with an input of the base weight's dtype, and the
+    backward behind it: with the adapters that are active now, in this mode, under the autocast that
+    is on. Parameters that fully_shard has sharded are DTensors until a forward gathers them: ask
+    inside of a forward.
 
     Raises: ValueError if tokens is not an integer >= 1.
     """
@@ -85,7 +85,7 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     elif layer.merged:
         reason = "its adapter is merged"
     elif not isinstance(layer, LinearLayer):
-        reason = "there are no kernels for it, it runs PyTorch's operators"
+        reason = "there are no kernels for it: it runs PyTorch's operators"
     elif type(layer).forward is not LinearLayer.forward or "forward" in layer.__dict__:
         reason = "it has a forward of its own"
     else:

@@ -54,8 +54,8 @@ def peft_model(base=None, **options):
     return peft.get_peft_model(Net() if base is None else base, peft.LoraConfig(**options))
 
 
-def test_own_layers(device):
-    linear, reason = torch.float32, "there are no kernels for it, it runs PyTorch's operators"
+def test_report_of_own_layers(device):
+    linear, reason = torch.float32, "there are no kernels for it: it runs PyTorch's operators"
     model = own_model().to(device)
     chosen = algorithm.choose(GemmShape(4096, 8, 16, 2, torch.float32, device))
     assert report(model) == [
@@ -68,7 +68,7 @@ def test_own_layers(device):
     assert calls.fused == 1
 
 
-def test_own_layers_that_run_as_plain_ones(device):
+def test_report_of_own_layers_that_run_as_plain_ones(device):
     merged = own_model().eval()
     assert {row.reason for row in report(merged)} == {"its adapter is merged"}
     assert {row.ranks for row in report(merged)} == {(2,)}
@@ -88,7 +88,7 @@ def test_plan_of_a_row_reads_its_algorithm(device):
     assert "plan" not in rows[0]._asdict()
 
 
-def test_layouts_and_groups(device):
+def test_report_of_layouts_and_groups(device):
     layers = nn.Sequential(
         lora.Linear(4, 6, r=1, fan_in_fan_out=True),
         lora.MergedLinear(6, 9, r=3, enable_lora=[True, False, True]),
@@ -101,7 +101,7 @@ def test_layouts_and_groups(device):
     assert calls.fused == 2
 
 
-def test_pefts_layers(device):
+def test_report_of_pefts_layers(device):
     model = peft_model().to(device)
     assert {row.reason for row in report(model)} == {"patch_peft() has not been called"}
     patch_peft()
@@ -114,7 +114,7 @@ def test_pefts_layers(device):
     assert (conv.kind, conv.fused, conv.algorithm) == ("peft Conv1d(Conv1d)", False, None)
 
 
-def test_all_of_a_llama_and_a_gpt2():
+def test_report_of_a_llama_and_a_gpt2():
     patch_peft()
     llama = report(peft_model(tiny_llama(), target_modules="all-linear"))
     assert len(llama) == 14
@@ -124,7 +124,7 @@ def test_all_of_a_llama_and_a_gpt2():
     assert all(row.fused for row in gpt2)
 
 
-def test_active_adapters():
+def test_report_of_active_adapters():
     patch_peft()
     model = peft_model(target_modules=["lin"])
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["lin"]))
@@ -137,7 +137,7 @@ def test_active_adapters():
     assert row.reason == "2 of its adapters are active"
 
 
-def test_hooks_of_accelerate_before_and_after_the_patch(device):
+def test_report_of_hooks_of_accelerate_before_and_after_the_patch(device):
     model = peft_model(target_modules=["lin"]).to(device)
     layer = model.base_model.model.lin
     add_hook_to_module(layer, ModelHook())
@@ -153,7 +153,7 @@ def test_hooks_of_accelerate_before_and_after_the_patch(device):
         assert calls.fused == expected
 
 
-def test_a_cpu_has_the_reference_and_says_why(no_interpreter):
+def test_algorithm_of_a_cpu_is_the_reference_and_says_why(no_interpreter):
     patch_peft()
     for model in (own_model(), peft_model()):
         assert [row.algorithm for row in report(model) if row.fused] == ["reference"]
@@ -229,7 +229,7 @@ class Attention(nn.Module):
         return torch.cat([self.query(x), self.key(x), self.value(x)], -1)
 
 
-def test_layers_that_share_x_have_the_algorithm_of_their_one_call(monkeypatch, device):
+def test_algorithm_of_layers_that_share_x_is_that_of_their_one_call(monkeypatch, device):
     model = lora.apply_lora(
         Attention(), r=2, lora_alpha=2, target_modules=["query", "key", "value"]
     ).to(device)
@@ -256,14 +256,14 @@ def test_layers_that_share_x_have_the_algorithm_of_their_one_call(monkeypatch, d
     assert expected[0] == expected[1]
 
 
-def test_meta_models():
+def test_report_of_meta_models():
     patch_peft()
     for model in (own_model(), peft_model()):
         (row,) = [row for row in report(model.to("meta")) if row.fused]
         assert row.algorithm == "reference"
 
 
-def test_is_a_list_and_a_table(no_interpreter):
+def test_report_is_a_list_and_a_table(no_interpreter):
     model = own_model(r=3)
     rows = report(model, tokens=12)
     assert isinstance(rows, list)
@@ -275,15 +275,15 @@ def test_is_a_list_and_a_table(no_interpreter):
         "3 LoRA layers, 1 fused; algorithms for 12 tokens",
         "layer  kind           weight  rank  dtype    fused  algorithm  reason",
         "embed  LoRAEmbedding  11x16   3     float32  no                there are no kernels for "
-        "it, it runs PyTorch's operators",
+        "it: it runs PyTorch's operators",
         "lin    LoRALinear     8x16    3     float32  yes    reference  CPU tensors reach the "
         "kernels only under TRITON_INTERPRET=1",
         "conv   LoRAConv1d     12x8x3  3     float32  no                there are no kernels for "
-        "it, it runs PyTorch's operators",
+        "it: it runs PyTorch's operators",
     ]
 
 
-def test_what_fully_shard_gathers_is_fused_in_the_forward(tmp_path, device):
+def test_report_of_what_fully_shard_gathers_is_fused_in_the_forward(tmp_path, device):
     """fully_shard leaves DTensors behind; between its hooks the weights are plain."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -307,7 +307,7 @@ def test_what_fully_shard_gathers_is_fused_in_the_forward(tmp_path, device):
         dist.destroy_process_group()
 
 
-def test_a_model_without_lora():
+def test_report_of_a_model_without_lora():
     rows = report(nn.Linear(2, 2))
     assert isinstance(rows, Report)
     assert rows == []
@@ -315,6 +315,6 @@ def test_a_model_without_lora():
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 1.5, None, "8"])
-def test_tokens_that_are_no_count(tokens):
+def test_tokens_that_are_not_a_count(tokens):
     with pytest.raises(ValueError, match=r"report: tokens must be an integer >= 1, got"):
         report(nn.Linear(2, 2), tokens=tokens)

@@ -44,8 +44,7 @@ class Missing:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What was found. The version of a package that is not installed is None, and so is a variable
-    that is not set.
+    """What was found. None: a package is not installed, a variable is not set.
 
     gpus: device, name, capability, driver of each; no_gpu: why there is none. algorithms: device,
     product, algorithm and reason. peft: what patch_peft() does with the PEFT that is installed.

@@ -10,7 +10,7 @@ from lora_kernels import checks, functional
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.spec import LoraSpec, OutputSplits
 
-__all__ = ["LinearLayer", "LoRALinear"]
+__all__ = ["LinearLayer", "LoRALinear", "is_hf_conv1d"]
 
 
 def is_hf_conv1d(module) -> bool:
@@ -51,7 +51,7 @@ class LinearLayer(LoRALayer, nn.Linear):
         return OutputSplits.whole(self.out_features)
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias as nn.Linear does, whichever way round weight is stored."""
+        """Draws weight and bias as nn.Linear does, in both layouts; lora_A and lora_B anew."""
         if getattr(self, "fan_in_fan_out", False):
             with torch.no_grad():
                 drawn = self.weight.new_empty((self.out_features, self.in_features))

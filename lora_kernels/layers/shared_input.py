@@ -22,7 +22,7 @@ GROUPS = (
     ("wi_0", "wi_1"),
     ("w1", "w3"),
 )
-# And to blocks whose keys and values come from another input.
+# Names that they give to blocks whose keys and values come from another input.
 CROSS_ATTENTION = (
     "encoder_attn", "crossattention", "cross_attn", "cross_attention", "EncDecAttention",
 )  # fmt: skip
@@ -35,22 +35,24 @@ def share_inputs(
 ) -> list[tuple[str, ...]]:
     """Has LoRALinear layers that take the same input compute together; returns their paths.
 
-    groups: names that children of one module have. Of each module's children in a group, those
-    LoRALinear layers that agree in in_features, r, dropout and dtypes are joined, two or more of
-    them. Layers, parameters and state dicts stay what they are; calls stay what they are too:
-    ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)``. The first call with a new x computes for all and
-    the others fetch what is theirs: the same x, unchanged, and unchanged parameters. x is then read
-    once for all low-rank products and the layers add to one dx in place, see lora_shared_linear;
-    each layer keeps a dropout mask of its own. A call with another x, as in cross-attention, is
-    right, but what was computed for the others is thrown away: nothing is joined below a module
-    whose name is in exclude. Merged layers, layers on tensors of torch.inference_mode, and those
-    that FSDP or a parametrization gives other weights compute alone.
-    In a model under torch.compile x must not change in place between the calls: what is traced
-    cannot tell. Elsewhere such a change is seen, and the layer computes anew.
-    A layer that is copied on its own takes copies of the layers it is joined with along.
+    groups: names that children of one module have. Of a module's children in a group, the
+    LoRALinear layers that agree in in_features, r, dropout and dtypes are joined, if there are two
+    or more. Layers, parameters and state dicts stay what they are, and so do calls:
+    ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)``. The first call with a new x computes for all of
+    them. The others fetch their part, as long as it is the same x and nothing has changed since. So
+    x is read once for all low-rank products and the layers add to one dx in place, see
+    lora_shared_linear. Each layer keeps a dropout mask of its own.
+    exclude: names of modules below which nothing is joined. In cross-attention keys and values get
+    another x than queries: joined layers would give the right results there, but throw away what
+    they computed for each other.
+    Merged layers compute alone. So do layers on tensors of torch.inference_mode, and layers that
+    FSDP or a parametrization gives other weights.
+    In a model under torch.compile x must not change in place between the calls, because what is
+    traced cannot tell. Otherwise such a change is seen, and the layer computes anew.
+    A layer that is copied on its own takes along copies of the layers it is joined with.
     One backward serves all of them: a second one through another layer's output needs
     retain_graph=True in the first, as outputs of one operation do.
-    Raises: ValueError where no layers were found to join.
+    Raises: ValueError if no layers were found to join.
     """
     groups = [tuple(group) for group in groups]
     joined = []
@@ -93,7 +95,7 @@ class SharedInput:
             layer._shared_input = self
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
-        """layer's output for x, or None where it has to compute alone."""
+        """layer's output for x, or None if it has to compute alone."""
         index = next((i for i, member in enumerate(self.layers) if member is layer), None)
         if index is None or not isinstance(x, Tensor):
             return None
@@ -116,8 +118,8 @@ class SharedInput:
     def together(self) -> bool:
         """Whether every layer runs its adapter, on plain weights, with one dropout.
 
-        The answer is the same whenever a step runs a layer, in a checkpoint's second forward too,
-        where weights that fully_shard gathers layer by layer are there already.
+        The answer is the same whenever a step runs a layer. It is so in a checkpoint's second
+        forward too, when weights that fully_shard gathers layer by layer are there already.
         """
         return (
             len({layer.dropout_p for layer in self.layers}) == 1

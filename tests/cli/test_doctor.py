@@ -44,7 +44,7 @@ def test_json_holds_what_was_found(capsys, plan):
 
 
 @without_gpu
-def test_without_a_gpu_it_says_so(capsys):
+def test_doctor_without_a_gpu_says_so(capsys):
     code, findings = found(capsys)
     assert code == 1
     assert findings["gpus"] == []
@@ -66,7 +66,7 @@ def test_peft_is_fused_under_the_patch_which_is_undone(capsys):
     assert PeftLinear.forward is FORWARD
 
 
-def test_a_patch_that_was_there_stays():
+def test_patch_that_was_there_stays():
     lora_kernels.patch_peft()
     try:
         patched = PeftLinear.forward
@@ -90,7 +90,7 @@ def test_peft_that_cannot_be_imported_is_missing(monkeypatch):
     assert findings.peft in [missing.what for missing in findings.missing]
 
 
-def test_a_package_that_is_not_installed_is_named(monkeypatch):
+def test_package_that_is_not_installed_is_named(monkeypatch):
     version = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "peft" else version(name))
     findings = doctor.examine()
@@ -101,7 +101,7 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("plan", ["fastest"], indirect=True)
-def test_a_value_that_the_variable_does_not_take_is_missing(capsys, plan):
+def test_variable_with_a_value_that_it_does_not_take_is_missing(capsys, plan):
     code, findings = found(capsys)
     assert code == 1
     assert any(
@@ -126,7 +126,7 @@ def hopper(monkeypatch):
 
 
 @pytest.mark.parametrize("plan", ["auto"], indirect=True)
-def test_a_gpu_that_all_is_well_with(hopper, plan, capsys):
+def test_gpu_that_all_is_well_with(hopper, plan, capsys):
     code, findings = found(capsys)
     assert findings["gpus"] == [
         {"device": "cuda:0", "name": "NVIDIA H200", "capability": "sm_90", "driver": "580.1"}
@@ -143,7 +143,7 @@ def test_a_gpu_that_all_is_well_with(hopper, plan, capsys):
 
 
 @pytest.mark.parametrize("plan", ["auto"], indirect=True)
-def test_the_algorithm_of_a_backward_is_its_own(hopper, plan, monkeypatch):
+def test_algorithm_of_a_backward_is_its_own(hopper, plan, monkeypatch):
     entry = TuningEntry((9, 0), torch.bfloat16, "fused", "a.json", m=(8192, 8192), backward=False)
     monkeypatch.setattr(algorithm, "TABLE", (entry,))
     taken = [(row["product"], row["algorithm"]) for row in doctor.examine().algorithms]
@@ -155,7 +155,7 @@ def test_the_algorithm_of_a_backward_is_its_own(hopper, plan, monkeypatch):
 
 
 @pytest.mark.parametrize("plan", ["reference"], indirect=True)
-def test_a_gpu_whose_products_are_kept_from_the_kernels(hopper, plan, capsys):
+def test_gpu_whose_products_are_kept_from_the_kernels(hopper, plan, capsys):
     code, findings = found(capsys)
     assert code == 1
     assert findings["missing"] == [
@@ -164,14 +164,14 @@ def test_a_gpu_whose_products_are_kept_from_the_kernels(hopper, plan, capsys):
 
 
 @pytest.mark.parametrize("plan", ["auto"], indirect=True)
-def test_a_gpu_without_triton(hopper, plan, monkeypatch):
+def test_gpu_without_triton(hopper, plan, monkeypatch):
     monkeypatch.setattr(algorithm, "_has_triton", lambda: False)
     (missing,) = doctor.examine().missing
     assert missing.what == "triton 3.4 or newer is not installed"
     assert missing.fix.startswith("pip install")
 
 
-def test_a_product_that_fails_on_a_gpu_is_missing(monkeypatch):
+def test_product_that_fails_on_a_gpu_is_missing(monkeypatch):
     def warn(*args, **kwargs):
         warnings.warn("lora_kernels: algorithm fused failed:\n gcc", RuntimeWarning, stacklevel=1)
         return args[0].sum(0)
@@ -199,7 +199,7 @@ def test_a_product_that_fails_on_a_gpu_is_missing(monkeypatch):
         ("580.1", "12.8", None, "the driver is too old", "update the driver"),
     ],
 )
-def test_why_there_is_no_gpu(monkeypatch, driver, cuda, hidden, what, fix):
+def test_no_gpu_says_why(monkeypatch, driver, cuda, hidden, what, fix):
     def init():
         raise RuntimeError("the driver is too old\nfor this PyTorch")
 

@@ -1,4 +1,4 @@
-"""What has to hold on every rank for models of apply_lora. A check raises where it does not."""
+"""What has to hold on every rank for models of apply_lora. A check raises if it does not."""
 
 import copy
 import functools

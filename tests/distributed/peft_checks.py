@@ -77,7 +77,7 @@ def losses_and_factors_are_those_of_one_unpatched_process(engine, mode, _):
 
 
 def mixed_precision_is_that_of_one_process_with_cast_weights(engine, mode, _):
-    """Bit for bit: both sides do the same arithmetic, that of PEFT where it runs per leaf."""
+    """Bit for bit: both sides do the same arithmetic, per leaf that of PEFT."""
     recompute = mode == "checkpointed"
     wrapped = wrap(peft_model(), engine, layers, recompute=recompute, dtype=torch.bfloat16)
     actual = train(wrapped, loss_of, batch())

@@ -123,7 +123,7 @@ LEFT_TO_PEFT = {
 
 
 @pytest.mark.parametrize(("change", "reason"), LEFT_TO_PEFT.values(), ids=LEFT_TO_PEFT)
-def test_what_the_guard_does_not_know_runs_pefts_forward(change, reason, seed, device):
+def test_guard_leaves_what_it_does_not_know_to_pefts_forward(change, reason, seed, device):
     layer = lora_layer(device).train()
     change(layer)
     x = torch.randn(3, 16, device=device)
@@ -142,7 +142,7 @@ def replace_forward(monkeypatch):
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: nn.functional.linear(x, self.weight))
 
 
-def test_a_replaced_forward_of_linear_is_called(monkeypatch, seed, device):
+def test_replaced_forward_of_linear_is_called(monkeypatch, seed, device):
     layer, x = lora_layer(device), torch.randn(3, 16, device=device)
     replace_forward(monkeypatch)
     expected = layer(x)
@@ -213,7 +213,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("case", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_what_peft_raises_is_raised(case, seed):
+def test_errors_are_those_of_peft(case, seed):
     change, x, kwargs = (*case, {})[:3]
     layer = lora_layer("cpu")
     change(layer)
@@ -256,7 +256,7 @@ def test_kernels(plan, conv1d, seed, device):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode, seed, device):
+def test_no_grad_and_inference_mode(mode, seed, device):
     layer, x = lora_layer(device), torch.randn(3, 16, device=device)
 
     def run(layer):
@@ -272,7 +272,7 @@ def test_meta_tensors(patched):
     assert (y.shape, y.device.type, y.dtype) == ((2, 3, 12), "meta", torch.float32)
 
 
-def test_the_output_may_be_changed_in_place(seed, device, patched):
+def test_output_may_be_changed_in_place(seed, device, patched):
     layer, x = lora_layer(device), torch.randn(3, 16, device=device, requires_grad=True)
     (expected,) = torch.autograd.grad(torch.relu(layer(x)).sum(), x)
     y = layer(x)
@@ -289,7 +289,7 @@ def test_nested_x(seed, device):
     assert all(map(torch.equal, layer(x).unbind(), expected.unbind()))
 
 
-def test_a_device_without_operators(monkeypatch, seed, device, patched):
+def test_device_without_operators(monkeypatch, seed, device, patched):
     monkeypatch.setattr(guard, "_DEVICES", ("npu",))
     layer = lora_layer(device)
     with Calls() as calls:
