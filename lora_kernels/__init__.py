@@ -3,6 +3,7 @@
 from lora_kernels.adapt import apply_lora, mark_only_lora_as_trainable
 from lora_kernels.checkpoint import load_adapter, lora_state_dict, merged_state_dict, save_adapter
 from lora_kernels.functional import lora_linear, lora_merged_linear, lora_shared_linear
+from lora_kernels.integrations import patch_peft, unpatch_peft
 from lora_kernels.layers import (
     Conv1d,
     Conv2d,
@@ -20,7 +21,6 @@ from lora_kernels.layers import (
     MergedLinear,
     share_inputs,
 )
-from lora_kernels.peft import patch_peft, unpatch_peft
 from lora_kernels.report import report
 
 __version__ = "0.1.0"

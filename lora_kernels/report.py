@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lora_kernels import checks, peft
+from lora_kernels import checks
 from lora_kernels.dispatch import algorithm
 from lora_kernels.dispatch.algorithm import Algorithm, GemmShape
 from lora_kernels.dispatch.tma import is_tma_compliant
+from lora_kernels.integrations.peft.guard import NotFused, misfit, operands_of
+from lora_kernels.integrations.peft.patch import unreached
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LinearLayer
 
@@ -25,9 +27,14 @@ class Row(NamedTuple):
     weight: tuple[int, ...]  # shape of the base weight: [N, K] of a linear, as stored of others
     ranks: tuple[int, ...]  # of the active adapters
     dtype: torch.dtype | None  # of the base weight
-    fused: bool  # whether lora_linear, or lora_shared_linear, is the forward
-    plan: str | None  # of the forward: "fused", "sandwich" or "reference", where it is
-    reason: str  # of the plan, then that of the backward if it is another; or why it is not fused
+    fused: bool  # whether the forward is lora_linear or lora_shared_linear
+    algorithm: str | None  # of the forward: "fused", "addmm" or "reference"; None if not fused
+    reason: str  # of the algorithm, and of the backward's if it is another; or why it is not fused
+
+    @property
+    def plan(self) -> str | None:
+        """The same as algorithm."""
+        return self.algorithm
 
 
 class Report(list[Row]):
@@ -39,8 +46,8 @@ class Report(list[Row]):
 
     def __str__(self) -> str:
         fused = sum(row.fused for row in self)
-        summary = f"{len(self)} LoRA layers, {fused} fused; plans for {self.tokens} tokens"
-        head = ("layer", "kind", "weight", "rank", "dtype", "fused", "plan", "reason")
+        summary = f"{len(self)} LoRA layers, {fused} fused; algorithms for {self.tokens} tokens"
+        head = ("layer", "kind", "weight", "rank", "dtype", "fused", "algorithm", "reason")
         table = [head, *(_cells(row) for row in self)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
@@ -48,18 +55,18 @@ class Report(list[Row]):
 
 
 def report(model: nn.Module, tokens: int = 4096) -> Report:
-    """Every LoRA layer of a model: fused, and by which plan for this many tokens, or why not.
+    """Every LoRA layer of a model: fused by which algorithm for this many tokens, or why not.
 
-    It tells what the next forward would do with an input of the base weight's dtype, and a backward
-    behind it: with the adapters that are active now, in this mode, under the autocast that is on.
-    Parameters that fully_shard has sharded are DTensors until a forward gathers them; ask inside of
-    one.
+    It tells what the next forward would do with an input of the base weight's dtype, and the
+    backward behind it: with the adapters that are active now, in this mode, under the autocast that
+    is on. Parameters that fully_shard has sharded are DTensors until a forward gathers them: ask
+    inside of a forward.
 
-    Raises: ValueError where tokens is no integer >= 1.
+    Raises: ValueError if tokens is not an integer >= 1.
     """
     if not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"report: tokens must be an integer >= 1, got {tokens!r}")
-    # Where peft was never imported, the model has no layer of it.
+    # If peft was never imported, the model has no layer of it.
     upstream = sys.modules.get("peft.tuners.lora.layer")
     rows = []
     for name, module in model.named_modules():
@@ -72,24 +79,23 @@ def report(model: nn.Module, tokens: int = 4096) -> Report:
 
 def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     weight = layer.base_weight()
-    taken, reason = None, None
+    taken, reason = None, ""
     if not layer.has_lora:
         reason = "it has no adapter (r = 0)"
     elif layer.merged:
         reason = "its adapter is merged"
     elif not isinstance(layer, LinearLayer):
-        reason = "there are no kernels for it, it runs PyTorch's operators"
+        reason = "there are no kernels for it: it runs PyTorch's operators"
     elif type(layer).forward is not LinearLayer.forward or "forward" in layer.__dict__:
         reason = "it has a forward of its own"
     else:
-        shared = getattr(layer, "_shared_input", None)
-        joined = shared.layers if shared is not None and shared.together() else (layer,)
-        weights = [member._oriented(member.base_weight()) for member in joined]
-        taken = _plan(weights, layer.r, layer._dropout_p(), tokens)
+        joined = layer.computed_together
+        weights = [member.oriented(member.base_weight()) for member in joined]
+        taken = _algorithm(weights, layer.r, layer.dropout_p, tokens)
         if len(joined) > 1:
             others = f"{len(joined) - 1} other layer{'s' * (len(joined) > 2)}"
             taken = taken._replace(reason=f"{taken.reason}; in one call with {others}")
-    shape = layer._oriented(weight).shape if isinstance(layer, LinearLayer) else weight.shape
+    shape = layer.oriented(weight).shape if isinstance(layer, LinearLayer) else weight.shape
     ranks = (layer.r,) if layer.has_lora else ()
     return _row(name, type(layer).__name__, shape, ranks, weight.dtype, taken, reason)
 
@@ -99,23 +105,22 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
     weight = getattr(base, "weight", None)
     shape, dtype = (weight.shape, weight.dtype) if isinstance(weight, torch.Tensor) else ((), None)
     ranks = tuple(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.r)
-    taken, reason = None, peft.unreached(layer)
-    if reason is None:
-        operands = peft.operands_of(layer)
-        if isinstance(operands, str):
-            reason = operands
-        else:
-            shape = operands.weight.shape
-            reason = peft.misfit(_example(operands.weight), operands)
-    if reason is not None and reason.endswith("is a DTensor"):
-        reason += " as it stands; where fully_shard gathers it, ask in the forward"
-    if reason is None:
-        taken = _plan([operands.weight], operands.a.shape[0], operands.dropout_p, tokens)
+    taken, reason = None, ""
+    operands = unreached(layer) or operands_of(layer)
+    if not isinstance(operands, NotFused):
+        shape = operands.weight.shape
+        operands = misfit(_example(operands.weight), operands) or operands
+    if isinstance(operands, NotFused):
+        reason = operands.reason
+        if reason.endswith("is a DTensor"):
+            reason += " as it stands; if fully_shard gathers it, ask in the forward"
+    else:
+        taken = _algorithm([operands.weight], operands.a.shape[0], operands.dropout_p, tokens)
     kind = f"peft {type(layer).__name__}({type(base).__name__})"
     return _row(name, kind, shape, ranks, dtype, taken, reason)
 
 
-def _row(name, kind, shape, ranks, dtype, taken: Algorithm | None, reason: str | None) -> Row:
+def _row(name, kind, shape, ranks, dtype, taken: Algorithm | None, reason: str) -> Row:
     chosen, why = (None, reason) if taken is None else taken
     return Row(name, kind, tuple(shape), ranks, dtype, taken is not None, chosen, why)
 
@@ -125,10 +130,10 @@ def _example(weight: torch.Tensor) -> torch.Tensor:
     return torch.empty((0, weight.shape[1]), dtype=weight.dtype, device=weight.device)
 
 
-def _plan(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens: int) -> Algorithm:
+def _algorithm(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens: int) -> Algorithm:
     """The forward's, of one layer or of those that one call computes for the same x.
 
-    The reason names the backward's plan too where it is another.
+    The reason names the backward's algorithm too if it is another.
     """
     n, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     x = _example(weights[0])
@@ -136,11 +141,9 @@ def _plan(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens: int
     if dtype != x.dtype:  # as autocast will lay them out
         weights = [torch.empty_like(weight, dtype=dtype, device="meta") for weight in weights]
     dys = [torch.empty((0, w.shape[0]), dtype=dtype, device="meta") for w in weights]
-    product = GemmShape(tokens, n, k, r, dtype, x.device, dropout_p > 0)
-    forward = algorithm.choose(product._replace(tma=is_tma_compliant(x, *weights)))
-    backward = algorithm.choose(
-        product._replace(tma=is_tma_compliant(*dys, *weights), backward=True)
-    )
+    shape = GemmShape(tokens, n, k, r, dtype, x.device, dropout_p > 0)
+    forward = algorithm.choose(shape._replace(tma=is_tma_compliant(x, *weights)))
+    backward = algorithm.choose(shape._replace(tma=is_tma_compliant(*dys, *weights), backward=True))
     if backward.name == forward.name:
         return forward
     both = f"{forward.reason}; backward: {backward.name}, {backward.reason}"
@@ -155,6 +158,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         ", ".join(map(str, row.ranks)),
         str(row.dtype).removeprefix("torch."),
         "yes" if row.fused else "no",
-        row.plan or "",
+        row.algorithm or "",
         row.reason,
     )

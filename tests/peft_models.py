@@ -12,9 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import patch_peft, unpatch_peft
+from lora_kernels.testing.tolerance import assert_close
 from tests.op_calls import Calls
 from tests.tiny_models import BASES, TARGETS, randomise
-from lora_kernels.testing.tolerance import assert_close
 
 UPSTREAM = PeftLinear.forward
 both_bases = pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
@@ -83,7 +83,7 @@ def assert_as_without(model, run, *, fused):
             torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
         assert_close(in_double[name].float(), exact[name].double(), exact[name].float(), name)
     for (name, _), triples in alone.items():
-        # A layer has few elements: judged together, no baseline is small by luck.
+        # A layer has few elements: if all are judged together, no baseline is small by luck.
         assert_close(*(torch.cat(parts) for parts in zip(*triples, strict=True)), name)
 
 

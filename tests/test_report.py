@@ -11,7 +11,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import lora_kernels as lora
-from lora_kernels import patch_peft, plan, report
+from lora_kernels import patch_peft, report
+from lora_kernels.dispatch import algorithm
+from lora_kernels.dispatch.algorithm import Algorithm, GemmShape
 from lora_kernels.report import Report, Row
 from tests.op_calls import Calls
 from tests.tiny_models import tiny_gpt2, tiny_llama
@@ -52,10 +54,10 @@ def peft_model(base=None, **options):
     return peft.get_peft_model(Net() if base is None else base, peft.LoraConfig(**options))
 
 
-def test_own_layers(device):
-    linear, reason = torch.float32, "there are no kernels for it, it runs PyTorch's operators"
+def test_report_of_own_layers(device):
+    linear, reason = torch.float32, "there are no kernels for it: it runs PyTorch's operators"
     model = own_model().to(device)
-    chosen = plan.choose(plan.Product(4096, 8, 16, 2, torch.float32, device))
+    chosen = algorithm.choose(GemmShape(4096, 8, 16, 2, torch.float32, device))
     assert report(model) == [
         Row("embed", "LoRAEmbedding", (11, 16), (2,), linear, False, None, reason),
         Row("lin", "LoRALinear", (8, 16), (2,), linear, True, *chosen),
@@ -66,7 +68,7 @@ def test_own_layers(device):
     assert calls.fused == 1
 
 
-def test_own_layers_that_run_as_plain_ones(device):
+def test_report_of_own_layers_that_run_as_plain_ones(device):
     merged = own_model().eval()
     assert {row.reason for row in report(merged)} == {"its adapter is merged"}
     assert {row.ranks for row in report(merged)} == {(2,)}
@@ -80,7 +82,13 @@ def test_own_layers_that_run_as_plain_ones(device):
     assert report(Own(4, 6, r=1))[0].reason == "it has a forward of its own"
 
 
-def test_layouts_and_groups(device):
+def test_plan_of_a_row_reads_its_algorithm(device):
+    rows = report(own_model().to(device))
+    assert [row.plan for row in rows] == [row.algorithm for row in rows]
+    assert "plan" not in rows[0]._asdict()
+
+
+def test_report_of_layouts_and_groups(device):
     layers = nn.Sequential(
         lora.Linear(4, 6, r=1, fan_in_fan_out=True),
         lora.MergedLinear(6, 9, r=3, enable_lora=[True, False, True]),
@@ -93,7 +101,7 @@ def test_layouts_and_groups(device):
     assert calls.fused == 2
 
 
-def test_pefts_layers(device):
+def test_report_of_pefts_layers(device):
     model = peft_model().to(device)
     assert {row.reason for row in report(model)} == {"patch_peft() has not been called"}
     patch_peft()
@@ -103,10 +111,10 @@ def test_pefts_layers(device):
     assert (embed.kind, embed.weight) == ("peft Embedding(Embedding)", (11, 16))
     assert (linear.kind, linear.weight) == ("peft Linear(Linear)", (8, 16))
     assert (linear.ranks, linear.dtype, linear.fused) == ((2,), torch.float32, True)
-    assert (conv.kind, conv.fused, conv.plan) == ("peft Conv1d(Conv1d)", False, None)
+    assert (conv.kind, conv.fused, conv.algorithm) == ("peft Conv1d(Conv1d)", False, None)
 
 
-def test_all_of_a_llama_and_a_gpt2():
+def test_report_of_a_llama_and_a_gpt2():
     patch_peft()
     llama = report(peft_model(tiny_llama(), target_modules="all-linear"))
     assert len(llama) == 14
@@ -116,7 +124,7 @@ def test_all_of_a_llama_and_a_gpt2():
     assert all(row.fused for row in gpt2)
 
 
-def test_active_adapters():
+def test_report_of_active_adapters():
     patch_peft()
     model = peft_model(target_modules=["lin"])
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["lin"]))
@@ -129,7 +137,7 @@ def test_active_adapters():
     assert row.reason == "2 of its adapters are active"
 
 
-def test_hooks_of_accelerate_before_and_after_the_patch(device):
+def test_report_of_hooks_of_accelerate_before_and_after_the_patch(device):
     model = peft_model(target_modules=["lin"]).to(device)
     layer = model.base_model.model.lin
     add_hook_to_module(layer, ModelHook())
@@ -145,48 +153,46 @@ def test_hooks_of_accelerate_before_and_after_the_patch(device):
         assert calls.fused == expected
 
 
-def test_a_cpu_has_the_reference_and_says_why(no_interpreter):
+def test_algorithm_of_a_cpu_is_the_reference_and_says_why(no_interpreter):
     patch_peft()
     for model in (own_model(), peft_model()):
-        assert [row.plan for row in report(model) if row.fused] == ["reference"]
+        assert [row.algorithm for row in report(model) if row.fused] == ["reference"]
         assert REFERENCE in str(report(model))
 
 
-def test_the_plan_is_that_of_the_product(monkeypatch):
+def test_algorithm_is_that_of_the_product(monkeypatch):
     """At these tokens, in the dtype under autocast, with dropout in training only."""
-    products = []
+    shapes = []
 
-    def choose(product):
-        products.append(product)
-        return plan.Plan("sandwich", "because")
+    def choose(shape):
+        shapes.append(shape)
+        return Algorithm("addmm", "because")
 
-    monkeypatch.setattr(plan, "choose", choose)
+    monkeypatch.setattr(algorithm, "choose", choose)
     patch_peft()
     for model in (own_model(lora_dropout=0.1, merge_weights=False), peft_model(lora_dropout=0.1)):
-        assert [row[-2:] for row in report(model, tokens=7) if row.fused] == [
-            ("sandwich", "because")
-        ]
+        assert [row[-2:] for row in report(model, tokens=7) if row.fused] == [("addmm", "because")]
         with torch.autocast("cpu", torch.bfloat16):
             report(model.eval(), tokens=9)
     cpu = torch.device("cpu")
     expected = [
-        plan.Product(7, 8, 16, 2, torch.float32, cpu, dropout=True, aligned=True),
-        plan.Product(9, 8, 16, 2, torch.bfloat16, cpu, dropout=False, aligned=True),
+        GemmShape(7, 8, 16, 2, torch.float32, cpu, dropout=True, tma=True),
+        GemmShape(9, 8, 16, 2, torch.bfloat16, cpu, dropout=False, tma=True),
     ]
-    assert [product for product in products if not product.backward] == 2 * expected
-    expected = [product._replace(backward=True) for product in expected]
-    assert [product for product in products if product.backward] == 2 * expected
+    assert [shape for shape in shapes if not shape.backward] == 2 * expected
+    expected = [shape._replace(backward=True) for shape in expected]
+    assert [shape for shape in shapes if shape.backward] == 2 * expected
 
 
-def test_a_backward_by_another_plan_is_told_behind_the_forwards(monkeypatch):
-    def choose(product):
-        return plan.Plan(*(("sandwich", "no") if product.backward else ("fused", "measured")))
+def test_algorithm_of_the_backward_is_told_behind_the_forwards_if_it_is_another(monkeypatch):
+    def choose(shape):
+        return Algorithm(*(("addmm", "no") if shape.backward else ("fused", "measured")))
 
-    monkeypatch.setattr(plan, "choose", choose)
+    monkeypatch.setattr(algorithm, "choose", choose)
     patch_peft()
     for model in (own_model(), peft_model()):
         (row,) = [row for row in report(model) if row.fused]
-        assert (row.plan, row.reason) == ("fused", "measured; backward: sandwich, no")
+        assert (row.algorithm, row.reason) == ("fused", "measured; backward: addmm, no")
 
 
 @pytest.mark.parametrize(
@@ -198,16 +204,16 @@ def test_a_backward_by_another_plan_is_told_behind_the_forwards(monkeypatch):
         (8, 4, "bfloat16", True, False),
     ],
 )  # fmt: skip
-def test_alignment_is_that_of_x_or_dy_and_weight(
+def test_tma_compliance_is_that_of_x_or_dy_and_weight(
     in_features, out_features, dtype, forward, backward, monkeypatch
 ):
     seen = []
 
-    def choose(product):
-        seen.append((product.backward, product.aligned))
-        return plan.Plan("x", "y")
+    def choose(shape):
+        seen.append((shape.backward, shape.tma))
+        return Algorithm("x", "y")
 
-    monkeypatch.setattr(plan, "choose", choose)
+    monkeypatch.setattr(algorithm, "choose", choose)
     report(lora.Linear(in_features, out_features, r=1, dtype=getattr(torch, dtype)))
     with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
         report(lora.Linear(in_features, out_features, r=1))
@@ -223,41 +229,41 @@ class Attention(nn.Module):
         return torch.cat([self.query(x), self.key(x), self.value(x)], -1)
 
 
-def test_layers_that_share_x_have_the_plan_of_their_one_call(monkeypatch, device):
+def test_algorithm_of_layers_that_share_x_is_that_of_their_one_call(monkeypatch, device):
     model = lora.apply_lora(
         Attention(), r=2, lora_alpha=2, target_modules=["query", "key", "value"]
     ).to(device)
     lora.share_inputs(model, [("query", "key")])
-    products = []
+    shapes = []
 
-    def choose(product):
-        products.append(product)
-        return plan.Plan("sandwich", "because")
+    def choose(shape):
+        shapes.append(shape)
+        return Algorithm("addmm", "because")
 
-    monkeypatch.setattr(plan, "choose", choose)
+    monkeypatch.setattr(algorithm, "choose", choose)
     together = "because; in one call with 1 other layer"
     assert [row.reason for row in report(model)] == [together, together, "because"]
-    assert [p.n for p in products if not p.backward] == [20, 20, 4]
-    assert [p.n for p in products if p.backward] == [20, 20, 4]
+    assert [p.n for p in shapes if not p.backward] == [20, 20, 4]
+    assert [p.n for p in shapes if p.backward] == [20, 20, 4]
     model.key.eval()  # merged: the others compute alone
     assert [row.reason for row in report(model)] == ["because", "its adapter is merged", "because"]
     monkeypatch.undo()
     model.train()
-    expected = [row.plan for row in report(model)]
+    expected = [row.algorithm for row in report(model)]
     with Calls() as calls:
         model(torch.randn(3, 16, device=device))
     assert calls.names == ["lora_shared_linear_forward", "lora_linear_forward"]
     assert expected[0] == expected[1]
 
 
-def test_meta_models():
+def test_report_of_meta_models():
     patch_peft()
     for model in (own_model(), peft_model()):
         (row,) = [row for row in report(model.to("meta")) if row.fused]
-        assert row.plan == "reference"
+        assert row.algorithm == "reference"
 
 
-def test_is_a_list_and_a_table(no_interpreter):
+def test_report_is_a_list_and_a_table(no_interpreter):
     model = own_model(r=3)
     rows = report(model, tokens=12)
     assert isinstance(rows, list)
@@ -266,18 +272,18 @@ def test_is_a_list_and_a_table(no_interpreter):
     copied = pickle.loads(pickle.dumps(rows))
     assert (copied, copied.tokens, str(copied)) == (rows, 12, str(rows))
     assert str(rows).splitlines() == [
-        "3 LoRA layers, 1 fused; plans for 12 tokens",
-        "layer  kind           weight  rank  dtype    fused  plan       reason",
+        "3 LoRA layers, 1 fused; algorithms for 12 tokens",
+        "layer  kind           weight  rank  dtype    fused  algorithm  reason",
         "embed  LoRAEmbedding  11x16   3     float32  no                there are no kernels for "
-        "it, it runs PyTorch's operators",
+        "it: it runs PyTorch's operators",
         "lin    LoRALinear     8x16    3     float32  yes    reference  CPU tensors reach the "
         "kernels only under TRITON_INTERPRET=1",
         "conv   LoRAConv1d     12x8x3  3     float32  no                there are no kernels for "
-        "it, it runs PyTorch's operators",
+        "it: it runs PyTorch's operators",
     ]
 
 
-def test_what_fully_shard_gathers_is_fused_in_the_forward(tmp_path, device):
+def test_report_of_what_fully_shard_gathers_is_fused_in_the_forward(tmp_path, device):
     """fully_shard leaves DTensors behind; between its hooks the weights are plain."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -288,7 +294,7 @@ def test_what_fully_shard_gathers_is_fused_in_the_forward(tmp_path, device):
         (outside,) = report(model)
         assert (outside.fused, outside.reason) == (
             False,
-            "base_layer.weight is a DTensor as it stands; where fully_shard gathers it, ask in the "
+            "base_layer.weight is a DTensor as it stands; if fully_shard gathers it, ask in the "
             "forward",
         )
         inside = []
@@ -301,14 +307,14 @@ def test_what_fully_shard_gathers_is_fused_in_the_forward(tmp_path, device):
         dist.destroy_process_group()
 
 
-def test_a_model_without_lora():
+def test_report_of_a_model_without_lora():
     rows = report(nn.Linear(2, 2))
     assert isinstance(rows, Report)
     assert rows == []
-    assert str(rows) == "0 LoRA layers, 0 fused; plans for 4096 tokens"
+    assert str(rows) == "0 LoRA layers, 0 fused; algorithms for 4096 tokens"
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 1.5, None, "8"])
-def test_tokens_that_are_no_count(tokens):
+def test_tokens_that_are_not_a_count(tokens):
     with pytest.raises(ValueError, match=r"report: tokens must be an integer >= 1, got"):
         report(nn.Linear(2, 2), tokens=tokens)

@@ -1,7 +1,7 @@
 """The command line, ``lora-kernels`` or ``python -m lora_kernels``: run, doctor, convert.
 
-Exit codes: 0; 1 where doctor found something missing; 2 where the user is at fault, with one line
-on stderr. What ``run`` runs ends with its own exit code.
+Exit codes: 0; 1 if doctor found something missing; 2 if the user is at fault, with one line on
+stderr. What ``run`` runs ends with its own exit code.
 """
 
 import argparse
@@ -16,7 +16,10 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; argv: without the program's name, None takes sys.argv. The exit code."""
+    """Runs one command and returns its exit code.
+
+    argv: the arguments without the program's name; None takes those of sys.argv.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     own, its = _split(argv)
     options = _parser().parse_args(own, argparse.Namespace(arguments=its))
@@ -59,8 +62,8 @@ def _add_run(commands) -> None:
         description="Runs a script as `python SCRIPT` does, or a module as `python -m MODULE` "
         "does, with PEFT patched as by lora_kernels.patch_peft() once the program imports PEFT. "
         "Works under launchers: torchrun -m lora_kernels run SCRIPT, accelerate launch -m "
-        "lora_kernels run SCRIPT. PyTorch is imported before the program starts: environment "
-        "variables that it reads on import, OMP_NUM_THREADS for one, are to be set outside.",
+        "lora_kernels run SCRIPT. PyTorch is imported before the program starts: set environment "
+        "variables that it reads on import, such as OMP_NUM_THREADS, outside of the program.",
     )
     run.add_argument("-m", dest="as_module", action="store_true", help="run a module by its name")
     run.add_argument("target", metavar="SCRIPT_OR_MODULE")
@@ -71,8 +74,8 @@ def _add_doctor(commands) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="print versions, GPUs, what will be fused and what is missing",
-        description="Prints versions, GPUs, the plan of representative products and what is "
-        "missing, with the command that mends it. Exit code: 0 where the kernels will run, 1 where "
+        description="Prints versions, GPUs, the algorithm of representative products and what is "
+        "missing, with the command that fixes it. Exit code: 0 if the kernels will run, 1 if "
         "something keeps them from it.",
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
@@ -111,7 +114,7 @@ def _add_convert(commands) -> None:
     )  # fmt: skip
     to_peft.add_argument(
         "--out-splits", action="append", default=[], metavar="[NAME=]4096,1024,1024",
-        help="sizes of its groups where they are not equal",
+        help="sizes of its groups if they are not equal",
     )  # fmt: skip
     to_peft.add_argument(
         "--embedding", action="append", default=[], metavar="NAME", help="NAME is an Embedding"

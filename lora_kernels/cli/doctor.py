@@ -1,4 +1,4 @@
-"""lora-kernels doctor: what is installed, which plans products take, whether PEFT's layers are
+"""lora-kernels doctor: what is installed, which algorithms products take, whether PEFT's layers are
 fused under patch_peft(), what is missing.
 """
 
@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 import lora_kernels
-from lora_kernels import functional, plan
-from lora_kernels.peft import patch_peft, unpatch_peft
+from lora_kernels import functional
+from lora_kernels.dispatch import algorithm
+from lora_kernels.dispatch.algorithm import GemmShape
+from lora_kernels.integrations import patch_peft, unpatch_peft
 from lora_kernels.report import report
 
 __all__ = ["Findings", "Missing", "as_json", "as_text", "examine"]
@@ -34,19 +36,19 @@ PRODUCTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """Something that keeps the kernels from running, and the command that mends it."""
+    """Something that keeps the kernels from running, and the command that fixes it."""
 
     what: str
-    mend: str
+    fix: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What was found. A version that is None: not installed; a variable: not set.
+    """What was found. None: a package is not installed, a variable is not set.
 
-    gpus: device, name, capability, driver of each; no_gpu: why there is none. plans: device,
-    product, plan and reason. peft: what patch_peft() does with the PEFT that is installed.
-    missing: empty where the kernels will run on every GPU, for PEFT too where it is installed.
+    gpus: device, name, capability, driver of each; no_gpu: why there is none. algorithms: device,
+    product, algorithm and reason. peft: what patch_peft() does with the PEFT that is installed.
+    missing: empty if the kernels will run on every GPU, and for PEFT too if it is installed.
     """
 
     python: str
@@ -54,7 +56,7 @@ class Findings:
     variables: dict[str, str | None]
     gpus: list[dict[str, str]]
     no_gpu: str | None
-    plans: list[dict[str, str]]
+    algorithms: list[dict[str, str]]
     peft: str
     missing: list[Missing]
 
@@ -64,15 +66,15 @@ def examine() -> Findings:
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
     no_gpu = None if gpus else _why_no_gpu()
     missing = [no_gpu] if no_gpu else []
-    plans = []
+    algorithms = []
     for name in [gpu["device"] for gpu in gpus] or ["cpu"]:
         device = torch.device(name)
         try:
-            chosen = _plans(device)
+            chosen = _algorithms(device)
         except ValueError as error:
             missing.append(Missing(str(error), "unset LORA_KERNELS_PLAN"))
             break
-        plans += chosen
+        algorithms += chosen
         if gpus:
             missing += _why_reference(chosen) or _failures(device)
     peft, not_fused = _peft()
@@ -83,7 +85,7 @@ def examine() -> Findings:
         variables={name: os.environ.get(name) for name in VARIABLES},
         gpus=gpus,
         no_gpu=no_gpu and no_gpu.what,
-        plans=plans,
+        algorithms=algorithms,
         peft=peft,
         missing=list(dict.fromkeys(missing + not_fused)),
     )
@@ -109,11 +111,11 @@ def as_text(findings: Findings) -> str:
     if findings.no_gpu:
         rows.append(("GPU", f"none: {findings.no_gpu}"))
     rows += [
-        (f"plan on {row['device']}", f"{row['product']}: {row['plan']}, {row['reason']}")
-        for row in findings.plans
+        (f"algorithm on {row['device']}", f"{row['product']}: {row['algorithm']}, {row['reason']}")
+        for row in findings.algorithms
     ]
     rows.append(("patch_peft()", findings.peft))
-    rows += [("missing", f"{missing.what}: {missing.mend}") for missing in findings.missing]
+    rows += [("missing", f"{missing.what}: {missing.fix}") for missing in findings.missing]
     if not findings.missing:
         rows.append(("missing", "nothing"))
     width = max(len(label) for label, _ in rows)
@@ -168,7 +170,7 @@ def _gpu(index: int) -> dict[str, str]:
 
 
 def _driver() -> str | None:
-    """The version of NVIDIA's driver, which PyTorch does not tell; None where there is none."""
+    """The version of NVIDIA's driver, which PyTorch does not tell; None if there is none."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -199,19 +201,18 @@ def _why_no_gpu() -> Missing:
     return Missing(reason, "update the driver, or run on a machine with a GPU")
 
 
-def _plans(device: torch.device) -> list[dict[str, str]]:
+def _algorithms(device: torch.device) -> list[dict[str, str]]:
     rows = []
     for name, fields in PRODUCTS.items():
-        product = plan.Product(n=4096, k=4096, r=16, dtype=torch.bfloat16, device=device, **fields)
-        chosen = plan.choose(product)
-        what = f"{name}, [{product.m}, 4096] x [4096, 4096], r=16, bfloat16"
-        rows.append(
-            {"device": str(device), "product": what, "plan": chosen.name, "reason": chosen.reason}
-        )
+        shape = GemmShape(n=4096, k=4096, r=16, dtype=torch.bfloat16, device=device, **fields)
+        chosen = algorithm.choose(shape)
+        what = f"{name}, [{shape.m}, 4096] x [4096, 4096], r=16, bfloat16"
+        row = {"device": str(device), "product": what}
+        rows.append(row | {"algorithm": chosen.name, "reason": chosen.reason})
     return rows
 
 
-def _why_reference(plans: list[dict[str, str]]) -> list[Missing]:
+def _why_reference(algorithms: list[dict[str, str]]) -> list[Missing]:
     """What keeps a GPU's products from the kernels."""
     return [
         Missing(
@@ -220,8 +221,8 @@ def _why_reference(plans: list[dict[str, str]]) -> list[Missing]:
             if "LORA_KERNELS_PLAN" in row["reason"]
             else 'pip install --upgrade "triton>=3.4"',
         )
-        for row in plans
-        if row["plan"] == "reference"
+        for row in algorithms
+        if row["algorithm"] == "reference"
     ]
 
 
@@ -244,5 +245,5 @@ def _failures(device: torch.device) -> list[Missing]:
             "Triton compiles with gcc and Python's headers: apt-get install gcc python3-dev",
         )
         for warning in caught
-        if str(warning.message).startswith("lora_kernels: plan")
+        if str(warning.message).startswith("lora_kernels: algorithm")
     ]

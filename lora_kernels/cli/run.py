@@ -21,10 +21,10 @@ __all__ = ["patch_on_import", "run_module", "run_script"]
 
 
 def run_script(path: str, arguments: Sequence[str]) -> int:
-    """Runs a file as ``python path arguments`` would; its exit code.
+    """Runs a file as ``python path arguments`` would, and returns its exit code.
 
     __main__, __file__, sys.argv, sys.path[0] and tracebacks are those of that command.
-    Raises: UsageError where the file cannot be read; SystemExit as the script does.
+    Raises: UsageError if the file cannot be read; SystemExit as the script does.
     """
     file = os.path.abspath(path)
     loader = SourceFileLoader("__main__", file)
@@ -43,9 +43,9 @@ def run_script(path: str, arguments: Sequence[str]) -> int:
 
 
 def run_module(name: str, arguments: Sequence[str]) -> int:
-    """Runs a module as ``python -m name arguments`` would; its exit code.
+    """Runs a module as ``python -m name arguments`` would, and returns its exit code.
 
-    Raises: UsageError where there is no such module; SystemExit as the module does.
+    Raises: UsageError if there is no such module; SystemExit as the module does.
     """
     _replace_first_path(os.getcwd())
     sys.argv = ["-m", *arguments]  # while packages around the module are imported, as in Python
@@ -103,8 +103,8 @@ def patch_on_import() -> None:
 
 def _patch() -> None:
     if not hasattr(sys.modules["peft"], "__path__"):
-        return  # no package: a file of the program's own that has the name
-    from lora_kernels.peft import patch_peft
+        return  # not the package, but a file of the program's own with its name
+    from lora_kernels.integrations import patch_peft
 
     patch_peft()
 

@@ -1,4 +1,4 @@
-"""The nn.Modules."""
+"""The layers: nn.Modules with a low-rank update, and share_inputs."""
 
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA, LoRAConv1d, LoRAConv2d, LoRAConv3d

@@ -21,19 +21,19 @@ class ConvLoRA(LoRALayer, nn.Module):
 
     Shapes: weight [out, in/groups, k_0, k_1, ...], lora_A [r·k_0, in·k_0],
     lora_B [out/groups·k_1·..., r·k_0]; x and y as those of conv. lora_A starts Kaiming uniform,
-    lora_B zero. r = 0: a plain trainable convolution. Dropout acts in training mode only, where it
-    costs a second convolution.
-    Dtypes: x and weight share a float dtype (autocast sees to it), the adapters may have another;
-    the update is computed in float32 at least and rounded once.
-    State dict: conv.weight, conv.bias, lora_A, lora_B. Loading also takes weight and bias, which
-    loralib's unreleased version writes besides or instead of the first two.
-    Raises: ValueError as LoRALayer does and where conv_module, kernel_size or x do not fit;
-    TypeError where x is no dense floating-point tensor; RuntimeError out of load_state_dict where
-    both spellings of a key are there and differ.
+    lora_B zero. r = 0: a plain trainable convolution. Dropout acts in training mode only, and costs
+    a second convolution then.
+    Dtypes: x and weight share a float dtype (autocast sees to it), the adapters may have another.
+    The update is computed in float32 at least and rounded once.
+    State dict: conv.weight, conv.bias, lora_A, lora_B. Loading also takes the keys weight and bias,
+    which loralib's unreleased version writes besides or instead of the first two.
+    Raises: ValueError as LoRALayer does, and if conv_module, kernel_size or x does not fit;
+    TypeError if x is not a dense floating-point tensor; RuntimeError out of load_state_dict if both
+    spellings of a key are there and differ.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's ConvLoRA.
     """
 
-    _weight_name = "conv.weight"
+    weight_name = "conv.weight"
 
     def __init__(
         self,
@@ -78,9 +78,9 @@ class ConvLoRA(LoRALayer, nn.Module):
     ) -> "ConvLoRA":
         """Wraps an nn.Conv1d, nn.Conv2d or nn.Conv3d: same parameters, no copy, same options, mode.
 
-        On ConvLoRA the dimension follows conv; on the classes below it must be theirs.
+        ConvLoRA.from_conv makes the layer of conv's dimension; the classes below take theirs only.
         lora_dtype: dtype of lora_A and lora_B; None takes the weight's.
-        Raises: TypeError where conv is no such module, or computes in its own way.
+        Raises: TypeError if conv is not such a module, or computes in its own way.
         """
         plain = _plain_conv(type(conv))
         layer_class = _LAYERS.get(plain) if cls is ConvLoRA else cls
@@ -141,7 +141,7 @@ class ConvLoRA(LoRALayer, nn.Module):
             self._refresh()
             return self.conv(x)
         weight, bias = self.conv.weight, self.conv.bias
-        dropout = self._dropout_p() > 0
+        dropout = self.dropout_p > 0
         device_type = "cpu" if weight.is_meta else weight.device.type
         with torch.autocast(device_type, enabled=False):
             delta = self.delta_weight()
@@ -162,14 +162,11 @@ class ConvLoRA(LoRALayer, nn.Module):
             )
         if x.dim() not in (unbatched, unbatched + 1) or x.shape[-unbatched] != channels:
             shape = ", ".join((str(channels), *"*" * (unbatched - 1)))
-            problem = f"have shape [N, {shape}] or [{shape}], got {list(x.shape)}"
-        elif x.device != weight.device:
-            problem = f"be on weight's device {weight.device}, got {x.device}"
-        elif x.dtype != weight.dtype and checks.autocast_dtype(x) is None:
-            problem = f"have weight's dtype {weight.dtype}, got {x.dtype}"
-        else:
-            return
-        raise ValueError(f"{checks.layer_name(self)}: x must {problem}")
+            raise ValueError(
+                f"{checks.layer_name(self)}: x must have shape [N, {shape}] or [{shape}], "
+                f"got {list(x.shape)}"
+            )
+        checks.check_device_and_dtype(self, x, weight)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         errors = args[-1]

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels import checks, distributed
-from lora_kernels.layers.base import LoRALayer, undisturbed
+from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.merging import undisturbed
 
 __all__ = ["LoRAEmbedding"]
 
@@ -15,17 +16,17 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
     Shapes: weight [num, dim], lora_A [r, num], lora_B [dim, r]; x [...] of ids -> [..., dim].
     Dtypes: x int32 or int64; weight any float, the adapters may have another. The low-rank product
-    runs in float32 at least, y has weight's dtype, also under autocast. lora_A starts zero, lora_B
+    runs in float32 at least. y has weight's dtype, under autocast too. lora_A starts zero, lora_B
     normal(0, 1). r = 0: a plain trainable nn.Embedding. Other keywords go to nn.Embedding:
 
     * padding_idx: neither its row of weight nor its column of lora_A receives a gradient;
     * max_norm limits W[x] before the update is added, merged or not. With r > 0 the rows are
-      limited as they are read; nn.Embedding instead overwrites them in weight;
+      limited as they are read, while nn.Embedding overwrites them in weight;
     * sparse=True: the gradient of lora_A is a sparse [r, num] tensor, that of lora_B dense;
     * scale_grad_by_freq acts on lora_A as on weight.
 
-    Raises: ValueError as LoRALayer does; TypeError where x is no dense tensor of ids, ValueError
-    where it is on another device. An id out of range ends as in nn.Embedding.
+    Raises: ValueError as LoRALayer does, and if x is on another device than weight; TypeError if x
+    is not a dense tensor of ids. An id out of range ends as in nn.Embedding.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's Embedding.
     """
 
@@ -59,7 +60,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         """Wraps an nn.Embedding: same parameter, no copy, same options and mode.
 
         lora_dtype: dtype of lora_A and lora_B; None takes the weight's.
-        Raises: TypeError where embedding is no nn.Embedding, or computes in its own way.
+        Raises: TypeError if embedding is not an nn.Embedding, or computes in its own way.
         """
         plain = (
             isinstance(embedding, nn.Embedding)
@@ -119,7 +120,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
             rows = self._limit(self._look_up(self.weight, ids).to(acc))
             h = self._look_up_a(ids).to(acc) * self.scaling
             y = torch.addmm(rows, h, self.lora_B.to(acc).T)
-        # No view: FSDP would lose its hooks on y where the caller changes y in place.
+        # Not a view: FSDP would lose its hooks on y if the caller changes y in place.
         shape = (*x.shape, self.embedding_dim)
         return torch.ops.aten._unsafe_view.default(y.to(self.weight.dtype), shape)
 
@@ -166,7 +167,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
 
 class _SparseLookUp(torch.autograd.Function):
-    """F.embedding(ids, a.T, padding_idx, sparse=True); PyTorch cannot transpose its gradient.
+    """F.embedding(ids, a.T, padding_idx, sparse=True), whose gradient PyTorch cannot transpose.
 
     Shapes: a [R, num], ids [T] -> [T, R].
     """

@@ -10,7 +10,7 @@ from lora_kernels import checks, functional
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.spec import LoraSpec, OutputSplits
 
-__all__ = ["LinearLayer", "LoRALinear"]
+__all__ = ["LinearLayer", "LoRALinear", "is_hf_conv1d"]
 
 
 def is_hf_conv1d(module) -> bool:
@@ -21,7 +21,7 @@ def is_hf_conv1d(module) -> bool:
 class LinearLayer(LoRALayer, nn.Linear):
     """What LoRALinear and LoRAMergedLinear share: the weight's layout, wrapping, the forward."""
 
-    _shared_input = None  # a SharedInput where share_inputs joined the layer with others
+    _shared_input = None  # a SharedInput if share_inputs joined the layer with others
 
     def _set_layout(self, fan_in_fan_out: bool) -> None:
         self.fan_in_fan_out = fan_in_fan_out
@@ -51,7 +51,7 @@ class LinearLayer(LoRALayer, nn.Linear):
         return OutputSplits.whole(self.out_features)
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias as nn.Linear does, whichever way round weight is stored."""
+        """Draws weight and bias as nn.Linear does, in both layouts; lora_A and lora_B anew."""
         if getattr(self, "fan_in_fan_out", False):
             with torch.no_grad():
                 drawn = self.weight.new_empty((self.out_features, self.in_features))
@@ -69,24 +69,29 @@ class LinearLayer(LoRALayer, nn.Linear):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
 
-    def _oriented(self, weight: Tensor) -> Tensor:
-        """[N, K] as weight is stored, or the stored weight as [N, K]: a view either way."""
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A matrix [N, K] in the layout that weight has, or weight as [N, K]: a view either way."""
         return weight.T if self.fan_in_fan_out else weight
 
+    @property
+    def computed_together(self) -> tuple["LinearLayer", ...]:
+        """The layers that one call computes for the same x, this one among them."""
+        shared = self._shared_input
+        return shared.layers if shared is not None and shared.together() else (self,)
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = self._oriented(self.weight)
+        weight = self.oriented(self.weight)
         if self.merged or not self.has_lora:
             self._refresh()
+            checks.check_weight(self, weight)
             checks.check_input(self, x, weight)
             return F.linear(x, weight, self.bias)
         if self._shared_input is not None:
             y = self._shared_input.output(self, x)
             if y is not None:
                 return y
-        spec = LoraSpec(self.scaling, self._dropout_p(), self.splits)
-        return functional.lora_forward(
-            self, x, weight, self.lora_A, self.lora_B, self.bias, spec
-        )
+        spec = LoraSpec(self.scaling, self.dropout_p, self.splits)
+        return functional.lora_forward(self, x, weight, self.lora_A, self.lora_B, self.bias, spec)
 
     def extra_repr(self) -> str:
         text = f"{nn.Linear.extra_repr(self)}, r={self.r}"
@@ -145,4 +150,4 @@ class LoRALinear(LinearLayer):
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
         a, b = self._factors()
-        return self._oriented(b.to(acc) @ a.to(acc)) * self.scaling
+        return self.oriented(b.to(acc) @ a.to(acc)) * self.scaling

@@ -15,15 +15,15 @@ __all__ = ["LoRAMergedLinear"]
 class LoRAMergedLinear(LinearLayer):
     """nn.Linear whose output columns fall into groups; enabled groups get a low-rank update.
 
-    enable_lora says which of the G groups are enabled; they are equal, or have the sizes in
-    out_splits (grouped-query attention). With E enabled groups, group g of them uses rows
-    [g·r, (g+1)·r) of lora_A and its own block of rows of lora_B, and all share one dropout mask.
+    enable_lora says which of the groups are enabled. The groups are of equal size, or have the
+    sizes in out_splits (grouped-query attention). Of E enabled groups, the g-th has rows
+    [g·r, (g+1)·r) of lora_A and its own block of rows of lora_B. All share one dropout mask.
 
     Shapes: weight [out, in] ([in, out] with fan_in_fan_out), lora_A [r·E, in],
     lora_B [sum of the enabled splits, r]; x [..., in] -> [..., out]. Initial values as LoRALinear.
-    r = 0 or no enabled group: a plain trainable nn.Linear. Other keywords go to nn.Linear.
-    Raises: ValueError where len(enable_lora) does not divide out_features or out_splits does not
-    fit; otherwise as LoRALinear.
+    r = 0, or no group enabled: a plain trainable nn.Linear. Other keywords go to nn.Linear.
+    Raises: ValueError if len(enable_lora) does not divide out_features or out_splits does not fit;
+    otherwise as LoRALinear.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.2; loralib's MergedLinear.
     """
 
@@ -85,7 +85,7 @@ class LoRAMergedLinear(LinearLayer):
         return enabled.repeat_interleave(sizes, output_size=self.out_features)
 
     def zero_pad(self, x: Tensor) -> Tensor:
-        """Rows of the enabled groups -> rows of all groups, zero where disabled."""
+        """Rows of the enabled groups -> rows of all groups, those of disabled ones zero."""
         padded = x.new_zeros((self.out_features, *x.shape[1:]))
         for columns, rows, _ in self.splits.groups(self.r):
             padded[columns] = x[rows]
@@ -95,7 +95,7 @@ class LoRAMergedLinear(LinearLayer):
         """The update of the whole weight before scaling, as weight is stored."""
         a, b = self._factors()
         product = torch.cat([b[rows] @ a[ranks] for _, rows, ranks in self.splits.groups(self.r)])
-        return self._oriented(self.zero_pad(product))
+        return self.oriented(self.zero_pad(product))
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
@@ -103,7 +103,7 @@ class LoRAMergedLinear(LinearLayer):
         delta = a.new_zeros((self.out_features, self.in_features))
         for columns, rows, ranks in self.splits.groups(self.r):
             delta[columns] = b[rows] @ a[ranks]
-        return self._oriented(delta) * self.scaling
+        return self.oriented(delta) * self.scaling
 
     def extra_repr(self) -> str:
         return (

@@ -22,7 +22,7 @@ GROUPS = (
     ("wi_0", "wi_1"),
     ("w1", "w3"),
 )
-# And to blocks whose keys and values come from another input.
+# Names that they give to blocks whose keys and values come from another input.
 CROSS_ATTENTION = (
     "encoder_attn", "crossattention", "cross_attn", "cross_attention", "EncDecAttention",
 )  # fmt: skip
@@ -35,22 +35,24 @@ def share_inputs(
 ) -> list[tuple[str, ...]]:
     """Has LoRALinear layers that take the same input compute together; returns their paths.
 
-    groups: names that children of one module have. Of each module's children in a group, those
-    LoRALinear layers that agree in in_features, r, dropout and dtypes are joined, two or more of
-    them. Layers, parameters and state dicts stay what they are; calls stay what they are too:
-    ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)``. The first call with a new x computes for all and
-    the others fetch what is theirs: the same x, unchanged, and unchanged parameters. x is then read
-    once for all low-rank products and the layers add to one dx in place, see lora_shared_linear;
-    each layer keeps a dropout mask of its own. A call with another x, as in cross-attention, is
-    right, but what was computed for the others is thrown away: nothing is joined below a module
-    whose name is in exclude. Merged layers, layers on tensors of torch.inference_mode, and those
-    that FSDP or a parametrization gives other weights compute alone.
-    In a model under torch.compile x must not change in place between the calls: what is traced
-    cannot tell. Elsewhere such a change is seen, and the layer computes anew.
-    A layer that is copied on its own takes copies of the layers it is joined with along.
+    groups: names that children of one module have. Of a module's children in a group, the
+    LoRALinear layers that agree in in_features, r, dropout and dtypes are joined, if there are two
+    or more. Layers, parameters and state dicts stay what they are, and so do calls:
+    ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)``. The first call with a new x computes for all of
+    them. The others fetch their part, as long as it is the same x and nothing has changed since. So
+    x is read once for all low-rank products and the layers add to one dx in place, see
+    lora_shared_linear. Each layer keeps a dropout mask of its own.
+    exclude: names of modules below which nothing is joined. In cross-attention keys and values get
+    another x than queries: joined layers would give the right results there, but throw away what
+    they computed for each other.
+    Merged layers compute alone. So do layers on tensors of torch.inference_mode, and layers that
+    FSDP or a parametrization gives other weights.
+    In a model under torch.compile x must not change in place between the calls, because what is
+    traced cannot tell. Otherwise such a change is seen, and the layer computes anew.
+    A layer that is copied on its own takes along copies of the layers it is joined with.
     One backward serves all of them: a second one through another layer's output needs
     retain_graph=True in the first, as outputs of one operation do.
-    Raises: ValueError where no layers were found to join.
+    Raises: ValueError if no layers were found to join.
     """
     groups = [tuple(group) for group in groups]
     joined = []
@@ -77,7 +79,7 @@ def share_inputs(
 
 
 def _kind(layer: LoRALinear) -> tuple:
-    weights = (layer._weight(), layer.lora_A, layer.lora_B)
+    weights = (layer.weight, layer.lora_A, layer.lora_B)
     return layer.in_features, layer.r, layer.lora_dropout.p, *((w.dtype, w.device) for w in weights)
 
 
@@ -93,7 +95,7 @@ class SharedInput:
             layer._shared_input = self
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
-        """layer's output for x, or None where it has to compute alone."""
+        """layer's output for x, or None if it has to compute alone."""
         index = next((i for i, member in enumerate(self.layers) if member is layer), None)
         if index is None or not isinstance(x, Tensor):
             return None
@@ -102,6 +104,7 @@ class SharedInput:
         if x is self._x and index in self._outputs and self._state == self._state_for(x):
             y = self._outputs.pop(index)
         elif self.together():
+            checks.check_input(layer, x, layer.oriented(layer.weight))
             ys = self._compute(x)
             self._x, self._state = x, self._state_for(x)
             self._outputs = {i: y for i, y in enumerate(ys) if i != index}
@@ -115,11 +118,11 @@ class SharedInput:
     def together(self) -> bool:
         """Whether every layer runs its adapter, on plain weights, with one dropout.
 
-        The answer is the same whenever a step runs a layer, in a checkpoint's second forward too,
-        where weights that fully_shard gathers layer by layer are there already.
+        The answer is the same whenever a step runs a layer. It is so in a checkpoint's second
+        forward too, when weights that fully_shard gathers layer by layer are there already.
         """
         return (
-            len({layer._dropout_p() for layer in self.layers}) == 1
+            len({layer.dropout_p for layer in self.layers}) == 1
             and not any(map(distributed.is_sharded_alone, self.layers))
             and not any(
                 layer.merged or type(tensor) not in (nn.Parameter, Tensor)
@@ -131,22 +134,22 @@ class SharedInput:
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         layers = self.layers
         for layer in layers:
-            checks.check_shape(layer, x, layer._oriented(layer.weight))
+            checks.check_shape(layer, x, layer.oriented(layer.weight))
         return lora_shared_linear(
             x,
-            [layer._oriented(layer.weight) for layer in layers],
+            [layer.oriented(layer.weight) for layer in layers],
             [layer.lora_A for layer in layers],
             [layer.lora_B for layer in layers],
             [layer.bias for layer in layers],
             scalings=[layer.scaling for layer in layers],
-            dropout_p=layers[0]._dropout_p(),
+            dropout_p=layers[0].dropout_p,
         )
 
     def _state_for(self, x: Tensor) -> tuple:
         """What must not have changed between the computation and the fetching of an output."""
         state = (
             torch.is_grad_enabled(), checks.autocast_dtype(x),
-            *((layer.scaling, layer._dropout_p()) for layer in self.layers),
+            *((layer.scaling, layer.dropout_p) for layer in self.layers),
         )  # fmt: skip
         if torch.compiler.is_compiling():
             return state

@@ -13,11 +13,12 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 
 import lora_kernels
 from lora_kernels.cli import doctor, main
-from lora_kernels.plan import Measured
+from lora_kernels.dispatch import algorithm
+from lora_kernels.dispatch.table import TuningEntry
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a CPU")
 FORWARD = PeftLinear.forward
-KEYS = {"python", "versions", "variables", "gpus", "no_gpu", "plans", "peft", "missing"}
+KEYS = {"python", "versions", "variables", "gpus", "no_gpu", "algorithms", "peft", "missing"}
 
 
 def found(capsys) -> tuple[int, dict]:
@@ -35,7 +36,7 @@ def test_json_holds_what_was_found(capsys, plan):
     assert findings["versions"]["peft"] == peft.__version__
     assert findings["variables"]["LORA_KERNELS_PLAN"] == plan
     assert len(findings["gpus"]) == torch.cuda.device_count()
-    assert {row["product"].partition(", [")[0] for row in findings["plans"]} == {
+    assert {row["product"].partition(", [")[0] for row in findings["algorithms"]} == {
         "training, forward",
         "training, backward",
         "decoding",
@@ -43,13 +44,15 @@ def test_json_holds_what_was_found(capsys, plan):
 
 
 @without_gpu
-def test_without_a_gpu_it_says_so(capsys):
+def test_doctor_without_a_gpu_says_so(capsys):
     code, findings = found(capsys)
     assert code == 1
     assert findings["gpus"] == []
     assert findings["missing"][0]["what"] == findings["no_gpu"]
-    assert findings["missing"][0]["mend"]
-    assert all(row["device"] == "cpu" and row["plan"] == "reference" for row in findings["plans"])
+    assert findings["missing"][0]["fix"]
+    assert all(
+        row["device"] == "cpu" and row["algorithm"] == "reference" for row in findings["algorithms"]
+    )
     assert main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:2] == ["GPU", "none:"] for line in lines)
@@ -63,7 +66,7 @@ def test_peft_is_fused_under_the_patch_which_is_undone(capsys):
     assert PeftLinear.forward is FORWARD
 
 
-def test_a_patch_that_was_there_stays():
+def test_patch_that_was_there_stays():
     lora_kernels.patch_peft()
     try:
         patched = PeftLinear.forward
@@ -87,7 +90,7 @@ def test_peft_that_cannot_be_imported_is_missing(monkeypatch):
     assert findings.peft in [missing.what for missing in findings.missing]
 
 
-def test_a_package_that_is_not_installed_is_named(monkeypatch):
+def test_package_that_is_not_installed_is_named(monkeypatch):
     version = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "peft" else version(name))
     findings = doctor.examine()
@@ -98,11 +101,11 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("plan", ["fastest"], indirect=True)
-def test_a_plan_that_does_not_exist_is_missing(capsys, plan):
+def test_variable_with_a_value_that_it_does_not_take_is_missing(capsys, plan):
     code, findings = found(capsys)
     assert code == 1
     assert any(
-        "fastest" in missing["what"] and missing["mend"] == "unset LORA_KERNELS_PLAN"
+        "fastest" in missing["what"] and missing["fix"] == "unset LORA_KERNELS_PLAN"
         for missing in findings["missing"]
     )
 
@@ -116,21 +119,21 @@ def hopper(monkeypatch):
     properties = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(lora_kernels.plan, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(algorithm, "capability_of", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(doctor, "_driver", lambda: "580.1")
     monkeypatch.setattr(doctor, "_failures", lambda device: [])
 
 
 @pytest.mark.parametrize("plan", ["auto"], indirect=True)
-def test_a_gpu_that_all_is_well_with(hopper, plan, capsys):
+def test_gpu_that_all_is_well_with(hopper, plan, capsys):
     code, findings = found(capsys)
     assert findings["gpus"] == [
         {"device": "cuda:0", "name": "NVIDIA H200", "capability": "sm_90", "driver": "580.1"}
     ]
     assert findings["no_gpu"] is None
-    assert [(row["device"], row["plan"]) for row in findings["plans"]] == [
-        ("cuda:0", plan) for plan in ("sandwich", "sandwich", "fused")
+    assert [(row["device"], row["algorithm"]) for row in findings["algorithms"]] == [
+        ("cuda:0", name) for name in ("addmm", "addmm", "fused")
     ]
     assert (code, findings["missing"]) == (0, [])
     assert main(["doctor"]) == 0
@@ -140,37 +143,37 @@ def test_a_gpu_that_all_is_well_with(hopper, plan, capsys):
 
 
 @pytest.mark.parametrize("plan", ["auto"], indirect=True)
-def test_the_plan_of_a_backward_is_its_own(hopper, plan, monkeypatch):
-    row = Measured((9, 0), torch.bfloat16, "fused", "a.json", m=(8192, 8192), backward=False)
-    monkeypatch.setattr(lora_kernels.plan, "TABLE", (row,))
-    plans = [(row["product"], row["plan"]) for row in doctor.examine().plans]
-    assert plans == [
+def test_algorithm_of_a_backward_is_its_own(hopper, plan, monkeypatch):
+    entry = TuningEntry((9, 0), torch.bfloat16, "fused", "a.json", m=(8192, 8192), backward=False)
+    monkeypatch.setattr(algorithm, "TABLE", (entry,))
+    taken = [(row["product"], row["algorithm"]) for row in doctor.examine().algorithms]
+    assert taken == [
         ("training, forward, [8192, 4096] x [4096, 4096], r=16, bfloat16", "fused"),
-        ("training, backward, [8192, 4096] x [4096, 4096], r=16, bfloat16", "sandwich"),
+        ("training, backward, [8192, 4096] x [4096, 4096], r=16, bfloat16", "addmm"),
         ("decoding, [1, 4096] x [4096, 4096], r=16, bfloat16", "fused"),
     ]
 
 
 @pytest.mark.parametrize("plan", ["reference"], indirect=True)
-def test_a_gpu_whose_products_are_kept_from_the_kernels(hopper, plan, capsys):
+def test_gpu_whose_products_are_kept_from_the_kernels(hopper, plan, capsys):
     code, findings = found(capsys)
     assert code == 1
     assert findings["missing"] == [
-        {"what": "LORA_KERNELS_PLAN=reference", "mend": "unset LORA_KERNELS_PLAN"}
+        {"what": "LORA_KERNELS_PLAN=reference", "fix": "unset LORA_KERNELS_PLAN"}
     ]
 
 
 @pytest.mark.parametrize("plan", ["auto"], indirect=True)
-def test_a_gpu_without_triton(hopper, plan, monkeypatch):
-    monkeypatch.setattr(lora_kernels.plan, "_has_triton", lambda: False)
+def test_gpu_without_triton(hopper, plan, monkeypatch):
+    monkeypatch.setattr(algorithm, "_has_triton", lambda: False)
     (missing,) = doctor.examine().missing
     assert missing.what == "triton 3.4 or newer is not installed"
-    assert missing.mend.startswith("pip install")
+    assert missing.fix.startswith("pip install")
 
 
-def test_a_product_that_fails_on_a_gpu_is_missing(monkeypatch):
+def test_product_that_fails_on_a_gpu_is_missing(monkeypatch):
     def warn(*args, **kwargs):
-        warnings.warn("lora_kernels: plan fused failed:\n gcc", RuntimeWarning, stacklevel=1)
+        warnings.warn("lora_kernels: algorithm fused failed:\n gcc", RuntimeWarning, stacklevel=1)
         return args[0].sum(0)
 
     def fail(*args, **kwargs):
@@ -180,15 +183,15 @@ def test_a_product_that_fails_on_a_gpu_is_missing(monkeypatch):
     assert doctor._failures(cpu) == []
     monkeypatch.setattr(doctor.functional, "lora_linear", warn)
     (missing,) = doctor._failures(cpu)
-    assert missing.what == "lora_kernels: plan fused failed: gcc"
-    assert "gcc" in missing.mend
+    assert missing.what == "lora_kernels: algorithm fused failed: gcc"
+    assert "gcc" in missing.fix
     monkeypatch.setattr(doctor.functional, "lora_linear", fail)
     (missing,) = doctor._failures(cpu)
     assert missing.what == "cpu: CUDA error: an illegal address"
 
 
 @pytest.mark.parametrize(
-    ("driver", "cuda", "hidden", "what", "mend"),
+    ("driver", "cuda", "hidden", "what", "fix"),
     [
         (None, None, None, "no NVIDIA driver answers", "install one"),
         ("580.1", None, None, "driver 580.1 is there, torch .* is built without CUDA", "pip"),
@@ -196,7 +199,7 @@ def test_a_product_that_fails_on_a_gpu_is_missing(monkeypatch):
         ("580.1", "12.8", None, "the driver is too old", "update the driver"),
     ],
 )
-def test_why_there_is_no_gpu(monkeypatch, driver, cuda, hidden, what, mend):
+def test_no_gpu_says_why(monkeypatch, driver, cuda, hidden, what, fix):
     def init():
         raise RuntimeError("the driver is too old\nfor this PyTorch")
 
@@ -209,4 +212,4 @@ def test_why_there_is_no_gpu(monkeypatch, driver, cuda, hidden, what, mend):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     missing = doctor._why_no_gpu()
     assert re.fullmatch(what, missing.what)
-    assert missing.mend.startswith(mend)
+    assert missing.fix.startswith(fix)

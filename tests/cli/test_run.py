@@ -36,7 +36,7 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("as_module", [False, True], ids=["script", "module"])
-def test_a_program_sees_what_it_sees_under_python(tmp_path, as_module):
+def test_run_shows_a_program_what_it_sees_under_python(tmp_path, as_module):
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -57,7 +57,7 @@ def test_a_program_sees_what_it_sees_under_python(tmp_path, as_module):
     ["def f():\n    raise KeyError('left out')\n\nf()\n", "print(1\n", "import not_there_at_all\n"],
     ids=["raises", "syntax", "import"],
 )
-def test_an_exception_ends_it_with_pythons_traceback_and_1(tmp_path, in_process, capsys, source):
+def test_run_ends_an_exception_with_pythons_traceback_and_1(tmp_path, in_process, capsys, source):
     script = tmp_path / "script.py"
     script.write_text(source)
     expected = python(str(script), cwd=tmp_path)
@@ -65,7 +65,7 @@ def test_an_exception_ends_it_with_pythons_traceback_and_1(tmp_path, in_process,
     assert capsys.readouterr().err == expected.stderr
 
 
-def test_a_script_without_an_exception_ends_with_0(tmp_path, in_process):
+def test_run_of_a_script_without_an_exception_ends_with_0(tmp_path, in_process):
     (tmp_path / "script.py").write_text("seen = 1")
     assert in_process(["run", str(tmp_path / "script.py")]) == 0
     assert sys.modules["__main__"].seen == 1
@@ -101,7 +101,7 @@ distributed.destroy_process_group()
         assert text == "__main__ ['--lr', '1'] 3 False\n"
 
 
-def test_peft_that_is_there_already_is_patched_at_once(tmp_path, in_process, capsys):
+def test_patch_of_a_peft_that_is_there_already_comes_at_once(tmp_path, in_process, capsys):
     from peft.tuners.lora.layer import Linear
 
     assert not hasattr(Linear.forward, "__wrapped__")
@@ -111,14 +111,14 @@ def test_peft_that_is_there_already_is_patched_at_once(tmp_path, in_process, cap
     assert capsys.readouterr().out.startswith("patched True")
 
 
-def test_a_module_of_ones_own_called_peft_is_not_patched(tmp_path):
+def test_patch_leaves_a_module_of_ones_own_called_peft_alone(tmp_path):
     (tmp_path / "peft.py").write_text("rank = 7")
     (tmp_path / "script.py").write_text("import peft\nprint(peft.rank)")
     done = python("-m", "lora_kernels", "run", "script.py", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
 
 
-def test_what_a_spawned_process_unpickles_patches_peft(tmp_path, in_process):
+def test_patch_comes_with_what_a_spawned_process_unpickles(tmp_path, in_process):
     from peft.tuners.lora.layer import Linear
 
     (tmp_path / "script.py").touch()

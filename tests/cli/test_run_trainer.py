@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_kernels.testing.tolerance import assert_close
 from tests.op_calls import Calls
 from tests.peft_models import config
 from tests.tiny_models import BASES, LAYERS, randomise
-from lora_kernels.testing.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("unpatched")
 
@@ -81,7 +81,7 @@ def program(tmp_path, family, in_process):
     return run
 
 
-def test_trains_what_it_trains_under_python(program, family, seed):
+def test_run_trains_what_the_script_trains_under_python(program, family, seed):
     expected, none = program("peft", "plain", patched=False)
     assert none == 0
     for kind in SCRIPTS:
@@ -93,7 +93,7 @@ def test_trains_what_it_trains_under_python(program, family, seed):
 
 
 @pytest.mark.parametrize("kind", list(SCRIPTS))
-def test_resumes_from_a_checkpoint_with_the_same_masks(program, family, kind, seed, tmp_path):
+def test_run_resumes_from_a_checkpoint_with_the_same_masks(program, family, kind, seed, tmp_path):
     expected, _ = program(kind, "whole", dropout=0.4)
     undropped, _ = program(kind, "undropped")
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")

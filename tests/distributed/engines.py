@@ -72,7 +72,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Bit for bit, gathered where they are sharded."""
+    """Bit for bit, gathered if they are sharded."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(whole(actual[name]), whole(value)), name

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from examples.finetune import ranks
-from tests.examples import in_float64, tiny
 from lora_kernels.testing.tolerance import assert_close
+from tests.examples import in_float64, tiny
 
 
 def the_example_has_the_losses_of_one_process(directory):

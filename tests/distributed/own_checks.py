@@ -1,4 +1,4 @@
-"""What has to hold on every rank for models of apply_lora. A check raises where it does not."""
+"""What has to hold on every rank for models of apply_lora. A check raises if it does not."""
 
 import copy
 import functools
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 import lora_kernels as lora
+from lora_kernels.testing.tolerance import assert_close
 from tests.distributed.engines import (
     ENGINES,
     assert_same,
@@ -27,7 +28,6 @@ from tests.distributed.engines import (
     whole,
     wrap,
 )
-from lora_kernels.testing.tolerance import assert_close
 
 CHECKS = {}
 SHARDED = ENGINES[1:]

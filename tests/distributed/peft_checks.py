@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from lora_kernels import patch_peft, unpatch_peft
-from tests.op_calls import Calls
+from lora_kernels.testing.tolerance import assert_close
 from tests.distributed.engines import (
     ENGINES,
     STEPS,
@@ -20,8 +20,8 @@ from tests.distributed.engines import (
     trainable,
     wrap,
 )  # fmt: skip
+from tests.op_calls import Calls
 from tests.tiny_models import randomise, tiny_llama
-from lora_kernels.testing.tolerance import assert_close
 
 CHECKS = {}
 PATCHED_FROM_OUTSIDE = hasattr(PeftLinear.forward, "__wrapped__")
@@ -77,7 +77,7 @@ def losses_and_factors_are_those_of_one_unpatched_process(engine, mode, _):
 
 
 def mixed_precision_is_that_of_one_process_with_cast_weights(engine, mode, _):
-    """Bit for bit: both sides do the same arithmetic, that of PEFT where it runs per leaf."""
+    """Bit for bit: both sides do the same arithmetic, per leaf that of PEFT."""
     recompute = mode == "checkpointed"
     wrapped = wrap(peft_model(), engine, layers, recompute=recompute, dtype=torch.bfloat16)
     actual = train(wrapped, loss_of, batch())

@@ -134,7 +134,7 @@ def test_checkpoints_go_both_ways(kernel_size, seed, device):
 
 
 @pytest.mark.parametrize("layer_class", LAYERS)
-def test_is_a_lora_layer_around_conv_with_one_parameter_each(layer_class):
+def test_layer_is_a_lora_layer_around_conv_with_one_parameter_each(layer_class):
     layer = layer_class(CIN, COUT, 1, R, ALPHA, 0.1)
     assert isinstance(layer, LoRALayer)
     assert isinstance(layer, ConvLoRA)
@@ -204,7 +204,7 @@ def test_bad_arguments_are_named(argument, kwargs):
 
 
 @pytest.mark.parametrize("conv_module", [None, nn.Linear, nn.ConvTranspose2d, nn.Conv2d(1, 1, 1)])
-def test_a_bad_conv_module_is_named(conv_module):
+def test_bad_conv_module_is_named(conv_module):
     with pytest.raises(ValueError, match=r"ConvLoRA: conv_module must be nn\.Conv1d"):
         ConvLoRA(conv_module, CIN, COUT, 3)
 
@@ -232,7 +232,7 @@ def test_output_and_gradients_of_every_option(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
-def test_any_combination_of_options(data):
+def test_options_in_any_combination(data):
     dimensions = data.draw(st.integers(1, 3), "dimensions")
 
     def per_dimension(low, high, name):
@@ -304,7 +304,7 @@ def test_autocast_computes_in_its_dtype_with_a_full_precision_update(dtype, drop
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_one_image_without_a_batch_and_an_empty_batch(training, seed, device):
+def test_x_without_a_batch_and_an_empty_batch(training, seed, device):
     layer = make(2, 3, device, lora_dropout=0.1).train(training)
     x = make_input(layer, batch=1)
     torch.manual_seed(seed)
@@ -314,7 +314,7 @@ def test_one_image_without_a_batch_and_an_empty_batch(training, seed, device):
     assert layer(x[:0]).shape == (0, *y.shape[1:])
 
 
-def test_any_strides_of_x(seed, device):
+def test_x_of_any_strides(seed, device):
     layer = make(2, 3, device)
     x = make_input(layer)
     assert_same_up_to_rounding(layer(x.to(memory_format=torch.channels_last)), layer(x))
@@ -342,7 +342,7 @@ def test_any_strides_of_x(seed, device):
 )
 @pytest.mark.parametrize("r", [0, R])
 @pytest.mark.parametrize("training", [True, False])
-def test_bad_input_names_x_and_the_layer(training, r, x, error, got, device):
+def test_bad_x_names_x_and_the_layer(training, r, x, error, got, device):
     layer = make(2, 3, device, r=r).train(training)
     if isinstance(x, torch.Tensor) and not x.is_meta:
         x = x.to(device)
@@ -406,7 +406,7 @@ def test_merged_output_is_the_unmerged_one(dtype, dimensions, kernel_size, optio
     assert torch.equal(layer.train().weight, base)
 
 
-def test_a_thousand_bf16_cycles_restore_the_base_bit_for_bit(seed, device):
+def test_train_restores_a_bf16_base_bit_for_bit_after_a_thousand_cycles(seed, device):
     layer = make(2, 3, device, dtype=torch.bfloat16)
     base, merged = layer.weight.clone(), layer.eval().weight.clone()
     for _ in range(1000):
@@ -455,7 +455,7 @@ def test_eval_under_autocast_merges_a_full_precision_delta(seed, device):
     assert torch.equal(layer.weight, expected)
 
 
-def test_a_tied_weight_is_left_alone_and_both_are_right(seed, device):
+def test_tied_weight_is_left_alone_and_both_are_right(seed, device):
     model = nn.ModuleList([make(2, 3, device), nn.Conv2d(CIN, COUT, 3, device=device)])
     model[1].weight = model[0].conv.weight
     base, x = model[1].weight.clone(), make_input(model[0])
@@ -478,7 +478,7 @@ def head_keys(layer):
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("dropped", [(), ("conv.weight", "conv.bias"), ("weight", "conv.bias")])
-def test_both_spellings_of_the_keys_load_strictly(dropped, merged, seed, device):
+def test_load_takes_both_spellings_of_the_keys_strictly(dropped, merged, seed, device):
     source = nn.ModuleDict({"block": nn.Sequential(make(2, 3, device))})
     state = {
         f"block.0.{key}": value
@@ -497,7 +497,7 @@ def test_both_spellings_of_the_keys_load_strictly(dropped, merged, seed, device)
         assert torch.equal(loaded[key], value), key
 
 
-def test_a_bias_alone_loads_under_its_other_key(seed):
+def test_load_takes_a_bias_alone_under_its_other_key(seed):
     layer = make(2, 3)
     result = layer.load_state_dict({"bias": torch.full((COUT,), 7.0)}, strict=False)
     assert result.unexpected_keys == []
@@ -506,7 +506,7 @@ def test_a_bias_alone_loads_under_its_other_key(seed):
 
 @pytest.mark.parametrize("key", ["weight", "bias"])
 @pytest.mark.parametrize("change", [lambda t: t + 1, lambda t: t.double(), lambda t: t[:1]])
-def test_spellings_that_differ_are_an_error_that_names_both(change, key, seed):
+def test_load_of_spellings_that_differ_is_an_error_that_names_both(change, key, seed):
     layer = make(2, 3)
     state = head_keys(layer)
     state[key] = change(state[key])
@@ -514,7 +514,7 @@ def test_spellings_that_differ_are_an_error_that_names_both(change, key, seed):
         nn.Sequential(layer).load_state_dict({f"0.{name}": t for name, t in state.items()})
 
 
-def test_equal_spellings_may_hold_nan(seed):
+def test_load_of_equal_spellings_that_hold_nan(seed):
     layer = make(2, 3)
     state = {key: value.clone() for key, value in head_keys(layer).items()}
     for key in ("weight", "conv.weight"):
@@ -524,7 +524,7 @@ def test_equal_spellings_may_hold_nan(seed):
 
 
 @pytest.mark.parametrize("key", ["conv.weight", "lora_A"])
-def test_a_missing_key_is_still_an_error(key):
+def test_load_without_a_key_is_still_an_error(key):
     layer = make(2, 3)
     state = layer.state_dict()
     del state[key]
@@ -577,7 +577,7 @@ def test_from_conv_refuses_what_it_would_compute_differently():
 
 
 @pytest.mark.parametrize("conv", [None, nn.Linear(2, 2), nn.ConvTranspose2d(2, 2, 1)])
-def test_from_conv_names_what_is_no_convolution(conv):
+def test_from_conv_names_what_is_not_a_convolution(conv):
     expected = r"ConvLoRA: conv must be an nn\.Conv1d or nn\.Conv2d or nn\.Conv3d, got"
     with pytest.raises(TypeError, match=expected):
         ConvLoRA.from_conv(conv, R)
@@ -606,7 +606,7 @@ def test_copies_and_pickles(clone, training, seed, device):
     assert torch.equal(twin.train().weight, layer.train().weight)
 
 
-def test_a_cast_while_merged_casts_the_base(seed, device):
+def test_cast_while_merged_casts_the_base(seed, device):
     layer = make(2, 3, device)
     base = layer.weight.clone()
     layer.eval().to(torch.bfloat16)

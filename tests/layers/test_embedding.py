@@ -109,7 +109,7 @@ def test_checkpoints_go_both_ways(seed, device):
     assert torch.equal(back(x), theirs(x))
 
 
-def test_is_an_embedding_and_a_lora_layer_with_loralibs_attributes():
+def test_layer_is_an_embedding_and_a_lora_layer_with_loralibs_attributes():
     layer = LoRAEmbedding(NUM, DIM, R, ALPHA)
     assert isinstance(layer, nn.Embedding)
     assert isinstance(layer, LoRALayer)
@@ -276,7 +276,7 @@ def test_merged_output_is_the_unmerged_one_for_every_id(dtype, options, seed, de
     assert torch.equal(layer.weight, base)
 
 
-def test_a_thousand_bf16_cycles_restore_the_base_bit_for_bit(seed, device):
+def test_train_restores_a_bf16_base_bit_for_bit_after_a_thousand_cycles(seed, device):
     layer = make(device, dtype=torch.bfloat16, max_norm=0.9)
     base, merged = layer.weight.clone(), layer.eval().weight.clone()
     x = every_id(device)
@@ -336,7 +336,7 @@ def test_autocast_leaves_the_output_as_it_is(seed, device):
 
 
 @pytest.mark.parametrize("options", LIMITS)
-def test_a_tied_head_is_left_alone_and_both_are_right(options, seed, device):
+def test_tied_head_is_left_alone_and_both_are_right(options, seed, device):
     model = nn.ModuleDict({"embed": make(device, **options), "head": nn.Linear(DIM, NUM, False)})
     model["head"].weight = model["embed"].weight
     base = model["embed"].weight.clone()
@@ -417,7 +417,7 @@ def test_sparse_trains(optimizer, seed, device):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_the_padding_row_gets_no_gradient(sparse, seed, device):
+def test_padding_row_gets_no_gradient(sparse, seed, device):
     layer = make(device, padding_idx=3, sparse=sparse)
     layer.weight.requires_grad = True
     layer(torch.tensor([3, 3, 5], device=device)).sum().backward()
@@ -428,7 +428,7 @@ def test_the_padding_row_gets_no_gradient(sparse, seed, device):
     assert torch.equal(grad_w[5], torch.ones(DIM, device=device))
 
 
-def test_only_padding_in_a_sparse_batch(seed, device):
+def test_padding_alone_in_a_sparse_batch(seed, device):
     layer = make(device, padding_idx=3, sparse=True)
     layer(torch.tensor([3, 3], device=device)).sum().backward()
     assert layer.lora_A.grad.to_dense().abs().sum() == 0
@@ -497,7 +497,7 @@ def test_copies_and_pickles(clone, training, seed, device):
     assert torch.equal(twin.train().weight, layer.train().weight)
 
 
-def test_a_cast_while_merged_casts_the_base(seed, device):
+def test_cast_while_merged_casts_the_base(seed, device):
     layer = make(device)
     base = layer.weight.clone()
     layer.eval().to(torch.bfloat16)

@@ -9,8 +9,8 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels import LoRALinear, LoRAMergedLinear
-from tests.layers.test_linear import filled, output_and_gradients
 from lora_kernels.testing.tolerance import assert_close
+from tests.layers.cases import filled, output_and_gradients
 
 ENABLED = [
     [True],
@@ -88,11 +88,11 @@ def test_positional_arguments_keep_loralibs_order():
     assert lora_kernels.MergedLinear is LoRAMergedLinear
 
 
-# ---- CONTRACT's corrections ----
+# ---- faults of loralib, corrected ----
 
 
 @pytest.mark.parametrize("options", [{}, {"enable_lora": [False, False]}])
-def test_05_without_an_enabled_group_it_is_a_plain_trainable_linear(options, seed, device):
+def test_layer_without_an_enabled_group_is_a_plain_trainable_linear(options, seed, device):
     layer = LoRAMergedLinear(12, 24, r=4, **options).to(device)
     assert not layer.has_lora
     assert layer.weight.requires_grad
@@ -104,7 +104,7 @@ def test_05_without_an_enabled_group_it_is_a_plain_trainable_linear(options, see
         loralib.MergedLinear(12, 24, r=4)(torch.randn(3, 12))  # what is corrected
 
 
-def test_06_the_full_delta_is_not_built_in_training(seed, device):
+def test_training_does_not_build_the_full_delta(seed, device):
     layer = filled(LoRAMergedLinear(64, 96, r=2, enable_lora=[True, False, True]), device)
     x = torch.randn(5, 64, device=device, requires_grad=True)
     with RecordShapes() as record:
@@ -132,7 +132,7 @@ class RecordShapes(torch.utils._python_dispatch.TorchDispatchMode):
         return result
 
 
-def test_07_lora_ind_is_right_after_meta_to_empty_to_and_deepcopy(device):
+def test_lora_ind_is_right_after_meta_to_empty_to_and_deepcopy(device):
     expected = [True] * 8 + [False] * 8 + [True] * 8
     options = {"r": 2, "enable_lora": [True, False, True]}
     layer = LoRAMergedLinear(12, 24, **options, device="meta").to_empty(device=device)
@@ -147,7 +147,7 @@ def test_07_lora_ind_is_right_after_meta_to_empty_to_and_deepcopy(device):
 # ---- unequal groups ----
 
 
-def test_unequal_groups_are_separate_linears_side_by_side(seed, device):
+def test_groups_of_unequal_size_are_separate_linears_side_by_side(seed, device):
     layer = filled(LoRAMergedLinear(12, 24, r=3, lora_alpha=6, **GQA), device)
     query, key, value = (LoRALinear(12, n, r=r, lora_alpha=6) for n, r in ((16, 3), (4, 0), (4, 3)))
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_unequal_groups_are_separate_linears_side_by_side(seed, device):
     assert layer.lora_ind.tolist() == [True] * 16 + [False] * 4 + [True] * 4
 
 
-def test_all_groups_share_one_dropout_mask(seed, device):
+def test_groups_share_one_dropout_mask(seed, device):
     layer = LoRAMergedLinear(
         32, 16, r=2, lora_dropout=0.5, enable_lora=[True, True], bias=False, merge_weights=False
     )

@@ -1,4 +1,4 @@
-"""share_inputs: the same results, in one call where layers see the same x."""
+"""share_inputs: the same results, in one call if layers see the same x."""
 
 import copy
 import io
@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lora
 from lora_kernels.layers.shared_input import SharedInput
-from tests.op_calls import Calls
 from lora_kernels.testing.tolerance import assert_close
+from tests.op_calls import Calls
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 SHARED, ALONE = "lora_shared_linear_forward", "lora_linear_forward"
@@ -64,8 +64,8 @@ def assert_same(model, shared, x, *context):
         assert_close(result, reference[name], baseline[name], name)
 
 
-@pytest.mark.parametrize("plan", ["reference", "fused", "sandwich"], indirect=True)
-def test_same_numbers_in_one_call(plan, seed, device):
+@pytest.mark.parametrize("plan", ["reference", "fused", "addmm"], indirect=True)
+def test_joined_layers_give_the_same_numbers_in_one_call(plan, seed, device):
     model, x = make(device)
     shared = copy.deepcopy(model)
     assert lora.share_inputs(shared) == [NAMES]
@@ -90,7 +90,7 @@ def test_cross_attention_is_right(seed, device):
     assert_same(model, shared, x, torch.randn_like(x))
 
 
-def test_an_input_changed_in_place_is_another_one(seed, device):
+def test_x_changed_in_place_is_another_one(seed, device):
     model, x = make(device)
     lora.share_inputs(model)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def alone(layer, x):
     return single(x)
 
 
-def test_no_graph_is_handed_from_no_grad_to_grad(seed, device):
+def test_graph_is_not_handed_from_no_grad_to_grad(seed, device):
     model, x = make(device)
     lora.share_inputs(model)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_copies_share_among_themselves(way, seed, device):
     assert not torch.equal(twin.k_proj(x), model.k_proj(x))
 
 
-def test_a_layer_put_elsewhere_computes_alone(seed, device):
+def test_layer_put_elsewhere_computes_alone(seed, device):
     model, x = make(device)
     lora.share_inputs(model)
     stranger = lora.LoRALinear(12, 8, r=3).to(device)
@@ -187,7 +187,7 @@ def test_a_layer_put_elsewhere_computes_alone(seed, device):
     assert calls_of(stranger, x) == [ALONE]
 
 
-def test_only_layers_that_agree_are_joined(seed, device):
+def test_layers_that_agree_are_joined_and_no_others(seed, device):
     model, _ = make(device)
     model.k_proj = lora.LoRALinear(12, 8, r=4).to(device)
     assert lora.share_inputs(model) == [("q_proj", "v_proj")]
@@ -197,13 +197,13 @@ def test_only_layers_that_agree_are_joined(seed, device):
 @pytest.mark.parametrize(
     "groups", [(), [("a", "b")], [("q_proj", "o_proj")], [("q_proj",)]], ids=str
 )
-def test_nothing_to_join_is_an_error(groups, seed, device):
+def test_share_inputs_with_nothing_to_join_is_an_error(groups, seed, device):
     model, _ = make(device)
     with pytest.raises(ValueError, match="share_inputs: no module has two LoRALinear children"):
         lora.share_inputs(model, groups)
 
 
-def test_nothing_is_kept_once_all_have_fetched(seed, device):
+def test_outputs_are_not_kept_once_all_have_fetched(seed, device):
     model, x = make(device)
     lora.share_inputs(model)
     model(x)
@@ -234,7 +234,7 @@ def test_compiles_where_no_gradient_is_recorded(frozen, seed, device):
         assert torch.equal(compiled(x), model(x))
 
 
-def test_a_layer_whose_output_nothing_uses_has_no_gradient(seed, device):
+def test_layer_whose_output_nothing_uses_has_no_gradient(seed, device):
     model, x = make(device)
     lora.share_inputs(model)
     model.q_proj(x).sum().backward()
@@ -270,7 +270,7 @@ def change_x(model, x):
 @pytest.mark.parametrize(
     "change", [change_mode, change_dropout, change_weight, change_weight_in_place, change_x]
 )
-def test_what_was_computed_before_a_change_is_not_used_behind_it(change, inference, seed, device):
+def test_outputs_from_before_a_change_are_not_used_behind_it(change, inference, seed, device):
     model, _ = make(device, dropout=0.5 if "weight" not in change.__name__ else 0.0,
                     merge_weights=False)  # fmt: skip
     if change is change_x:
@@ -295,7 +295,7 @@ def test_cross_attention_is_left_out(seed, device):
     assert lora.share_inputs(model, exclude=())
 
 
-def test_t5_shares_in_self_attention_and_gates_alone(seed, device):
+def test_share_inputs_of_a_t5_joins_self_attention_and_gates_alone(seed, device):
     from transformers import T5Config, T5Model
 
     config = T5Config(
@@ -309,14 +309,33 @@ def test_t5_shares_in_self_attention_and_gates_alone(seed, device):
     assert ends == [attention, gates] * 2
 
 
-def test_errors_name_the_layer(seed, device):
+MISTAKES = {
+    "type": lambda x: x.tolist(),
+    "layout": lambda x: x.to_sparse(),
+    "kind": lambda x: x.to(torch.complex64),
+    "dtype": lambda x: x.double(),
+    "device": lambda x: x.to("meta"),
+    "shape": lambda x: x[..., :5],
+    "scalar": lambda x: x[0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_errors_are_those_of_the_layer_alone(mistake, seed, device):
     model, x = make(device)
-    lora.share_inputs(model)
-    with pytest.raises(ValueError, match=r"LoRALinear\(in_features=12.*x must have shape"):
-        model.q_proj(x[..., :5])
+    errors = []
+    for joined in (False, True):
+        if joined:
+            lora.share_inputs(model)
+        for training in (True, False):
+            with pytest.raises((TypeError, ValueError)) as error:
+                model.train(training).k_proj(mistake(x))
+            errors.append((error.type, str(error.value)))
+    assert errors == errors[:1] * 4
+    assert errors[0][1].startswith("LoRALinear(in_features=12, out_features=8,")
 
 
-def test_a_llama_takes_one_call_for_attention_and_one_for_its_gates(seed, device):
+def test_share_inputs_of_a_llama_takes_one_call_for_attention_and_one_for_its_gates(seed, device):
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""``pytest -m peft_own``: PEFT's own tests of LoRA, with the patch as without it.
+"""``pytest -m peft_own``: PEFT's own tests of LoRA end with the patch as they do without it.
 
 PyPI's source distribution of the installed version brings them. They need diffusers and PyYAML.
 """

@@ -1,4 +1,4 @@
-"""patch_peft(): what PEFT does without the patch it does with it, and fused where it should be."""
+"""patch_peft(): with the patch PEFT does what it does without it, and fused if it can be."""
 
 import copy
 import inspect
@@ -18,7 +18,8 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import ops, patch_peft, report, unpatch_peft
+from lora_kernels import patch_peft, report, unpatch_peft
+from lora_kernels.testing.tolerance import assert_close
 from tests.op_calls import Calls
 from tests.peft_models import (
     UPSTREAM,
@@ -32,7 +33,6 @@ from tests.peft_models import (
     with_lora,
 )
 from tests.tiny_models import BASES, LAYERS, TARGETS, randomise, tiny_llama
-from lora_kernels.testing.tolerance import assert_close
 
 both_models = pytest.mark.parametrize("family", list(BASES))
 
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("unpatched")
 # ---- the patch itself ----
 
 
-def test_patches_once_and_reverses():
+def test_patch_is_made_once_and_reversed():
     patch_peft()
     once = PeftLinear.forward
     patch_peft()
@@ -58,7 +58,7 @@ def test_patches_once_and_reverses():
     assert PeftLinear.forward is UPSTREAM
 
 
-def test_does_not_take_away_the_patch_of_another(monkeypatch):
+def test_unpatch_does_not_take_away_the_patch_of_another(monkeypatch):
     patch_peft()
     own = PeftLinear.forward
     with monkeypatch.context() as patch:
@@ -68,19 +68,19 @@ def test_does_not_take_away_the_patch_of_another(monkeypatch):
     assert PeftLinear.forward is own
 
 
-def test_knows_this_version_of_peft():
+def test_patch_knows_this_version_of_peft():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         patch_peft()
 
 
-def test_warns_once_of_a_forward_it_does_not_know_and_patches_it(monkeypatch):
+def test_patch_warns_once_of_a_forward_that_it_does_not_know_and_replaces_it(monkeypatch):
     def forward(self, x, *args, **kwargs):
         return UPSTREAM(self, x, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(PeftLinear, "forward", forward)
-        with pytest.warns(RuntimeWarning, match="none that lora_kernels knows"):
+        with pytest.warns(RuntimeWarning, match="lora_kernels does not know"):
             patch_peft()
         assert PeftLinear.forward.__wrapped__ is forward
         unpatch_peft()
@@ -91,7 +91,7 @@ def test_warns_once_of_a_forward_it_does_not_know_and_patches_it(monkeypatch):
         assert PeftLinear.forward is forward
 
 
-def test_without_peft_there_is_an_import_error_and_nothing_else():
+def test_patch_without_peft_is_an_import_error_and_nothing_else():
     code = """
 import sys
 sys.modules["peft"] = None
@@ -125,7 +125,7 @@ def test_state_dict(family, seed, device):
 
 
 @both_models
-def test_two_adapters_switched(family, seed, device):
+def test_adapters_switched(family, seed, device):
     model = with_lora(family, device)
     model.add_adapter("other", config(family, r=2))
     randomise(model).to(device)
@@ -140,7 +140,7 @@ def test_two_adapters_switched(family, seed, device):
 
 
 @both_models
-def test_two_adapters_at_once_are_left_to_peft_where_they_meet(family, seed, device):
+def test_adapters_at_once_are_left_to_peft_where_they_meet(family, seed, device):
     model = with_lora(family, device)
     model.add_adapter("other", config(family, target_modules=TARGETS[family][:1]))  # once a block
     randomise(model).to(device).base_model.set_adapter(["default", "other"])
@@ -292,7 +292,7 @@ def test_scaling_is_read_in_every_call(family, seed, device):
 
 
 @both_models
-def test_a_trainable_base(family, seed, device):
+def test_trainable_base(family, seed, device):
     def run(model):
         model.requires_grad_(True)
         return step(model)
@@ -302,7 +302,7 @@ def test_a_trainable_base(family, seed, device):
 
 @both_models
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
-def test_a_frozen_factor(family, frozen, seed, device):
+def test_frozen_factor(family, frozen, seed, device):
     model = with_lora(family, device)
     for name, parameter in model.named_parameters():
         if frozen in name:
@@ -312,7 +312,7 @@ def test_a_frozen_factor(family, frozen, seed, device):
 
 @both_models
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-def test_a_bfloat16_base(family, autocast_adapter_dtype, seed, device):
+def test_bfloat16_base(family, autocast_adapter_dtype, seed, device):
     base = BASES[family]().bfloat16()
     lora = peft.get_peft_model(base, config(family), autocast_adapter_dtype=autocast_adapter_dtype)
     model = randomise(lora).to(device)
@@ -351,7 +351,7 @@ def test_generation(family, seed, device):
 
 
 @both_models
-def test_user_hooks_on_lora_a_are_called(family, seed, device):
+def test_hooks_of_a_user_on_lora_a_are_called(family, seed, device):
     model = with_lora(family, device)
     seen = []
     for layer in peft_layers(model)[:2]:
@@ -485,7 +485,7 @@ def graphs(nodes):
 @both_models
 @pytest.mark.parametrize("hotswap", [False, True])
 def test_compiles_whole(family, hotswap, seed, device):
-    """With hotswap the scaling is a tensor, and no new value of it compiles anything again."""
+    """With hotswap the scaling is a tensor, and a new value of it compiles nothing again."""
     model = with_lora(family, device, base=BASES[family](layers=1))
     layers = LAYERS[family] // 2
     if hotswap:
@@ -507,7 +507,7 @@ def test_compiles_whole(family, hotswap, seed, device):
 
     compiled = torch.compile(model, fullgraph=True, backend=graphs(nodes))
     compare()
-    assert nodes.count(ops.lora_linear_forward) == layers
+    assert nodes.count(torch.ops.lora_kernels.lora_linear_forward.default) == layers
     if hotswap:
         for layer in peft_layers(model):
             layer.scaling["default"].fill_(0.25)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 
-import lora_kernels.peft
 from lora_kernels import patch_peft, report, unpatch_peft
+from lora_kernels.integrations.peft import guard
 from tests.op_calls import Calls
 from tests.peft_models import assert_as_without, both_bases, lora_layer
 
@@ -123,7 +123,7 @@ LEFT_TO_PEFT = {
 
 
 @pytest.mark.parametrize(("change", "reason"), LEFT_TO_PEFT.values(), ids=LEFT_TO_PEFT)
-def test_what_the_guard_does_not_know_runs_pefts_forward(change, reason, seed, device):
+def test_guard_leaves_what_it_does_not_know_to_pefts_forward(change, reason, seed, device):
     layer = lora_layer(device).train()
     change(layer)
     x = torch.randn(3, 16, device=device)
@@ -134,7 +134,7 @@ def test_what_the_guard_does_not_know_runs_pefts_forward(change, reason, seed, d
     assert calls.fused == 0
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     (row,) = report(layer)
-    assert (row.fused, row.plan) == (False, None)
+    assert (row.fused, row.algorithm) == (False, None)
     assert re.search(reason, row.reason), row.reason
 
 
@@ -142,7 +142,7 @@ def replace_forward(monkeypatch):
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: nn.functional.linear(x, self.weight))
 
 
-def test_a_replaced_forward_of_linear_is_called(monkeypatch, seed, device):
+def test_replaced_forward_of_linear_is_called(monkeypatch, seed, device):
     layer, x = lora_layer(device), torch.randn(3, 16, device=device)
     replace_forward(monkeypatch)
     expected = layer(x)
@@ -213,7 +213,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("case", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_what_peft_raises_is_raised(case, seed):
+def test_errors_are_those_of_peft(case, seed):
     change, x, kwargs = (*case, {})[:3]
     layer = lora_layer("cpu")
     change(layer)
@@ -244,19 +244,19 @@ def test_shapes_of_x(shape, bias, conv1d, seed, device):
 
 
 @both_bases
-@pytest.mark.parametrize("plan", ["fused", "sandwich"], indirect=True)
+@pytest.mark.parametrize("plan", ["fused", "addmm"], indirect=True)
 def test_kernels(plan, conv1d, seed, device):
     x = torch.randn(5, 16, device=device)
     layer = lora_layer(device, conv1d=conv1d)
-    assert report(layer)[0].plan is None
+    assert report(layer)[0].algorithm is None
     patch_peft()
-    assert report(layer)[0].plan == plan
+    assert report(layer)[0].algorithm == plan
     unpatch_peft()
     assert_as_without(layer, functools.partial(solve_alone, x=x), fused=1)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode, seed, device):
+def test_no_grad_and_inference_mode(mode, seed, device):
     layer, x = lora_layer(device), torch.randn(3, 16, device=device)
 
     def run(layer):
@@ -272,7 +272,7 @@ def test_meta_tensors(patched):
     assert (y.shape, y.device.type, y.dtype) == ((2, 3, 12), "meta", torch.float32)
 
 
-def test_the_output_may_be_changed_in_place(seed, device, patched):
+def test_output_may_be_changed_in_place(seed, device, patched):
     layer, x = lora_layer(device), torch.randn(3, 16, device=device, requires_grad=True)
     (expected,) = torch.autograd.grad(torch.relu(layer(x)).sum(), x)
     y = layer(x)
@@ -289,8 +289,8 @@ def test_nested_x(seed, device):
     assert all(map(torch.equal, layer(x).unbind(), expected.unbind()))
 
 
-def test_a_device_without_operators(monkeypatch, seed, device, patched):
-    monkeypatch.setattr(lora_kernels.peft, "_DEVICES", ("npu",))
+def test_device_without_operators(monkeypatch, seed, device, patched):
+    monkeypatch.setattr(guard, "_DEVICES", ("npu",))
     layer = lora_layer(device)
     with Calls() as calls:
         layer(torch.randn(3, 16, device=device))

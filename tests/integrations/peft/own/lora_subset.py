@@ -34,7 +34,7 @@ def pytest_configure():
 
 def pytest_unconfigure():
     if PATCH:
-        unpatch_peft()  # raises where a test has left a forward of its own
+        unpatch_peft()  # raises if a test has left a forward of its own
 
 
 def pytest_collection_modifyitems(items):

@@ -8,9 +8,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from lora_kernels import apply_lora, patch_peft, report
+from lora_kernels.testing.tolerance import assert_close
 from tests.op_calls import Calls
 from tests.tiny_models import BASES, LAYERS, TARGETS, randomise
-from lora_kernels.testing.tolerance import assert_close
 
 STEPS = 4
 LORA = {"r": 3, "lora_alpha": 5}
@@ -36,7 +36,7 @@ def train(model, directory):
 
 @pytest.mark.parametrize("family", list(BASES))
 @pytest.mark.parametrize("kind", ["peft", "apply_lora"])
-def test_losses_are_those_of_peft(kind, family, seed, tmp_path):
+def test_trainer_has_the_losses_of_peft(kind, family, seed, tmp_path):
     """In float64, to the accuracy of float32: AdamW makes rounding in fewer bits grow."""
     base = randomise(BASES[family]())
     options = {**LORA, "target_modules": TARGETS[family]}

@@ -1,0 +1,189 @@
+"""The guard of the patch: which calls of PEFT's lora.Linear lora_linear takes, as plain LoRA.
+
+operands_of() looks at the layer, misfit() at its input. Both are asked in every call, for what they
+look at can change from one call to the next.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from lora_kernels.checks import DTYPES, autocast_dtype
+
+__all__ = ["BASES", "NotFused", "Operands", "misfit", "operands_of"]
+
+_TENSORS = (Tensor, nn.Parameter)
+_DEVICES = ("cpu", "cuda", "meta")  # what the operators are registered for
+_CPU = torch.device("cpu")
+# The modules that are taken, and the forwards that lora_linear stands for.
+_LINEAR = {nn.Linear: nn.Linear.forward}
+_DROPOUTS = {nn.Dropout: nn.Dropout.forward, nn.Identity: nn.Identity.forward}
+BASES: dict[type[nn.Module], Callable] = {**_LINEAR}  # of base layers; patch_peft() adds Conv1D
+
+
+class Operands(NamedTuple):
+    """What lora_linear takes besides x; weight is [N, K], a view if Conv1D stores [K, N]."""
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    scaling: float | Tensor
+    dropout_p: float
+
+
+class NotFused(NamedTuple):
+    """PEFT's own forward runs, for this reason."""
+
+    reason: str
+
+
+def operands_of(layer: nn.Module) -> Operands | NotFused:
+    """The operands of a PEFT lora.Linear as it stands, or why PEFT's own forward runs."""
+    if layer.disable_adapters:
+        return NotFused("its adapters are disabled")
+    if layer.merged:
+        return NotFused("its adapters are merged")
+    if not layer.cast_input_dtype_enabled:
+        return NotFused("casting of its input is disabled")
+    children = layer._modules
+    all_a = children["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in all_a]
+    if len(active) != 1:
+        return NotFused(f"{len(active)} of its adapters are active")
+    name = active[0]
+    variants = getattr(layer, "lora_variant", None)
+    if variants is None:
+        return NotFused("PEFT is older than 0.16")
+    if name in variants:
+        return NotFused(f"its adapter is a {type(variants[name]).__name__}")
+
+    base, lora_a = children["base_layer"], all_a[name]
+    lora_b = children["lora_B"]._modules[name]
+    dropout = children["lora_dropout"]._modules[name]
+    problem = (
+        _not_plain_module(base, "base_layer", BASES)
+        or _not_plain_module(lora_a, "lora_A", _LINEAR)
+        or _not_plain_module(lora_b, "lora_B", _LINEAR)
+        or _not_plain_module(dropout, "lora_dropout", _DROPOUTS)
+    )
+    if problem:
+        return problem
+    dropout_p = 0.0
+    if type(dropout) is nn.Dropout and dropout.training:
+        dropout_p = dropout.p
+        if dropout.inplace or not 0.0 <= dropout_p < 1.0:
+            return NotFused(f"lora_dropout is {dropout}")
+    if _parameter(lora_a, "bias") is not None or _parameter(lora_b, "bias") is not None:
+        return NotFused("its adapter has a bias")
+    weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
+    a, b = _parameter(lora_a, "weight"), _parameter(lora_b, "weight")
+    problem = (
+        _not_plain_tensor(weight, "base_layer.weight", 2)
+        or _not_plain_tensor(a, "lora_A.weight", 2)
+        or _not_plain_tensor(b, "lora_B.weight", 2)
+        or (bias is not None and _not_plain_tensor(bias, "base_layer.bias", 1))
+    )
+    if problem:
+        return problem
+    if type(base) is not nn.Linear:
+        weight = weight.T
+    problem = _unfit(weight, a, b, bias)
+    if problem:
+        return problem
+    scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor):
+        if scaling.dim() != 0 or scaling.device not in (a.device, _CPU):
+            return NotFused(
+                f"scaling is a tensor of shape {list(scaling.shape)} on {scaling.device}"
+            )
+    elif not isinstance(scaling, (float, int)) or not abs(scaling) < math.inf:
+        return NotFused(f"scaling is {scaling!r}")
+    return Operands(weight, a, b, bias, scaling, dropout_p)
+
+
+def misfit(x, operands: Operands) -> NotFused | None:
+    """Why PEFT's own forward runs for this x, here and now; None if lora_linear takes it."""
+    weight = operands.weight
+    if type(x) not in _TENSORS:
+        return NotFused(f"x is a {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        return NotFused("x is not dense")
+    if x.device != weight.device:
+        return NotFused(f"x is on {x.device}, its weights on {weight.device}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return NotFused(f"x {list(x.shape)} does not fit weight {list(weight.shape)}")
+    if x.dtype != weight.dtype:
+        narrow = torch.float64 not in (x.dtype, weight.dtype) and x.dtype in DTYPES
+        if not narrow or autocast_dtype(x) is None:
+            return NotFused(f"x is {x.dtype} and base_layer.weight {weight.dtype}")
+    if _has_any_global_hook():
+        return NotFused("there are hooks on all modules")
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return NotFused("a transform of torch.func or forward-mode AD is active")
+    return None
+
+
+def _unfit(weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> NotFused | None:
+    """Why PEFT would raise, or compute in float64, and lora_linear would not."""
+    (n, k), r = weight.shape, a.shape[0]
+    if r == 0 or a.shape[1] != k or b.shape[0] != n or b.shape[1] != r:
+        return NotFused(
+            f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit weight [{n}, {k}]"
+        )
+    if bias is not None and bias.shape[0] != n:
+        return NotFused(f"base_layer.bias {list(bias.shape)} does not fit weight [{n}, {k}]")
+    device = weight.device
+    if not device == a.device == b.device or (bias is not None and bias.device != device):
+        return NotFused("its weights are on several devices")
+    if device.type not in _DEVICES:
+        return NotFused(f"there are no operators for {device.type}")
+    if a.dtype != b.dtype:
+        return NotFused(f"lora_A is {a.dtype} and lora_B {b.dtype}")
+    if a.dtype == torch.float64 != weight.dtype:
+        return NotFused(f"its adapter is float64 and its base {weight.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        return NotFused(f"base_layer.weight is {weight.dtype} and its bias {bias.dtype}")
+    return None
+
+
+def _not_plain_module(module: nn.Module, name: str, forwards: dict) -> NotFused | None:
+    """Why calling module is not the same as one of these forwards on its weights."""
+    kind = type(module)
+    if kind not in forwards:
+        return NotFused(f"{name} is a {kind.__name__}")
+    if kind.forward is not forwards[kind]:
+        return NotFused(f"{kind.__name__}.forward has been replaced")
+    hooked = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+    if hooked:
+        return NotFused(f"{name} has hooks")
+    if "forward" in module.__dict__:
+        return NotFused(f"{name} has a forward of its own")
+    return None
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """module.name, which may be a plain tensor (FSDP, replicas), past nn.Module's slow lookup."""
+    held = module._parameters
+    return held[name] if name in held else getattr(module, name)
+
+
+def _not_plain_tensor(tensor, name: str, dim: int) -> NotFused | None:
+    """Why tensor is not a dense floating-point matrix or vector without ways of its own."""
+    if type(tensor) not in _TENSORS:
+        return NotFused(f"{name} is a {type(tensor).__name__}")
+    if tensor.dim() != dim or tensor.layout is not torch.strided:
+        return NotFused(f"{name} is {tensor.layout} with {tensor.dim()} dimensions")
+    if tensor.dtype not in DTYPES:
+        return NotFused(f"{name} is {tensor.dtype}")
+    return None

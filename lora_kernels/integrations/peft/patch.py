@@ -1,0 +1,119 @@
+"""patch_peft() and unpatch_peft(): PEFT's lora.Linear.forward replaced, and given back.
+
+The patch replaces one method of one class and stores nothing on modules. A call that the guard does
+not know runs PEFT's own forward.
+"""
+
+import functools
+import hashlib
+import inspect
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import functional
+from lora_kernels.integrations.peft.guard import BASES, NotFused, misfit, operands_of
+from lora_kernels.spec import LoraSpec, OutputSplits
+
+__all__ = ["patch_peft", "unpatch_peft", "unreached"]
+
+# sha256 of the source of lora.Linear.forward in the versions of PEFT that the guard is written for.
+_KNOWN_FORWARDS = {
+    "b80200c828a5ba02b15e307c599bfe69c60152eb8d543d964af5cea5b024ec3c",  # 0.16.0 to 0.17.1
+    "ec0a80f5c5ce05f5dd90027952bb5d29aaf910e9d2ab40486a90e8a03c7e1cd9",  # 0.18.0 to 0.21.2
+}
+
+_upstream: Callable | None = None  # PEFT's forward, while patched
+
+
+def patch_peft() -> None:
+    """Has PEFT's LoRA layers over nn.Linear and Hugging Face's Conv1D run lora_linear.
+
+    Replaces ``peft.tuners.lora.layer.Linear.forward``, for models that exist and models to come.
+    If a call is not plain LoRA, PEFT's own forward runs; ``report(model)`` says which and why.
+    Without dropout the results are PEFT's within rounding. With dropout the masks are others.
+    Call it before a model is compiled. Called again, it changes nothing.
+
+    Warns: RuntimeWarning, once, if the forward of this version of PEFT is not a known one.
+    Raises: ImportError if peft is not installed.
+    """
+    global _upstream
+    from peft.tuners.lora.layer import Conv1D, Linear
+
+    if _upstream is None:
+        _warn_unless_known(Linear.forward)
+        BASES.setdefault(Conv1D, Conv1D.forward)
+        _upstream, Linear.forward = Linear.forward, _patched(Linear.forward)
+
+
+def unpatch_peft() -> None:
+    """Gives PEFT its own forward back; without a patch it changes nothing.
+
+    Raises: RuntimeError if something else has replaced the forward since patch_peft().
+    """
+    global _upstream
+    if _upstream is None:
+        return
+    from peft.tuners.lora.layer import Linear
+
+    if getattr(Linear.forward, "__wrapped__", None) is not _upstream:
+        raise RuntimeError(
+            "unpatch_peft: lora.Linear.forward has been replaced since patch_peft(); undo that "
+            f"first, it is now {Linear.forward!r}"
+        )
+    Linear.forward, _upstream = _upstream, None
+
+
+def unreached(layer: nn.Module) -> NotFused | None:
+    """Why a call of this PEFT LoRA layer does not come to the patched forward; None if it does.
+
+    The guard tells the rest about a layer that is reached.
+    """
+    from peft.tuners.lora.layer import Linear
+
+    if _upstream is None:
+        return NotFused("patch_peft() has not been called")
+    if type(layer).forward is not Linear.forward:
+        return NotFused(f"{type(layer).__name__} of PEFT has a forward of its own")
+    if "forward" in layer.__dict__:
+        # A hook of Accelerate keeps the method that it replaces.
+        replaced = getattr(layer.__dict__.get("_old_forward"), "__func__", None)
+        if replaced is not Linear.forward:
+            return NotFused("it has a forward of its own, such as a hook from before patch_peft()")
+    return None
+
+
+@functools.cache
+def _warn_unless_known(forward: Callable) -> None:
+    try:
+        # Of the code object: inspect would look through a wrapper at what it wraps.
+        source = inspect.getsource(forward.__code__)
+    except (AttributeError, OSError):
+        source = ""
+    if hashlib.sha256(source.encode()).hexdigest() not in _KNOWN_FORWARDS:
+        warnings.warn(
+            "patch_peft: lora_kernels does not know the lora.Linear.forward of this PEFT (it knows "
+            "those of 0.16.0 to 0.21.2). It is patched all the same: compare results with and "
+            "without the patch",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _patched(upstream: Callable) -> Callable:
+    @functools.wraps(upstream)
+    def forward(self, x, *args, **kwargs):
+        if args or kwargs or torch.jit.is_tracing():
+            return upstream(self, x, *args, **kwargs)
+        operands = operands_of(self)
+        if isinstance(operands, NotFused) or misfit(x, operands) is not None:
+            return upstream(self, x)
+        weight, a, b, bias, scaling, dropout_p = operands
+        if isinstance(scaling, Tensor):
+            b, scaling = b * scaling, 1.0  # its value stays on the device
+        spec = LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
+        return functional.lora_forward(self, x, weight, a, b, bias, spec)
+
+    return forward
