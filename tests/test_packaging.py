@@ -31,23 +31,25 @@ PUBLIC = [
 
 # One direction of travel: a module may import those of its own level and below.
 LEVELS = {
-    "philox": 0,
+    "checks": 0,
     "distributed": 0,
-    "plan": 0,
+    "dropout": 0,
+    "spec": 0,
+    "dispatch": 1,
     "reference": 1,
+    "testing": 1,
     "kernels": 2,
     "ops": 3,
     "functional": 4,
-    "shared": 5,
-    "layers": 6,
-    "adapt": 7,
-    "checkpoint": 7,
-    "peft_format": 7,
-    "peft": 7,
+    "layers": 5,
+    "model": 6,
+    "adapters": 7,
+    "integrations": 8,
     "report": 8,
     "": 9,  # lora_kernels/__init__.py
-    "cli": 10,
-    "__main__": 11,
+    "tuning": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 
 

@@ -64,7 +64,10 @@ def test_needs_spread_puts_gradients_where_they_are_needed():
 
 
 def test_lora_spec_is_a_value():
-    specs = {LoraSpec(2.0, 0.1, UNEQUAL), LoraSpec(2.0, 0.1, OutputSplits((4, 3, 2), UNEQUAL.enabled))}
+    specs = {
+        LoraSpec(2.0, 0.1, UNEQUAL),
+        LoraSpec(2.0, 0.1, OutputSplits((4, 3, 2), UNEQUAL.enabled)),
+    }
     assert len(specs) == 1
     with pytest.raises(AttributeError):
         next(iter(specs)).scaling = 1.0

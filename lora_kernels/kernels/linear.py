@@ -1,19 +1,22 @@
 """lora_linear and its backward, made of kernels.
 
-===========  ===============================================  ======================================
-algorithm    forward                                          backward
-===========  ===============================================  ======================================
-``fused``    shrink, gemm_fwd; for a small m gemm_small_m     grad_b, gemm_bwd, grad_a
-``addmm``    shrink, expand_y, then cuBLAS adds x·wᵀ to it    grad_b, expand_dx, cuBLAS adds dy·w,
-                                                              grad_a
-===========  ===============================================  ======================================
+===========  =============================================  ========================================
+algorithm    forward                                        backward
+===========  =============================================  ========================================
+``fused``    shrink, gemm_fwd; for a small m gemm_small_m   grad_b, gemm_bwd, grad_a
+``addmm``    shrink, expand_y, then cuBLAS adds x·wᵀ to it  grad_b, expand_grad_a, then cuBLAS adds
+                                                            dy·w to dx
+===========  =============================================  ========================================
 
+If dx or da is not needed, or the rank is high, expand_dx and grad_a are in expand_grad_a's place.
 Gradients of weight and bias, which LoRA leaves frozen, are PyTorch's own products.
 """
 
 from torch import Tensor
 
 from lora_kernels.kernels.expand import expand_dx, expand_y
+from lora_kernels.kernels.expand_grad_a import expand_grad_a
+from lora_kernels.kernels.expand_grad_a import supports as takes_all_ranks
 from lora_kernels.kernels.gemm_bwd import gemm_bwd
 from lora_kernels.kernels.gemm_fwd import gemm_fwd
 from lora_kernels.kernels.gemm_small_m import gemm_small_m, supports
@@ -95,18 +98,20 @@ def lora_linear_backward(
     with on_device_of(dy):
         if needs.x or needs.a or needs.b:
             dh, db = grad_b(dy_rows, as_rows(b), h, spec, needs.x or needs.a, numerics)
-        if needs.x:
-            w = with_unit_stride(w)
-            if algorithm == "fused":
-                dx = gemm_bwd(dy_rows, w, dh, a, seed, dropout_p, numerics)
+        if needs.x and algorithm == "fused":
+            dx = gemm_bwd(dy_rows, with_unit_stride(w), dh, a, seed, dropout_p, numerics)
+        elif needs.x:
+            if needs.a and takes_all_ranks(len(a), numerics):
+                dx, da = expand_grad_a(dh, a, x_rows, seed, dropout_p, numerics)
             else:
                 dx = expand_dx(dh, a, seed, dropout_p, dy.dtype, numerics)
-                dx.addmm_(dy_rows, w)
-            dx = dx.view(*dy.shape[:-1], dx.shape[1])
+            dx.addmm_(dy_rows, with_unit_stride(w))
         if needs.w:
             dw = dy_rows.T @ x_rows
-        if needs.a:
+        if needs.a and da is None:
             da = grad_a(dh, x_rows, seed, dropout_p, a.dtype, numerics)
         if needs.bias:
             dbias = dy_rows.sum(0)
+    if dx is not None:
+        dx = dx.view(*dy.shape[:-1], dx.shape[1])
     return [grad for grad in (dx, dw, da, db, dbias) if grad is not None]

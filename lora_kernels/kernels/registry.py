@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_kernels.kernels import (
     expand,
+    expand_grad_a,
     formulas,
     gemm_bwd,
     gemm_fwd,
@@ -157,6 +158,19 @@ KERNELS = {
                 flops=lambda d: 2 * d.m * d.k * d.r,
                 moved=lambda d: d.e * (d.m * d.k + d.r * d.k) + 4 * d.m * d.r,
                 layers=True,
+            ),
+        )),
+        Kernel("expand_grad_a", expand_grad_a._expand_grad_a_kernel, expand_grad_a.TILES, (
+            Launcher(
+                "expand_grad_a", "m k r p",
+                call=lambda o, c: expand_grad_a.expand_grad_a(
+                    o.dh, o.a, o.x, *_dropout(o), o.numerics, c
+                ),
+                formula=lambda o, dtype: formulas.expand_dx(o, dtype) + formulas.grad_a(o, dtype),
+                config_for=lambda o: expand_grad_a.config_for(o.x.device, o.numerics),
+                flops=lambda d: 4 * d.m * d.k * d.r,
+                moved=lambda d: 2 * d.e * (d.m * d.k + d.r * d.k) + 4 * d.m * d.r,
+                supports=lambda o: expand_grad_a.supports(len(o.a), o.numerics),
             ),
         )),
         Kernel("grad_b", grad_b._grad_b_kernel, grad_b.TILES, (

@@ -1,9 +1,9 @@
 """lora_linear and its backward in plain PyTorch: the specification, the CPU path and the oracle.
 
-Notation: x [M, K] input; w [N, K] base weight; a [E·r, K] and b [rows of the enabled groups, r]
-LoRA factors of E enabled groups of output columns (LoRALinear: one group, E = 1); x_hat = dropout(x);
-h = x_hat·aᵀ [M, E·r]; dh = scaling·dy·b [M, E·r]. Low-rank products run in float32 at least,
-whatever the dtypes of x, a and b.
+Notation: x [M, K] input; w [N, K] base weight; a [E·r, K] and b [rows of the enabled groups, r] the
+LoRA factors of E enabled groups of output columns (LoRALinear: one group, E = 1);
+x_hat = dropout(x); h = x_hat·aᵀ [M, E·r]; dh = scaling·dy·b [M, E·r]. Low-rank products run in
+float32 at least, whatever the dtypes of x, a and b.
 """
 
 import torch

@@ -86,7 +86,7 @@ class Problem:
         }
         mask = self.mask()
         if mask is not None:
-            mask = mask * dropout.keep_scale(self.dropout_p)
+            mask = mask.to(leaves["x"].dtype) * dropout.keep_scale(self.dropout_p)
         y = lora_formula(*(leaves.get(name) for name in OPERANDS), self.spec, mask)
         grads = torch.autograd.grad(y, list(leaves.values()), self.dy.to(y.dtype))
         return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_kernels.plan import Measured, Product
 
 from bench import plans, repository, rows
 from bench.providers import FUSED, SANDWICH
 from bench.shapes import Cell
 from lora_kernels import plan
-from lora_kernels.plan import Measured, Product
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FASTER, SLOWER, WITHHELD = 0.9, 1.1, None

@@ -26,7 +26,7 @@ def found(capsys) -> tuple[int, dict]:
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_json_holds_what_was_found(capsys, plan):
+def test_json_holds_what_was_found(capsys, algorithm):
     code, findings = found(capsys)
     assert set(findings) == KEYS
     assert code == (1 if findings["missing"] else 0)
@@ -34,7 +34,7 @@ def test_json_holds_what_was_found(capsys, plan):
     assert findings["versions"]["lora_kernels"] == lora_kernels.__version__
     assert findings["versions"]["torch"] == torch.__version__
     assert findings["versions"]["peft"] == peft.__version__
-    assert findings["variables"]["LORA_KERNELS_PLAN"] == plan
+    assert findings["variables"]["LORA_KERNELS_PLAN"] == algorithm
     assert len(findings["gpus"]) == torch.cuda.device_count()
     assert {row["product"].partition(", [")[0] for row in findings["algorithms"]} == {
         "training, forward",
@@ -100,8 +100,8 @@ def test_package_that_is_not_installed_is_named(monkeypatch):
     assert not any("peft" in missing.what for missing in findings.missing)
 
 
-@pytest.mark.parametrize("plan", ["fastest"], indirect=True)
-def test_variable_with_a_value_that_it_does_not_take_is_missing(capsys, plan):
+@pytest.mark.parametrize("algorithm", ["fastest"], indirect=True)
+def test_variable_with_a_value_that_it_does_not_take_is_missing(capsys, algorithm):
     code, findings = found(capsys)
     assert code == 1
     assert any(
@@ -125,8 +125,8 @@ def hopper(monkeypatch):
     monkeypatch.setattr(doctor, "_failures", lambda device: [])
 
 
-@pytest.mark.parametrize("plan", ["auto"], indirect=True)
-def test_gpu_that_all_is_well_with(hopper, plan, capsys):
+@pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
+def test_gpu_that_all_is_well_with(hopper, algorithm, capsys):
     code, findings = found(capsys)
     assert findings["gpus"] == [
         {"device": "cuda:0", "name": "NVIDIA H200", "capability": "sm_90", "driver": "580.1"}
@@ -142,8 +142,8 @@ def test_gpu_that_all_is_well_with(hopper, plan, capsys):
     assert ["missing", "nothing"] in lines
 
 
-@pytest.mark.parametrize("plan", ["auto"], indirect=True)
-def test_algorithm_of_a_backward_is_its_own(hopper, plan, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
+def test_algorithm_of_a_backward_is_its_own(hopper, algorithm, monkeypatch):
     entry = TuningEntry((9, 0), torch.bfloat16, "fused", "a.json", m=(8192, 8192), backward=False)
     monkeypatch.setattr(algorithm, "TABLE", (entry,))
     taken = [(row["product"], row["algorithm"]) for row in doctor.examine().algorithms]
@@ -154,8 +154,8 @@ def test_algorithm_of_a_backward_is_its_own(hopper, plan, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("plan", ["reference"], indirect=True)
-def test_gpu_whose_products_are_kept_from_the_kernels(hopper, plan, capsys):
+@pytest.mark.parametrize("algorithm", ["reference"], indirect=True)
+def test_gpu_whose_products_are_kept_from_the_kernels(hopper, algorithm, capsys):
     code, findings = found(capsys)
     assert code == 1
     assert findings["missing"] == [
@@ -163,8 +163,8 @@ def test_gpu_whose_products_are_kept_from_the_kernels(hopper, plan, capsys):
     ]
 
 
-@pytest.mark.parametrize("plan", ["auto"], indirect=True)
-def test_gpu_without_triton(hopper, plan, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
+def test_gpu_without_triton(hopper, algorithm, monkeypatch):
     monkeypatch.setattr(algorithm, "_has_triton", lambda: False)
     (missing,) = doctor.examine().missing
     assert missing.what == "triton 3.4 or newer is not installed"

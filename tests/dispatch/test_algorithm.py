@@ -1,19 +1,15 @@
 """Which algorithm a product takes and why, read off a table or not."""
 
-import subprocess
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
-import lora_kernels
 from lora_kernels.dispatch import algorithm as algorithms
-from lora_kernels.dispatch import fallback
 from lora_kernels.dispatch.algorithm import Algorithm, choose
 from lora_kernels.dispatch.table import GemmShape, TuningEntry
-from tests.calls import call, solve
 from lora_kernels.testing.problem import make_problem
+from tests.calls import call
 
 GPU = torch.cuda.is_available()
 H200 = torch.device("cuda", 0)
@@ -26,7 +22,7 @@ def shape(**changes):
 
 @pytest.fixture
 def h200(monkeypatch):
-    """A process that has an H200, as far as the choice of a plan can see, and no wish."""
+    """A process that has an H200, as far as the choice of a algorithm can see, and no wish."""
     monkeypatch.setattr(algorithms, "capability_of", lambda device: (9, 0))
     monkeypatch.setenv("LORA_KERNELS_PLAN", "auto")
 
@@ -63,9 +59,13 @@ def test_without_a_measurement_cublas_takes_the_large_shape(h200):
     ],
     ids=str,
 )
-def test_without_a_measurement_few_rows_take_the_fewest_launches(h200, changes, name, monkeypatch):
+def test_choose_without_a_measurement_has_the_fewest_launches_for_a_small_m(
+    h200, changes, name, monkeypatch
+):
     assert choose(shape(**changes)).name == name
-    monkeypatch.setattr(algorithms, "TABLE", (replace(ROW, algorithm="addmm", m=(1, 64), k=(4096, 4096)),))
+    monkeypatch.setattr(
+        algorithms, "TABLE", (replace(ROW, algorithm="addmm", m=(1, 64), k=(4096, 4096)),)
+    )
     assert choose(shape(**changes, k=4096)).name == "addmm"
 
 
@@ -98,7 +98,9 @@ def test_without_triton(h200, monkeypatch):
     assert choose(shape()) == Algorithm("reference", "triton 3.4 or newer is not installed")
 
 
-ROW = TuningEntry((9, 0), torch.bfloat16, "fused", "a.json", m=(512, 1e9), k=(2048, 4096), r=(1, 64))
+ROW = TuningEntry(
+    (9, 0), torch.bfloat16, "fused", "a.json", m=(512, 1e9), k=(2048, 4096), r=(1, 64)
+)
 
 
 @pytest.mark.parametrize(

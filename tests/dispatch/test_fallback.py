@@ -6,10 +6,7 @@ import warnings
 import pytest
 import torch
 
-import lora_kernels
-from lora_kernels.dispatch import algorithm as algorithms
 from lora_kernels.dispatch import fallback
-from lora_kernels.dispatch.algorithm import Algorithm
 from lora_kernels.testing.problem import make_problem
 from tests.calls import call, solve
 
@@ -23,7 +20,7 @@ def broken(error):
 
 @pytest.fixture
 def forgetful():
-    """No plan has failed yet."""
+    """No algorithm has failed yet."""
     fallback._failed.clear()
     yield
     fallback._failed.clear()
@@ -55,7 +52,7 @@ def test_a_kernel_that_does_not_compile_is_named_once_and_the_result_is_right(
         torch.testing.assert_close(result, expected[name], msg=name)
 
 
-def test_few_rows_fail_alone(forgetful, monkeypatch, device):
+def test_a_small_m_fails_alone(forgetful, monkeypatch, device):
     from lora_kernels.kernels import gemm_small_m
 
     monkeypatch.setenv("LORA_KERNELS_PLAN", "fused")
@@ -72,7 +69,7 @@ def test_few_rows_fail_alone(forgetful, monkeypatch, device):
 
 
 def test_where_both_plans_fail_the_reference_computes(forgetful, monkeypatch, device):
-    from lora_kernels.kernels import shrink, grad_b
+    from lora_kernels.kernels import grad_b, shrink
 
     problem = make_problem(70, 8, 7, 2, device=device)
     monkeypatch.setenv("LORA_KERNELS_PLAN", "reference")

@@ -14,6 +14,7 @@ from tests.dropout.scalar import keep as scalar_keep
 # The statistics are of a fixed function, so its seeds are fixed too: no run differs from another.
 fixed_seeds = pytest.mark.parametrize("seed", [0, 20_261_124, 2**62 + 1])
 
+
 def seed_tensor(value: int, device) -> torch.Tensor:
     return torch.tensor([value], dtype=torch.int64, device=device)
 

@@ -37,9 +37,7 @@ def test_published_vectors(rounds, counter, key, expected):
 def test_keep_is_philox_with_the_documented_counter(value, first_row, device):
     seed = torch.tensor([value], device=device)
     row, col = first_row + torch.arange(4, device=device), torch.arange(19, device=device)
-    expected = [
-        [keep(value, first_row + i, j, 0.4) for j in range(19)] for i in range(4)
-    ]
+    expected = [[keep(value, first_row + i, j, 0.4) for j in range(19)] for i in range(4)]
     assert dropout.keep(seed, row[:, None], col, 0.4).tolist() == expected
 
 

@@ -1,4 +1,4 @@
-"""The ahead-of-time gate: ``python -m tests.kernels.gate TARGET [--all]`` needs no GPU.
+"""The ahead-of-time gate: ``python -m tests.kernels.gate TARGET`` needs no GPU.
 
 Every kernel, in the configurations that the tables can pick for the target, has to compile without
 a spill, within the target's shared memory, with matrix instructions for every 16-bit or TF32 dot.
@@ -9,13 +9,13 @@ of each kernel.
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
 
 from lora_kernels.kernels.operands import Operands
-from lora_kernels.kernels.registry import KERNELS, LAUNCHERS
+from lora_kernels.kernels.registry import KERNELS
 from lora_kernels.testing.problem import make_problem
 from tests.kernels import aot
 
@@ -82,18 +82,23 @@ def operands(case: Case, layers: int = 1) -> Operands:
     return Operands(problem, layers)
 
 
-def compile_layer(case: Case) -> None:
-    """Launches every launcher on operands of this case, and on those of layers that share x."""
+def compile_layer(case: Case, kernels: Collection[str] = KERNELS) -> None:
+    """Launches what the kernels have on operands of this case, and on those of layers over one x."""
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
     o, shared = operands(case), operands(case._replace(merged=False), layers=3)
-    for launcher in LAUNCHERS.values():
+    for launcher in itertools.chain(*(KERNELS[name].launchers for name in kernels)):
         if launcher.supports(o):
             launcher(o)
         if launcher.layers and case.merged:
             launcher(shared)
 
 
-def run(target: str, cases: tuple[Case, ...], write: Callable[[str], None] = print) -> int:
+def run(
+    target: str,
+    cases: tuple[Case, ...],
+    kernels: Collection[str] = KERNELS,
+    write: Callable[[str], None] = print,
+) -> int:
     """Compiles the cases, writes the table, and returns the number of faults."""
     seen: dict[str, set] = {name: set() for name in KERNELS}
     count = faults = 0
@@ -101,7 +106,7 @@ def run(target: str, cases: tuple[Case, ...], write: Callable[[str], None] = pri
     with aot.compiling_for(target):
         for case in cases:
             try:
-                compile_layer(case)
+                compile_layer(case, kernels)
             except Exception as error:
                 faults += 1
                 write(f"{target:8} {case}: {type(error).__name__}: {error}  <-- does not compile")
@@ -123,9 +128,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=aot.TARGETS)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     options = parser.parse_args(arguments)
     cases = tuple(every_case()) if options.all else REPRESENTATIVES
-    return min(run(options.target, cases), 1)
+    return min(run(options.target, cases, options.kernels), 1)
 
 
 if __name__ == "__main__":

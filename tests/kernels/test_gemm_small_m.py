@@ -75,6 +75,6 @@ def test_tiles_own_the_rows_that_their_entry_serves(table):
     ],
     ids=str,
 )  # fmt: skip
-def test_supports_few_rows_and_ranks_of_one_block(hopper, m, r, dropout_p, lora, expected):
+def test_supports_a_small_m_and_ranks_of_one_block(hopper, m, r, dropout_p, lora, expected):
     x, a = torch.empty(m, 16, dtype=BF16, device=META), torch.empty(r, 16, dtype=lora, device=META)
     assert gemm_small_m.supports(m, r, dropout_p, numerics_of(x, a)) == expected

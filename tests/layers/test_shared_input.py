@@ -64,8 +64,8 @@ def assert_same(model, shared, x, *context):
         assert_close(result, reference[name], baseline[name], name)
 
 
-@pytest.mark.parametrize("plan", ["reference", "fused", "addmm"], indirect=True)
-def test_joined_layers_give_the_same_numbers_in_one_call(plan, seed, device):
+@pytest.mark.parametrize("algorithm", ["reference", "fused", "addmm"], indirect=True)
+def test_joined_layers_give_the_same_numbers_in_one_call(algorithm, seed, device):
     model, x = make(device)
     shared = copy.deepcopy(model)
     assert lora.share_inputs(shared) == [NAMES]

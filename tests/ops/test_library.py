@@ -10,7 +10,7 @@ from lora_kernels.dispatch.algorithm import Algorithm
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The ops that reach the kernels, and the plan that each is run by."""
+    """The ops that reach the kernels, and the algorithm that each is run by."""
     from lora_kernels.kernels import linear, shared_input
 
     calls = []
@@ -31,7 +31,9 @@ def seen(monkeypatch):
 def test_layers_take_the_plan_that_is_chosen(algorithm, seen, device):
     layer = lora_kernels.Linear(8, 6, r=2, device=device)
     layer(torch.randn(3, 8, device=device)).sum().backward()
-    assert [name for _, name in seen] == ([] if algorithm == "reference" else [algorithm, algorithm])
+    assert [name for _, name in seen] == (
+        [] if algorithm == "reference" else [algorithm, algorithm]
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True])

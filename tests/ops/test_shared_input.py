@@ -12,7 +12,9 @@ from tests.op_calls import Calls
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
-every_plan = pytest.mark.parametrize("plan", ["reference", "fused", "addmm"], indirect=True)
+every_algorithm = pytest.mark.parametrize(
+    "algorithm", ["reference", "fused", "addmm"], indirect=True
+)
 SIZES = (37, 16, 41)
 SCALINGS = (2.0, -0.5, 1.5)
 
@@ -76,11 +78,11 @@ def expected(layers, dtype=None):
     return results | {"x": dx}
 
 
-@every_plan
+@every_algorithm
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("lora_dtype", [None, torch.float32], ids=["same", "float32 adapters"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_outputs_and_gradients(dtype, lora_dtype, dropout_p, plan, seed, device):
+def test_outputs_and_gradients(dtype, lora_dtype, dropout_p, algorithm, seed, device):
     layers = problems(device, dtype, dropout_p, lora_dtype=lora_dtype)
     exact, baseline = expected(layers, torch.float64), expected(layers)
     results = solve(layers)
@@ -90,8 +92,8 @@ def test_outputs_and_gradients(dtype, lora_dtype, dropout_p, plan, seed, device)
         assert_close(result, exact[name], baseline[name], name)
 
 
-@every_plan
-def test_mask_of_each_layer_is_that_of_its_own_seed(plan, seed, device):
+@every_algorithm
+def test_mask_of_each_layer_is_that_of_its_own_seed(algorithm, seed, device):
     layers = problems(device)
     layers[2].seed = layers[0].seed
     for name in ("a", "b", "w", "bias", "dy"):
@@ -104,8 +106,8 @@ def test_mask_of_each_layer_is_that_of_its_own_seed(plan, seed, device):
     assert not torch.equal(call(layers)[2], same)
 
 
-@every_plan
-def test_gradients_are_adjoint_to_the_outputs(plan, seed, device):
+@every_algorithm
+def test_gradients_are_adjoint_to_the_outputs(algorithm, seed, device):
     """Without bias y is linear in x: <dy, y> = <dx, x>, whatever the masks."""
     layers = problems(device, dropout_p=0.4)
     for layer in layers:
@@ -122,15 +124,15 @@ def test_gradients_are_adjoint_to_the_outputs(plan, seed, device):
     assert (along_y - along_x).abs() <= 4 * torch.finfo(torch.float32).eps * scale
 
 
-@every_plan
-def test_bits_are_the_same_in_two_runs(plan, seed, device):
+@every_algorithm
+def test_bits_are_the_same_in_two_runs(algorithm, seed, device):
     layers = problems(device)
     first, second = solve(layers), solve(layers)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
-@every_plan
+@every_algorithm
 @pytest.mark.parametrize(
     "trained",
     [
@@ -140,7 +142,7 @@ def test_bits_are_the_same_in_two_runs(plan, seed, device):
     ],
     ids="+".join,
 )
-def test_gradients_of_some_operands_alone(trained, plan, seed, device):
+def test_gradients_of_some_operands_alone(trained, algorithm, seed, device):
     layers = problems(device, m=9, k=17)
     every, some = solve(layers), solve(layers, trained=trained)
     for name, value in some.items():
@@ -196,8 +198,8 @@ def test_ops_are_called_once_each_way(seed, device):
     assert calls.names == ["lora_shared_linear_forward", "lora_shared_linear_backward"]
 
 
-@every_plan
-def test_outputs_may_be_changed_in_place(plan, seed, device):
+@every_algorithm
+def test_outputs_may_be_changed_in_place(algorithm, seed, device):
     layers = problems(device)
 
     def in_place(*args):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_kernels.testing.tolerance import assert_close
 from tests import torchrun
 from tests.examples import in_float64, tiny
-from lora_kernels.testing.tolerance import assert_close
 
 
 @pytest.fixture(scope="module")

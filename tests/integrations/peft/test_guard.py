@@ -244,13 +244,13 @@ def test_shapes_of_x(shape, bias, conv1d, seed, device):
 
 
 @both_bases
-@pytest.mark.parametrize("plan", ["fused", "addmm"], indirect=True)
-def test_kernels(plan, conv1d, seed, device):
+@pytest.mark.parametrize("algorithm", ["fused", "addmm"], indirect=True)
+def test_kernels(algorithm, conv1d, seed, device):
     x = torch.randn(5, 16, device=device)
     layer = lora_layer(device, conv1d=conv1d)
     assert report(layer)[0].algorithm is None
     patch_peft()
-    assert report(layer)[0].algorithm == plan
+    assert report(layer)[0].algorithm == algorithm
     unpatch_peft()
     assert_as_without(layer, functools.partial(solve_alone, x=x), fused=1)
 

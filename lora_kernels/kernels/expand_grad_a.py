@@ -1,0 +1,122 @@
+"""dx = mask ∘ (dh · a) and da = dhᵀ · x_hat in one pass over [M, K], with one mask.
+
+One program owns BLOCK_K columns of x and one slice of M, for all ranks: it writes its part of dx,
+to which cuBLAS then adds dy·w, and a part of da, which split_k_reduce adds in a fixed order. a is
+read once for a slice.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.kernels.config import SkinnyConfig, When, num_sms, select, target_of
+from lora_kernels.kernels.dropout import keep_tile
+from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block, split
+from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.split_k_reduce import split_k_reduce
+from lora_kernels.kernels.tile import Matrix, load_tile, part_of, store_tile
+
+TILES = {
+    "interpreter": [(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
+    "sm_80": [
+        (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
+        (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=3)),
+    ],
+    "sm_90": [
+        (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=3)),
+        (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
+    ],
+    "sm_100": [
+        (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=3)),
+        (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
+    ],
+    "hip": [
+        (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
+        (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
+    ],
+    "other": [
+        (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),
+        (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
+    ],
+}
+
+
+@triton.jit(do_not_specialize=["M"])
+def _expand_grad_a_kernel(
+    dh_ptr, a, x, mask, dx, da_ptr,
+    M, K, R, m_slice,
+    NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0) * BLOCK_K
+    part = tl.program_id(1)
+    first_m = tl.cast(part, tl.int64) * m_slice
+    steps = tl.cdiv(tl.maximum(min(M - first_m, m_slice), 0), BLOCK_M).to(tl.int32)
+    a_tile = load_tile(a, 0, k, R, K, BLOCK_R, BLOCK_K).to(NUMERICS.update)
+    if mask is not None:
+        seed = tl.load(mask.seed)
+
+    acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for step in tl.range(0, steps):
+        row = first_m + step * BLOCK_M
+        dh_tile = load_tile(part_of(Matrix(dh_ptr, R), row, 0), 0, 0, M - row, R, BLOCK_M, BLOCK_R)
+        x_tile = load_tile(part_of(x, row, 0), 0, k, M - row, K, BLOCK_M, BLOCK_K)
+        left = dh_tile.to(NUMERICS.update)
+        update = tl.dot(left, a_tile, input_precision=NUMERICS.update_precision)
+        if mask is not None:
+            keep = keep_tile(seed, mask.threshold, row, k, BLOCK_M, BLOCK_K)
+            update, x_tile = tl.where(keep, update, 0.0), tl.where(keep, x_tile, 0.0)
+        store_tile(part_of(dx, row, 0), update, 0, k, M - row, K)
+        left, right = dh_tile.to(NUMERICS.rank).T, x_tile.to(NUMERICS.rank)
+        acc = tl.dot(left, right, acc, input_precision=NUMERICS.precision)
+
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_k = k + tl.arange(0, BLOCK_K)
+    offs_da = (part * R + offs_r).to(tl.int64)[:, None] * K + offs_k[None, :]
+    tl.store(da_ptr + offs_da, acc, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])
+
+
+def supports(r: int, numerics: Numerics) -> bool:
+    """Whether one program takes all ranks at once, as dx needs it."""
+    return r <= _block_r(r, numerics)
+
+
+def config_for(device: torch.device, numerics: Numerics) -> SkinnyConfig:
+    """The entry of TILES that serves a layer."""
+    return select(TILES, target_of(device), bits_of(numerics.rank))
+
+
+def expand_grad_a(
+    dh: Tensor,
+    a: Tensor,
+    x: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    numerics: Numerics,
+    config: SkinnyConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dx = dh·a if kept, else 0, and da = dhᵀ·(x if kept); dh carries the mask's scale.
+
+    Shapes: dh [M, R], a [R, K], x [M, K] -> dx [M, K] in x's dtype, da [R, K] in a's.
+    """
+    (m, k), r = x.shape, len(a)
+    config = config or config_for(x.device, numerics)
+    programs = cdiv(k, config.BLOCK_COLS)
+    wanted = config.programs_per_sm * num_sms(x.device)
+    parts, m_slice = split(m, config.BLOCK_ROWS, programs, wanted)
+    dx = torch.empty((m, k), dtype=x.dtype, device=x.device)
+    da = torch.empty((parts, r, k), dtype=torch.float32, device=x.device)
+    launch(
+        _expand_grad_a_kernel, (programs, parts),
+        dh_ptr=dh, a=matrix(a), x=matrix(x), mask=mask(seed, dropout_p), dx=matrix(dx), da_ptr=da,
+        M=m, K=k, R=r, m_slice=m_slice,
+        NUMERICS=numerics,
+        BLOCK_M=config.BLOCK_ROWS, BLOCK_K=config.BLOCK_COLS, BLOCK_R=_block_r(r, numerics),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return dx, split_k_reduce(da, a.dtype)
+
+
+def _block_r(r: int, numerics: Numerics) -> int:
+    return min(rank_block(r, numerics.update), rank_block(r, numerics.rank))
