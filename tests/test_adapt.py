@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels.adapt import apply_lora, mark_only_lora_as_trainable
+from lora_kernels import apply_lora, mark_only_lora_as_trainable
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA, LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_kernels.layers.embedding import LoRAEmbedding

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import checkpoint
-from lora_kernels.adapt import apply_lora, mark_only_lora_as_trainable
-from lora_kernels.checkpoint import (
+
+from lora_kernels import apply_lora, mark_only_lora_as_trainable
+from lora_kernels import (
     load_adapter,
     lora_state_dict,
     merged_state_dict,
@@ -470,7 +470,7 @@ def test_an_error_while_saving_leaves_the_earlier_adapter(broken, base, tmp_path
         def dumps(*args, **kwargs):
             raise OSError("disk full")
 
-        monkeypatch.setattr(checkpoint.json, "dumps", dumps)
+        monkeypatch.setattr(json, "dumps", dumps)
         expected, message = OSError, "disk full"
     with pytest.raises(expected, match=message):
         save_adapter(ours, tmp_path)

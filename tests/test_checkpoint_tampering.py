@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_kernels.adapt import apply_lora
-from lora_kernels.checkpoint import load_adapter, save_adapter
+from lora_kernels import apply_lora
+from lora_kernels import load_adapter, save_adapter
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
 

@@ -111,7 +111,7 @@ def _add_convert(commands) -> None:
     )  # fmt: skip
     to_peft.add_argument(
         "--out-splits", action="append", default=[], metavar="[NAME=]4096,1024,1024",
-        help="sizes of its groups where they are not equal",
+        help="sizes of its groups if they are not equal",
     )  # fmt: skip
     to_peft.add_argument(
         "--embedding", action="append", default=[], metavar="NAME", help="NAME is an Embedding"
