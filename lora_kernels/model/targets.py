@@ -182,7 +182,7 @@ def check_wrappable(targets: Mapping[str, nn.Module]) -> None:
         elif distributed.is_managed(module) or any(
             map(distributed.is_dtensor, module._parameters.values())
         ):
-            reason = "its weight is sharded: call apply_lora before fully_shard"
+            reason = "its weight is sharded: apply_lora goes before fully_shard"
         elif "weight" not in module._parameters:
             reason = "its weight is computed, not a parameter"
         elif "forward" in module.__dict__:

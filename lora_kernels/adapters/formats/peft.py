@@ -1,7 +1,7 @@
 """PEFT's directory: adapter_config.json and adapter_model.safetensors, read and written.
 
-peft_config.py has what the first says, peft_factors.py the factors of a layer. In a key stand
-"base_model.model.", the path of the module, "base_layer." for what a LoRA layer wraps, and the name.
+peft_config.py has what the first says, peft_factors.py the factors of a layer. A key consists of
+"base_model.model.", the path of the module, "base_layer." for what a LoRA layer wraps, and a name.
 """
 
 import json
