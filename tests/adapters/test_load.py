@@ -13,7 +13,6 @@ from lora_kernels import (
     save_adapter,
 )
 from lora_kernels.layers.base import LoRALayer
-from tests.adapters import wrapped
 from tests.adapters.nets import (
     OPTIONS,
     adapted,
@@ -22,6 +21,7 @@ from tests.adapters.nets import (
     assert_same_files,
 )
 from tests.adapters.tied import LORA, SAVED, trained
+from tests.model import wrapped
 
 
 @pytest.mark.parametrize("case", OPTIONS)

@@ -18,7 +18,6 @@ from lora_kernels import (
     save_adapter,
 )
 from lora_kernels.layers.linear import LoRALinear
-from tests.adapters import wrapped
 from tests.adapters.nets import (
     adapted,
     assert_equal_states,
@@ -26,6 +25,7 @@ from tests.adapters.nets import (
     randomise,
 )
 from tests.adapters.tied import LORA, SAVED, assert_near, in_peft, is_tied, logits, trained
+from tests.model import wrapped
 
 
 def test_save_adapter_takes_names_of_saved_modules_too(base, tmp_path):

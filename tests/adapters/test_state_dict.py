@@ -18,13 +18,13 @@ from lora_kernels.layers.conv import ConvLoRA, LoRAConv2d
 from lora_kernels.layers.embedding import LoRAEmbedding
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
-from tests.adapters import wrapped
 from tests.adapters.nets import (
     KINDS,
     adapted,
     assert_equal_states,
     randomise,
 )
+from tests.model import wrapped
 from tests.tiny_models import tiny_gpt2
 
 # ---- lora_state_dict ----

@@ -21,7 +21,7 @@ from lora_kernels.model.paths import (
     split,
     unwrapped,
 )
-from tests.adapters import wrapped
+from tests.model import wrapped
 
 
 @pytest.mark.parametrize("path", ["a", "a.b", "a.b.c"])
