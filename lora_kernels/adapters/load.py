@@ -45,10 +45,10 @@ def load_adapter(
 
     A plain model is wrapped as by apply_lora, with adapters in float32 over 16-bit weights, and
     trains what the adapter trained; modules that the adapter brings as a whole are untied as there.
-    A model that has LoRA layers must have exactly those of the
-    adapter, with the same ranks; it takes over values, lora_alpha and scaling, and keeps its
-    dropout and requires_grad. The same wrappers are looked through as by save_adapter. A model that
-    fully_shard has sharded must have its LoRA layers already, and every rank has to call this.
+    A model that has LoRA layers must have exactly those of the adapter, with the same ranks; it
+    takes over values, lora_alpha and scaling, and keeps its dropout and requires_grad. The same
+    wrappers are looked through as by save_adapter. A model that fully_shard has sharded must have
+    its LoRA layers already, and every rank has to call this.
     Raises: FileNotFoundError for a missing directory or file; ValueError, naming file and key, for
     all that is damaged, does not fit together or does not fit the model, for pickles (never read)
     and for what PEFT offers beyond LoRA (DoRA, lora_bias, layer_replication, ...). Then model is
