@@ -1,7 +1,8 @@
 """LoRA layers and functions; loralib's names are aliases of them."""
 
-from lora_kernels.adapt import apply_lora, mark_only_lora_as_trainable
-from lora_kernels.checkpoint import load_adapter, lora_state_dict, merged_state_dict, save_adapter
+from lora_kernels.adapters.load import load_adapter
+from lora_kernels.adapters.save import save_adapter
+from lora_kernels.adapters.state_dict import lora_state_dict, merged_state_dict
 from lora_kernels.functional import lora_linear, lora_merged_linear, lora_shared_linear
 from lora_kernels.integrations import patch_peft, unpatch_peft
 from lora_kernels.layers import (
@@ -21,6 +22,8 @@ from lora_kernels.layers import (
     MergedLinear,
     share_inputs,
 )
+from lora_kernels.model.apply import apply_lora
+from lora_kernels.model.trainable import mark_only_lora_as_trainable
 from lora_kernels.report import report
 
 __version__ = "0.1.0"

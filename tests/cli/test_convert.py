@@ -113,7 +113,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("enable_lora", [(1, 0, 1), (1, 1, 1)])
-def test_there_and_back_is_bit_for_bit(convert, seed, enable_lora, dtype):
+def test_convert_there_and_back_is_bit_for_bit(convert, seed, enable_lora, dtype):
     state = loralib.lora_state_dict(trained(adapted(enable_lora=map(bool, enable_lora))).to(dtype))
     torch.save(state, "lora.pt")
     flags = ",".join(map(str, enable_lora))
@@ -128,7 +128,7 @@ def test_there_and_back_is_bit_for_bit(convert, seed, enable_lora, dtype):
     assert any("MergedLinear(r=4, lora_alpha=6" in line and "qkv" in line for line in lines)
 
 
-def test_one_enabled_group_is_told_by_name(convert, seed):
+def test_convert_takes_one_enabled_group_by_name(convert, seed):
     state = loralib.lora_state_dict(trained(adapted(enable_lora=(False, True, False))))
     torch.save(state, "lora.pt")
     assert convert("lora.pt", "peft", *ALPHA, "--enable-lora", "qkv=0,1,0")[0] == 0
@@ -136,7 +136,7 @@ def test_one_enabled_group_is_told_by_name(convert, seed):
     assert_same(torch.load("back.pt"), state)
 
 
-def test_the_directory_gives_loralibs_outputs(convert, seed):
+def test_convert_makes_a_directory_that_gives_loralibs_outputs(convert, seed):
     model = trained(adapted()).eval()
     base = base_of(copy.deepcopy(model).train())  # train(): base weights without the update
     model.train()
@@ -152,7 +152,7 @@ def test_the_directory_gives_loralibs_outputs(convert, seed):
     assert_close(theirs(x), expected, model(x))
 
 
-def test_a_directory_of_peft_becomes_a_file_that_loralib_loads(convert, seed):
+def test_convert_makes_of_a_directory_of_peft_a_file_that_loralib_loads(convert, seed):
     base = plain()
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["out", "qkv"])
     theirs = trained(peft.get_peft_model(copy.deepcopy(base), config))
@@ -170,7 +170,7 @@ def test_a_directory_of_peft_becomes_a_file_that_loralib_loads(convert, seed):
     assert_close(model(x), copy.deepcopy(theirs).double()(x.double()), theirs(x))
 
 
-def test_alphas_are_told_to_their_last_digit(convert, seed):
+def test_convert_tells_alphas_to_their_last_digit(convert, seed):
     config = peft.LoraConfig(r=3, lora_alpha=3, use_rslora=True, target_modules=["out", "qkv"])
     trained(peft.get_peft_model(plain(), config)).save_pretrained("peft")
     _, lines, _ = convert("peft", "lora.pt")
@@ -178,7 +178,7 @@ def test_alphas_are_told_to_their_last_digit(convert, seed):
     assert told == pytest.approx(3 * 3**0.5, rel=1e-14)
 
 
-def test_biases_heads_and_embeddings_go_along(convert, seed):
+def test_convert_takes_biases_heads_and_embeddings_along(convert, seed):
     model = nn.ModuleDict(
         {"emb": LoRAEmbedding(10, 8, 4, 6), "out": LoRALinear(8, 8, 4, 6), "head": nn.Linear(8, 2)}
     )
@@ -197,7 +197,7 @@ def test_biases_heads_and_embeddings_go_along(convert, seed):
     assert_same(torch.load("back.pt"), state)
 
 
-def test_factors_that_are_views_are_written(convert, seed):
+def test_convert_writes_factors_that_are_views(convert, seed):
     state = {"out.lora_A": torch.randn(8, 4).T, "out.lora_B": torch.randn(16, 8)[::2, ::2]}
     torch.save(state, "lora.pt")
     assert convert("lora.pt", "peft", *ALPHA)[0] == 0
@@ -239,7 +239,7 @@ FACTORS = {"out.lora_A": A, "out.lora_B": B}
         ([A], ALPHA, "list"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused(refused, state, options, named):
+def test_convert_refuses_a_file_that_does_not_fit(refused, state, options, named):
     torch.save(state, "lora.pt")
     assert named in refused("lora.pt", "peft", *options)
 
@@ -249,14 +249,14 @@ class Command:
         return os.mkdir, ("executed",)
 
 
-def test_a_pickle_with_code_is_refused(refused, tmp_path):
+def test_convert_refuses_a_pickle_with_code(refused, tmp_path):
     torch.save(FACTORS | {"step": Command()}, "lora.pt")
     assert "lora.pt: holds more than tensors" in refused("lora.pt", "peft", *ALPHA)
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"PK\x03\x04 cut off"])
-def test_a_damaged_file_is_refused(refused, tmp_path, content):
+def test_convert_refuses_a_damaged_file(refused, tmp_path, content):
     (tmp_path / "lora.pt").write_bytes(content)
     assert "lora.pt" in refused("lora.pt", "peft", *ALPHA)
 
@@ -271,7 +271,7 @@ def directory(tmp_path):
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("content", [None, b"{", b""])
-def test_a_directory_without_or_with_damaged_files_is_refused(
+def test_convert_refuses_a_directory_without_or_with_damaged_files(
     refused, directory, tmp_path, name, content
 ):
     (directory / name).unlink()
@@ -285,13 +285,13 @@ def test_a_directory_without_or_with_damaged_files_is_refused(
     ("change", "named"),
     [({"use_dora": True}, "use_dora"), ({"r": 3}, "rank 3"), ({"peft_type": "IA3"}, "peft_type")],
 )
-def test_what_loralib_cannot_express_is_refused(refused, directory, change, named):
+def test_convert_refuses_what_loralib_cannot_express(refused, directory, change, named):
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert named in refused("peft", "lora.pt")
 
 
-def test_places_that_cannot_be_read_or_written_are_refused(refused, directory, tmp_path):
+def test_convert_refuses_places_that_cannot_be_read_or_written(refused, directory, tmp_path):
     torch.save(FACTORS, "lora.pt")
     (tmp_path / "a_file").write_bytes(b"")
     assert "nowhere" in refused("nowhere", "peft", *ALPHA)

@@ -12,8 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_kernels.adapt import apply_lora
-from lora_kernels.checkpoint import load_adapter, save_adapter
+from lora_kernels import apply_lora, load_adapter, save_adapter
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
 
@@ -106,14 +105,14 @@ def assert_refused(model, directory, error, *fragments):
     ]
 
 
-def test_the_untouched_adapter_loads(model, adapter):
+def test_load_adapter_takes_the_untouched_adapter(model, adapter):
     assert load_adapter(model, adapter) is model
 
 
 # ---- files ----
 
 
-def test_missing_files_raise_file_not_found(model, adapter):
+def test_files_that_are_missing_raise_file_not_found(model, adapter):
     assert_refused(model, adapter / "nowhere", FileNotFoundError, "nowhere")
     (adapter / WEIGHTS).rename(adapter / "elsewhere")
     assert_refused(model, adapter, FileNotFoundError, WEIGHTS)
@@ -134,7 +133,7 @@ class Payload:
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", WEIGHTS])
 @pytest.mark.parametrize("writer", ["pickle", "torch"])
-def test_a_pickle_is_never_executed(name, writer, model, adapter):
+def test_files_that_are_pickles_are_never_executed(name, writer, model, adapter):
     (adapter / WEIGHTS).unlink()
     payload = Payload(adapter / "executed")
     if writer == "pickle":
@@ -146,7 +145,7 @@ def test_a_pickle_is_never_executed(name, writer, model, adapter):
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 100, 0.5, -1])
-def test_a_truncated_weight_file_raises(kept, model, adapter):
+def test_weights_that_are_truncated_raise(kept, model, adapter):
     content = (adapter / WEIGHTS).read_bytes()
     cut = int(len(content) * kept) if isinstance(kept, float) else kept
     (adapter / WEIGHTS).write_bytes(content[:cut])
@@ -163,12 +162,12 @@ def test_a_truncated_weight_file_raises(kept, model, adapter):
         b"PK\x03\x04",
     ],
 )  # fmt: skip
-def test_a_weight_file_of_other_content_raises(content, model, adapter):
+def test_weights_of_other_content_raise(content, model, adapter):
     (adapter / WEIGHTS).write_bytes(content)
     assert_refused(model, adapter, ValueError, WEIGHTS)
 
 
-def test_directories_in_place_of_files_raise(model, adapter):
+def test_files_that_are_directories_raise(model, adapter):
     (adapter / WEIGHTS).unlink()
     (adapter / WEIGHTS).mkdir()
     assert_refused(model, adapter, FileNotFoundError, WEIGHTS)
@@ -180,12 +179,12 @@ def test_directories_in_place_of_files_raise(model, adapter):
 @pytest.mark.parametrize(
     "text", ["", "{", '{"r": 2', "[]", "3", "null", '"LORA"', "{'r': 2}", "[" * 100000]
 )
-def test_a_config_that_is_no_json_object_raises(text, model, adapter):
+def test_config_that_is_not_a_json_object_raises(text, model, adapter):
     (adapter / CONFIG).write_text(text)
     assert_refused(model, adapter, ValueError, CONFIG)
 
 
-def test_a_config_that_is_no_text_raises(model, adapter):
+def test_config_that_is_not_text_raises(model, adapter):
     (adapter / CONFIG).write_bytes(b"\xff\xfe\x00{")
     assert_refused(model, adapter, ValueError, CONFIG)
 
@@ -214,7 +213,7 @@ BAD_VALUES = {
     [(key, value) for key, values in BAD_VALUES.items() for value in values],
     ids=lambda value: repr(value)[:20],
 )
-def test_a_wrong_value_in_the_config_raises(key, value, model, adapter):
+def test_config_with_a_wrong_value_raises(key, value, model, adapter):
     change_config(adapter, **{key: value})
     assert_refused(model, adapter, ValueError, "adapter_")
 
@@ -241,19 +240,19 @@ def test_a_wrong_value_in_the_config_raises(key, value, model, adapter):
         ("a_switch_of_tomorrow", 0.5),
     ],
 )
-def test_features_beyond_lora_raise_and_are_named(key, value, model, adapter):
+def test_config_with_features_beyond_lora_raises_and_names_them(key, value, model, adapter):
     change_config(adapter, **{key: value})
     assert_refused(model, adapter, ValueError, CONFIG, key)
 
 
-def test_dora_and_lora_bias_out_of_peft_raise(seed, tmp_path):
+def test_config_of_peft_with_dora_or_lora_bias_raises(seed, tmp_path):
     for key in ("use_dora", "lora_bias"):
         config = peft.LoraConfig(r=2, target_modules=["lin"], **{key: True})
         peft.get_peft_model(Net(), config).save_pretrained(tmp_path / key)
         assert_refused(Net(), tmp_path / key, ValueError, CONFIG, key)
 
 
-def test_defaults_and_remarks_in_the_config_are_fine(model, adapter):
+def test_config_with_defaults_and_remarks_is_fine(model, adapter):
     change_config(
         adapter, use_dora=False, layer_replication=None, loftq_config={}, revision="main",
         peft_version="9.9", task_type="SEQ_CLS", a_switch_of_tomorrow=None,
@@ -288,13 +287,13 @@ DTYPES = [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m
 
 @pytest.mark.parametrize("key", [A, B, HEAD, BIAS, EMBED_A, CONV_B, QKV_B])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_raise(key, value, model, adapter):
+def test_weights_that_are_not_finite_raise(key, value, model, adapter):
     change_weights(adapter, poke(key, value))
     assert_refused(model, adapter, ValueError, WEIGHTS, key)
 
 
 @pytest.mark.parametrize("key", [A, B, HEAD, BIAS, EMBED_A, CONV_B, QKV_A])
-def test_a_missing_key_raises(key, model, adapter):
+def test_weights_without_a_key_raise(key, model, adapter):
     change_weights(adapter, lambda tensors: tensors.pop(key))
     assert_refused(model, adapter, ValueError, WEIGHTS, key)
 
@@ -316,7 +315,7 @@ def test_a_missing_key_raises(key, model, adapter):
         "",
     ],
 )
-def test_an_extra_key_raises(key, model, adapter):
+def test_weights_with_a_further_key_raise(key, model, adapter):
     change_weights(adapter, lambda tensors: tensors.update({key: torch.ones(2)}))
     assert_refused(model, adapter, ValueError, WEIGHTS, key)
 
@@ -334,19 +333,42 @@ def test_an_extra_key_raises(key, model, adapter):
     ],
     ids=["short", "long", "deep", "column", "empty", "scalar"],
 )
-def test_a_wrong_shape_raises(key, convert, model, adapter):
+def test_weights_of_a_wrong_shape_raise(key, convert, model, adapter):
     change_weights(adapter, replace(key, convert))
     assert_refused(model, adapter, ValueError, WEIGHTS, key)
 
 
 @pytest.mark.parametrize("key", [A, B, HEAD, BIAS, EMBED_A, CONV_B, QKV_A])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_wrong_dtype_raises(key, dtype, model, adapter):
+def test_weights_of_a_wrong_dtype_raise(key, dtype, model, adapter):
     change_weights(adapter, replace(key, lambda tensor: tensor.to(dtype)))
     assert_refused(model, adapter, ValueError, WEIGHTS, key)
 
 
-def test_a_rank_of_the_weights_that_is_not_the_configs_raises(model, adapter):
+def test_weights_of_a_giant_kernel_raise_before_they_are_expanded(adapter):
+    key = "base_model.model.conv.lora_A.weight"
+
+    def swap(tensors):
+        rank = tensors[key].shape[0]
+        tensors[key] = torch.ones(rank, 3, 1, 100_000)
+
+    change_weights(adapter, swap, "{}")
+    assert_refused(Net(), adapter, ValueError, WEIGHTS, key, "kernel")
+
+
+def test_weights_of_a_grouped_convolution_raise(adapter):
+    change_weights(adapter, replace(CONV_B, lambda tensor: tensor[:, :2]), "{}")
+    assert_refused(Net(), adapter, ValueError, WEIGHTS, CONV_B, "groups=9")
+
+
+@pytest.mark.parametrize(("key", "other"), [(A, "lora_embedding_A"), (EMBED_A, "lora_A.weight")])
+def test_weights_of_two_kinds_for_a_module_raise(key, other, model, adapter):
+    path = key.removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
+    change_weights(adapter, lambda tensors: tensors.update({f"{path}.{other}": torch.ones(2, 2)}))
+    assert_refused(model, adapter, ValueError, WEIGHTS, path)
+
+
+def test_weights_of_another_rank_than_the_configs_raise(model, adapter):
     def shrink(tensors):
         tensors[A], tensors[B] = tensors[A][:1].contiguous(), tensors[B][:, :1].contiguous()
 
@@ -354,7 +376,7 @@ def test_a_rank_of_the_weights_that_is_not_the_configs_raises(model, adapter):
     assert_refused(model, adapter, ValueError, WEIGHTS, A, "r=2")
 
 
-def test_other_float_dtypes_load(model, adapter):
+def test_weights_of_other_float_dtypes_load(model, adapter):
     change_weights(adapter, lambda tensors: tensors.update(
         {key: tensor.double() for key, tensor in tensors.items()}))  # fmt: skip
     load_adapter(model, adapter)
@@ -400,13 +422,13 @@ def record(**fields):
         json.dumps({"nothing": record()}),
     ],
 )
-def test_forged_metadata_raises(records, model, adapter):
+def test_metadata_that_is_forged_raises(records, model, adapter):
     change_weights(adapter, lambda tensors: None, records)
     assert_refused(model, adapter, ValueError, WEIGHTS)
 
 
 @pytest.mark.parametrize("key", [QKV_B, "base_model.model.conv.lora_A.weight"])
-def test_weights_off_the_blocks_that_the_metadata_names_raise(key, model, adapter):
+def test_metadata_that_the_weights_contradict_raises(key, model, adapter):
     def poke_off_block(tensors):
         tensors[key] = tensors[key].clone()
         tensors[key].view(-1)[-1 if key != QKV_B else 3] = 7.0
@@ -429,11 +451,11 @@ def test_weights_off_the_blocks_that_the_metadata_names_raise(key, model, adapte
         lambda: nn.Sequential(),
     ],
 )
-def test_a_model_without_the_modules_raises(other, adapter):
+def test_model_without_the_modules_raises(other, adapter):
     assert_refused(other(), adapter, ValueError, "adapter_")
 
 
-def test_modules_of_another_size_or_kind_raise(adapter):
+def test_model_with_modules_of_another_size_or_kind_raises(adapter):
     for name, module in [
         ("lin", nn.Linear(9, 6)),
         ("lin", nn.Embedding(6, 8)),
@@ -451,7 +473,7 @@ def test_modules_of_another_size_or_kind_raise(adapter):
         assert_refused(model, adapter, ValueError, "adapter_", name)
 
 
-def test_a_model_with_other_lora_layers_raises(adapter):
+def test_model_with_other_lora_layers_raises(adapter):
     assert_refused(adapted(r=3), adapter, ValueError, WEIGHTS, "rank 3")
     fewer = adapted()
     fewer.lin = nn.Linear(8, 6)

@@ -1,0 +1,88 @@
+"""Files of adapters: read with suspicion, and replaced only by complete ones."""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLOATS", "naming", "read_json", "read_pickle", "read_safetensors", "replacing"]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@contextlib.contextmanager
+def naming(where) -> Iterator[None]:
+    """Errors inside begin with where: the file, and the place in it."""
+    try:
+        yield
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds. Raises: ValueError that names it, for other content."""
+    with naming(path):
+        return json.loads(path.read_text("utf-8"))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises: ValueError for a damaged file and, naming the key, for a value that is not finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from error
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            raise ValueError(f"{path}: {key}: dtype {tensor.dtype} is not supported")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {key}: holds NaN or infinite values")
+    return tensors, metadata
+
+
+def read_pickle(path: Path) -> Any:
+    """What torch.save wrote, as long as it is tensors in plain containers; nothing is executed.
+
+    Raises: ValueError for anything else, and for a damaged file.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path}: holds more than tensors, or is damaged; a pickle can run code, so nothing "
+            f"else in one is loaded"
+        ) from None
+    except Exception as error:  # damaged files fail in every way there is
+        raise ValueError(f"{path}: torch.load cannot read it: {error}") from None
+
+
+@contextlib.contextmanager
+def replacing(directory: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A folder to write files of these names in; then they replace those in directory, in order.
+
+    If an error ends the writing, directory is as it was.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory))
+    try:
+        yield scratch
+        for name in names:
+            os.replace(scratch / name, directory / name)
+    finally:
+        shutil.rmtree(scratch)

@@ -1,0 +1,185 @@
+"""The neutral Adapter: what every format is read into and written from.
+
+Factors lie as in this package's layers, E being the number of enabled groups (1 without groups):
+
+* linear: lora_A [E·r, in], lora_B [rows, r], rows being the columns of the enabled groups;
+* embedding: lora_A [r, num], lora_B [dim, r];
+* convolution: lora_A [r·k_0, in·k_0], lora_B [out/groups·k_1·..., r·k_0]; or, as most formats have
+  it, a convolution by lora_A [R, in, *kernel] and one by lora_B [out, R, 1, ...].
+
+Other entries have the keys that the plain model's state_dict() has.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.layers.conv import ConvLoRA
+from lora_kernels.model.targets import LayerSpec
+
+__all__ = [
+    "FACTORS", "Adapter", "AdapterLayer", "BaseModule", "Convolution", "Hints", "Kind", "Source",
+    "own_factors", "rank_of_two_convolutions",
+]  # fmt: skip
+
+Kind = Literal["linear", "embedding", "convolution"]
+FACTORS = ("lora_A", "lora_B")
+
+
+# ---- what a layer changes ----
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """What a convolution is besides its channels; padded: whether it pads at all."""
+
+    kernel_size: tuple[int, ...]
+    groups: int = 1
+    dilation: tuple[int, ...] = (1, 1, 1)
+    padded: bool = False
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, conv: nn.Module) -> "Convolution":
+        """That of an nn.Conv1d, nn.Conv2d or nn.Conv3d."""
+        padded = conv.padding not in ("valid", (0,) * len(conv.kernel_size))
+        return cls(conv.kernel_size, conv.groups, conv.dilation, padded, conv.padding_mode)
+
+    def not_two_convolutions(self) -> str | None:
+        """Why a convolution by lora_A and one by lora_B are not a change of its weight, or None."""
+        if self.groups > 1:
+            return f"lora_A as a convolution sees all input channels, groups={self.groups}"
+        if any(d > 1 and k > 1 for d, k in zip(self.dilation, self.kernel_size, strict=False)):
+            return f"lora_A as a convolution is not dilated, dilation={self.dilation}"
+        if self.padded and self.padding_mode != "zeros":
+            return f"lora_A as a convolution pads with zeros, padding_mode={self.padding_mode!r}"
+        return None
+
+
+@dataclass(frozen=True)
+class BaseModule:
+    """The plain module that a layer changes: in and out, which are num and dim of an embedding."""
+
+    kind: Kind
+    inputs: int
+    outputs: int
+    fan_in_fan_out: bool = False
+    conv: Convolution | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "BaseModule":
+        """That of a linear, an embedding or a convolution, plain or wrapped."""
+        conv = module.conv if isinstance(module, ConvLoRA) else module
+        if isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            outline = Convolution.of(conv)
+            return cls("convolution", conv.in_channels, conv.out_channels, conv=outline)
+        if isinstance(module, nn.Embedding):
+            return cls("embedding", module.num_embeddings, module.embedding_dim)
+        # The one linear that is not an nn.Linear, Hugging Face's Conv1D, stores [in, out].
+        transposed = getattr(module, "fan_in_fan_out", not isinstance(module, nn.Linear))
+        rows, columns = reversed(module.weight.shape) if transposed else module.weight.shape
+        return cls("linear", columns, rows, transposed)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterLayer:
+    """What an adapter holds for one module: the shapes of lora_A and lora_B are at the top.
+
+    spec is that of this package's layer, whichever way the factors of a convolution lie.
+    """
+
+    path: str
+    base: BaseModule
+    spec: LayerSpec
+    lora_A: Tensor
+    lora_B: Tensor
+
+    @property
+    def is_two_convolutions(self) -> bool:
+        """Whether the factors are those of two convolutions."""
+        return self.lora_A.dim() > 2
+
+
+def rank_of_two_convolutions(rank: int, kernel_size: tuple[int, ...]) -> int:
+    """r of this package's convolution that holds two convolutions of this rank, see own_factors."""
+    first, *rest = kernel_size
+    return math.ceil(rank * math.prod(rest) / first)
+
+
+def own_factors(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B as this package's layer has them.
+
+    With P = k_1·k_2·..., a filter of the weight is P consecutive rows of lora_B·lora_A. So the R
+    filters of two convolutions are R·P rows of lora_A, and lora_B is kron(theirs, I_P), both padded
+    with zeros to a multiple of k_0.
+    """
+    a, b = layer.lora_A, layer.lora_B
+    if not layer.is_two_convolutions:
+        return a, b
+    rank, _, first, *rest = a.shape
+    copies = math.prod(rest)
+    padding = layer.spec.r * first - rank * copies
+    own_a = a.reshape(rank * copies, -1)
+    own_b = torch.kron(b.reshape(-1, rank), torch.eye(copies, dtype=b.dtype))
+    pad = nn.functional.pad
+    return pad(own_a, (0, 0, 0, padding)), pad(own_b, (0, padding))
+
+
+# ---- the adapter ----
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter was read, for errors: its files, and what weights calls an entry."""
+
+    config: Path
+    weights: Path
+    key: Callable[[str], str]
+
+    def place(self, entry: str) -> str:
+        """The file and the key in it that hold an entry of the adapter: path.lora_A, head.bias."""
+        return f"{self.weights}: {self.key(entry)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What LoRA has trained of a model.
+
+    layers: by path, in the order of the model. entries: all else that the adapter brings: biases,
+    the whole of every module in modules_to_save, embeddings of a new vocabulary. bias: the argument
+    of mark_only_lora_as_trainable that opened the biases. modules_to_save: paths, or ends of paths.
+    target_modules: what means the layers in their model, as in apply_lora; restricted: it may mean
+    further modules, which have no layer. base_model: what the model is called. source: the files,
+    None if the adapter comes from a model.
+    """
+
+    layers: Mapping[str, AdapterLayer]
+    entries: Mapping[str, Tensor]
+    bias: str
+    modules_to_save: list[str]
+    target_modules: str | list[str]
+    restricted: bool = False
+    base_model: str | None = None
+    source: Source | None = None
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a file may not say about its adapter: the options of ``lora-kernels convert``.
+
+    enable_lora, out_splits: pairs of the name of a module, or the end of its path, and the numbers
+    for it; "" names all. embedding, modules_to_save: names.
+    """
+
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    enable_lora: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    out_splits: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    embedding: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()

@@ -1,0 +1,271 @@
+"""loralib's file: the dict of its lora_state_dict, as torch.save writes it.
+
+It holds factors, biases and modules trained as a whole under the keys of the model, and nothing
+else: lora_alpha, and which groups of a MergedLinear are enabled, are for the user to say.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.adapters import files
+from lora_kernels.adapters.formats.adapter import (
+    FACTORS,
+    Adapter,
+    AdapterLayer,
+    BaseModule,
+    Hints,
+    Source,
+)
+from lora_kernels.checks import check_alpha, check_dropout
+from lora_kernels.model.paths import in_model_order, is_inside, is_named, join, split
+from lora_kernels.model.targets import LayerSpec, name_targets
+from lora_kernels.model.trainable import is_bias
+from lora_kernels.spec import OutputSplits
+
+__all__ = ["read", "recognises", "write"]
+
+# What scripts put around a state dict, loralib's own example among them, and what DDP puts in front
+# of every key.
+_ENVELOPES = ("model_state_dict", "state_dict", "model")
+_DDP = "module."
+
+
+def recognises(path: Path) -> bool:
+    """Whether path is a file of any kind: what PyTorch pickles has no mark of its own."""
+    return not path.is_dir()
+
+
+# ---- reading ----
+
+
+def read(file: Path, hints: Hints) -> Adapter:
+    """The adapter in a file of loralib's keys; hints have to give lora_alpha.
+
+    Raises: ValueError, naming file and key, for what cannot be read or understood without further
+    hints; OSError.
+    """
+    if hints.lora_alpha is None:
+        raise ValueError(f"{file}: its layers' lora_alpha is not in it: give --lora-alpha")
+    state = _read_state(file)
+    with files.naming(file):
+        check_alpha(hints.lora_alpha, "--lora-alpha")
+        check_dropout(hints.lora_dropout, "--lora-dropout")
+        paths = sorted({split(key)[0] for key in state if split(key)[1] in FACTORS})
+        if not paths:
+            raise ValueError("no key ends with lora_A or lora_B")
+        if "" in paths:
+            raise ValueError(
+                "lora_A, lora_B: a LoRA layer that is the whole model has no name: put it in a "
+                "module"
+            )
+        modules = in_model_order([*paths, *(split(key)[0] for key in state)])
+        _check_keys(state, set(modules))
+        layers = _read_layers(paths, state, hints)
+        entries, bias, saved = _read_others(state, layers, hints.modules_to_save)
+    others = [path for path in modules if not is_inside(path, layers)]
+    return Adapter(
+        layers={path: layers[path] for path in modules if path in layers},
+        entries=entries,
+        bias=bias,
+        modules_to_save=[p for p in modules if p in saved and not is_inside(split(p)[0], saved)],
+        target_modules=name_targets(layers, others),
+        source=Source(file, file, str),
+    )
+
+
+def _read_state(file: Path) -> dict[str, Tensor]:
+    """The state dict in a file, without what scripts and DDP put around it."""
+    state = files.read_pickle(file)
+    for name in _ENVELOPES:
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{file}: must hold a state dict, got {type(state).__name__}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{file}: {key}: must be a tensor, got {type(value).__name__}")
+    if all(key.startswith(_DDP) for key in state):
+        state = {key.removeprefix(_DDP): value for key, value in state.items()}
+    return state
+
+
+def _check_keys(keys: Iterable[str], modules: Collection[str]) -> None:
+    """A model can have these keys. Raises: ValueError that names one that it cannot have."""
+    taken = nn.Module()
+    for key in keys:
+        for name in key.split("."):
+            if not name:
+                raise ValueError(f"{key}: a name in it is empty")
+            if hasattr(taken, name):
+                raise ValueError(f"{key}: {name!r} cannot be a name in a model, nn.Module has it")
+        if key in modules:
+            raise ValueError(f"{key}: is a tensor and the path of other tensors")
+
+
+def _read_layers(
+    paths: Collection[str], state: Mapping[str, Tensor], hints: Hints
+) -> dict[str, AdapterLayer]:
+    """The layers at paths, each of a pair of factors."""
+    enabled = _by_path("--enable-lora", hints.enable_lora, paths)
+    sizes = _by_path("--out-splits", hints.out_splits, paths)
+    embeddings = _matches("--embedding", hints.embedding, paths)
+    layers = {}
+    for path in paths:
+        a, b = _factors(path, state)
+        r, groups = b.shape[1], a.shape[0] // b.shape[1]
+        splits, outputs = None, b.shape[0]
+        if path in embeddings:
+            if groups > 1:
+                raise ValueError(
+                    f"{join(path, 'lora_A')}: shape must be {[r, a.shape[1]]} for an embedding of "
+                    f"rank {r}, got {list(a.shape)}"
+                )
+            base = BaseModule("embedding", a.shape[1], outputs)
+        else:
+            # Factors of one enabled group look like a Linear's: only a hint with a name tells.
+            flags = enabled.get(path, enabled.get("") if groups > 1 else None)
+            if flags is not None or groups > 1:
+                splits = _splits(path, flags, sizes.get(path, sizes.get("")), groups, outputs)
+                outputs = splits.columns
+            base = BaseModule("linear", a.shape[1], outputs, hints.fan_in_fan_out)
+        dropout = 0.0 if path in embeddings else hints.lora_dropout
+        spec = LayerSpec(r, hints.lora_alpha, hints.lora_alpha / r, dropout, splits)
+        layers[path] = AdapterLayer(path, base, spec, a, b)
+    return layers
+
+
+def _factors(path: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """lora_A [E·r, in] and lora_B [rows, r] of the layer at path."""
+    weight = state.get(join(path, "weight"))
+    if any(join(path, f"conv.{name}") in state for name in ("weight", "bias")) or (
+        weight is not None and weight.dim() > 2
+    ):
+        raise ValueError(
+            f"{path}: a convolution; PEFT's shapes depend on kernel and channels, which are not "
+            f"in its factors: load the file into the model and call lora_kernels.save_adapter"
+        )
+    for name in FACTORS:
+        key = join(path, name)
+        if key not in state:
+            raise ValueError(f"{key}: missing")
+        factor = state[key]
+        if factor.dim() != 2 or not factor.is_floating_point() or 0 in factor.shape:
+            raise ValueError(
+                f"{key}: must be a floating-point matrix, got {factor.dtype} {list(factor.shape)}"
+            )
+    a, b = (state[join(path, name)] for name in FACTORS)
+    if a.shape[0] % b.shape[1]:
+        raise ValueError(
+            f"{path}: lora_A {list(a.shape)} and lora_B {list(b.shape)} have no rank in common"
+        )
+    return a, b
+
+
+def _splits(
+    path: str, flags: Sequence[int] | None, sizes: Sequence[int] | None, count: int, rows: int
+) -> OutputSplits:
+    """The groups of a MergedLinear of which count are enabled, with so many rows in lora_B."""
+    if flags is None:
+        raise ValueError(
+            f"{path}: a MergedLinear with {count} enabled groups, and which ones is not in the "
+            f"file: give --enable-lora"
+        )
+    if set(flags) - {0, 1} or sum(flags) != count:
+        raise ValueError(f"{path}: --enable-lora must enable {count} groups, got {list(flags)}")
+    sizes = sizes or (rows // count,) * len(flags)
+    splits = OutputSplits.of(
+        sum(sizes), [flag == 1 for flag in flags], sizes,
+        owner=path, names=("--enable-lora", "--out-splits"),
+    )  # fmt: skip
+    if splits.rows != rows:
+        raise ValueError(
+            f"{join(path, 'lora_B')}: must have {splits.rows} rows for groups of sizes "
+            f"{list(sizes)} with --enable-lora {list(flags)}, got {rows}: give other --out-splits"
+        )
+    return splits
+
+
+def _read_others(
+    state: Mapping[str, Tensor], layers: Collection[str], modules_to_save: Sequence[str]
+) -> tuple[dict[str, Tensor], str, set[str]]:
+    """Biases and modules trained as a whole, and what the adapter is to call them."""
+    others = {key: value for key, value in state.items() if split(key)[1] not in FACTORS}
+    holders = in_model_order(split(key)[0] for key in others)
+    saved = _matches("--modules-to-save", modules_to_save, holders)
+    bias = "none"
+    for key in others:
+        path, name = split(key)
+        if is_inside(path, saved):
+            continue
+        if not is_bias(name):
+            raise ValueError(
+                f"{key}: neither a factor of LoRA nor a bias: give --modules-to-save if it was "
+                f"trained, else save lora_state_dict(model)"
+            )
+        bias = "lora_only" if path in layers and bias != "all" else "all"
+    return others, bias, saved
+
+
+def _by_path(
+    option: str, hints: Iterable[tuple[str, Sequence[int]]], paths: Collection[str]
+) -> dict[str, Sequence[int]]:
+    """The numbers for the modules at paths; under "", those for all without their own."""
+    found: dict[str, Sequence[int]] = {}
+    for name, numbers in hints:
+        found |= dict.fromkeys(_matches(option, [name], paths) if name else [""], numbers)
+    return found
+
+
+def _matches(option: str, names: Iterable[str], paths: Collection[str]) -> set[str]:
+    """The paths that are, or end with, one of names; every name means one at least."""
+    matches = set()
+    for name in names:
+        found = {path for path in paths if is_named(path, [name])}
+        if not found:
+            raise ValueError(f"{option}: no module in the file is called {name!r}")
+        matches |= found
+    return matches
+
+
+# ---- writing ----
+
+
+def write(adapter: Adapter, file: Path) -> list[str]:
+    """Writes the file; lines that say which layers of loralib it fits.
+
+    Raises: ValueError for a convolution, and if file is a directory; OSError.
+    """
+    if file.is_dir():
+        raise ValueError(f"{file}: is a directory, must be the file to write")
+    state, calls = dict(adapter.entries), defaultdict(list)
+    for path, layer in adapter.layers.items():
+        if layer.base.conv is not None:
+            where = f"{adapter.source.weights}: {path}" if adapter.source else path
+            raise ValueError(
+                f"{where}: a convolution; loralib's factors of one depend on kernel and channels "
+                f"of the model: load the adapter with lora_kernels.load_adapter and save "
+                f"lora_state_dict(model)"
+            )
+        state |= {join(path, "lora_A"): layer.lora_A, join(path, "lora_B"): layer.lora_B}
+        calls[_call(layer)].append(path)
+    state = {key: value.contiguous() for key, value in state.items()}
+    with files.replacing(file.parent, [file.name]) as scratch:
+        torch.save(state, scratch / file.name)
+    lines = [f"{file}: LoRA on {len(adapter.layers)} modules; the layers it fits:"]
+    return lines + [f"  {call}: {', '.join(paths)}" for call, paths in calls.items()]
+
+
+def _call(layer: AdapterLayer) -> str:
+    """The call of loralib that makes the layer."""
+    spec, name = layer.spec, layer.base.kind.capitalize()
+    arguments = f"r={spec.r}, lora_alpha={spec.scaling * spec.r:.15g}"
+    if spec.splits is not None:
+        name = "MergedLinear"
+        arguments += f", enable_lora={list(spec.splits.enabled)}"
+        if len(set(spec.splits.sizes)) > 1:  # not in loralib
+            arguments += f", out_splits={list(spec.splits.sizes)}"
+    return f"{name}({arguments})"

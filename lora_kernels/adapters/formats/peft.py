@@ -1,0 +1,310 @@
+"""PEFT's directory: adapter_config.json and adapter_model.safetensors, read and written.
+
+peft_config.py has what the first says, peft_factors.py the factors of a layer. A key consists of
+"base_model.model.", the path of the module, "base_layer." for what a LoRA layer wraps, and a name.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lora_kernels.adapters import files
+from lora_kernels.adapters.files import naming
+from lora_kernels.adapters.formats.adapter import (
+    FACTORS,
+    Adapter,
+    AdapterLayer,
+    BaseModule,
+    Convolution,
+    Hints,
+    Kind,
+    Source,
+)
+from lora_kernels.adapters.formats.peft_config import AdapterConfig, make_config, parse_config
+from lora_kernels.adapters.formats.peft_factors import (
+    METADATA,
+    Record,
+    from_peft,
+    parse_records,
+    to_peft,
+)
+from lora_kernels.model.paths import in_model_order, is_inside, is_named, join, split
+
+__all__ = ["Encoded", "encode", "read", "recognises", "saved_modules", "write"]
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+_PREFIX = "base_model.model."
+_ENDINGS: dict[Kind, tuple[str, str]] = {
+    "linear": ("lora_A.weight", "lora_B.weight"),
+    "convolution": ("lora_A.weight", "lora_B.weight"),
+    "embedding": ("lora_embedding_A", "lora_embedding_B"),
+}
+# Modules in which PEFT keeps what it wraps as a whole; with bias="all" it writes their biases too.
+_COPIES = ("original_module", "modules_to_save")
+
+
+def recognises(path: Path) -> bool:
+    """Whether path is a directory."""
+    return path.is_dir()
+
+
+# ---- keys ----
+
+
+def _key(entry: str, kinds: Mapping[str, Kind]) -> str:
+    """What PEFT calls an entry of an adapter with layers of these kinds."""
+    path, name = split(entry)
+    if path not in kinds:
+        return _PREFIX + entry
+    if name in FACTORS:
+        return f"{_PREFIX}{path}.{_ENDINGS[kinds[path]][FACTORS.index(name)]}"
+    return f"{_PREFIX}{path}.base_layer.{name}"
+
+
+def _factor(key: str) -> tuple[str, str, Kind] | None:
+    """Path, lora_A or lora_B, and kind of the layer that a key names; None for another key.
+
+    A convolution has the keys of a linear.
+    """
+    kinds: tuple[Kind, ...] = ("linear", "embedding")
+    for kind in kinds:
+        for name, ending in zip(FACTORS, _ENDINGS[kind], strict=True):
+            if key.endswith(f".{ending}"):
+                return key.removesuffix(f".{ending}"), name, kind
+    return None
+
+
+def saved_modules(
+    paths: Iterable[str], names: Iterable[str], takes_part: Callable[[str], bool]
+) -> list[str]:
+    """Those of paths that PEFT saves as a whole for these modules_to_save; none inside another.
+
+    PEFT compares the end of the path without regard to dots: "head" means "lm_head" too. A path
+    that such a name alone means has to take part.
+    """
+    names = list(names)
+    found: list[str] = []
+    for path in paths:
+        loose = any(path.endswith(name) for name in names)
+        if loose and not is_inside(path, found) and (is_named(path, names) or takes_part(path)):
+            found.append(path)
+    return found
+
+
+# ---- reading ----
+
+
+def read(directory: Path, hints: Hints | None = None) -> Adapter:
+    """The adapter that PEFT or write put into directory; hints have nothing to add.
+
+    Raises: FileNotFoundError; ValueError, naming file and key, for all that is damaged or does not
+    fit together, and for what PEFT offers beyond LoRA. A pickle is never read.
+    """
+    config_path, weights_path = directory / _CONFIG, directory / _WEIGHTS
+    if not weights_path.is_file() and (directory / _PICKLE).exists():
+        raise ValueError(
+            f"{directory / _PICKLE}: a pickle can run code and is never read; have PEFT save the "
+            f"adapter as {_WEIGHTS}"
+        )
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+    raw = files.read_json(config_path)
+    with naming(config_path):
+        config = parse_config(raw)
+    tensors, metadata = files.read_safetensors(weights_path)
+    with naming(f"{weights_path}: metadata {METADATA}"):
+        records = parse_records(metadata.get(METADATA, "{}"))
+
+    keys, kinds = _read_keys(tensors, config, weights_path)
+    source = Source(config_path, weights_path, lambda entry: keys.get(entry, _key(entry, kinds)))
+    for path in sorted(set(records) - set(kinds)):
+        raise ValueError(
+            f"{weights_path}: metadata {METADATA}: {path}: is not a LoRA layer of the file"
+        )
+    if not kinds:
+        raise ValueError(f"{weights_path}: no factors of LoRA in it")
+    factors = {join(path, name) for path in kinds for name in FACTORS}
+    return Adapter(
+        layers={
+            path: _read_layer(path, kind, tensors, config, records.get(path), source)
+            for path, kind in kinds.items()
+        },
+        entries={entry: tensors[key] for entry, key in keys.items() if entry not in factors},
+        bias=config.bias,
+        modules_to_save=config.modules_to_save,
+        target_modules=config.target_modules,
+        restricted=config.restricted,
+        base_model=config.base_model,
+        source=source,
+    )
+
+
+def _read_keys(
+    keys: Collection[str], config: AdapterConfig, file: Path
+) -> tuple[dict[str, str], dict[str, Kind]]:
+    """The key of every entry, and the kinds of the layers by path, in the order of the file."""
+    found: dict[str, str] = {}
+    kinds: dict[str, Kind] = {}
+    others = {}
+    for key in keys:
+        if not key.startswith(_PREFIX):
+            raise ValueError(f"{file}: {key}: must start with {_PREFIX}")
+        factor = _factor(key.removeprefix(_PREFIX))
+        if factor is None:
+            others[key.removeprefix(_PREFIX)] = key
+            continue
+        path, name, kind = factor
+        if kinds.setdefault(path, kind) != kind:
+            raise ValueError(f"{file}: {key}: {path} has factors of another kind as well")
+        found[join(path, name)] = key
+    for path in kinds:
+        for name, other in (FACTORS, FACTORS[::-1]):
+            if join(path, name) not in found:
+                raise ValueError(
+                    f"{file}: {_key(join(path, name), kinds)}: missing, though "
+                    f"{found[join(path, other)]} is there"
+                )
+    for entry, key in others.items():
+        if config.bias == "all" and _as_original(entry, config.modules_to_save) in others:
+            continue
+        holder, name = split(entry)
+        path, last = split(holder)
+        entry = join(path, name) if last == "base_layer" and path in kinds else entry
+        if entry in found:
+            raise ValueError(f"{file}: {key}: unexpected beside {found[entry]}")
+        found[entry] = key
+    return found, kinds
+
+
+def _as_original(entry: str, modules_to_save: list[str]) -> str | None:
+    """What PEFT repeats by an entry inside one of _COPIES; None for an entry outside of them."""
+    parts = entry.split(".")
+    for i, part in enumerate(parts):
+        module = ".".join(parts[:i])
+        if part in _COPIES and any(module.endswith(name) for name in modules_to_save):
+            return ".".join(parts[:i] + parts[i + 1 :])
+    return None
+
+
+def _read_layer(
+    path: str, kind: Kind, tensors: Mapping[str, Tensor], config: AdapterConfig,
+    record: Record | None, source: Source,
+) -> AdapterLayer:  # fmt: skip
+    with naming(source.config):
+        spec = config.numbers.of(path)
+    entries = [join(path, name) for name in FACTORS]
+    a, b = (tensors[source.key(entry)] for entry in entries)
+    for entry, factor in zip(entries, (a, b), strict=True):
+        if factor.dtype not in files.FLOATS:
+            raise ValueError(f"{source.place(entry)}: dtype must be floating, got {factor.dtype}")
+    if a.dim() != b.dim() or a.dim() < 2 or (kind == "embedding" and a.dim() > 2):
+        raise ValueError(
+            f"{source.place(entries[0])}: shape {list(a.shape)} does not go with "
+            f"{source.key(entries[1])}: {list(b.shape)}"
+        )
+    for entry, factor in zip(entries, (a, b), strict=True):
+        if factor.numel() == 0:
+            raise ValueError(f"{source.place(entry)}: shape {list(factor.shape)} is empty")
+    base = BaseModule(kind, a.shape[1], b.shape[0], kind == "linear" and config.fan_in_fan_out)
+    if a.dim() > 2:
+        groups = spec.r // b.shape[1] if spec.r % b.shape[1] == 0 else 1  # lora_B has them, too
+        conv = Convolution(tuple(a.shape[2:]), groups)
+        base = BaseModule("convolution", a.shape[1], b.shape[0], conv=conv)
+        reason = conv.not_two_convolutions()
+        if reason is not None:
+            raise ValueError(f"{source.place(entries[1])}: not a change of the weight: {reason}")
+    expected = [spec.r, *a.shape[1:]], [b.shape[0], spec.r, *(1 for _ in b.shape[2:])]
+    for entry, factor, shape in zip(entries, (a, b), expected, strict=True):
+        if list(factor.shape) != shape:
+            raise ValueError(
+                f"{source.place(entry)}: shape must be {shape} for rank {spec.r} (r={spec.r} in "
+                f"{source.config.name}), got {list(factor.shape)}"
+            )
+    layer = AdapterLayer(path, base, spec, a, b)
+    with naming(source.place(entries[0])):
+        return from_peft(layer, record, config.numbers.use_rslora)
+
+
+# ---- writing ----
+
+
+class Encoded(NamedTuple):
+    """The content of both files."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    config: dict
+
+    def write(self, directory: Path) -> None:
+        """Puts both files into directory; both are complete before either replaces an older one."""
+        from safetensors.torch import save_file
+
+        with files.replacing(directory, (_WEIGHTS, _CONFIG)) as scratch:
+            save_file(self.tensors, scratch / _WEIGHTS, self.metadata)
+            text = json.dumps(self.config, indent=2, sort_keys=True)
+            (scratch / _CONFIG).write_text(text + "\n")
+
+
+def write(adapter: Adapter, directory: Path) -> list[str]:
+    """Writes the two files; a line that says what is in them. Raises: as encode, and OSError."""
+    encode(adapter).write(directory)
+    return [
+        f"{directory}: LoRA on {len(adapter.layers)} modules, bias={adapter.bias}, "
+        f"modules_to_save={sorted(adapter.modules_to_save)}"
+    ]
+
+
+def encode(adapter: Adapter) -> Encoded:
+    """The files of an adapter, with copies of its tensors on the CPU.
+
+    Raises: ValueError for a value that is not finite, a LoRA layer inside a saved module, and a
+    convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
+    """
+    saved = _all_saved(adapter)
+    kinds = {path: layer.base.kind for path, layer in adapter.layers.items()}
+    tensors, records, ranks = {}, {}, {}
+    for path, layer in adapter.layers.items():
+        if is_inside(path, saved):
+            raise ValueError(f"{path}: a LoRA layer cannot lie inside modules_to_save={saved}")
+        conv, splits = layer.base.conv, layer.spec.splits
+        reason = conv and conv.not_two_convolutions()
+        if reason is not None:
+            raise ValueError(
+                f"{path}: this layer does not fit PEFT's format ({reason}); save lora_state_dict()"
+            )
+        factors = to_peft(layer)
+        for name, factor in zip(FACTORS, factors, strict=True):
+            tensors[_key(join(path, name), kinds)] = factor
+        ranks[path] = factors[0].shape[0]
+        if splits is not None or (conv is not None and not layer.is_two_convolutions):
+            records[path] = vars(Record.of(layer.spec))
+    for entry, value in adapter.entries.items():
+        tensors[_key(entry, kinds)] = value
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{key} is not finite: an adapter cannot hold NaN or infinite values")
+    metadata = {"format": "pt"}
+    if records:
+        metadata[METADATA] = json.dumps(records)
+    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    return Encoded(tensors, metadata, make_config(adapter, ranks, saved))
+
+
+def _all_saved(adapter: Adapter) -> list[str]:
+    """modules_to_save, and what else of the adapter PEFT takes them for."""
+
+    def takes_part(path: str) -> bool:
+        return not any(is_inside(layer, [path]) for layer in adapter.layers)
+
+    holders = (split(entry)[0] for entry in adapter.entries)
+    paths = in_model_order([*adapter.layers, *holders])
+    found = saved_modules(paths, adapter.modules_to_save, takes_part)
+    if all(is_inside(path, adapter.modules_to_save) for path in found):
+        return adapter.modules_to_save
+    return found + [path for path in adapter.modules_to_save if not is_inside(path, found)]

@@ -1,0 +1,259 @@
+"""load_adapter: how an Adapter is fitted to a model, and put into it."""
+
+import contextlib
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import distributed
+from lora_kernels.adapters.files import naming
+from lora_kernels.adapters.formats import peft
+from lora_kernels.adapters.formats.adapter import (
+    Adapter,
+    AdapterLayer,
+    BaseModule,
+    Source,
+    own_factors,
+)
+from lora_kernels.adapters.state_dict import entry_keys
+from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.merged_linear import LoRAMergedLinear
+from lora_kernels.model.apply import wrap_modules
+from lora_kernels.model.paths import (
+    adapted_layers,
+    is_inside,
+    join,
+    named_modules,
+    split,
+    unwrapped,
+)
+from lora_kernels.model.targets import LayerSpec, check_wrappable, match_targets
+from lora_kernels.model.trainable import mark_only_lora_as_trainable, record_trained, untie
+from lora_kernels.spec import OutputSplits
+
+__all__ = ["load_adapter"]
+
+
+def load_adapter(
+    model: nn.Module, directory: str | os.PathLike, *, merge_weights: bool = True
+) -> nn.Module:
+    """Reads an adapter that save_adapter or PEFT wrote into model; returns model.
+
+    A plain model is wrapped as by apply_lora, with adapters in float32 over 16-bit weights, and
+    trains what the adapter trained; modules that the adapter brings as a whole are untied as there.
+    A model that has LoRA layers must have exactly those of the adapter, with the same ranks; it
+    takes over values, lora_alpha and scaling, and keeps its dropout and requires_grad. The same
+    wrappers are looked through as by save_adapter. A model that fully_shard has sharded must have
+    its LoRA layers already, and every rank has to call this.
+    Raises: FileNotFoundError for a missing directory or file; ValueError, naming file and key, for
+    all that is damaged, does not fit together or does not fit the model, for pickles (never read)
+    and for what PEFT offers beyond LoRA (DoRA, lora_bias, layer_replication, ...). Then model is
+    as it was.
+    """
+    adapter = peft.read(Path(directory))
+    wrapper, model = model, unwrapped(model)
+    fitted = _fit(model, adapter)
+    state, layers = fitted.state, adapted_layers(model)
+    if layers:
+        for path, spec in fitted.specs.items():
+            layers[path].lora_alpha, layers[path].scaling = spec.lora_alpha, spec.scaling
+        record_trained(model, adapter.bias, fitted.saved)
+        state = _distributed(state, model.state_dict())
+    else:
+        wrap_modules(model, fitted.specs, merge_weights)
+        untie(model, fitted.saved)
+        mark_only_lora_as_trainable(model, adapter.bias, fitted.saved)
+        layers = adapted_layers(model)
+    model.load_state_dict(state, strict=False)
+    for path in fitted.specs:
+        if not layers[path].training:
+            layers[path].eval()  # merged with its new values
+    return wrapper
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """What to make of a model: its layers by path, the entries to load then, the modules saved."""
+
+    specs: dict[str, LayerSpec]
+    state: dict[str, Tensor]
+    saved: list[str]
+
+
+def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
+    """How adapter goes into model. Every check that needs both is here; nothing changes here."""
+    source, adapted, own = adapter.source, adapted_layers(model), model.state_dict()
+
+    def takes_part(path: str) -> bool:
+        return any(key in adapter.entries for key in own if is_inside(key, [path]))
+
+    paths = [path for path, _ in named_modules(model)]
+    saved = peft.saved_modules(paths, adapter.modules_to_save, takes_part)
+    with naming(f"{source.config}: target_modules"):
+        targets = _targets(model, adapter, adapted)
+    trained = entry_keys(model, targets, adapter.bias, saved)
+    keys = _embedding_keys(model) | trained
+    _check_entries(adapter, targets, trained, keys, saved)
+    specs, state = {}, {}
+    for path, module in targets.items():
+        layer = adapter.layers[path]
+        _check_base(layer, module, source)
+        a, b = own_factors(layer)
+        if isinstance(module, LoRALayer):
+            _check_agrees(layer, a, module, source)
+        specs[path] = layer.spec
+        state |= {join(path, "lora_A"): a, join(path, "lora_B"): b}
+    for key, own_key in keys.items():
+        if key in adapter.entries:
+            _check_like(source.place(key), adapter.entries[key], own[own_key])
+            state[own_key] = adapter.entries[key]
+    if adapted:
+        _check_ties(source, model, state, saved)
+    return _Fitted(specs, state, saved)
+
+
+def _targets(model: nn.Module, adapter: Adapter, adapted: Collection[str]) -> dict[str, nn.Module]:
+    """The modules that the adapter means; of a model that has LoRA, all that have it."""
+    targets = match_targets(model, adapter.target_modules, adapter.modules_to_save)
+    if adapter.restricted:
+        targets = {path: module for path, module in targets.items() if path in adapter.layers}
+    if not targets:
+        raise ValueError(f"{adapter.target_modules!r} matches no module of the model")
+    if not adapted:
+        check_wrappable(targets)
+        return targets
+    for path in sorted(set(targets) ^ set(adapted)):
+        has, lacks = ("model", "adapter") if path in adapted else ("adapter", "model")
+        raise ValueError(f"the {has} has LoRA on {path!r}, the {lacks} has not")
+    return targets
+
+
+def _embedding_keys(model: nn.Module) -> dict[str, str]:
+    """Key in the plain model -> key in model.state_dict(), of weights that PEFT may store too.
+
+    It does so if the input embedding or the output head is wrapped, or has a new vocabulary.
+    """
+    keys = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            module = getattr(model, getter)()
+            keys |= {
+                join(path, "weight"): join(path, "weight")
+                for path, candidate in named_modules(model)
+                if candidate is module
+            }
+    return keys
+
+
+def _distributed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """state, each tensor laid out over the ranks as the one of own with its key."""
+    return {key: distributed.distribute_like(value, own[key]) for key, value in state.items()}
+
+
+# ---- what does not fit ----
+
+
+def _check_entries(
+    adapter: Adapter,
+    targets: Collection[str],
+    trained: Collection[str],
+    allowed: Collection[str],
+    saved: Collection[str],
+) -> None:
+    """The adapter has exactly the layers and entries that its config and the model ask for.
+
+    trained: keys of what trains besides the factors; allowed: all keys that there may be.
+    """
+    source = adapter.source
+    missing = f"missing, though {source.config.name} and the model ask for"
+    unexpected = f"unexpected, neither {source.config.name} nor the model asks for it"
+    for path in sorted(set(targets) - set(adapter.layers)):
+        raise ValueError(f"{source.weights}: lora_A and lora_B of {path!r}: {missing} them")
+    for path in sorted(set(adapter.layers) - set(targets)):
+        raise ValueError(f"{source.place(join(path, 'lora_A'))}: {unexpected}")
+    # PEFT does not count in_proj_bias and its like among the biases.
+    required = {key for key in trained if is_inside(key, saved) or split(key)[1] == "bias"}
+    for key in sorted(required - set(adapter.entries)):
+        raise ValueError(f"{source.place(key)}: {missing} it")
+    for key in sorted(set(adapter.entries) - set(allowed)):
+        raise ValueError(f"{source.place(key)}: {unexpected}")
+
+
+def _check_base(layer: AdapterLayer, module: nn.Module, source: Source) -> None:
+    """The layer changes a module such as this one. Raises: ValueError that says what differs."""
+    base, kind = BaseModule.of(module), type(module).__name__
+    a, b = (source.place(join(layer.path, name)) for name in ("lora_A", "lora_B"))
+    reason = base.conv and base.conv.not_two_convolutions()
+    if reason is not None:
+        raise ValueError(f"{a}: this is not a change of the weight: {reason}")
+    if base.kind != layer.base.kind:
+        raise ValueError(f"{a}: must be of a {base.kind} for {kind}, is of a {layer.base.kind}")
+    if base.inputs != layer.base.inputs:
+        raise ValueError(f"{a}: must have {base.inputs} inputs for {kind}, got {layer.base.inputs}")
+    if base.conv is not None and base.conv.kernel_size != layer.base.conv.kernel_size:
+        raise ValueError(
+            f"{a}: kernel must be {base.conv.kernel_size} for {kind}, got "
+            f"{layer.base.conv.kernel_size}"
+        )
+    if base.outputs != layer.base.outputs:
+        raise ValueError(
+            f"{b}: must have {base.outputs} outputs for {kind}, got {layer.base.outputs}"
+        )
+
+
+def _check_agrees(layer: AdapterLayer, a: Tensor, module: LoRALayer, source: Source) -> None:
+    """The layer, whose own lora_A is a, is module's. Raises: ValueError that says what differs."""
+    place = source.place(join(layer.path, "lora_A"))
+    splits = module.splits if isinstance(module, LoRAMergedLinear) else None
+    if splits != layer.spec.splits:
+        raise ValueError(
+            f"{place}: the model has {type(module).__name__} with {_words(splits)}, the adapter "
+            f"one with {_words(layer.spec.splits)}"
+        )
+    if module.r != layer.spec.r or module.lora_A.shape != a.shape:
+        raise ValueError(
+            f"{place}: the model has LoRA of rank {module.r} here, the adapter {layer.spec.r}"
+        )
+
+
+def _words(splits: OutputSplits | None) -> str:
+    if splits is None:
+        return "no groups"
+    return f"enable_lora={list(splits.enabled)} and out_splits={list(splits.sizes)}"
+
+
+def _check_like(place: str, stored: Tensor, own: Tensor) -> None:
+    """A stored tensor can replace one of the model. Raises: ValueError that says what differs."""
+    if stored.shape != own.shape:
+        raise ValueError(f"{place}: shape must be {list(own.shape)}, got {list(stored.shape)}")
+    if (
+        stored.is_floating_point() != own.is_floating_point()
+        or stored.is_complex() != own.is_complex()
+        or (stored.dtype == torch.bool) != (own.dtype == torch.bool)
+    ):
+        raise ValueError(f"{place}: dtype must be like {own.dtype}, got {stored.dtype}")
+
+
+def _check_ties(
+    source: Source, model: nn.Module, state: Mapping[str, Tensor], saved: Collection[str]
+) -> None:
+    """What model ties to a module that trains as a whole gets the same values from state."""
+    keys_of: dict[int, list[str]] = {}
+    for owner, module in named_modules(model, remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            keys_of.setdefault(id(parameter), []).append(join(owner, name))
+    for keys in keys_of.values():
+        for key in keys:
+            if key not in state or not is_inside(key, saved):
+                continue
+            for other in keys:
+                if other not in state or not torch.equal(state[key], state[other]):
+                    raise ValueError(
+                        f"{source.weights}: {key} is alone in it, or another than {other}, to "
+                        f"which the model ties it: load the adapter into a plain model, which "
+                        f"unties them"
+                    )

@@ -1,0 +1,116 @@
+"""save_adapter: from a model to an Adapter, and from that to PEFT's two files."""
+
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_kernels import distributed
+from lora_kernels.adapters.formats import peft
+from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer, BaseModule
+from lora_kernels.adapters.state_dict import entry_keys
+from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.merged_linear import LoRAMergedLinear
+from lora_kernels.model.paths import (
+    adapted_layers,
+    as_names,
+    is_inside,
+    lora_layers,
+    named_modules,
+    split,
+    unwrapped,
+)
+from lora_kernels.model.targets import LayerSpec, name_targets
+from lora_kernels.model.trainable import recorded_biases, saved_paths, with_tied
+
+__all__ = ["adapter_of", "save_adapter"]
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    modules_to_save: str | Iterable[str] | None = None,
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, which PEFT and load_adapter read.
+
+    Saved: every LoRA layer that has factors; the biases and modules that
+    mark_only_lora_as_trainable (apply_lora calls it) opened; the modules named in modules_to_save,
+    and those that are tied to them, for PEFT and load_adapter untie them.
+    LoRAMergedLinear and convolutions become PEFT layers of a higher rank with the same update;
+    load_adapter gives back the original ones. Both files are complete before either replaces an
+    older one. DistributedDataParallel and torch.compile around model are looked through, and
+    PyTorch's checkpoint_wrapper in it; one rank or all of them may call it. With a model that
+    fully_shard has sharded every rank has to: all gather, rank 0 writes, and all return when it
+    has.
+    Raises: ValueError for a model without LoRA, a value that is not finite, a LoRA layer inside a
+    saved module, and a convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
+    """
+    model = unwrapped(model)
+    encoded = peft.encode(adapter_of(model, as_names("modules_to_save", modules_to_save)))
+    if not any(map(distributed.is_dtensor, model.state_dict().values())):
+        encoded.write(Path(directory))
+        return
+    try:
+        if torch.distributed.get_rank() == 0:
+            encoded.write(Path(directory))
+    finally:
+        torch.distributed.barrier()
+
+
+def adapter_of(model: nn.Module, modules_to_save: Collection[str]) -> Adapter:
+    """What LoRA has trained of model, with the whole of modules_to_save, gathered from all ranks.
+
+    Raises: ValueError for a model that has no LoRA layer or is one itself, and for a name that no
+    module has.
+    """
+    state = model.state_dict()  # first: FSDP has its parameters sharded again by this
+    layers = adapted_layers(model)
+    if not layers or "" in layers:
+        what = "has no LoRA layer" if not layers else "is itself a LoRA layer: put it in a module"
+        raise ValueError(f"save_adapter: the model {what}")
+
+    def takes_part(path: str) -> bool:
+        return not any(is_inside(layer, [path]) for layer in layers)
+
+    paths = [path for path, _ in named_modules(model)]
+    saved = peft.saved_modules(paths, saved_paths(model, modules_to_save), takes_part)
+    saved = with_tied(model, saved)
+    bias = recorded_biases(model)
+    base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Adapter(
+        layers={path: _layer(path, layer) for path, layer in layers.items()},
+        entries={
+            key: distributed.full_tensor(state[own])
+            for key, own in entry_keys(model, layers, bias, saved).items()
+        },
+        bias=bias,
+        modules_to_save=saved,
+        target_modules=name_targets(layers, _beside(model, layers.values())),
+        base_model=base_model if isinstance(base_model, str) and base_model else None,
+    )
+
+
+def _layer(path: str, layer: LoRALayer) -> AdapterLayer:
+    base = BaseModule.of(layer)
+    spec = LayerSpec(
+        r=layer.r,
+        lora_alpha=layer.lora_alpha,
+        scaling=layer.scaling,
+        lora_dropout=0.0 if base.kind == "embedding" else layer.lora_dropout.p,
+        splits=layer.splits if isinstance(layer, LoRAMergedLinear) else None,
+    )
+    a, b = (distributed.full_tensor(factor.detach()) for factor in (layer.lora_A, layer.lora_B))
+    return AdapterLayer(path, base, spec, a, b)
+
+
+def _beside(model: nn.Module, layers: Iterable[LoRALayer]) -> list[str]:
+    """Paths that target_modules could mean and that are not those of layers."""
+    own = set(map(id, layers))
+    all_layers = [path for path, _ in lora_layers(model)]
+    return [
+        path
+        for path, module in named_modules(model, remove_duplicate=False)
+        if id(module) not in own and not is_inside(split(path)[0], all_layers)
+    ]

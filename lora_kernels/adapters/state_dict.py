@@ -1,0 +1,107 @@
+"""State dicts of a model with LoRA: loralib's, the merged plain model's, and an adapter's part."""
+
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import Tensor, nn
+
+from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.conv import ConvLoRA
+from lora_kernels.model.paths import (
+    as_names,
+    is_inside,
+    join,
+    lora_layers,
+    named_modules,
+    split,
+)
+from lora_kernels.model.trainable import bias_names, check_bias, saved_paths
+
+__all__ = ["entry_keys", "lora_state_dict", "merged_state_dict"]
+
+
+def lora_state_dict(
+    model: nn.Module, bias: str = "none", modules_to_save: str | Iterable[str] | None = None
+) -> dict[str, Tensor]:
+    """The entries of model.state_dict() that LoRA trains, under loralib's keys, unmerged.
+
+    Keys whose last part starts with "lora_"; biases as in mark_only_lora_as_trainable; the whole
+    of each module in modules_to_save and of those recorded by mark_only_lora_as_trainable. As in
+    model.state_dict(), parameters that fully_shard has sharded are DTensors: ``full_tensor()``, on
+    every rank, gathers one.
+    Raises: NotImplementedError for another bias; ValueError for a name that no module has.
+    Source: loralib's function; a name in the middle of a path decides nothing here.
+    """
+    check_bias(bias)
+    saved = saved_paths(model, as_names("modules_to_save", modules_to_save))
+    wanted = _bias_keys(model, bias)
+    return {
+        key: value
+        for key, value in model.state_dict().items()
+        if key in wanted or split(key)[1].startswith("lora_") or is_inside(key, saved)
+    }
+
+
+def _bias_keys(model: nn.Module, bias: str) -> set[str]:
+    """Keys of model.state_dict() of the biases that mark_only_lora_as_trainable(bias) opens."""
+    owners = set()
+    if bias == "all":
+        owners = {id(module) for module in model.modules()}
+    elif bias == "lora_only":
+        owners = {id(layer._weight_owner()) for _, layer in lora_layers(model)}
+    return {
+        join(path, name)
+        for path, module in named_modules(model, remove_duplicate=False)
+        if id(module) in owners
+        for name in bias_names(module)
+    }
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the model without LoRA: same keys, each weight with its delta folded in.
+
+    Loads strictly into the original architecture and gives the outputs of model in eval mode.
+    Weights that LoRA changes are copies, the rest is shared with model as in state_dict(). If a
+    tied weight has LoRA on one side, or another LoRA on each, its entries differ: load it into an
+    untied model.
+    Parameters that fully_shard has sharded are DTensors; every rank has to call it then.
+    Raises: ValueError for an embedding with max_norm, which would limit the merged rows anew.
+    """
+    renamed, dropped, merged = {}, set(), {}
+    copies: dict[int, Tensor] = {}
+    state = model.state_dict()  # first: FSDP has its parameters sharded again by this
+    for path, layer in named_modules(model, remove_duplicate=False):
+        if not isinstance(layer, LoRALayer):
+            continue
+        if isinstance(layer, ConvLoRA):
+            renamed |= {join(path, f"conv.{name}"): join(path, name) for name in ("weight", "bias")}
+        if layer.has_lora:
+            if getattr(layer, "max_norm", None) is not None:
+                raise ValueError(f"{path}: an embedding with max_norm cannot be merged for good")
+            if id(layer) not in copies:
+                copies[id(layer)] = layer.merged_weight()
+            merged[join(path, layer._weight_name)] = copies[id(layer)]
+            dropped |= {join(path, "lora_A"), join(path, "lora_B")}
+    return {
+        renamed.get(key, key): merged.get(key, value)
+        for key, value in state.items()
+        if key not in dropped
+    }
+
+
+def entry_keys(
+    model: nn.Module, targets: Mapping[str, nn.Module], bias: str, saved: Collection[str]
+) -> dict[str, str]:
+    """Key in the plain model -> key in model.state_dict(), of what trains besides the factors.
+
+    targets: the modules that have LoRA or are to get it. saved: the paths of the modules that train
+    as a whole.
+    """
+    keys = {key: key for key in model.state_dict() if is_inside(key, saved)}
+    for path, module in named_modules(model):
+        if bias == "none" or is_inside(path, saved):
+            continue
+        parent = split(path)[0]
+        plain = parent if isinstance(targets.get(parent), ConvLoRA) else path
+        if bias == "all" or plain in targets:
+            keys |= {join(plain, name): join(path, name) for name in bias_names(module)}
+    return keys

@@ -1,0 +1,154 @@
+"""apply_lora puts LoRA layers into a model."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from lora_kernels.checks import check_dropout
+from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.merged_linear import LoRAMergedLinear
+from lora_kernels.model.paths import as_names, check_names_exist, lora_layers, named_modules
+from lora_kernels.model.targets import (
+    Hyperparameters,
+    LayerSpec,
+    candidates,
+    check_wrappable,
+    constructor_of,
+    match_targets,
+)
+from lora_kernels.model.trainable import (
+    check_bias,
+    mark_only_lora_as_trainable,
+    saved_paths,
+    untie,
+)
+
+__all__ = ["apply_lora", "wrap_modules"]
+
+
+def apply_lora(
+    model: nn.Module,
+    *,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    target_modules: str | Iterable[str] = "all-linear",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
+    bias: str = "none",
+    modules_to_save: str | Iterable[str] | None = None,
+    merge_weights: bool = True,
+    autocast_adapter_dtype: bool = True,
+) -> nn.Module:
+    """Replaces modules of model by LoRA layers around the same parameters; returns model.
+
+    Wraps nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and Hugging Face's Conv1D.
+    target_modules says which:
+
+    * a list: every module whose path is an entry or ends with "." and an entry;
+    * a string: a regular expression that the whole path matches; if it matches nothing, a name
+      as in a list;
+    * "all-linear": every nn.Linear and Conv1D but ``model.get_output_embeddings()``. Subclasses
+      of nn.Linear stay as they are, with a warning: their owner may read the weight without
+      calling them, as nn.MultiheadAttention does.
+
+    Nothing inside a module of modules_to_save is wrapped. rank_pattern and alpha_pattern map a
+    regular expression for the path or its end to another r or lora_alpha; the first match counts.
+    scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. autocast_adapter_dtype:
+    float32 adapters over 16-bit weights. Then mark_only_lora_as_trainable(model, bias,
+    modules_to_save). A module of modules_to_save whose parameters are tied to others', such as an
+    output head to the input embedding, gets its own copies of them first, as PEFT's do. A module
+    under several names is wrapped once and stays shared; forward and backward hooks and train/eval
+    mode are kept. A model in eval mode is merged by its next eval().
+
+    Raises: ValueError (NotImplementedError for bias) before anything has changed: bad numbers, a
+    pattern that is not a regular expression, no match, a match that cannot be wrapped, a model that
+    is itself a linear, embedding or convolution (use the from_... constructor of its LoRA layer).
+    Source: Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; the
+    meaning of the arguments: PEFT's LoraConfig.
+    """
+    check_bias(bias)
+    dropout = check_dropout(lora_dropout, "apply_lora")
+    saved = as_names("modules_to_save", modules_to_save)
+    check_names_exist(model, saved)
+    construct = constructor_of(model)
+    if construct is not None:
+        raise ValueError(
+            f"apply_lora: model is itself an nn.{type(model).__name__}, which cannot be replaced "
+            f"in place: use {construct.__self__.__name__}.{construct.__name__}(model, r, ...)"
+        )
+    targets = match_targets(model, target_modules, saved)
+    numbers = Hyperparameters(r, lora_alpha, dropout, rank_pattern, alpha_pattern, use_rslora)
+    specs = {path: numbers.of(path) for path in targets}
+    if not specs:
+        raise ValueError(
+            f"apply_lora: target_modules={target_modules!r} matches no module; the model has "
+            f"{candidates(model)}"
+        )
+    check_wrappable(targets)
+    del targets  # a second holder of the weights would keep them from being merged
+    wrap_modules(model, specs, merge_weights, autocast_adapter_dtype)
+    untie(model, saved_paths(model, saved))
+    mark_only_lora_as_trainable(model, bias, saved)
+    return model
+
+
+def wrap_modules(
+    model: nn.Module,
+    specs: Mapping[str, LayerSpec],
+    merge_weights: bool,
+    autocast_adapter_dtype: bool = True,
+) -> None:
+    """Builds the layer of every path in specs, then puts all of them in their places.
+
+    If building one fails, model is as it was.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modules, layers = dict(named_modules(model, remove_duplicate=False)), {}
+    try:
+        for path, spec in specs.items():
+            module = modules[path]
+            layers[id(module)] = _wrap(module, spec, merge_weights, autocast_adapter_dtype)
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+        raise
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in layers:
+                setattr(parent, name, layers[id(child)])
+    for module in model.modules():
+        # PyTorch's own inference path of these reads the weights without calling the layers.
+        if isinstance(module, nn.TransformerEncoderLayer) and any(lora_layers(module)):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and any(lora_layers(module)):
+            module.use_nested_tensor = False
+
+
+def _wrap(
+    module: nn.Module, spec: LayerSpec, merge_weights: bool, autocast_adapter_dtype: bool
+) -> LoRALayer:
+    sixteen_bit = module.weight.dtype in (torch.float16, torch.bfloat16)
+    options = {
+        "merge_weights": merge_weights,
+        "lora_dtype": torch.float32 if autocast_adapter_dtype and sixteen_bit else None,
+    }
+    if not isinstance(module, nn.Embedding):
+        options["lora_dropout"] = spec.lora_dropout
+    construct = constructor_of(module)
+    if spec.splits is not None:
+        construct = LoRAMergedLinear.from_linear
+        options |= {"enable_lora": spec.splits.enabled, "out_splits": spec.splits.sizes}
+    training = module.training
+    module.training = True  # in eval mode it would be merged while two modules hold its weight
+    try:
+        layer = construct(module, spec.r, spec.lora_alpha, **options)
+    finally:
+        module.training = training
+    layer.scaling = spec.scaling
+    for name, hooks in vars(module).items():
+        if name.startswith(("_forward_", "_backward_", "_is_full_backward")):
+            setattr(layer, name, hooks)
+    return nn.Module.train(layer, training)

@@ -1,0 +1,192 @@
+"""Which modules target_modules means, and what each of them becomes."""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lora_kernels import distributed
+from lora_kernels.checks import check_alpha, check_rank
+from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
+from lora_kernels.layers.embedding import LoRAEmbedding
+from lora_kernels.layers.linear import LoRALinear, is_hf_conv1d
+from lora_kernels.model.paths import as_names, is_inside, is_named, named_modules, split
+from lora_kernels.spec import OutputSplits
+
+__all__ = [
+    "Hyperparameters", "LayerSpec", "candidates", "check_wrappable", "constructor_of",
+    "match_targets", "name_targets",
+]  # fmt: skip
+
+
+# ---- what a module becomes ----
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one LoRA layer is besides its weights; splits: the groups of a LoRAMergedLinear."""
+
+    r: int
+    lora_alpha: float
+    scaling: float
+    lora_dropout: float = 0.0
+    splits: OutputSplits | None = None
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The numbers for all layers, and others by pattern for some: arguments of apply_lora."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    rank_pattern: Mapping[str, int] | None = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] | None = field(default_factory=dict)
+    use_rslora: bool = False
+
+    def of(self, path: str) -> LayerSpec:
+        """What the module at path becomes. Raises: ValueError that names it, for a bad number."""
+        layer = f"LoRA on {path!r}"
+        rank = check_rank(_look_up("rank_pattern", self.rank_pattern, path, self.r), layer)
+        if not 1 <= rank < 2**31:
+            raise ValueError(f"{layer}: r must be in [1, 2**31), got {rank}")
+        alpha = _look_up("alpha_pattern", self.alpha_pattern, path, self.lora_alpha)
+        alpha = check_alpha(alpha, layer)
+        scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return LayerSpec(rank, alpha, scaling, self.lora_dropout)
+
+
+def _look_up(argument: str, patterns: Mapping | None, path: str, default):
+    if patterns is not None and not isinstance(patterns, Mapping):
+        raise ValueError(f"{argument} must map patterns to numbers, got {patterns!r}")
+    for pattern, value in (patterns or {}).items():
+        if _compile(argument, rf"(.*\.)?({pattern})$").match(path):
+            return value
+    return default
+
+
+def _compile(argument: str, pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{argument}: {pattern!r} is not a regular expression: {error}") from None
+
+
+# ---- which modules ----
+
+
+def match_targets(
+    model: nn.Module,
+    target_modules: str | Iterable[str],
+    modules_to_save: Collection[str] = (),
+) -> dict[str, nn.Module]:
+    """The modules that target_modules means, by the first of their paths.
+
+    What lies inside a module of modules_to_save or inside a LoRA layer is left out.
+    """
+    modules = dict(named_modules(model, remove_duplicate=False))
+    saved = [path for path in modules if is_named(path, modules_to_save)]
+    adapted = [path for path, module in modules.items() if isinstance(module, LoRALayer)]
+    first_path = {id(module): path for path, module in reversed(modules.items())}
+    chosen = {}
+    for path in _matching_paths(model, modules, target_modules):
+        if path and not is_inside(path, saved) and not is_inside(split(path)[0], adapted):
+            chosen[first_path[id(modules[path])]] = modules[path]
+    return chosen
+
+
+def _matching_paths(model, modules: dict[str, nn.Module], target_modules) -> list[str]:
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        return _linear_paths(model, modules)
+    if not isinstance(target_modules, str):
+        names = as_names("target_modules", target_modules)
+        return [path for path in modules if is_named(path, names)]
+    pattern = _compile("target_modules", target_modules)
+    matches = [path for path in modules if pattern.fullmatch(path)]
+    return matches or [path for path in modules if is_named(path, [target_modules])]
+
+
+def _linear_paths(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        head = None
+    paths, skipped = [], []
+    for path, module in modules.items():
+        if module is head or not (isinstance(module, nn.Linear) or is_hf_conv1d(module)):
+            continue
+        plain = type(module) is nn.Linear or is_hf_conv1d(module) or isinstance(module, LoRALayer)
+        (paths if plain else skipped).append(path)
+    if skipped:
+        warnings.warn(
+            f"target_modules='all-linear' leaves subclasses of nn.Linear as they are: "
+            f"{', '.join(f'{path} ({type(modules[path]).__name__})' for path in skipped)}",
+            stacklevel=5,
+        )
+    return paths
+
+
+def name_targets(paths: Iterable[str], others: Collection[str]) -> list[str] | str:
+    """target_modules that means the modules at paths, and none of those at others.
+
+    A list, as long as it does: in one, "lin" would mean "block.lin" too.
+    """
+    paths = sorted(paths)
+    if any(is_named(other, paths) for other in others):
+        return "|".join(map(re.escape, paths))
+    return paths
+
+
+# ---- which modules can become LoRA layers ----
+
+_CONSTRUCTORS = {
+    nn.Linear: LoRALinear.from_linear,
+    nn.Embedding: LoRAEmbedding.from_embedding,
+    nn.Conv1d: LoRAConv1d.from_conv,
+    nn.Conv2d: LoRAConv2d.from_conv,
+    nn.Conv3d: LoRAConv3d.from_conv,
+}
+
+
+def constructor_of(module: nn.Module) -> Callable[..., LoRALayer] | None:
+    """What wraps a module of this kind: from_linear, from_embedding, from_conv, or None."""
+    return LoRALinear.from_linear if is_hf_conv1d(module) else _CONSTRUCTORS.get(type(module))
+
+
+def candidates(model: nn.Module) -> str:
+    """Names of the modules that could be wrapped, for an error."""
+    names = {
+        split(path)[1]
+        for path, module in named_modules(model)
+        if path and constructor_of(module) is not None
+    }
+    listed = sorted(names)[:8]
+    return ", ".join(map(repr, listed)) + (", ..." if len(names) > 8 else "") or "none to wrap"
+
+
+def check_wrappable(targets: Mapping[str, nn.Module]) -> None:
+    """Every target can be wrapped. Raises: ValueError that names path, type and reason."""
+    for path, module in targets.items():
+        kind = type(module).__name__
+        if isinstance(module, LoRALayer):
+            reason = "it is a LoRA layer already"
+        elif constructor_of(module) is None:
+            reason = (
+                "only nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and Hugging Face's "
+                "Conv1D can, and their subclasses cannot"
+            )
+        elif distributed.is_managed(module) or any(
+            map(distributed.is_dtensor, module._parameters.values())
+        ):
+            reason = "its weight is sharded: apply_lora goes before fully_shard"
+        elif "weight" not in module._parameters:
+            reason = "its weight is computed, not a parameter"
+        elif "forward" in module.__dict__:
+            reason = "its forward has been replaced"
+        else:
+            continue
+        raise ValueError(f"{path} ({kind}) cannot get a LoRA layer: {reason}")

@@ -1,0 +1,107 @@
+"""load_adapter: into plain models, and into models that have LoRA."""
+
+import copy
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_kernels import (
+    apply_lora,
+    load_adapter,
+    save_adapter,
+)
+from lora_kernels.layers.base import LoRALayer
+from tests.adapters.nets import (
+    OPTIONS,
+    adapted,
+    assert_equal_states,
+    assert_same,
+    assert_same_files,
+)
+from tests.adapters.tied import LORA, SAVED, trained
+from tests.model import wrapped
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_load_adapter_restores_exactly_what_was_saved(case, base, ids, tmp_path):
+    ours = adapted(base, **OPTIONS[case])
+    save_adapter(ours, tmp_path)
+    again = load_adapter(copy.deepcopy(base), tmp_path)
+    assert_equal_states(again, ours)
+    for (name, p), q in zip(again.named_parameters(), ours.parameters(), strict=True):
+        assert p.requires_grad == q.requires_grad, name
+    for path, layer in ours.named_modules():
+        if isinstance(layer, LoRALayer):
+            other = again.get_submodule(path)
+            assert type(other) is type(layer)
+            assert other.r == layer.r
+            assert math.isclose(other.lora_alpha, layer.lora_alpha, rel_tol=1e-14)
+            assert math.isclose(other.scaling, layer.scaling, rel_tol=1e-14)
+            if path != "embed":
+                assert other.lora_dropout.p == layer.lora_dropout.p
+    assert_same(again.eval()(ids), ours.eval()(ids))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_load_adapter_keeps_the_mode_and_merges_in_eval(training, base, ids, tmp_path):
+    ours = adapted(base).eval()
+    save_adapter(ours, tmp_path)
+    again = load_adapter(copy.deepcopy(base).train(training), tmp_path)
+    assert all(module.training == training for module in again.modules())
+    assert all(m.merged != training for m in again.modules() if isinstance(m, LoRALayer))
+    assert_same(again(ids), ours(ids))
+    assert torch.equal(again.train().lin.weight, base.lin.weight)
+    unmerged = load_adapter(copy.deepcopy(base).eval(), tmp_path, merge_weights=False)
+    assert not any(m.merged for m in unmerged.modules() if isinstance(m, LoRALayer))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_load_adapter_takes_effect_at_once_in_a_model_with_lora(training, base, ids, tmp_path):
+    ours = adapted(base, lora_alpha=4, bias="all", modules_to_save=["classifier"]).eval()
+    save_adapter(ours, tmp_path)
+    other = adapted(base, lora_alpha=32).train(training)
+    parameters = {name: (id(p), p.requires_grad) for name, p in other.named_parameters()}
+    other(ids)
+    assert load_adapter(other, tmp_path) is other
+    assert_same(other(ids), ours(ids))
+    assert {n: (id(p), p.requires_grad) for n, p in other.named_parameters()} == parameters
+    save_adapter(other, tmp_path / "again")
+    assert_same_files(tmp_path / "again", tmp_path)
+
+
+def test_load_adapter_keeps_no_views_of_the_files(base, tmp_path):
+    ours = adapted(base)
+    save_adapter(ours, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    stored = load_file(path)
+    again = load_adapter(copy.deepcopy(base), tmp_path)
+    before = again.lin.lora_A.clone()
+    save_file({key: tensor + 1 for key, tensor in stored.items()}, path)
+    assert torch.equal(again.lin.lora_A, before)
+
+
+@SAVED
+def test_load_adapter_refuses_what_a_tied_model_cannot_hold(saved, tied_base, tmp_path):
+    ours = copy.deepcopy(tied_base)
+    apply_lora(ours, target_modules=["q_proj"], modules_to_save=saved, **LORA)
+    save_adapter(trained(ours), tmp_path)
+    tied = apply_lora(copy.deepcopy(tied_base), target_modules=["q_proj"], **LORA)
+    before = copy.deepcopy(tied.state_dict())
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: .* to which the model ties"):
+        load_adapter(tied, tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in tied.state_dict().items())
+
+
+@wrapped.each_way
+@pytest.mark.parametrize("has_lora", [True, False])
+def test_load_adapter_looks_through_wrappers(tmp_path, wrap, has_lora, seed):
+    base = wrapped.Net()
+    model = wrapped.adapted(base)
+    save_adapter(model, tmp_path)
+    other = wrap(wrapped.adapted(base) if has_lora else copy.deepcopy(base)).eval()
+    assert load_adapter(other, tmp_path) is other
+    x = torch.randn(5, 6)
+    assert torch.equal(other(x), model.eval()(x))
+    assert all(m.merged for m in other.modules() if isinstance(m, LoRALayer))

@@ -1,0 +1,99 @@
+"""Paths of modules, in words and under wrappers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lora_kernels import LoRALinear
+from lora_kernels.model.paths import (
+    adapted_layers,
+    as_names,
+    check_names_exist,
+    in_model_order,
+    is_inside,
+    is_named,
+    join,
+    lora_layers,
+    named_modules,
+    split,
+    unwrapped,
+)
+from tests.model import wrapped
+
+
+@pytest.mark.parametrize("path", ["a", "a.b", "a.b.c"])
+def test_split_undoes_join(path):
+    assert join(*split(path)) == path
+    assert join("", path) == path
+    assert split(join(path, "weight")) == (path, "weight")
+
+
+def test_is_inside_and_is_named_go_by_whole_names():
+    assert is_inside("a.b", ["a"])
+    assert is_inside("a", ["a"])
+    assert not is_inside("ab", ["a"])
+    assert not is_inside("b.a", ["a"])
+    assert is_named("b.a", ["a"])
+    assert is_named("a", ["a"])
+    assert not is_named("ba", ["a"])
+    assert not is_named("a.b", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [(None, []), ("a", ["a"]), (("a", "b.c"), ["a", "b.c"])]
+)
+def test_as_names_gives_a_list(names, expected):
+    assert as_names("modules_to_save", names) == expected
+
+
+@pytest.mark.parametrize("names", [3, "", ["a", None], [""]])
+def test_as_names_raises_for_what_is_not_a_name(names):
+    with pytest.raises(ValueError, match="modules_to_save must be a name or a list of names"):
+        as_names("modules_to_save", names)
+
+
+def test_in_model_order_is_that_of_a_model_built_so():
+    paths = ["z.q", "a.x", "z.norm", "b", "a.x.y"]
+    model = nn.Module()
+    for path in paths:
+        module = model
+        for name in path.split("."):
+            if name not in module._modules:
+                module.add_module(name, nn.Module())
+            module = module._modules[name]
+    assert in_model_order(paths) == [path for path, _ in model.named_modules() if path]
+
+
+@pytest.mark.parametrize("wrap", [wrapped.checkpointed, lambda model: model])
+def test_named_modules_has_the_paths_of_the_state_dict(wrap):
+    model = wrap(wrapped.Net())
+    keys = {
+        join(path, name) for path, module in named_modules(model) for name in module._parameters
+    }
+    assert keys == set(model.state_dict()) == set(wrapped.Net().state_dict())
+
+
+def test_unwrapped_looks_through_wrappers_around_wrappers():
+    model = wrapped.Net()
+    ddp = DistributedDataParallel.__new__(DistributedDataParallel)  # needs a process group
+    nn.Module.__init__(ddp)
+    ddp.module = torch.compile(model, backend="eager")
+    assert unwrapped(torch.compile(ddp, backend="eager")) is model
+    assert unwrapped(model) is model
+
+
+def test_lora_layers_are_those_without_factors_too():
+    model = nn.Sequential(LoRALinear(2, 2), nn.Linear(2, 2), LoRALinear(2, 2, r=1))
+    assert [path for path, _ in lora_layers(model)] == ["0", "2"]
+    assert adapted_layers(model) == {"2": model[2]}
+    assert list(adapted_layers(copy.deepcopy(model))) == ["2"]
+
+
+def test_check_names_exist_names_the_one_that_does_not():
+    model = wrapped.Net()
+    check_names_exist(model, ["head", "1.up", "blocks.0"])
+    with pytest.raises(ValueError, match="'ead'"):
+        check_names_exist(model, ["head", "ead"])

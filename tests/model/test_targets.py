@@ -1,0 +1,80 @@
+"""Which modules target_modules means, and which of them cannot be wrapped."""
+
+import math
+import warnings
+
+import pytest
+from torch import nn
+
+from lora_kernels import apply_lora
+from lora_kernels.model.targets import Hyperparameters, LayerSpec, name_targets
+from tests.model.nets import Net, layers_of
+
+
+def test_target_modules_as_one_name_means_the_modules_of_that_name():
+    model = apply_lora(Net(), r=2, lora_alpha=4, target_modules="query")
+    assert set(layers_of(model)) == {f"blocks.{i}.query" for i in range(3)}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested.*")
+def test_all_linear_leaves_the_projection_that_attention_reads_by_itself():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match=r"0\.out_proj \(NonDynamicallyQuantizableLinear\)"):
+        apply_lora(model, r=2, lora_alpha=4)
+    assert set(layers_of(model)) == {"1"}
+    with pytest.raises(ValueError, match=r"0\.out_proj \(NonDynamicallyQuantizableLinear\)"):
+        apply_lora(nn.Sequential(nn.MultiheadAttention(8, 2)), r=2, lora_alpha=4,
+                   target_modules=["out_proj"])  # fmt: skip
+
+
+def test_target_modules_means_nothing_inside_a_wrapped_convolution():
+    model = nn.Sequential()
+    model.conv = nn.Conv2d(2, 2, 3)
+    model.lin = nn.Linear(2, 2)
+    apply_lora(model, r=2, lora_alpha=4, target_modules=["conv"])
+    apply_lora(model, r=2, lora_alpha=4, target_modules=["lin"])
+    with pytest.raises(ValueError, match=r"conv \(LoRAConv2d\).*already"):
+        apply_lora(model, r=2, lora_alpha=4, target_modules=["conv"])
+
+
+def test_target_modules_cannot_mean_weights_that_are_computed():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="0 "):
+        apply_lora(model, r=2, lora_alpha=4)
+    assert set(layers_of(model)) == {"1"}
+    with pytest.raises(ValueError, match=r"0 \(ParametrizedLinear\)"):
+        apply_lora(model, r=2, lora_alpha=4, target_modules=["0"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the older weight_norm is deprecated
+        old = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"0 \(Linear\).*computed"):
+        apply_lora(old, r=2, lora_alpha=4)
+
+
+def test_target_modules_cannot_mean_a_module_with_a_replaced_forward():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].forward = lambda x: x
+    with pytest.raises(ValueError, match=r"0 \(Linear\).*forward"):
+        apply_lora(model, r=2, lora_alpha=4)
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([], ["lin", "up.lin"]),
+        (["linear", "lin.x"], ["lin", "up.lin"]),
+        (["down.lin"], r"lin|up\.lin"),
+        (["x.up.lin"], r"lin|up\.lin"),
+    ],
+)
+def test_name_targets_means_its_paths_and_no_others(others, expected):
+    assert name_targets(["up.lin", "lin"], others) == expected
+
+
+def test_hyperparameters_are_looked_up_by_path():
+    numbers = Hyperparameters(4, 8, 0.1, {"up": 2, "u": 3}, {r"up|down": 6}, use_rslora=True)
+    assert numbers.of("block.up") == LayerSpec(2, 6, 6 / math.sqrt(2), 0.1)
+    assert numbers.of("down") == LayerSpec(4, 6, 3.0, 0.1)
+    assert numbers.of("up.gate") == LayerSpec(4, 8, 4.0, 0.1)
+    with pytest.raises(ValueError, match=r"LoRA on 'up': r must be an integer >= 0, got 2\.5"):
+        Hyperparameters(4, 8, rank_pattern={"up": 2.5}).of("up")
