@@ -216,8 +216,10 @@ def test_torch_func_grad(groups, seed, device):
 @pytest.mark.parametrize("x_dtype", ["autocast", "float32"])
 def test_autocast_casts_x_weight_and_bias_but_not_the_adapters(dtype, x_dtype, seed, device):
     problem = make_problem(9, 16, 12, 3, device=device, dropout_p=0.25)
-    low = make_problem(9, 16, 12, 3, device=device, dtype=dtype, lora_dtype=torch.float32)
-    low.dropout_p, low.seed, low.dy = 0.25, problem.seed, problem.dy.to(dtype)
+    low = make_problem(
+        9, 16, 12, 3, device=device, dtype=dtype, lora_dtype=torch.float32, dropout_p=0.25
+    )
+    low.seed, low.dy = problem.seed, problem.dy.to(dtype)
     for name in ("x", "w", "bias"):
         setattr(low, name, getattr(problem, name).to(dtype))
     low.a, low.b = problem.a, problem.b

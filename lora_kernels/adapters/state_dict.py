@@ -47,7 +47,7 @@ def _bias_keys(model: nn.Module, bias: str) -> set[str]:
     if bias == "all":
         owners = {id(module) for module in model.modules()}
     elif bias == "lora_only":
-        owners = {id(layer._weight_owner()) for _, layer in lora_layers(model)}
+        owners = {id(layer.weight_owner()) for _, layer in lora_layers(model)}
     return {
         join(path, name)
         for path, module in named_modules(model, remove_duplicate=False)
@@ -79,7 +79,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 raise ValueError(f"{path}: an embedding with max_norm cannot be merged for good")
             if id(layer) not in copies:
                 copies[id(layer)] = layer.merged_weight()
-            merged[join(path, layer._weight_name)] = copies[id(layer)]
+            merged[join(path, layer.weight_name)] = copies[id(layer)]
             dropped |= {join(path, "lora_A"), join(path, "lora_B")}
     return {
         renamed.get(key, key): merged.get(key, value)

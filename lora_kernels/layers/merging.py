@@ -31,12 +31,6 @@ class MergesOnEval:
         path, _, _ = self.weight_name.rpartition(".")
         return self.get_submodule(path)
 
-    _weight_owner = weight_owner
-
-    @property
-    def _weight_name(self) -> str:
-        return self.weight_name
-
     def _weight(self) -> Tensor:
         """The base weight parameter, merged or not."""
         return self.weight_owner()._parameters["weight"]

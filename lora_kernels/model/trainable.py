@@ -96,8 +96,8 @@ def record_trained(model: nn.Module, bias: str, modules_to_save: Collection[str]
             module.__dict__[_RECORD] = "bias"
     if bias == "lora_only":
         for _, layer in lora_layers(model):
-            if bias_names(layer._weight_owner()):
-                layer._weight_owner().__dict__[_RECORD] = "bias"
+            if bias_names(layer.weight_owner()):
+                layer.weight_owner().__dict__[_RECORD] = "bias"
     for path, module in named_modules(model, remove_duplicate=False):
         if is_named(path, modules_to_save):
             module.__dict__[_RECORD] = "module"
@@ -108,7 +108,7 @@ def recorded_biases(model: nn.Module) -> str:
     owners = {id(m) for m in model.modules() if m.__dict__.get(_RECORD) == "bias"}
     if not owners:
         return "none"
-    of_layers = {id(layer._weight_owner()) for layer in adapted_layers(model).values()}
+    of_layers = {id(layer.weight_owner()) for layer in adapted_layers(model).values()}
     return "lora_only" if owners <= of_layers else "all"
 
 
