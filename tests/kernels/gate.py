@@ -83,7 +83,7 @@ def operands(case: Case, layers: int = 1) -> Operands:
 
 
 def compile_layer(case: Case, kernels: Collection[str] = KERNELS) -> None:
-    """Launches what the kernels have on operands of this case, and on those of layers over one x."""
+    """Launches all launchers of the kernels on operands of this case, shared by layers too."""
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
     o, shared = operands(case), operands(case._replace(merged=False), layers=3)
     for launcher in itertools.chain(*(KERNELS[name].launchers for name in kernels)):
