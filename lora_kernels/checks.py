@@ -148,14 +148,15 @@ def check_operands(
     """Factors and bias fit weight [N, K] and splits, which fit each other. Raises: TypeError,
     ValueError.
     """
-    n, k = weight.shape
+    (n, k), device = weight.shape, weight.device
     check_tensor(layer, "lora_A", a)
     check_tensor(layer, "lora_B", b)
     if b.dim() != 2 or b.shape[1] < 1:
         _fail(layer, "lora_B", "have shape [rows, r] with r >= 1", list(b.shape))
-    if b.shape[0] != splits.rows:
+    b_rows, r = b.shape
+    if b_rows != splits.rows:
         _fail(layer, "lora_B", f"have {splits.rows} rows", list(b.shape))
-    rank = b.shape[1] * splits.count
+    rank = r * splits.count
     if a.dim() != 2 or a.shape[0] != rank or a.shape[1] != k:
         _fail(layer, "lora_A", f"have shape [{rank}, {k}]", list(a.shape))
     if bias is not None:
@@ -163,9 +164,11 @@ def check_operands(
             _fail(layer, "bias", f"have shape [{n}]", list(bias.shape))
         if bias.dtype != weight.dtype:
             _fail(layer, "bias", f"have weight's dtype {weight.dtype}", bias.dtype)
+    if a.device == b.device == device and (bias is None or bias.device == device):
+        return
     for name, operand in (("lora_A", a), ("lora_B", b), ("bias", bias)):
-        if operand is not None and operand.device != weight.device:
-            _fail(layer, name, f"be on weight's device {weight.device}", operand.device)
+        if operand is not None and operand.device != device:
+            _fail(layer, name, f"be on weight's device {device}", operand.device)
 
 
 def _fail(layer: str | nn.Module, name: str, expected: str, value) -> None:

@@ -13,18 +13,21 @@ def why_not_tma(matrix: Tensor) -> str | None:
     The matrix may be stored either way round: one of its strides is 1.
     """
     strides, sizes = matrix.stride(), matrix.shape
-    if 1 not in strides:
+    if strides[-1] == 1:
+        inner, others = sizes[-1], strides[:-1]
+    elif 1 in strides:
+        at = strides.index(1)
+        inner, others = sizes[at], strides[:at] + strides[at + 1 :]
+    else:
         return f"no stride is 1, got {strides}"
     if matrix.data_ptr() % _ROW_BYTES:
         return f"its address is no multiple of {_ROW_BYTES}"
-    inner = len(strides) - 1 - strides[::-1].index(1)
-    for dim, stride in enumerate(strides):
-        if dim == inner:
-            continue
-        if stride * matrix.element_size() % _ROW_BYTES:
+    size = matrix.element_size()
+    for stride in others:
+        if stride * size % _ROW_BYTES:
             return f"a stride of {stride} elements is no multiple of {_ROW_BYTES} bytes"
-        if stride < sizes[inner]:
-            return f"rows of {sizes[inner]} elements overlap at a stride of {stride}"
+        if stride < inner:
+            return f"rows of {inner} elements overlap at a stride of {stride}"
     if max(sizes) >= 2**31:
         return f"a dimension of {max(sizes)} does not fit into 31 bits"
     return None

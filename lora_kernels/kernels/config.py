@@ -2,9 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
@@ -63,12 +61,18 @@ class When:
         )  # fmt: skip
 
 
-Config = TypeVar("Config", SkinnyConfig, GemmConfig)
-Table = Mapping[str, Sequence[tuple[When, Config]]]
+Config = SkinnyConfig | GemmConfig
 
 
+class Tiles(dict[str, list[tuple[When, Config]]]):
+    """The table of a kernel: by target, which configuration serves which products."""
+
+    __hash__ = object.__hash__  # a key of select's cache
+
+
+@functools.lru_cache(1024)
 def select(
-    table: Table, target: str, bits: int, m: int = 1, r: int = 1, tma: bool = False
+    table: Tiles, target: str, bits: int, m: int = 1, r: int = 1, tma: bool = False
 ) -> Config:
     """The first entry of the target's table that serves such a product."""
     return next(config for when, config in table[target] if when.holds(bits, m, r, tma))

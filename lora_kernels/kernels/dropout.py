@@ -8,12 +8,8 @@ from torch import Tensor
 
 from lora_kernels import dropout
 
-_LANES = tl.constexpr(dropout.LANES)
-_ROUNDS = tl.constexpr(dropout.ROUNDS)
-_M0 = tl.constexpr(dropout.MULTIPLIERS[0])
-_M1 = tl.constexpr(dropout.MULTIPLIERS[1])
-_W0 = tl.constexpr(dropout.WEYL[0])
-_W1 = tl.constexpr(dropout.WEYL[1])
+# An argument's default, because Triton compares a global of a kernel with itself in every launch.
+_PHILOX = tl.constexpr((dropout.LANES, dropout.ROUNDS, *dropout.MULTIPLIERS, *dropout.WEYL))
 
 
 class Mask(NamedTuple):
@@ -33,13 +29,22 @@ def word_threshold(dropout_p: float) -> int:
 
 
 @triton.jit
-def keep_tile(seed, threshold, row, col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def keep_tile(
+    seed, threshold, row, col,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, PHILOX: tl.constexpr = _PHILOX,
+):  # fmt: skip
     """keep(seed, row.., col..) -> bool [BLOCK_ROWS, BLOCK_COLS].
 
     row: int64, such that no multiple of 2^32 lies within the tile, as none does if tiles begin at
     multiples of their rows; col: a multiple of 8; threshold: word_threshold(p).
     """
-    octets = col // _LANES + tl.arange(0, BLOCK_COLS // _LANES)[None, :]
+    LANES: tl.constexpr = PHILOX[0]
+    ROUNDS: tl.constexpr = PHILOX[1]
+    M0: tl.constexpr = PHILOX[2]
+    M1: tl.constexpr = PHILOX[3]
+    W0: tl.constexpr = PHILOX[4]
+    W1: tl.constexpr = PHILOX[5]
+    octets = col // LANES + tl.arange(0, BLOCK_COLS // LANES)[None, :]
     row = tl.cast(row, tl.int64)
     c0, c1 = octets.to(tl.uint32), (row >> 32).to(tl.uint32)
     c2 = row.to(tl.uint32) + tl.arange(0, BLOCK_ROWS).to(tl.uint32)[:, None]
@@ -47,12 +52,12 @@ def keep_tile(seed, threshold, row, col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: t
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     # Words 0 and 1 follow from the rows alone after one round, 2 and 3 from the columns: shapes
     # [ROWS, 1] and [1, COLS / 8]. The second round joins them.
-    for _ in tl.static_range(_ROUNDS):
-        product_0, product_1 = c0.to(tl.uint64) * _M0, c2.to(tl.uint64) * _M1
+    for _ in tl.static_range(ROUNDS):
+        product_0, product_1 = c0.to(tl.uint64) * M0, c2.to(tl.uint64) * M1
         c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ k0
         c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ k1
         c1, c3 = product_1.to(tl.uint32), product_0.to(tl.uint32)
-        k0, k1 = k0 + _W0, k1 + _W1
+        k0, k1 = k0 + W0, k1 + W1
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # [ROWS, COLS / 8, 2, 2]: 0 1 2 3
     # A word is broadcast to its two elements: if a thread holds others of the mask, as in the
     # result of a dot, the words are what is moved to it, not a byte for every element.

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.config import SkinnyConfig, When, select, target_of
+from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, select, target_of
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block
 from lora_kernels.kernels.numerics import Numerics, bits_of
@@ -25,31 +25,31 @@ from lora_kernels.kernels.tile import (
 )
 from lora_kernels.spec import LoraSpec, OutputSplits
 
-TILES = {
-    "interpreter": [(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
-    "sm_80": [
+TILES = Tiles(
+    interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
+    sm_80=[
         (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=1)),
         (When(r=16), SkinnyConfig(64, 128, num_warps=8, num_stages=1)),
         (When(), SkinnyConfig(32, 64, num_warps=4, num_stages=1)),
     ],
-    "sm_90": [
+    sm_90=[
         (When(bits=32), SkinnyConfig(64, 64, num_warps=8, num_stages=1)),
         (When(r=16), SkinnyConfig(128, 128, num_warps=8, num_stages=1)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=1)),
     ],
-    "sm_100": [
+    sm_100=[
         (When(bits=32), SkinnyConfig(64, 64, num_warps=8, num_stages=1)),
         (When(), SkinnyConfig(128, 128, num_warps=8, num_stages=1)),
     ],
-    "hip": [
+    hip=[
         (When(bits=32), SkinnyConfig(64, 64, num_warps=4, num_stages=1)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1)),
     ],
-    "other": [
+    other=[
         (When(bits=32), SkinnyConfig(64, 64, num_warps=4, num_stages=1)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1)),
     ],
-}
+)
 
 
 @triton.jit(do_not_specialize=["M"])

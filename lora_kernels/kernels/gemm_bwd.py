@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch.algorithm import SMALL_M
 from lora_kernels.dispatch.tma import is_tma_compliant
-from lora_kernels.kernels.config import GemmConfig, When, select, target_of
+from lora_kernels.kernels.config import GemmConfig, Tiles, When, select, target_of
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import (
     cdiv,
@@ -26,15 +26,15 @@ from lora_kernels.kernels.launch import (
 from lora_kernels.kernels.numerics import Numerics, bits_of
 from lora_kernels.kernels.tile import add_low_rank, halves, matmul, store_tile, swizzle
 
-TILES = {
-    "interpreter": [(When(), GemmConfig(64, 64, 64, num_warps=4, num_stages=1))],
-    "sm_80": [
+TILES = Tiles(
+    interpreter=[(When(), GemmConfig(64, 64, 64, num_warps=4, num_stages=1))],
+    sm_80=[
         (When(bits=32), GemmConfig(64, 64, 16, num_warps=8, num_stages=3, epilogue_subtile=2)),
         (When(m=SMALL_M), GemmConfig(32, 64, 64, num_warps=4, num_stages=4)),
         (When(r=16), GemmConfig(128, 64, 32, num_warps=8, num_stages=4, epilogue_subtile=4)),
         (When(), GemmConfig(64, 64, 32, num_warps=4, num_stages=4, epilogue_subtile=4)),
     ],
-    "sm_90": [
+    sm_90=[
         (When(bits=32), GemmConfig(64, 64, 16, num_warps=4, num_stages=3, epilogue_subtile=2)),
         (When(m=SMALL_M), GemmConfig(64, 64, 64, num_warps=4, num_stages=4)),
         (
@@ -47,7 +47,7 @@ TILES = {
         ),
         (When(), GemmConfig(128, 64, 32, num_warps=8, num_stages=3, epilogue_subtile=2)),
     ],
-    "sm_100": [
+    sm_100=[
         (When(bits=32), GemmConfig(32, 64, 32, num_warps=4, num_stages=3, epilogue_subtile=2)),
         (When(m=SMALL_M), GemmConfig(64, 128, 64, num_warps=8, num_stages=3)),
         (
@@ -60,17 +60,17 @@ TILES = {
         ),
         (When(), GemmConfig(128, 64, 32, num_warps=8, num_stages=3, epilogue_subtile=2)),
     ],
-    "hip": [
+    hip=[
         (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=2)),
         (When(m=SMALL_M), GemmConfig(32, 64, 64, num_warps=4, num_stages=2)),
         (When(), GemmConfig(128, 128, 32, num_warps=8, num_stages=2, epilogue_subtile=2)),
     ],
-    "other": [
+    other=[
         (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=2)),
         (When(m=SMALL_M), GemmConfig(32, 64, 64, num_warps=4, num_stages=2)),
         (When(), GemmConfig(64, 128, 32, num_warps=4, num_stages=3, epilogue_subtile=2)),
     ],
-}
+)
 
 
 @triton.jit
@@ -131,7 +131,9 @@ def config_for(dy: Tensor, w: Tensor, r: int, numerics: Numerics) -> GemmConfig:
     """The entry of TILES that serves dy [M, N], w [N, K] and rank r."""
     rows_of_dx_fit = w.shape[1] * dy.element_size() % 16 == 0
     tma = is_tma_compliant(dy, w) and rows_of_dx_fit
-    return select(TILES, target_of(dy.device), bits_of(numerics.main), dy.shape[0], r, tma)
+    return select(
+        TILES, target_of(dy.device), bits_of(numerics.main), min(dy.shape[0], SMALL_M + 1), r, tma
+    )
 
 
 def gemm_bwd(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch.algorithm import SMALL_M
 from lora_kernels.dispatch.tma import is_tma_compliant
-from lora_kernels.kernels.config import GemmConfig, When, select, target_of
+from lora_kernels.kernels.config import GemmConfig, Tiles, When, select, target_of
 from lora_kernels.kernels.launch import (
     cdiv,
     launch,
@@ -35,36 +35,36 @@ from lora_kernels.kernels.tile import (
 )
 from lora_kernels.spec import LoraSpec
 
-TILES = {
-    "interpreter": [(When(), GemmConfig(64, 64, 64, num_warps=4, num_stages=1))],
-    "sm_80": [
+TILES = Tiles(
+    interpreter=[(When(), GemmConfig(64, 64, 64, num_warps=4, num_stages=1))],
+    sm_80=[
         (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=3)),
         (When(m=SMALL_M), GemmConfig(32, 64, 64, num_warps=4, num_stages=4)),
         (When(), GemmConfig(128, 128, 32, num_warps=8, num_stages=3)),
     ],
-    "sm_90": [
+    sm_90=[
         (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=3)),
         (When(m=SMALL_M), GemmConfig(64, 64, 64, num_warps=4, num_stages=4)),
         (When(tma=True), GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True)),
         (When(), GemmConfig(128, 128, 32, num_warps=8, num_stages=3)),
     ],
-    "sm_100": [
+    sm_100=[
         (When(bits=32), GemmConfig(64, 32, 32, num_warps=8, num_stages=3)),
         (When(m=SMALL_M), GemmConfig(64, 64, 64, num_warps=8, num_stages=4)),
         (When(tma=True), GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True)),
         (When(), GemmConfig(128, 128, 32, num_warps=8, num_stages=3)),
     ],
-    "hip": [
+    hip=[
         (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=2)),
         (When(m=SMALL_M), GemmConfig(32, 64, 64, num_warps=4, num_stages=2)),
         (When(), GemmConfig(128, 128, 32, num_warps=8, num_stages=2)),
     ],
-    "other": [
+    other=[
         (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=2)),
         (When(m=SMALL_M), GemmConfig(32, 64, 64, num_warps=4, num_stages=2)),
         (When(), GemmConfig(64, 128, 32, num_warps=4, num_stages=3)),
     ],
-}
+)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -100,7 +100,9 @@ def config_for(x: Tensor, w: Tensor, r: int, spec: LoraSpec, numerics: Numerics)
     starts = itertools.accumulate(spec.splits.sizes[:-1])
     tma = is_tma_compliant(x, w) and _rows_fit(x, w.shape[0])
     tma = tma and (w.stride(1) == 1 or all(_rows_fit(x, start) for start in starts))
-    return select(TILES, target_of(x.device), bits_of(numerics.main), x.shape[0], r, tma)
+    return select(
+        TILES, target_of(x.device), bits_of(numerics.main), min(x.shape[0], SMALL_M + 1), r, tma
+    )
 
 
 def _rows_fit(x: Tensor, columns: int) -> bool:

@@ -13,41 +13,41 @@ from torch import Tensor
 
 from lora_kernels import dropout
 from lora_kernels.dispatch.algorithm import SMALL_M, is_small_m
-from lora_kernels.kernels.config import GemmConfig, When, select, target_of
+from lora_kernels.kernels.config import GemmConfig, Tiles, When, select, target_of
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block
 from lora_kernels.kernels.numerics import Numerics, bits_of
 from lora_kernels.kernels.tile import add_bias, load_tile, locate, store_tile
 from lora_kernels.spec import LoraSpec
 
-TILES = {
-    "interpreter": [(When(), GemmConfig(64, 64, 64, num_warps=4, num_stages=1))],
-    "sm_80": [
+TILES = Tiles(
+    interpreter=[(When(), GemmConfig(64, 64, 64, num_warps=4, num_stages=1))],
+    sm_80=[
         (When(bits=32), GemmConfig(64, 32, 32, num_warps=4, num_stages=3)),
         (When(m=16), GemmConfig(16, 32, 64, num_warps=4, num_stages=5)),
         (When(), GemmConfig(64, 32, 64, num_warps=8, num_stages=4)),
     ],
-    "sm_90": [
+    sm_90=[
         (When(bits=32), GemmConfig(64, 32, 32, num_warps=4, num_stages=3)),
         (When(m=16), GemmConfig(16, 32, 128, num_warps=4, num_stages=4)),
         (When(), GemmConfig(64, 32, 64, num_warps=4, num_stages=4)),
     ],
-    "sm_100": [
+    sm_100=[
         (When(bits=32), GemmConfig(64, 32, 32, num_warps=8, num_stages=3)),
         (When(m=16), GemmConfig(16, 32, 128, num_warps=4, num_stages=4)),
         (When(), GemmConfig(64, 32, 64, num_warps=4, num_stages=4)),
     ],
-    "hip": [
+    hip=[
         (When(bits=32), GemmConfig(64, 32, 32, num_warps=4, num_stages=2)),
         (When(m=16), GemmConfig(16, 32, 128, num_warps=4, num_stages=2)),
         (When(), GemmConfig(64, 32, 64, num_warps=4, num_stages=2)),
     ],
-    "other": [
+    other=[
         (When(bits=32), GemmConfig(64, 32, 32, num_warps=4, num_stages=2)),
         (When(m=16), GemmConfig(16, 32, 64, num_warps=4, num_stages=3)),
         (When(), GemmConfig(64, 32, 64, num_warps=4, num_stages=2)),
     ],
-}
+)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -9,36 +9,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.config import SkinnyConfig, When, num_sms, select, target_of
+from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms, select, target_of
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block, split
 from lora_kernels.kernels.numerics import Numerics, bits_of
 from lora_kernels.kernels.split_k_reduce import split_k_reduce
 from lora_kernels.kernels.tile import Matrix, load_tile, part_of
 
-TILES = {
-    "interpreter": [(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
-    "sm_80": [
+TILES = Tiles(
+    interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
+    sm_80=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=3)),
     ],
-    "sm_90": [
+    sm_90=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=3)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
     ],
-    "sm_100": [
+    sm_100=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=3)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
     ],
-    "hip": [
+    hip=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
     ],
-    "other": [
+    other=[
         (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
     ],
-}
+)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -25,6 +25,10 @@ class Numerics(NamedTuple):
     precision: str
     update_precision: str
 
+    def __hash__(self) -> int:
+        # Triton hashes it in every launch, and a dtype's own hash is Python code.
+        return hash((self.precision, self.update_precision))
+
     @property
     def dh(self) -> torch.dtype:
         """In which dtype dh lies in memory: float32, but for what every product rounds it to."""

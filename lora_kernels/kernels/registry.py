@@ -23,13 +23,12 @@ from lora_kernels.kernels import (
     shrink,
     split_k_reduce,
 )
-from lora_kernels.kernels.config import GemmConfig, SkinnyConfig, Table
+from lora_kernels.kernels.config import Config, GemmConfig, Tiles
 from lora_kernels.kernels.launch import on_device_of
 from lora_kernels.kernels.operands import Operands
 
 __all__ = ["KERNELS", "LAUNCHERS", "Dims", "Kernel", "Launcher"]
 
-Config = SkinnyConfig | GemmConfig
 Tensors = tuple[Tensor, ...]
 
 
@@ -78,7 +77,7 @@ class Kernel:
 
     name: str
     function: Callable
-    tiles: Table | None
+    tiles: Tiles | None
     launchers: tuple[Launcher, ...] = ()
 
     @property

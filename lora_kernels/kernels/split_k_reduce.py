@@ -40,7 +40,7 @@ def _split_k_reduce_kernel(
 
 def split_k_reduce(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over the first dimension, rounded once. Shapes: [S, ...] float32 -> [...] dtype."""
-    if len(parts) == 1:
+    if parts.shape[0] == 1:
         return parts[0].to(dtype)
     out = _out(parts, dtype)
     _launch(parts, out)
@@ -60,7 +60,7 @@ def split_k_reduce_both(
 
 def _is_done(parts: Tensor, dtype: torch.dtype) -> bool:
     """Whether the only part is the sum, as it is."""
-    return len(parts) == 1 and parts.dtype == dtype
+    return parts.shape[0] == 1 and parts.dtype == dtype
 
 
 def _out(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,7 +73,7 @@ def _launch(
     numel, second_numel = out.numel(), 0 if second is None else second_out.numel()
     launch(
         _split_k_reduce_kernel, (cdiv(numel, BLOCK) + cdiv(second_numel, BLOCK),),
-        parts_ptr=parts, out_ptr=out, parts=len(parts), numel=numel,
+        parts_ptr=parts, out_ptr=out, parts=parts.shape[0], numel=numel,
         second_ptr=second, second_out_ptr=second_out,
-        second_parts=0 if second is None else len(second), second_numel=second_numel, BLOCK=BLOCK,
+        second_parts=0 if second is None else second.shape[0], second_numel=second_numel, BLOCK=BLOCK,
     )  # fmt: skip

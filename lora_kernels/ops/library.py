@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lora_kernels.dispatch import algorithm, fallback
 from lora_kernels.dispatch.table import GemmShape
+from lora_kernels.dispatch.tma import is_tma_compliant
 
-__all__ = ["OP_LIBRARY", "binds_positionally", "compute", "define"]
+__all__ = ["OP_LIBRARY", "binds_positionally", "compute", "define", "tma_if_asked"]
 
 OP_LIBRARY = torch.library.Library("lora_kernels", "DEF")
 
@@ -30,6 +31,11 @@ def define(name: str, schema: str, implementation: Callable, fake: Callable) -> 
         OP_LIBRARY.impl(name, _without_autocast(implementation), key)
     torch.library.register_fake(f"lora_kernels::{name}", fake, lib=OP_LIBRARY)
     return getattr(torch.ops.lora_kernels, name).default
+
+
+def tma_if_asked(*matrices: Tensor | None) -> bool:
+    """Whether descriptors hold the matrices; True, unasked, while no measurement depends on it."""
+    return not algorithm.TABLE or is_tma_compliant(*matrices)
 
 
 def compute(

@@ -6,51 +6,52 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.table import GemmShape
-from lora_kernels.dispatch.tma import is_tma_compliant
-from lora_kernels.ops.library import binds_positionally, compute, define
+from lora_kernels.ops.library import binds_positionally, compute, define, tma_if_asked
 from lora_kernels.reference import linear as reference
 from lora_kernels.spec import LoraSpec, Needs, OutputSplits
 
 __all__ = ["LoraLinear", "lora_linear_backward", "lora_linear_forward"]
 
 
-def _forward(x, w, a, b, bias, seed, scaling, dropout_p, sizes, enabled):
-    n, k = w.shape
+def _forward(x, w, a, b, bias, seed, *constants):
+    (n, k), spec = w.shape, _spec(*constants)
     shape = GemmShape(
         m=x.numel() // max(1, k), n=n, k=k, r=b.shape[1], dtype=x.dtype, device=x.device,
-        dropout=dropout_p > 0, tma=is_tma_compliant(x, w),
+        dropout=spec.dropout_p > 0, tma=tma_if_asked(x, w),
     )  # fmt: skip
-    operands = (x, w, a, b, bias, seed, _spec(scaling, dropout_p, sizes, enabled))
-    return compute(reference, "lora_linear_forward", shape, operands, (x, w, a, b, bias, seed))
+    operands = (x, w, a, b, bias, seed)
+    return compute(reference, "lora_linear_forward", shape, (*operands, spec), operands)
 
 
-def _backward(dy, x, h, w, a, b, seed, scaling, dropout_p, sizes, enabled, needs):
-    n = dy.shape[-1]
+def _backward(dy, x, h, w, a, b, seed, *constants):
+    *constants, needs = constants
+    n, spec = dy.shape[-1], _spec(*constants)
     wide = next((operand for operand in (x, w, a) if operand is not None), None)
     shape = GemmShape(
         m=dy.numel() // max(1, n), n=n, k=1 if wide is None else wide.shape[-1],
         r=1 if b is None else b.shape[1], dtype=dy.dtype, device=dy.device,
-        dropout=dropout_p > 0, tma=is_tma_compliant(dy, w), backward=True,
+        dropout=spec.dropout_p > 0, tma=tma_if_asked(dy, w), backward=True,
     )  # fmt: skip
-    spec = _spec(scaling, dropout_p, sizes, enabled)
-    operands = (dy, x, h, w, a, b, seed, spec, Needs(*needs))
-    return compute(
-        reference, "lora_linear_backward", shape, operands, (dy, x, h, w, a, b, seed)
-    )  # fmt: skip
+    operands = (dy, x, h, w, a, b, seed)
+    arguments = (*operands, spec, Needs(*needs))
+    return compute(reference, "lora_linear_backward", shape, arguments, operands)
 
 
-def _spec(scaling: float, dropout_p: float, sizes: Sequence[int], enabled: Sequence[bool]):
+def _spec(
+    scaling: float, dropout_p: float, sizes: Sequence[int], enabled: Sequence[bool]
+) -> LoraSpec:
     return LoraSpec(scaling, dropout_p, OutputSplits(tuple(sizes), tuple(enabled)))
 
 
-def _forward_fake(x, w, a, b, bias, seed, scaling, dropout_p, sizes, enabled):
+def _forward_fake(x, w, a, *_):
     y = x.new_empty((*x.shape[:-1], w.shape[0]))
     m = x.numel() // x.shape[-1]
     h = x.new_empty((m, a.shape[0]), dtype=reference.accumulate_dtype(x.dtype))
     return y, h
 
 
-def _backward_fake(dy, x, h, w, a, b, seed, scaling, dropout_p, sizes, enabled, needs):
+def _backward_fake(dy, x, h, w, a, b, *others):
+    *_, needs = others
     needs = Needs(*needs)
     grads = []
     if needs.x:

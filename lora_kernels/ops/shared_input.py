@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.table import GemmShape
-from lora_kernels.dispatch.tma import is_tma_compliant
-from lora_kernels.ops.library import compute, define
+from lora_kernels.ops.library import compute, define, tma_if_asked
 from lora_kernels.reference import shared_input as reference
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import LoraSpec, Needs, OutputSplits
@@ -15,25 +14,27 @@ from lora_kernels.spec import LoraSpec, Needs, OutputSplits
 __all__ = ["lora_shared_linear"]
 
 
-def _forward(x, ws, a, bs, biases, seeds, scalings, dropout_p):
+def _forward(x, ws, a, bs, biases, seeds, *constants):
+    specs = _specs(ws, *constants)
     shape = GemmShape(
         m=x.numel() // max(1, x.shape[-1]), n=sum(w.shape[0] for w in ws), k=x.shape[-1],
-        r=a.shape[1], dtype=x.dtype, device=x.device, dropout=dropout_p > 0,
-        tma=is_tma_compliant(x, *ws),
+        r=a.shape[1], dtype=x.dtype, device=x.device, dropout=specs[0].dropout_p > 0,
+        tma=tma_if_asked(x, *ws),
     )  # fmt: skip
-    operands = (x, ws, a, bs, biases, seeds, _specs(ws, scalings, dropout_p))
-    return compute(reference, "lora_shared_linear_forward", shape, operands, (x, a, *bs))
+    arguments = (x, ws, a, bs, biases, seeds, specs)
+    return compute(reference, "lora_shared_linear_forward", shape, arguments, (x, a, *bs))
 
 
-def _backward(dys, x, h, ws, a, bs, seeds, scalings, dropout_p, needs):
-    dy = dys[0]
+def _backward(dys, x, h, ws, a, bs, seeds, *constants):
+    *constants, needs = constants
+    dy, specs = dys[0], _specs(ws, *constants)
     shape = GemmShape(
         m=dy.numel() // max(1, dy.shape[-1]), n=sum(w.shape[0] for w in ws), k=a.shape[2],
-        r=a.shape[1], dtype=dy.dtype, device=dy.device, dropout=dropout_p > 0,
-        tma=is_tma_compliant(*dys, *ws), backward=True,
+        r=a.shape[1], dtype=dy.dtype, device=dy.device, dropout=specs[0].dropout_p > 0,
+        tma=tma_if_asked(*dys, *ws), backward=True,
     )  # fmt: skip
-    operands = (dys, x, h, ws, a, bs, seeds, _specs(ws, scalings, dropout_p), Needs(*needs))
-    return compute(reference, "lora_shared_linear_backward", shape, operands, (dy, a, *bs))
+    arguments = (dys, x, h, ws, a, bs, seeds, specs, Needs(*needs))
+    return compute(reference, "lora_shared_linear_backward", shape, arguments, (dy, a, *bs))
 
 
 def _specs(ws: Sequence[Tensor], scalings: Sequence[float], dropout_p: float) -> list[LoraSpec]:
@@ -43,13 +44,14 @@ def _specs(ws: Sequence[Tensor], scalings: Sequence[float], dropout_p: float) ->
     ]
 
 
-def _forward_fake(x, ws, a, bs, biases, seeds, scalings, dropout_p):
+def _forward_fake(x, ws, a, *_):
     ys = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in ws]
     shape = (len(ws), x.numel() // x.shape[-1], a.shape[1])
     return [*ys, x.new_empty(shape, dtype=accumulate_dtype(x.dtype))]
 
 
-def _backward_fake(dys, x, h, ws, a, bs, seeds, scalings, dropout_p, needs):
+def _backward_fake(dys, x, h, ws, a, bs, *others):
+    *_, needs = others
     needs = Needs(*needs)
     grads = []
     if needs.x:

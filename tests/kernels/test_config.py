@@ -4,21 +4,21 @@ import pytest
 import torch
 
 from lora_kernels.kernels import config
-from lora_kernels.kernels.config import GemmConfig, When, select
+from lora_kernels.kernels.config import GemmConfig, Tiles, When, select
 from lora_kernels.kernels.registry import KERNELS
 
 SMALL, LARGE, DESCRIPTORS, HIGH, FLOAT32 = (
     GemmConfig(size, 64, 64, 4, 2) for size in range(16, 21)
 )
-TABLE = {
-    "sm_90": [
+TABLE = Tiles(
+    sm_90=[
         (When(bits=32), FLOAT32),
         (When(m=64), SMALL),
         (When(tma=True, r=16), DESCRIPTORS),
         (When(tma=True), HIGH),
         (When(), LARGE),
     ]
-}
+)
 TABLES = {name: kernel.tiles for name, kernel in KERNELS.items() if kernel.tiles is not None}
 
 
