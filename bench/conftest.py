@@ -1,11 +1,12 @@
 """``pytest bench/``: measures each cell, feeds pytest-benchmark, prints and writes the rows."""
 
+import contextlib
 import pathlib
 
 import pytest
 import torch
 
-from bench import report, roofline
+from bench import base, report, roofline
 from bench.implementations import IMPLEMENTATIONS, choose
 from bench.measure import measure, subject_of
 from bench.models import MODEL_IMPLEMENTATIONS
@@ -61,6 +62,7 @@ def pytest_addoption(parser):
     }
     for name, (kind, text) in lists.items():
         add(name, text, type=kind, default=[], metavar="LIST")
+    add("--base", "one more peer: this package as it is at the commit", metavar="COMMIT")
     add("--bench-device", "default: cuda if there is a GPU", choices=("cpu", "cuda"))
     seconds = "time to spend on a cell; default: 6 on a CPU, 2 on a GPU"
     add("--bench-seconds", seconds, type=float, metavar="S")
@@ -81,7 +83,13 @@ def pytest_configure(config):
         if option.bench_record:
             gpu = machine.gpu_name(stash[DEVICE])
             stash[RECORD] = repository.result_file(repository.commit(), gpu)
-    except repository.DirtyTreeError as error:
+        if option.base:
+            stack = contextlib.ExitStack()
+            config.add_cleanup(stack.close)
+            at_base = base.implementations(*stack.enter_context(base.package(option.base)))
+            for kind, (*others, ours) in stash[COMPARED].items():
+                stash[COMPARED][kind] = (*others, at_base[kind], ours)
+    except (repository.DirtyTreeError, base.UnknownCommitError) as error:
         raise pytest.UsageError(str(error)) from None
     option.benchmark_quiet = True  # the table below says more; -v prints both
 
