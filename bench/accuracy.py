@@ -1,4 +1,4 @@
-"""The gate in front of every time: results against float64, by the one rule of the tests."""
+"""The check in front of every time: results against float64, by the one rule of the tests."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,26 +6,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from bench.timing import trained
 from lora_kernels.testing.problem import Problem, lora_formula
 from lora_kernels.testing.tolerance import assert_close
 
-__all__ = ["check", "compare", "dropout_mask"]
+__all__ = ["check", "compare", "dropout_mask", "solve", "trained"]
 
 _SEED = 1234  # of torch's generator in front of a forward; equal seeds, equal masks
 
 
 def check(name: str, build: Callable[[Problem], nn.Module], problem: Problem) -> None:
-    """AssertionError unless y, dx, da and db of a provider in training mode are right.
+    """AssertionError unless y, dx, da and db of a module in training mode are right.
 
-    They are compared with the formula under the provider's own dropout mask. Of a module in which
+    They are compared with the formula under the module's own dropout mask. Of a module in which
     nothing trains, the frozen layer, y and dx are, with the formula under a mask that drops all.
     """
     module = build(problem)
-    if trained(module):
-        mask = dropout_mask(name, build, problem)
-    else:
-        mask = torch.zeros_like(problem.x, dtype=torch.float64)
+    nothing = torch.zeros_like(problem.x, dtype=torch.float64)
+    mask = dropout_mask(name, build, problem) if trained(module) else nothing
     actual = solve(module, problem.x, problem.dy)
     exact = _formula(problem, mask, torch.float64)[: len(actual)]
     baseline = _formula(problem, mask, problem.x.dtype)[: len(actual)]
@@ -39,9 +36,14 @@ def compare(
     exact: Sequence[Tensor],
     baseline: Sequence[Tensor],
 ) -> None:
-    """AssertionError that names the provider and the first tensor which is wrong."""
+    """AssertionError that names the implementation and the first tensor which is wrong."""
     for label, *results in zip(labels, actual, exact, baseline, strict=True):
         assert_close(*results, what=f"{name} {label}")
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train, in their order."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def solve(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
@@ -53,11 +55,11 @@ def solve(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
 
 
 def dropout_mask(name: str, build: Callable[[Problem], nn.Module], problem: Problem) -> Tensor:
-    """What a provider's dropout multiplies x by [M, K], in float64: 0 or 1 / (1 - p).
+    """What a module's dropout multiplies x by [M, K], in float64: 0 or 1 / (1 - p).
 
     Read off dx = dy·w + mask∘(dh·a) of a module with w = 0, ones for x, a and dy, and for b a
     power of two that makes dh·a about one without rounding.
-    Raises: AssertionError where it keeps too much or too little, or scales wrongly.
+    Raises: AssertionError if it keeps too much or too little, or scales wrongly.
     """
     ones = {what: torch.ones_like(getattr(problem, what)) for what in ("x", "a", "dy")}
     _, exponent = math.frexp(problem.scaling * problem.b.numel())
@@ -84,7 +86,5 @@ def _formula(problem: Problem, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor
     """y, dx, da and db in dtype."""
     x, a, b = (t.to(dtype).requires_grad_() for t in (problem.x, problem.a, problem.b))
     w, bias, dy, mask = (t.to(dtype) for t in (problem.w, problem.bias, problem.dy, mask))
-    y = lora_formula(
-        x, w, a, b, bias, scaling=problem.scaling, mask=mask, groups=problem.groups
-    )  # fmt: skip
+    y = lora_formula(x, w, a, b, bias, problem.spec, mask)
     return y.detach(), *torch.autograd.grad(y, (x, a, b), dy)

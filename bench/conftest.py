@@ -1,103 +1,116 @@
 """``pytest bench/``: measures each cell, feeds pytest-benchmark, prints and writes the rows."""
 
+import contextlib
 import pathlib
 
 import pytest
 import torch
 
-from bench import ceilings, machine, report, repository, rows, shapes, timing
+from bench import base, report, roofline
+from bench.implementations import IMPLEMENTATIONS, choose
 from bench.measure import measure, subject_of
-from bench.options import listed
-from bench.providers import OURS, PROVIDERS, choose
+from bench.models import MODEL_IMPLEMENTATIONS
+from lora_kernels.tuning import machine, repository, rows, shapes
+from lora_kernels.tuning.options import listed
 
 ROWS = pytest.StashKey[list[dict]]()
 MEASURED = pytest.StashKey[dict]()
 DEVICE = pytest.StashKey[str]()
 RECORD = pytest.StashKey[pathlib.Path]()
-CLOCK = timing.RecordedClock()
+COMPARED = pytest.StashKey[dict[str, tuple]]()
+
+
+class RecordedClock:
+    """A timer for pytest-benchmark that stands still but for the times it is told."""
+
+    __name__ = "recorded"  # the timer's name in pytest-benchmark's JSON
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = RecordedClock()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench", "layers against their peers; lists are comma-separated")
-    names = [provider.name for provider in PROVIDERS]
-    modes = {"forward": shapes.FORWARD, "backward": shapes.BACKWARD, "both": shapes.BOTH}
+
+    def add(name, text, **how):
+        group.addoption(name, help=text, **how)
+
+    compared = (*IMPLEMENTATIONS, *MODEL_IMPLEMENTATIONS)
+    names = list(dict.fromkeys(each.name for each in compared))
+    modes = {"forward": rows.FORWARD, "backward": rows.BACKWARD, "both": rows.BOTH}
     lists = {
         "--shapes": (listed(str, shapes.SETS), f"sets of layers: {', '.join(shapes.SETS)}"),
         "--mode": (
             lambda text: [modes[mode] for mode in listed(str, modes)(text)],
             "forward, backward, both (one step of forward and backward)",
         ),
-        "--execution": (listed(str, shapes.EXECUTIONS), "eager, graph (CUDA graphs)"),
+        "--execution": (listed(str, (rows.EAGER, rows.GRAPH)), "eager, graph (CUDA graphs)"),
         "--peers": (
             listed(str, names),
-            "providers by name; frozen and lora_kernels always take part",
+            f"implementations, of {', '.join(names)}; frozen and lora_kernels always take part",
         ),
         "--tokens": (listed(int), "numbers of tokens M"),
         "--ranks": (listed(int), "ranks r"),
         "--dropout": (listed(float), "dropout probabilities p"),
     }
     for name, (kind, text) in lists.items():
-        group.addoption(name, type=kind, default=[], metavar="LIST", help=text)
-    group.addoption(
-        "--bench-device", choices=("cpu", "cuda"), help="default: cuda where there is one"
-    )
-    group.addoption(
-        "--bench-seconds", type=float, metavar="S",
-        help="time to spend on a cell; default: 6 on a CPU, 2 on a GPU",
-    )  # fmt: skip
-    group.addoption("--bench-results", metavar="FILE.json", help="write the rows to this file")
-    group.addoption(
-        "--bench-record", action="store_true",
-        help="write the rows to bench/results/<gpu>/<commit>.json; refuses a dirty tree",
-    )  # fmt: skip
-    group.addoption(
-        "--bench-assert", action="store_true", help="fail where ours is slower than it must be"
-    )
+        add(name, text, type=kind, default=[], metavar="LIST")
+    add("--base", "one more peer: this package as it is at the commit", metavar="COMMIT")
+    add("--bench-device", "default: cuda if there is a GPU", choices=("cpu", "cuda"))
+    seconds = "time to spend on a cell; default: 6 on a CPU, 2 on a GPU"
+    add("--bench-seconds", seconds, type=float, metavar="S")
+    add("--bench-results", "write the rows to this file", metavar="FILE.json")
+    record = "write the rows to bench/results/<gpu>/<commit>.json; refuses a dirty tree"
+    add("--bench-record", record, action="store_true")
+    add("--bench-assert", "fail if ours is slower than it must be", action="store_true")
 
 
 def pytest_configure(config):
-    config.stash[ROWS], config.stash[MEASURED] = [], {}
-    on_gpu = torch.cuda.is_available()
-    device = config.option.bench_device or ("cuda" if on_gpu else "cpu")
-    config.stash[DEVICE] = device
-    if config.option.bench_seconds is None:
-        config.option.bench_seconds = 2.0 if device == "cuda" else 6.0
-    if config.option.bench_record:
-        try:  # before minutes are spent
-            config.stash[RECORD] = repository.result_file(
-                repository.commit(), machine.gpu_name(device)
-            )
-        except repository.DirtyTreeError as error:
-            raise pytest.UsageError(str(error)) from None
-    config.option.benchmark_quiet = True  # the table below says more; -v prints both
+    option, stash = config.option, config.stash
+    stash[ROWS], stash[MEASURED] = [], {}
+    stash[DEVICE] = option.bench_device or ("cuda" if torch.cuda.is_available() else "cpu")
+    stash[COMPARED] = {"layer": IMPLEMENTATIONS, "model": MODEL_IMPLEMENTATIONS}
+    if option.bench_seconds is None:
+        option.bench_seconds = 2.0 if stash[DEVICE] == "cuda" else 6.0
+    try:  # before minutes are spent
+        if option.bench_record:
+            gpu = machine.gpu_name(stash[DEVICE])
+            stash[RECORD] = repository.result_file(repository.commit(), gpu)
+        if option.base:
+            stack = contextlib.ExitStack()
+            config.add_cleanup(stack.close)
+            at_base = base.implementations(*stack.enter_context(base.package(option.base)))
+            for kind, (*others, ours) in stash[COMPARED].items():
+                stash[COMPARED][kind] = (*others, at_base[kind], ours)
+    except (repository.DirtyTreeError, base.UnknownCommitError) as error:
+        raise pytest.UsageError(str(error)) from None
+    option.benchmark_quiet = True  # the table below says more; -v prints both
 
 
 def pytest_generate_tests(metafunc):
-    """A test for every cell that its module has among the chosen ones, and for every provider."""
-    if "row" not in metafunc.fixturenames:
-        return
-    option = metafunc.config.option
-    layers = shapes.select(
-        metafunc.config.stash[DEVICE], option.shapes, modes=option.mode,
-        executions=option.execution, tokens=option.tokens, ranks=option.ranks,
-        dropout=option.dropout,
-    )  # fmt: skip
-    module = metafunc.module
-    pairs = [
-        pytest.param(cell, name, id=f"{cell}-{name}")
-        for cell in module.cells(layers, metafunc.config.stash[DEVICE], asked=bool(option.shapes))
-        for name in choose(cell, option.peers, module.PROVIDERS)
-    ]
-    metafunc.parametrize(
-        ("cell", "provider"),
-        pairs,
-    )
+    """A test for each of its cells among the chosen ones, and for every implementation."""
+    if "row" in metafunc.fixturenames:
+        config, function = metafunc.config, metafunc.function
+        clock = pytest.mark.benchmark(timer=CLOCK)
+        pairs = [
+            pytest.param(cell, name, id=f"{cell}-{name}", marks=clock)
+            for cell in metafunc.module.cells(function, config.stash[DEVICE], config.option)
+            for name in chosen(config, cell)
+        ]
+        metafunc.parametrize(("cell", "implementation"), pairs)
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "row" in item.fixturenames:
-            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+def chosen(config, cell) -> dict:
+    """The implementations that take part in a cell."""
+    compared = config.stash[COMPARED][cell.fields()["kind"]]
+    return choose(cell, config.option.peers, compared)
 
 
 @pytest.fixture(scope="session")
@@ -105,32 +118,31 @@ def environment(request) -> dict:
     """What a row says of the machine and the code it was measured on, ceilings included."""
     config, device = request.config, request.config.stash[DEVICE]
     info = config.hook.pytest_benchmark_generate_machine_info(config=config)
-    return {
-        **machine.describe(device),
-        "cpu": info["cpu"].get("brand_raw"),
-        **ceilings.measure(device, shapes.AXES[device].dtype),
-    }
+    ceilings = roofline.measure(device, shapes.DTYPES[device])
+    return {**machine.describe(device), "cpu": info["cpu"].get("brand_raw"), **ceilings}
 
 
 @pytest.fixture
 def measured(cell, environment, request) -> dict[str, tuple[dict, list[float]]]:
-    """Row and times by provider; the first test of a cell measures all of them, interleaved."""
-    option, done = request.config.option, request.config.stash[MEASURED]
+    """Row and times by implementation; a cell's first test measures all of them, interleaved."""
+    config, done = request.config, request.config.stash[MEASURED]
     if cell not in done:
-        providers = choose(cell, option.peers, request.module.PROVIDERS)
-        by_name, samples = measure(cell, subject_of(cell), providers, option.bench_seconds)
+        by_name, samples = measure(
+            cell, subject_of(cell), chosen(config, cell), config.option.bench_seconds
+        )
         by_name = {name: row | environment for name, row in by_name.items()}
-        request.config.stash[ROWS] += by_name.values()
+        config.stash[ROWS] += by_name.values()
         done[cell] = {name: (row, samples.get(name)) for name, row in by_name.items()}
     return done[cell]
 
 
 @pytest.fixture
-def row(measured, provider, request) -> dict:
-    """One provider's row; its times go to pytest-benchmark on the way."""
-    row, samples = measured[provider]
-    if row["withheld"]:
-        (pytest.fail if provider == OURS else pytest.skip)(f"{provider}: {row['withheld']}")
+def row(measured, implementation, request) -> dict:
+    """One implementation's row; its times go to pytest-benchmark on the way."""
+    row, samples = measured[implementation]
+    if row["skipped"]:
+        end = pytest.fail if implementation == rows.OURS else pytest.skip
+        end(f"{implementation}: {row['skipped']}")
     benchmark = request.getfixturevalue("benchmark")
     benchmark.group = row["cell"]
     benchmark.extra_info = row
@@ -146,10 +158,9 @@ def enforced(request) -> bool:
 
 def pytest_terminal_summary(terminalreporter, config):
     measured = config.stash[ROWS]
-    if not measured:
-        return
-    terminalreporter.section("lora_kernels against its peers")
-    terminalreporter.write_line(report.terminal(measured))
-    for path in (config.option.bench_results, config.stash.get(RECORD, None)):
-        if path:
-            rows.save(measured, pathlib.Path(path))
+    if measured:
+        terminalreporter.section("lora_kernels against its peers")
+        terminalreporter.write_line(report.terminal(measured))
+        for path in (config.option.bench_results, config.stash.get(RECORD, None)):
+            if path:
+                rows.save(measured, pathlib.Path(path))

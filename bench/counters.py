@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.timing import Step
+from lora_kernels.tuning.stopwatch import Step
 
-__all__ = ["count", "kernels", "saved_bytes"]
+__all__ = ["count", "kernels", "peak_bytes", "saved_bytes"]
 
 CALLS = 20
 
@@ -27,19 +27,21 @@ def count(module: nn.Module, x: Tensor, step: Step) -> dict:
     counters = {"saved_bytes": saved_bytes(module, x)}
     counters |= dict.fromkeys(("peak_bytes", "launches", "kernels", "cpu_us"))
     if x.is_cuda:
-        by_kernel = kernels(_profile(step))
-        counters |= {
-            "peak_bytes": peak_bytes(step),
-            "kernels": by_kernel,
-            "launches": sum(entry["launches"] for entry in by_kernel.values()),
-            "cpu_us": _cpu_microseconds(step),
-        }
+        counters |= {"peak_bytes": peak_bytes(step), "cpu_us": _cpu_microseconds(step)}
+        step.prepare()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            step.call()
+            torch.cuda.synchronize()
+        counters["kernels"] = kernels(profiler.events())
+        counters["launches"] = sum(each["launches"] for each in counters["kernels"].values())
     return counters
 
 
 def saved_bytes(module: nn.Module, x: Tensor) -> int:
     """Bytes of the memory that the forward keeps for the backward, parameters and x left out."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *_weights(module))}
+    weights = (x, *module.parameters(), *module.buffers())
+    known = {tensor.untyped_storage().data_ptr() for tensor in weights}
     kept = {}
 
     def pack(tensor):
@@ -54,14 +56,6 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def _weights(module: nn.Module) -> Iterable[Tensor]:
-    """Parameters, buffers, and the plain tensors of the peers written here."""
-    yield from module.parameters()
-    yield from module.buffers()
-    for part in module.modules():
-        yield from (value for value in vars(part).values() if isinstance(value, Tensor))
-
-
 def peak_bytes(step: Step) -> int:
     """Bytes allocated on the GPU at the height of a step, beyond those allocated before it."""
     step.prepare()
@@ -71,15 +65,6 @@ def peak_bytes(step: Step) -> int:
     step.call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def _profile(step: Step) -> Iterable:
-    step.prepare()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        step.call()
-        torch.cuda.synchronize()
-    return profiler.events()
 
 
 def kernels(events: Iterable) -> dict[str, dict]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lora_kernels.testing.problem import Problem, lora_formula
 
-__all__ = ["Formula", "Sandwich", "Unsloth"]
+__all__ = ["Addmm", "Formula", "Unsloth"]
 
 
 class _Peer(nn.Module):
@@ -14,38 +14,31 @@ class _Peer(nn.Module):
 
     def __init__(self, problem: Problem):
         super().__init__()
-        self.w, self.bias = problem.w.clone(), problem.bias.clone()
+        for name, value in (("w", problem.w), ("bias", problem.bias)):
+            self.register_buffer(name, None if value is None else value.detach().clone())
         self.a, self.b = nn.Parameter(problem.a.clone()), nn.Parameter(problem.b.clone())
-        self.scaling, self.dropout_p, self.groups = (
-            problem.scaling, problem.dropout_p, problem.groups,
-        )  # fmt: skip
+        self.spec = problem.spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.w, self.a, self.b, self.bias, self.spec)
 
 
 class Formula(_Peer):
     """The formula in plain PyTorch, for torch.compile to make what it can of it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        mask = F.dropout(torch.ones_like(x), self.dropout_p) if self.dropout_p > 0 else None
-        return lora_formula(
-            x, self.w, self.a, self.b, self.bias, scaling=self.scaling, mask=mask,
-            groups=self.groups,
-        )  # fmt: skip
+    @staticmethod
+    def function(x, w, a, b, bias, spec):
+        p = spec.dropout_p
+        mask = F.dropout(torch.ones_like(x), p) if p > 0 else None
+        return lora_formula(x, w, a, b, bias, spec, mask)
 
 
-class Sandwich(_Peer):
-    """The small product first, then cuBLAS adds the large one to it in place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Sandwich.apply(
-            x, self.w, self.a, self.b, self.bias, self.scaling, self.dropout_p
-        )  # fmt: skip
-
-
-class _Sandwich(torch.autograd.Function):
+class _Addmm(torch.autograd.Function):
     """Shapes: x [M, K], w [N, K], a [R, K], b [N, R], bias [N] -> y [M, N]. Keeps x, mask and h."""
 
     @staticmethod
-    def forward(ctx, x, w, a, b, bias, scaling, dropout_p):
+    def forward(ctx, x, w, a, b, bias, spec):
+        scaling, dropout_p = spec.scaling, spec.dropout_p
         x_hat, mask = x, None
         if dropout_p > 0:
             x_hat, mask = torch.native_dropout(x, dropout_p, True)
@@ -66,28 +59,24 @@ class _Sandwich(torch.autograd.Function):
             dx = torch.ops.aten.native_dropout_backward(dx, mask, ctx.keep_scale)
             x_hat = torch.ops.aten.native_dropout_backward(x, mask, ctx.keep_scale)
         dx.addmm_(dy, w)
-        return dx, None, dh.T @ x_hat, (dy.T @ h) * ctx.scaling, None, None, None
+        return dx, None, dh.T @ x_hat, (dy.T @ h) * ctx.scaling, None, None
 
 
-class Unsloth(_Peer):
-    """No dropout; the backward computes h again. In the manner of Unsloth's LoRA_W.
+class Addmm(_Peer):
+    """The small product first, then cuBLAS adds the large one to it in place."""
 
-    Source: unslothai/unsloth, unsloth/kernels/fast_lora.py.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Unsloth.apply(x, self.w, self.a, self.b, self.bias, self.scaling)
+    function = _Addmm.apply
 
 
 class _Unsloth(torch.autograd.Function):
     """Shapes: x [M, K], w [N, K], a [R, K], b [N, R], bias [N] -> y [M, N]. Keeps x."""
 
     @staticmethod
-    def forward(ctx, x, w, a, b, bias, scaling):
+    def forward(ctx, x, w, a, b, bias, spec):
         y = F.linear(x, w, bias)
-        y.addmm_(x @ a.T, b.T, alpha=scaling)
+        y.addmm_(x @ a.T, b.T, alpha=spec.scaling)
         ctx.save_for_backward(x, w, a, b)
-        ctx.scaling = scaling
+        ctx.scaling = spec.scaling
         return y
 
     @staticmethod
@@ -98,3 +87,12 @@ class _Unsloth(torch.autograd.Function):
         dx = dy @ w
         dx.addmm_(dy @ b, a, alpha=ctx.scaling)
         return dx, None, da, db, None, None
+
+
+class Unsloth(_Peer):
+    """No dropout; the backward computes h again. In the manner of Unsloth's LoRA_W.
+
+    Source: unslothai/unsloth, unsloth/kernels/fast_lora.py.
+    """
+
+    function = _Unsloth.apply

@@ -3,22 +3,21 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench import ceilings, roofline
-from bench.providers import FLOOR, OURS
-from bench.rows import ELEMENT_BYTES
-from bench.shapes import BOTH, GRAPH
+from bench import roofline
+from bench.implementations import FLOOR
+from lora_kernels.tuning.rows import ADDMM, BOTH, FUSED, GRAPH, OURS
 
 __all__ = ["draw"]
 
-COLOURS = {FLOOR: "0.4", "loralib": "tab:orange", "peft": "tab:red", "sandwich": "tab:green",
+COLOURS = {FLOOR: "0.4", "loralib": "tab:orange", "peft": "tab:red", "addmm": "tab:green",
            "unsloth": "tab:olive", "compiled peft": "tab:pink", "compiled formula": "tab:purple",
-           OURS: "tab:blue", f"{OURS}[fused]": "tab:cyan", f"{OURS}[sandwich]": "navy",
+           OURS: "tab:blue", FUSED: "tab:cyan", ADDMM: "navy",
            f"{OURS}[reference]": "0.7"}  # fmt: skip
 
 
 def draw(measured: Sequence[Mapping], folder: Path) -> list[Path]:
-    """tax.png, roofline.png and memory.png, each where rows hold what it shows."""
-    timed = [row for row in measured if row["kind"] == "layer" and not row["withheld"]]
+    """tax.png, roofline.png and memory.png, each if rows hold what it shows."""
+    timed = [row for row in measured if row["kind"] == "layer" and not row["skipped"]]
     steps = [row for row in timed if row["mode"] == BOTH]
     linear = [row for row in steps if len(row["enable_lora"]) == 1]
     replayed = [row for row in linear if row["execution"] == GRAPH]
@@ -26,7 +25,7 @@ def draw(measured: Sequence[Mapping], folder: Path) -> list[Path]:
     paths = []
     for name, figure, shown in (
         ("tax.png", _tax, linear),
-        ("roofline.png", _roofline, [row for row in linear if ceilings.part(row)]),
+        ("roofline.png", _roofline, linear),
         ("memory.png", _memory, [row for row in steps if row["saved_bytes"] is not None]),
     ):
         if shown:
@@ -54,7 +53,7 @@ def _machine(row: Mapping) -> str:
 
 
 def _names(shown: Sequence[Mapping]) -> list[str]:
-    return list(dict.fromkeys(row["provider"] for row in shown))
+    return list(dict.fromkeys(row["implementation"] for row in shown))
 
 
 def _legend(figure, axes) -> None:
@@ -66,7 +65,7 @@ def _legend(figure, axes) -> None:
 
 
 def _tax(linear: Sequence[Mapping]):
-    """A panel per shape, rank and dropout with dropout on where it was measured, a line a peer."""
+    """A panel per shape and rank, with dropout if that was measured; a line per implementation."""
     dropout = max(row["dropout_p"] for row in linear)
     kept = [row for row in linear if row["dropout_p"] == dropout and row["over_frozen"]]
     panels = list(dict.fromkeys((row["k"], row["n"], row["r"]) for row in kept))
@@ -75,7 +74,7 @@ def _tax(linear: Sequence[Mapping]):
         here = [row for row in kept if (row["k"], row["n"], row["r"]) == (k, n, r)]
         for name in _names(here):
             points = sorted(
-                (row["m"], row["over_frozen"]) for row in here if row["provider"] == name
+                (row["m"], row["over_frozen"]) for row in here if row["implementation"] == name
             )
             style = {"color": COLOURS.get(name), "marker": "o", "markersize": 4, "label": name}
             axis.plot(*zip(*points, strict=True), linewidth=2.4 if name == OURS else 1.2, **style)
@@ -92,45 +91,30 @@ def _tax(linear: Sequence[Mapping]):
     return figure
 
 
-def _work(row: Mapping) -> list[tuple[str, float, float, float]]:
-    """Label, FLOPs, bytes and seconds of a step at its least traffic, and of its kernels."""
-    sizes = (row["m"], row["k"], row["n"], row["r"])
-    m, k, n, r = sizes
-    element = ELEMENT_BYTES[row["dtype"]]
-    flops = 4 * m * k * n + (0 if row["provider"] == FLOOR else 6 * m * r * (k + n))
-    traffic = 2 * element * (m * k + k * n + m * n)
-    work = [(row["provider"], flops, traffic, row["median_ms"] / 1e3)]
-    for name, counted in (row["kernels"] or {}).items():
-        known = roofline.kernel_work(name, *sizes, element)
-        if known and row["provider"].startswith(OURS):
-            work.append((name, *known, counted["us"] * 1e-6))
-    return work
-
-
 def _roofline(linear: Sequence[Mapping]):
     """Achieved FLOP/s against FLOPs a byte, under the two ceilings of the same run."""
     figure, (axis, *_) = _figure(width=7.5)
-    part = ceilings.part(linear[0])
-    seen = set()
-    intensities = []
+    first, seen, intensities = linear[0], set(), []
     for row in linear:
-        for index, (label, flops, traffic, seconds) in enumerate(_work(row)):
-            intensities.append(flops / traffic)
-            style = {"marker": "x" if index else "o", "alpha": 0.7, "linestyle": "none"}
-            style["color"] = None if index else COLOURS.get(label)
+        step = roofline.step_work(row, floor=row["implementation"] == FLOOR)
+        for work in (step, *roofline.kernel_work(row)):
+            intensities.append(work.flops / work.moved)
+            style = {"marker": "o" if work is step else "x", "alpha": 0.7, "linestyle": "none"}
             axis.plot(
-                flops / traffic, flops / seconds / 1e12,
-                label=None if label in seen else label, markersize=5, **style,
+                intensities[-1], work.flops / work.seconds / 1e12, markersize=5,
+                label=None if work.name in seen else work.name, color=COLOURS.get(work.name),
+                **style,
             )  # fmt: skip
-            seen.add(label)
-    ends = [min(intensities) / 2, part.flops / part.bandwidth, max(intensities) * 2]
-    roof = [min(part.flops, part.bandwidth * intensity) / 1e12 for intensity in sorted(ends)]
-    axis.plot(sorted(ends), roof, color="black", linewidth=1, label="ceilings of this run")
+            seen.add(work.name)
+    flops, bandwidth = first["product_tflop_s"], first["copy_tb_s"]
+    ends = sorted([min(intensities) / 2, flops / bandwidth, max(intensities) * 2])
+    roof = [min(flops, bandwidth * intensity) for intensity in ends]
+    axis.plot(ends, roof, color="black", linewidth=1, label="ceilings of this run")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("FLOPs a byte", fontsize=9)
     axis.set_ylabel("TFLOP/s achieved", fontsize=9)
-    axis.set_title(f"Roofline, forward + backward ({_machine(linear[0])})", fontsize=10)
+    axis.set_title(f"Roofline, forward + backward ({_machine(first)})", fontsize=10)
     axis.grid(alpha=0.3, which="both")
     _legend(figure, [axis])
     return figure
@@ -140,23 +124,23 @@ def _memory(steps: Sequence[Mapping]):
     """Bytes kept for the backward beyond x, over those of x, a group of bars per layer."""
     dropout = max(row["dropout_p"] for row in steps)
     kept = [row for row in steps if row["dropout_p"] == dropout]
-    largest = {}
-    for row in kept:
-        shape = (row["k"], row["n"], row["r"], len(row["enable_lora"]) > 1)
-        largest[shape] = max(largest.get(shape, 0), row["m"])
+    by_layer: dict[str, dict[str, Mapping]] = {}
+    for row in sorted(kept, key=lambda row: row["m"]):  # of several numbers of tokens the largest
+        merged = "merged " if len(row["enable_lora"]) > 1 else ""
+        layer = f"{merged}{row['k']}x{row['n']}\nr = {row['r']}"
+        by_layer.setdefault(layer, {})[row["implementation"]] = row
     names = [name for name in _names(kept) if name != FLOOR]
-    figure, (axis, *_) = _figure(width=max(6.0, 1.6 * len(largest)))
+    figure, (axis, *_) = _figure(width=max(6.0, 1.6 * len(by_layer)))
     width = 0.8 / max(1, len(names))
     for i, name in enumerate(names):
-        bars = {}
-        for row in kept:
-            shape = (row["k"], row["n"], row["r"], len(row["enable_lora"]) > 1)
-            if row["provider"] == name and row["m"] == largest[shape]:
-                x_bytes = row["m"] * row["k"] * ELEMENT_BYTES[row["dtype"]]
-                bars[list(largest).index(shape) + i * width] = row["saved_bytes"] / x_bytes
-        axis.bar(bars.keys(), bars.values(), width, label=name, color=COLOURS.get(name))
-    labels = [f"{'merged ' if merged else ''}{k}x{n}\nr = {r}" for k, n, r, merged in largest]
-    axis.set_xticks([i + 0.4 - width / 2 for i in range(len(labels))], labels, fontsize=8)
+        shown = {at: rows[name] for at, rows in enumerate(by_layer.values()) if name in rows}
+        heights = [
+            row["saved_bytes"] / (row["m"] * row["k"] * roofline.element_bytes(row))
+            for row in shown.values()
+        ]
+        places = [at + i * width for at in shown]
+        axis.bar(places, heights, width, label=name, color=COLOURS.get(name))
+    axis.set_xticks([at + 0.4 - width / 2 for at in range(len(by_layer))], by_layer, fontsize=8)
     axis.set_ylabel("saved beyond x, over x", fontsize=9)
     axis.set_title(f"Saved for backward, dropout {dropout:g} ({_machine(kept[0])})", fontsize=10)
     axis.grid(alpha=0.3, axis="y")

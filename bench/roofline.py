@@ -1,164 +1,106 @@
-"""A model of the limit: what the frozen layer must cost, and what each way of adding LoRA adds.
+"""What the machine can do at best, measured in the same run, and what of it the kernels reach.
 
-Forward + backward of one frozen linear is two products of 2·M·K·N FLOPs, each as long as its
-arithmetic or its traffic takes, whichever is longer:
-
-    product(extra FLOPs, extra bytes) =
-        max((2·M·K·N + extra FLOPs) / flops, (e·(M·K + K·N + M·N) + extra bytes) / bandwidth)
-
-A scheme hides work inside the products and adds exposed passes, at the bandwidth, and launches:
-
-    time(scheme) = product(forward) + product(backward)
-                 + (e·(x_passes·M·K + y_passes·M·N)
-                    + h_bytes·M·r + factor_bytes·r·(K + N)) / bandwidth
-                 + launches·launch
-
-with e bytes an element. x_passes, y_passes and what is hidden follow from what a scheme reads and
-writes. launches, h_bytes and factor_bytes (traffic of h and dh, of the factors and their gradients)
-are fitted to the table of modelled ratios in tests/bench/test_roofline.py; with them all its 90
-numbers come out to the two decimals that it prints.
+A kernel takes at least as long as its FLOPs at the rate of a large product, or its bytes at the
+rate of a large copy, whichever is longer. That time over the measured one is the fraction that the
+kernel reaches of the ceiling.
 """
 
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping
+from typing import NamedTuple
 
-__all__ = [
-    "H200",
-    "KERNELS",
-    "SCHEMES",
-    "WORK",
-    "Part",
-    "Scheme",
-    "floor",
-    "kernel_work",
-    "ratio",
-    "seconds",
-]
+import torch
 
+from lora_kernels.tuning import stopwatch
+from lora_kernels.tuning.rows import BOTH, OURS
+from lora_kernels.tuning.stopwatch import Step
 
-@dataclass(frozen=True)
-class Part:
-    """What a machine reaches: FLOP/s of a large product, bytes/s of a copy, seconds a launch."""
+__all__ = ["Work", "element_bytes", "kernel_work", "measure", "step_work"]
 
-    flops: float
-    bandwidth: float
-    launch: float
+ROUNDS = 20
+LAUNCHES = 100
+# On a CPU as large as the time allows: well beyond its caches, and a tenth of a second.
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+PRODUCT_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
-H200 = Part(flops=790e12, bandwidth=4.3e12, launch=2e-6)
+def measure(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """copy_tb_s counts what is read and what is written; product_tflop_s is cuBLAS's or the CPU's.
 
-
-@dataclass(frozen=True)
-class Scheme:
-    """What a way of adding LoRA costs beyond the two products of the frozen layer.
-
-    fused: the rank-r product is done inside both products. hidden_x_passes: passes over (M, K)
-    inside the backward product. inside: everything is, and only the factors are read besides.
+    launch_us: the time that one tiny operation after another takes, in a CUDA graph on a GPU.
     """
+    size, moved = PRODUCT_SIZE[device], COPY_BYTES[device]
+    source = torch.randn(moved // 4, device=device)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = torch.empty(size, size, device=device, dtype=dtype)
+    tiny = torch.zeros(1, device=device)
 
-    x_passes: float
-    y_passes: float
-    launches: int
-    h_bytes: float
-    factor_bytes: float
-    fused: bool = False
-    hidden_x_passes: float = 0.0
-    inside: bool = False
+    def launches():
+        for _ in range(LAUNCHES):
+            tiny.add_(1)
+        return [tiny]
 
-
-SCHEMES = {
-    # All of LoRA inside the two products: the limit.
-    "perfect": Scheme(0, 0, launches=0, h_bytes=0, factor_bytes=5, inside=True),
-    # x for h and for da, dy for dh and db; the rest in the epilogues. Mask drawn again.
-    "split": Scheme(2, 1, launches=3, h_bytes=4, factor_bytes=6, fused=True),
-    # As split, but y and dx are filled before the products accumulate onto them.
-    "sandwich": Scheme(3, 2, launches=5, h_bytes=4, factor_bytes=6),
-    # Stores x_hat and a mask of a byte, which the backward product reads.
-    "lorafusion": Scheme(
-        4.5, 1, launches=5, h_bytes=16, factor_bytes=5, fused=True, hidden_x_passes=0.5
-    ),
-    # No dropout; h is computed again in the backward.
-    "unsloth": Scheme(5, 5, launches=8, h_bytes=4, factor_bytes=1),
-    # Every operator on its own, dropout included.
-    "peft": Scheme(11, 10, launches=12, h_bytes=4, factor_bytes=2),
-}
+    copy = _median(Step(lambda: target.copy_(source)), device)
+    multiply = _median(Step(lambda: torch.mm(left, right, out=product)), device)
+    return {
+        "copy_tb_s": 2 * moved / copy / 1e12,
+        "product_tflop_s": 2 * size**3 / multiply / 1e12,
+        "launch_us": _median(Step(launches, times=LAUNCHES), device) * 1e6,
+    }
 
 
-def floor(m: int, k: int, n: int, part: Part = H200, element: int = 2) -> float:
-    """Seconds of forward + backward of the frozen layer."""
-    return 2 * _product(m, k, n, part, element)
+def _median(step: Step, device: str) -> float:
+    if device == "cuda":
+        step = stopwatch.capture(step, draws=False)
+    timer = stopwatch.stopwatch_of(device, hide_launch=True)
+    samples = [timer(step.call) / step.times for _ in range(stopwatch.WARMUP_ROUNDS + ROUNDS)]
+    return statistics.median(samples[stopwatch.WARMUP_ROUNDS :])
 
 
-def seconds(
-    scheme: str, m: int, k: int, n: int, r: int, part: Part = H200, element: int = 2
-) -> float:
-    """Modelled seconds of forward + backward with LoRA of rank r."""
-    s = SCHEMES[scheme]
-    into_y, into_x = 2 * m * r * n, 2 * m * r * k  # FLOPs of h·bᵀ and of dh·a
-    if s.inside:
-        # Besides those: h; dh, db, da.
-        return _product(m, k, n, part, element, into_y + into_x, 2 * r * (k + n)) + _product(
-            m, k, n, part, element, 2 * (into_y + into_x), s.factor_bytes * r * (k + n)
-        )
-    forward = _product(m, k, n, part, element, into_y * s.fused)
-    hidden = element * s.hidden_x_passes * m * k
-    backward = _product(m, k, n, part, element, into_x * s.fused, hidden)
-    passes = element * (s.x_passes * m * k + s.y_passes * m * n)
-    small = s.h_bytes * m * r + s.factor_bytes * r * (k + n)
-    return forward + backward + (passes + small) / part.bandwidth + s.launches * part.launch
+class Work(NamedTuple):
+    """What a step or one of its kernels does, and how long it takes."""
+
+    name: str
+    flops: float
+    moved: float  # bytes
+    seconds: float
+
+    def fraction(self, row: Mapping) -> float:
+        """Of the ceiling of the row's machine."""
+        arithmetic = self.flops / (row["product_tflop_s"] * 1e12)
+        return max(arithmetic, self.moved / (row["copy_tb_s"] * 1e12)) / self.seconds
 
 
-def ratio(
-    scheme: str, m: int, k: int, n: int, r: int, part: Part = H200, element: int = 2
-) -> float:
-    """Modelled LoRA tax: time with LoRA over time of the frozen layer, forward + backward."""
-    return seconds(scheme, m, k, n, r, part, element) / floor(m, k, n, part, element)
+def step_work(row: Mapping, floor: bool) -> Work:
+    """A step of a linear layer at its least traffic; floor: without an update."""
+    m, k, n, r, element = _sizes(row)
+    flops = 4 * m * k * n + (0 if floor else 6 * m * r * (k + n))
+    traffic = 2 * element * (m * k + k * n + m * n)
+    return Work(row["implementation"], flops, traffic, row["median_ms"] / 1e3)
 
 
-def _product(m, k, n, part: Part, element: int, flops: float = 0, moved: float = 0) -> float:
-    arithmetic = (2 * m * k * n + flops) / part.flops
-    traffic = (element * (m * k + k * n + m * n) + moved) / part.bandwidth
-    return max(arithmetic, traffic)
+def kernel_work(row: Mapping) -> list[Work]:
+    """The kernels of this package in a linear layer's whole step, by their FLOPs and bytes."""
+    linear = row["kind"] == "layer" and len(row["enable_lora"]) == 1
+    counted = row["implementation"].startswith(OURS) and row["kernels"]
+    if not (linear and counted and row["mode"] == BOTH):
+        return []
+    from lora_kernels.tuning.launchers import KERNELS, WORK  # imports triton
+
+    found = []
+    for name, each in row["kernels"].items():
+        launchers = next((KERNELS[known] for known in KERNELS if known in name), ())
+        if launchers:
+            flops, moved = zip(*(WORK[one](*_sizes(row)) for one in launchers), strict=True)
+            found.append(Work(name, sum(flops), sum(moved), each["us"] * 1e-6))
+    return found
 
 
-# FLOPs and bytes of each launcher of this package. Factors and their gradients have e bytes an
-# element as x has, h and dh four.
-WORK = {
-    "down": lambda m, k, n, r, e: (2 * m * k * r, e * (m * k + r * k) + 4 * m * r),
-    "forward": lambda m, k, n, r, e: (
-        2 * m * n * (k + r),
-        e * (m * k + n * k + m * n + n * r) + 4 * m * r,
-    ),
-    "few_rows": lambda m, k, n, r, e: (
-        2 * m * n * (k + r) + 2 * m * k * r,
-        e * (m * k + n * k + m * n + r * k + n * r) + 4 * m * r,
-    ),
-    "fill_y": lambda m, k, n, r, e: (2 * m * n * r, e * (m * n + n * r) + 4 * m * r),
-    "fill_dx": lambda m, k, n, r, e: (2 * m * k * r, e * (m * k + r * k) + 4 * m * r),
-    "dy_pass": lambda m, k, n, r, e: (4 * m * n * r, e * (m * n + 2 * n * r) + 8 * m * r),
-    "dx": lambda m, k, n, r, e: (
-        2 * m * k * (n + r),
-        e * (m * n + n * k + m * k + r * k) + 4 * m * r,
-    ),
-    "da": lambda m, k, n, r, e: (2 * m * k * r, e * (m * k + r * k) + 4 * m * r),
-}
-# What launches the kernels in one step, forward + backward, by what their names hold.
-KERNELS = {
-    "_down_kernel": ("down",),
-    "_forward_kernel": ("forward",),
-    "_few_rows_kernel": ("few_rows",),
-    "_fill_kernel": ("fill_y", "fill_dx"),
-    "_dy_pass_kernel": ("dy_pass",),
-    "_dx_kernel": ("dx",),
-    "_da_kernel": ("da",),
-}
+def element_bytes(row: Mapping) -> int:
+    """Of the dtype of a row."""
+    return getattr(torch, row["dtype"]).itemsize
 
 
-def kernel_work(
-    name: str, m: int, k: int, n: int, r: int, element: int
-) -> tuple[float, float] | None:
-    """FLOPs and bytes in one step of the kernel of this name, None where it is not known."""
-    for known, launchers in KERNELS.items():
-        if known in name:
-            flops, moved = zip(*(WORK[one](m, k, n, r, element) for one in launchers), strict=True)
-            return sum(flops), sum(moved)
-    return None
+def _sizes(row: Mapping) -> tuple[int, int, int, int, int]:
+    return row["m"], row["k"], row["n"], row["r"], element_bytes(row)

@@ -1,4 +1,4 @@
-"""The gate lets right providers through and no wrong one."""
+"""The check lets right implementations through and no wrong one."""
 
 import dataclasses
 
@@ -6,46 +6,46 @@ import pytest
 import torch
 from torch import nn
 
-from bench import accuracy, peers, providers
-from bench.shapes import Cell
+from bench import accuracy, implementations, peers
+from bench.cells import Cell
 
-LINEAR = Cell(m=64, k=48, n=40, r=4, dropout_p=0.0, mode="forward")
-LINEAR_DROPOUT = Cell(m=64, k=48, n=40, r=4, dropout_p=0.25, mode="forward")
-MERGED = Cell(64, 48, 30, 4, 0.25, "forward", enable_lora=(True, False, True))
-
-
-@pytest.mark.parametrize("cell", [LINEAR, LINEAR_DROPOUT], ids=str)
-@pytest.mark.parametrize("name", ["loralib", "peft", "lora_kernels"])
-def test_gate_lets_linear_providers_through(name, cell):
-    accuracy.check(name, getattr(providers, name), cell.problem())
+LINEAR = Cell(m=64, k=48, n=40, r=4, dropout_p=0.0)
+LINEAR_DROPOUT = Cell(m=64, k=48, n=40, r=4, dropout_p=0.25)
+MERGED = Cell(64, 48, 30, 4, 0.25, (True, False, True))
 
 
 @pytest.mark.parametrize("cell", [LINEAR, LINEAR_DROPOUT], ids=str)
-@pytest.mark.parametrize("build", [peers.Formula, peers.Sandwich, providers.frozen])
-def test_gate_lets_the_peers_written_here_through(build, cell):
+@pytest.mark.parametrize("name", ["loralib", "peft", "ours"])
+def test_check_lets_linear_layers_through(name, cell):
+    accuracy.check(name, getattr(implementations, name), cell.problem())
+
+
+@pytest.mark.parametrize("cell", [LINEAR, LINEAR_DROPOUT], ids=str)
+@pytest.mark.parametrize("build", [peers.Formula, peers.Addmm, implementations.frozen])
+def test_check_lets_the_peers_written_here_through(build, cell):
     accuracy.check(build.__name__, build, cell.problem())
 
 
-def test_gate_lets_unsloth_through_where_there_is_no_dropout():
+def test_check_lets_unsloth_through_without_dropout():
     accuracy.check("unsloth", peers.Unsloth, LINEAR.problem())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("build", [providers.lora_kernels, providers.peft, peers.Sandwich])
-def test_gate_works_in_16_bits(build, dtype):
+@pytest.mark.parametrize("build", [implementations.ours, implementations.peft, peers.Addmm])
+def test_check_works_in_16_bits(build, dtype):
     cell = dataclasses.replace(LINEAR_DROPOUT, dtype=dtype)
     accuracy.check(build.__name__, build, cell.problem())
 
 
-@pytest.mark.parametrize("build", [providers.lora_kernels, peers.Formula])
-def test_gate_lets_groups_of_unequal_size_through(build):
+@pytest.mark.parametrize("build", [implementations.ours, peers.Formula])
+def test_check_lets_groups_of_unequal_size_through(build):
     cell = dataclasses.replace(MERGED, out_splits=(14, 8, 8))
     accuracy.check(build.__name__, build, cell.problem())
 
 
-def test_gate_refuses_a_wrong_floor():
+def test_check_refuses_a_wrong_floor():
     def doubled(problem):
-        layer = providers.frozen(problem)
+        layer = implementations.frozen(problem)
         layer.weight.data *= 2
         return layer
 
@@ -53,17 +53,9 @@ def test_gate_refuses_a_wrong_floor():
         accuracy.check("frozen", doubled, LINEAR.problem())
 
 
-@pytest.mark.parametrize("name", ["loralib", "lora_kernels"])
-def test_gate_lets_merged_linear_providers_through(name):
-    accuracy.check(name, getattr(providers, name), MERGED.problem())
-
-
-def test_frozen_provider_is_the_base_layer_and_trains_nothing():
-    problem = LINEAR.problem()
-    module = providers.frozen(problem)
-    expected = nn.functional.linear(problem.x, problem.w, problem.bias)
-    assert torch.equal(module(problem.x), expected)
-    assert not any(parameter.requires_grad for parameter in module.parameters())
+@pytest.mark.parametrize("name", ["loralib", "ours"])
+def test_check_lets_merged_layers_through(name):
+    accuracy.check(name, getattr(implementations, name), MERGED.problem())
 
 
 class Wrong(nn.Module):
@@ -71,7 +63,7 @@ class Wrong(nn.Module):
 
     def __init__(self, problem, *, scaling=1.0, dropout=None, grad_scale=1.0, rounded=False):
         super().__init__()
-        self.base = providers.frozen(problem)
+        self.base = implementations.frozen(problem)
         self.a, self.b = nn.Parameter(problem.a.clone()), nn.Parameter(problem.b.clone())
         self.scaling = problem.scaling * scaling
         self.dropout = nn.Dropout(problem.dropout_p if dropout is None else dropout)
@@ -85,7 +77,7 @@ class Wrong(nn.Module):
         return self.base(x) + update
 
 
-def test_gate_lets_the_formula_itself_through():
+def test_check_lets_the_formula_itself_through():
     accuracy.check("formula", Wrong, LINEAR_DROPOUT.problem())
 
 
@@ -99,12 +91,12 @@ def test_gate_lets_the_formula_itself_through():
         ({"rounded": True}, "wrong y rms error"),
     ],
 )
-def test_gate_refuses_a_wrong_provider(fault, what):
+def test_check_refuses_a_wrong_layer(fault, what):
     with pytest.raises(AssertionError, match=what):
         accuracy.check("wrong", lambda problem: Wrong(problem, **fault), LINEAR_DROPOUT.problem())
 
 
-def test_gate_refuses_a_backward_under_another_mask_than_the_forward():
+def test_check_refuses_a_backward_under_another_mask_than_the_forward():
     class OtherMask(nn.Module):
         def __init__(self, problem):
             super().__init__()

@@ -1,4 +1,4 @@
-"""Whole models with adapters: every provider computes the same, and a wrong one is refused."""
+"""Whole models with adapters: all implementations compute the same, and a wrong one is refused."""
 
 import dataclasses
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from bench import models
-from bench.providers import Provider
+from bench import models, peers
+from bench.implementations import Implementation
+from bench.models import ModelSubject
 
 SIZES = {
     "llama3-8b-layer (tiny)": {
@@ -17,55 +18,54 @@ SIZES = {
     "gpt2-medium (tiny)": {"n_embd": 16, "n_layer": 2, "n_head": 2},
 }  # fmt: skip
 CELLS = {
-    name: models.ModelCell(
-        name, tuple(size.items()), batch=2, tokens=8, r=2, dropout_p=0.1, checkpointing=False,
-        dtype=torch.float32, device="cpu",
-    )
+    name: models.ModelCell(name, tuple(size.items()), batch=2, tokens=8, r=2, device="cpu")
     for name, size in SIZES.items()
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
-    ("name", "provider"),
+    ("name", "implementation"),
     [
-        pytest.param(name, provider, id=f"{provider.name}-{name}")
+        pytest.param(name, each, id=f"{each.name}-{name}")
         for name, cell in CELLS.items()
-        for provider in models.MODEL_PROVIDERS
-        if provider.takes(cell)
+        for each in models.MODEL_IMPLEMENTATIONS
+        if each.takes(cell)
     ],
 )
-def test_provider_computes_what_the_formula_does(name, provider):
-    subject = CELLS[name].subject()
-    subject.check(provider)
-    trains = any(parameter.requires_grad for parameter in subject.build(provider).parameters())
-    assert trains == (provider.name != "frozen")
+def test_check_lets_every_implementation_through(name, implementation):
+    subject = ModelSubject(CELLS[name])
+    subject.check(implementation)
+    built = subject.build(implementation)
+    trains = any(parameter.requires_grad for parameter in built.parameters())
+    assert trains == (implementation.name != "frozen")
 
 
-def test_llama_has_seven_adapters_and_gpt2_one_a_block():
-    llama, gpt2 = (cell.subject().adapters for cell in CELLS.values())
+def test_adapters_of_a_llama_are_seven_and_of_gpt2_one_a_block():
+    llama, gpt2 = (ModelSubject(cell).adapters for cell in CELLS.values())
     assert len(llama) == 7
     assert len(gpt2) == 2
     (a, b), *_ = gpt2.values()
     assert (a.shape, b.shape) == ((4, 16), (32, 2))
 
 
-def test_model_with_a_wrong_layer_is_refused():
+def test_check_refuses_a_wrong_layer():
     def wrong(model, adapters, dropout_p):
-        models.put_formula(model, adapters, dropout_p)
-        layer = next(m for m in model.modules() if isinstance(m, models.peers.Formula))
-        layer.scaling *= 1.01
+        models.put(peers.Formula)(model, adapters, dropout_p)
+        layer = next(m for m in model.modules() if isinstance(m, peers.Formula))
+        layer.spec = dataclasses.replace(layer.spec, scaling=layer.spec.scaling * 1.01)
 
-    subject = CELLS["llama3-8b-layer (tiny)"].subject()
+    subject = ModelSubject(CELLS["llama3-8b-layer (tiny)"])
     with pytest.raises(AssertionError, match=r"wrong da of .*q_proj"):
-        subject.check(Provider("wrong", wrong))
+        subject.check(Implementation("wrong", wrong))
 
 
 def test_checkpointing_recomputes_each_layer_and_changes_no_gradient():
-    ours = next(p for p in models.MODEL_PROVIDERS if p.name == "lora_kernels")
+    ours = next(p for p in models.MODEL_IMPLEMENTATIONS if p.name == "lora_kernels")
     plain = CELLS["llama3-8b-layer (tiny)"]
     gradients, forwards = [], []
     for checkpointing in (False, True):
-        subject = dataclasses.replace(plain, checkpointing=checkpointing, dropout_p=0.5).subject()
+        cell = dataclasses.replace(plain, checkpointing=checkpointing, dropout_p=0.5)
+        subject = ModelSubject(cell)
         model = subject.build(ours)
         calls = []
         attention = next(m for m in model.modules() if type(m).__name__ == "LlamaAttention")
@@ -80,12 +80,12 @@ def test_checkpointing_recomputes_each_layer_and_changes_no_gradient():
         assert torch.equal(plain_grad, recomputed)
 
 
-def test_building_a_provider_leaves_the_model_itself_alone():
-    subject = CELLS["gpt2-medium (tiny)"].subject()
+def test_build_leaves_the_model_itself_alone():
+    subject = ModelSubject(CELLS["gpt2-medium (tiny)"])
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
-    for provider in models.MODEL_PROVIDERS:
-        if provider.takes(subject.cell):
-            subject.build(provider)
+    for implementation in models.MODEL_IMPLEMENTATIONS:
+        if implementation.takes(subject.cell):
+            subject.build(implementation)
     after = subject.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -93,7 +93,7 @@ def test_building_a_provider_leaves_the_model_itself_alone():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_llama_layer_comes_with_and_without_checkpointing(device):
+def test_model_cells_have_a_llama_layer_with_and_without_checkpointing(device):
     cells = models.model_cells(device)
     assert [cell.checkpointing for cell in cells] == [False, True, False]
     assert {cell.fields()["kind"] for cell in cells} == {"model"}

@@ -19,7 +19,7 @@ def attempt(
     jobs: int,
     timeout: float = TIMEOUT,
 ) -> list[str | None]:
-    """Why function(task) fails, for each task; None where it does not.
+    """Why function(task) fails, for each task; None if it does not.
 
     jobs: how many processes share the tasks; 1 is this process, which has no such protection.
     function: one that a new process can import.
@@ -52,7 +52,7 @@ def reason(error: Exception) -> str:
 
 
 class _Worker:
-    """A process for one task after the other; a new one where it is of no more use."""
+    """A process for one task after the other, and a new one if it is of no more use."""
 
     def __init__(self, function: Callable[[object], object], timeout: float):
         self._function, self._timeout = function, timeout

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from bench import repository
+from lora_kernels.tuning import repository
 
 
 def git(folder, *arguments):
@@ -21,7 +21,7 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def test_clean_tree_is_its_commit_and_names_the_file(checkout):
+def test_commit_of_a_clean_tree_names_the_result_file(checkout):
     commit = repository.commit(checkout)
     assert len(commit) == 40
     path = repository.result_file(commit, "NVIDIA H200", checkout)
@@ -30,7 +30,7 @@ def test_clean_tree_is_its_commit_and_names_the_file(checkout):
 
 
 @pytest.mark.parametrize("name", ["code.py", "new.py"])
-def test_changed_or_new_file_makes_the_tree_dirty(checkout, name):
+def test_commit_is_dirty_if_a_file_is_changed_or_new(checkout, name):
     (checkout / name).write_text("x = 2\n")
     commit = repository.commit(checkout)
     assert commit.endswith(repository.DIRTY)
@@ -39,8 +39,9 @@ def test_changed_or_new_file_makes_the_tree_dirty(checkout, name):
 
 
 @pytest.mark.parametrize("git_is_there", [True, False], ids=["no repository", "no git"])
-def test_files_without_a_commit_are_measured_and_not_recorded(tmp_path, git_is_there, monkeypatch):
+def test_result_file_is_refused_for_files_without_a_commit(tmp_path, git_is_there, monkeypatch):
     if not git_is_there:
+        (tmp_path / ".git").mkdir()
         monkeypatch.setenv("PATH", str(tmp_path))
     commit = repository.commit(tmp_path)
     assert commit == "unversioned-dirty"
@@ -50,8 +51,14 @@ def test_files_without_a_commit_are_measured_and_not_recorded(tmp_path, git_is_t
         repository.result_file(commit, None, tmp_path)
 
 
-def test_results_themselves_do_not_make_the_tree_dirty(checkout):
+def test_commit_is_clean_whatever_the_results_are(checkout):
     results = checkout / "bench/results/cpu"
     results.mkdir(parents=True)
     (results / "0.json").write_text("[]")
     assert not repository.commit(checkout).endswith(repository.DIRTY)
+
+
+def test_commit_of_an_installed_package_is_not_that_of_the_repository_around_it(checkout):
+    installed = checkout / "venv/site-packages"
+    installed.mkdir(parents=True)
+    assert repository.commit(installed) == "unversioned-dirty"

@@ -1,12 +1,13 @@
-"""``python -m bench.plans FILE.json ...``: where plan fused beats sandwich, as plan.py's TABLE.
+"""``python -m lora_kernels.tuning.algorithms FILE.json ...``: where fused beats addmm, as a TABLE.
 
-The files hold cells of a GPU in which both plans were measured, as by::
+It prints the TABLE of dispatch/table.py. The files hold cells of a GPU in which both algorithms
+were measured, as by::
 
     pytest bench/ --shapes llama3-8b --mode forward,backward --execution graph \\
-        --peers 'lora_kernels[fused],lora_kernels[sandwich]' --bench-record
+        --peers 'lora_kernels[fused],lora_kernels[addmm]' --bench-record
 
 Layers under CUDA graphs decide: mode forward for the forward, mode backward for the backward. Whole
-steps and eager calls are shown beside them: the time of a step less that of its forward is no
+steps and eager calls are shown beside them: the time of a step less that of its forward is not a
 measurement of the backward.
 """
 
@@ -22,10 +23,11 @@ from pathlib import Path
 
 import torch
 
-from bench import repository, rows
-from bench.providers import FUSED, SANDWICH
-from bench.shapes import BACKWARD, FORWARD, GRAPH
-from lora_kernels.plan import Measured, Product, aligned, unmeasured
+from lora_kernels.dispatch.algorithm import unmeasured
+from lora_kernels.dispatch.table import GemmShape, TuningEntry
+from lora_kernels.dispatch.tma import is_tma_compliant
+from lora_kernels.tuning import repository, rows
+from lora_kernels.tuning.rows import ADDMM, BACKWARD, FORWARD, FUSED, GRAPH
 
 __all__ = ["load", "main", "python", "table", "terminal"]
 
@@ -35,11 +37,11 @@ WIDTH = 100  # of a line of code
 
 
 def load(files: Iterable[Path]) -> list[dict]:
-    """The rows of plan fused in all files, with their file's name as ``source``.
+    """The rows of algorithm fused in all files, with their file's name as ``source``.
 
     A file under bench/results is named with its folder, the GPU.
-    Raises: ValueError where a row is none of a GPU, or does not say of which capability;
-    DirtyTreeError where it is of no commit.
+    Raises: ValueError if a row is not one of a GPU, or does not say of which capability;
+    DirtyTreeError if it is not of a commit.
     """
     results = (repository.REPOSITORY / repository.RESULTS).resolve()
     measured = []
@@ -52,84 +54,83 @@ def load(files: Iterable[Path]) -> list[dict]:
             repository.require_clean(row["commit"])
             if row["capability"] is None:
                 raise ValueError(f"{file}: a row does not say the GPU's capability")
-            if row["provider"] == FUSED and row["kind"] == "layer":
+            if row["implementation"] == FUSED and row["kind"] == "layer":
                 measured.append({**row, "source": source})
     return measured
 
 
 def terminal(measured: Rows) -> str:
-    """Each cell as text: the ratio with its 99 % interval, and the plan where the cell decides."""
+    """Each cell as text: the ratio with its 99 % interval, and what wins if the cell decides."""
     wide = max(len(row["cell"]) for row in measured)
-    lines = [f"{'cell':{wide}}  {'fused/sandwich (99 %)':21}  plan"]
+    lines = [f"{'cell':{wide}}  {'fused/addmm (99 %)':21}  algorithm"]
     for row in measured:
-        plan = ("sandwich", "fused")[_faster(row)] if _decides(row) else ""
-        lines.append(f"{row['cell']:{wide}}  {_ratio(row):21}  {plan}".rstrip())
+        algorithm = ("addmm", "fused")[_wins(row)] if _decides(row) else ""
+        lines.append(f"{row['cell']:{wide}}  {_ratio(row):21}  {algorithm}".rstrip())
     return "\n".join(lines)
 
 
 def _ratio(row: Mapping) -> str:
-    ratio = row["fused_over_sandwich"]
+    ratio = row["fused_over_addmm"]
     if ratio is None:
-        return row["withheld"] or f"no {SANDWICH}"
-    return rows.in_words(ratio)
+        return row["skipped"] or f"no {ADDMM}"
+    return rows.ratio_text(ratio)
 
 
 def _decides(row: Mapping) -> bool:
     return row["execution"] == GRAPH and row["mode"] in (FORWARD, BACKWARD)
 
 
-def _faster(row: Mapping) -> bool:
-    """Whether fused is faster beyond doubt. Where either plan was withheld it is not."""
-    ratio = row["fused_over_sandwich"]
-    return ratio is not None and ratio[2] < 1
+def _wins(row: Mapping) -> bool:
+    """Whether fused is faster beyond doubt. If either algorithm was skipped it is not."""
+    return rows.faster(row["fused_over_addmm"])
 
 
-def table(measured: Rows) -> list[Measured]:
-    """Rows for plan.TABLE: they hold for every product measured that fused is faster at.
+def table(measured: Rows) -> list[TuningEntry]:
+    """Entries of dispatch's TABLE: they hold for every product measured that fused is faster at.
 
-    Where it is not, though it is what a product takes that was not measured, a row says sandwich.
-    n and k are exact. m and r reach from a measurement to its neighbours where these agree, and m
-    without end where the two largest do; they pass over no measurement that says otherwise. Layers
+    If it is not, though it is what a product takes that was not measured, an entry says addmm.
+    n and k are exact. m and r reach from a measurement to its neighbours if these agree, and m
+    without end if the two largest do; they pass over no measurement that says otherwise. Layers
     of one product, such as a plain one and a merged one, have to agree.
     """
-    deciding = [(_product(row), row) for row in measured if _decides(row)]
+    deciding = [(_shape(row), row) for row in measured if _decides(row)]
     faster: dict[tuple, dict[int, dict[int, bool]]] = {}  # [capability, layer and pass][r][m]
-    for product, row in deciding:
-        key = (*row["capability"],), product._replace(m=0, r=0)
-        by_tokens = faster.setdefault(key, {}).setdefault(product.r, {})
-        by_tokens[product.m] = by_tokens.get(product.m, True) and _faster(row)
+    for shape, row in deciding:
+        key = (*row["capability"],), shape._replace(m=0, r=0)
+        by_tokens = faster.setdefault(key, {}).setdefault(shape.r, {})
+        by_tokens[shape.m] = by_tokens.get(shape.m, True) and _wins(row)
     made = []
-    for (capability, product), by_rank in faster.items():
+    for (capability, shape), by_rank in faster.items():
         slower = {
             r: {
-                m: unmeasured(product._replace(m=m, r=r)) == "fused" and not verdict
+                m: unmeasured(shape._replace(m=m, r=r)) == "fused" and not verdict
                 for m, verdict in by_tokens.items()
             }
             for r, by_tokens in by_rank.items()
         }
         made += [
-            Measured(
-                capability, product.dtype, plan, "", m=m, n=(product.n,) * 2, k=(product.k,) * 2,
-                r=r, dropout=product.dropout, aligned=product.aligned, backward=product.backward,
+            TuningEntry(
+                capability, shape.dtype, algorithm, "", m=m, n=(shape.n,) * 2, k=(shape.k,) * 2,
+                r=r, dropout=shape.dropout, tma=shape.tma, backward=shape.backward,
             )
-            for plan, verdicts in (("fused", by_rank), ("sandwich", slower))
+            for algorithm, verdicts in (("fused", by_rank), ("addmm", slower))
             for m, r in _bounds(verdicts)
         ]  # fmt: skip
     for flag in ("dropout", "backward"):
         made = _either(made, flag)
-    return [dataclasses.replace(row, source=_source(row, deciding)) for row in made]
+    return [dataclasses.replace(entry, source=_source(entry, deciding)) for entry in made]
 
 
-def _product(row: Mapping) -> Product:
+def _shape(row: Mapping) -> GemmShape:
     m, n, k, dtype = row["m"], row["n"], row["k"], getattr(torch, row["dtype"])
     backward = row["mode"] == BACKWARD
     x_or_dy, w = (
         torch.empty(shape, dtype=dtype, device="meta")
         for shape in ((m, n if backward else k), (n, k))
     )
-    return Product(
+    return GemmShape(
         m, n, k, row["r"], dtype, torch.device("cuda"), dropout=row["dropout_p"] > 0,
-        aligned=aligned(x_or_dy, w), backward=backward,
+        tma=is_tma_compliant(x_or_dy, w), backward=backward,
     )  # fmt: skip
 
 
@@ -161,36 +162,39 @@ def _runs(verdicts: Mapping[int, bool]) -> list[Interval]:
     return runs
 
 
-def _either(made: Iterable[Measured], flag: str) -> list[Measured]:
-    """Two rows that differ in a flag alone are one for either of its values."""
-    found: dict[Measured, list[Measured]] = {}
-    for row in made:
-        found.setdefault(dataclasses.replace(row, **{flag: None}), []).append(row)
+def _either(made: Iterable[TuningEntry], flag: str) -> list[TuningEntry]:
+    """Two entries that differ in a flag alone are one for either of its values."""
+    found: dict[TuningEntry, list[TuningEntry]] = {}
+    for entry in made:
+        found.setdefault(dataclasses.replace(entry, **{flag: None}), []).append(entry)
     return [merged if len(of) == 2 else of[0] for merged, of in found.items()]
 
 
-def _source(made: Measured, deciding: Iterable[tuple[Product, Mapping]]) -> str:
-    """The files of what a row holds for."""
+def _source(entry: TuningEntry, deciding: Iterable[tuple[GemmShape, Mapping]]) -> str:
+    """The files of what an entry holds for."""
     return ", ".join(
         dict.fromkeys(
-            row["source"] for product, row in deciding if made.holds(product, (*row["capability"],))
+            row["source"] for shape, row in deciding if entry.holds(shape, (*row["capability"],))
         )
     )
 
 
-def python(made: Sequence[Measured]) -> str:
-    """The definition of TABLE in plan.py that these rows are."""
+def python(made: Sequence[TuningEntry]) -> str:
+    """The definition of TABLE in dispatch/table.py that these entries are."""
     if not made:
-        return "TABLE: tuple[Measured, ...] = ()"
-    body = "".join(f"    Measured(\n{_arguments(row)}\n    ),\n" for row in made)
-    return f"TABLE: tuple[Measured, ...] = (\n{body})  # fmt: skip"
+        return "TABLE: tuple[TuningEntry, ...] = ()"
+    body = "".join(f"    TuningEntry(\n{_arguments(entry)}\n    ),\n" for entry in made)
+    return f"TABLE: tuple[TuningEntry, ...] = (\n{body})  # fmt: skip"
 
 
-def _arguments(row: Measured) -> str:
-    """As many in a line as fit, those left out that have their default."""
-    texts = [str(row.capability), str(row.dtype), json.dumps(row.plan), json.dumps(row.source)]
-    for field in dataclasses.fields(row)[len(texts) :]:
-        value = getattr(row, field.name)
+def _arguments(entry: TuningEntry) -> str:
+    """As many in a line as fit; those that have their default are left out."""
+    texts = [
+        str(entry.capability), str(entry.dtype), json.dumps(entry.algorithm),
+        json.dumps(entry.source),
+    ]  # fmt: skip
+    for field in dataclasses.fields(entry)[len(texts) :]:
+        value = getattr(entry, field.name)
         if value != field.default:
             texts.append(f"{field.name}={value}".replace("inf", "math.inf"))
     # Lines end between arguments, not within one.
@@ -203,8 +207,9 @@ def _arguments(row: Measured) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints each cell and the table; 1 if the files cannot serve."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.plans",
+        prog="python -m lora_kernels.tuning.algorithms",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).parents[2]
+from lora_kernels.tuning import repository
+
+BASE = f"lora_kernels@{repository.git('rev-parse', '--short=10', 'HEAD')}"
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +20,13 @@ def run(tmp_path_factory):
     env = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     done = subprocess.run(
         [
-            sys.executable, "-m", "pytest", "bench/test_merged_linear.py",
-            "--mode=forward", "--dropout=0", "--bench-seconds=0", "--bench-device=cpu",
+            sys.executable, "-m", "pytest", "bench", "-k=test_merged_linear",
+            "--base=HEAD", "--mode=forward", "--dropout=0",
+            "--bench-seconds=0", "--bench-device=cpu",
             f"--bench-results={folder / 'rows.json'}",
             f"--benchmark-json={folder / 'benchmark.json'}", "-p", "no:cacheprovider",
         ],
-        cwd=REPOSITORY, capture_output=True, text=True, env=env,
+        cwd=repository.REPOSITORY, capture_output=True, text=True, env=env,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((folder / "rows.json").read_text())
@@ -34,7 +36,7 @@ def run(tmp_path_factory):
 
 def test_rows_say_what_was_measured_where_and_how_fast(run):
     _, rows, _ = run
-    assert [row["provider"] for row in rows] == ["frozen", "loralib", "lora_kernels"]
+    assert [row["implementation"] for row in rows] == ["frozen", "loralib", BASE, "lora_kernels"]
     for row in rows:
         assert row["torch"] == torch.__version__
         assert (row["k"], row["n"], row["dtype"], row["mode"]) == (1024, 3072, "float32", "forward")
@@ -45,10 +47,10 @@ def test_rows_say_what_was_measured_where_and_how_fast(run):
 
 def test_pytest_benchmark_holds_the_same_numbers(run):
     _, rows, record = run
-    by_provider = {entry["extra_info"]["provider"]: entry for entry in record["benchmarks"]}
-    assert by_provider.keys() == {row["provider"] for row in rows}
+    by_name = {entry["extra_info"]["implementation"]: entry for entry in record["benchmarks"]}
+    assert by_name.keys() == {row["implementation"] for row in rows}
     for row in rows:
-        entry = by_provider[row["provider"]]
+        entry = by_name[row["implementation"]]
         assert entry["extra_info"] == row
         assert entry["stats"]["rounds"] == row["rounds"]
         assert entry["stats"]["median"] * 1e3 == pytest.approx(row["median_ms"])

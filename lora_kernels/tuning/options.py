@@ -1,4 +1,4 @@
-"""What command lines of this suite share."""
+"""What command lines of measurements share: lists, separated by commas."""
 
 import argparse
 from collections.abc import Callable, Collection
@@ -7,7 +7,7 @@ __all__ = ["listed"]
 
 
 def listed(kind: Callable[[str], object], choices: Collection = ()) -> Callable[[str], list]:
-    """A comma-separated option as a list of kind, each one of choices where there are any."""
+    """The type of an option that is a list of kind, each one of choices if there are any."""
 
     def parse(text: str) -> list:
         try:
@@ -16,7 +16,9 @@ def listed(kind: Callable[[str], object], choices: Collection = ()) -> Callable[
             raise argparse.ArgumentTypeError(str(error)) from None
         for value in values:
             if choices and value not in choices:
-                raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(choices)}")
+                raise argparse.ArgumentTypeError(
+                    f"{value!r} is not one of {', '.join(map(str, choices))}"
+                )
         return values
 
     return parse

@@ -1,0 +1,191 @@
+"""A launcher at a shape: its candidates are checked against float64 and timed, interleaved."""
+
+import dataclasses
+import gc
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_kernels.testing.memory import guarded_outputs
+from lora_kernels.testing.tolerance import assert_close
+from lora_kernels.tuning import candidates, launchers, rows, stopwatch, workers
+from lora_kernels.tuning.candidates import source
+from lora_kernels.tuning.launchers import LAUNCHERS, Config, Operands
+from lora_kernels.tuning.shapes import Shape
+
+__all__ = ["CONFIRM", "SCREEN", "Case", "cases", "measure", "report"]
+
+BEST = 5  # how many of a case are shown
+SCREEN, CONFIRM = "screen", "confirm"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launcher at a shape: what its table has for it, and what is tried besides."""
+
+    name: str
+    shape: Shape
+    entry: str
+    table: Config
+    others: tuple[Config, ...]
+
+    @property
+    def module(self) -> str:
+        """The kernel's file, which holds the table."""
+        return LAUNCHERS[self.name].module.__name__.rpartition(".")[2]
+
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        """The table's own, then the others."""
+        return self.table, *self.others
+
+    def fields(self) -> dict:
+        """What a row says of the case; None for what makes no difference to it."""
+        uses = LAUNCHERS[self.name].uses.split()
+        axes = ("m", "k", "n", "r", "dropout_p")
+        return {
+            "kernel": self.name,
+            "table": self.module,
+            "entry": self.entry,
+            **{axis: getattr(self.shape, axis) if axis in uses else None for axis in axes},
+            "dtype": self.shape.dtype_name,
+            "device": self.shape.device,
+        }
+
+    def __str__(self) -> str:
+        fields = self.fields()
+        short = {"m": "m", "k": "k", "n": "n", "r": "r", "dropout_p": "p"}
+        axes = [f"{s}{fields[axis]:g}" for axis, s in short.items() if fields[axis] is not None]
+        return " ".join([self.name, *axes, self.shape.dtype_name])
+
+
+def cases(names: Sequence[str], shapes: Sequence[Shape], limit: int | None) -> list[Case]:
+    """Each launcher at each shape that it tells from the others, with at most limit candidates."""
+    found = {}
+    for name, shape in itertools.product(names, shapes):
+        shape = candidates.without_unused(name, shape)
+        if (name, shape) in found:
+            continue
+        o = launchers.operands(shape)
+        if not launchers.takes(name, o):
+            continue
+        entry, table = launchers.table_entry(name, o)
+        # The other entries serve matrices that descriptors do not hold as well.
+        grid = candidates.grid(name, shape, tma=entry.startswith("tma"))
+        known = candidates.as_run(name, shape, table)
+        others = [config for config in grid if candidates.as_run(name, shape, config) != known]
+        found[name, shape] = Case(name, shape, entry, table, tuple(candidates.thin(others, limit)))
+    return list(found.values())
+
+
+def measure(
+    case: Case,
+    configs: Sequence[Config],
+    failed: Mapping[Config, str],
+    seconds: float,
+    stage: str = SCREEN,
+) -> tuple[list[dict], dict[Config, list[float]]]:
+    """A row for each configuration and the seconds of those that could be timed, interleaved.
+
+    failed: those that are known not to run, and why.
+    """
+    o = launchers.operands(case.shape)
+    launcher, dtype = LAUNCHERS[case.name], case.shape.dtype
+    exact, baseline = (launcher.expected(o, t) for t in (torch.float64, dtype))
+    steps, skipped = {}, dict(failed)
+    for config in configs:
+        if config in skipped:
+            continue
+        asked = None if config == case.table else config  # what the table says is asked of it
+        try:
+            fault = _fault(case.name, o, asked, exact, baseline)
+            if fault:
+                skipped[config] = fault
+            else:
+                steps[config] = _step(case.name, o, asked)
+        except Exception as error:  # whatever a candidate does, the others are timed
+            skipped[config] = workers.reason(error)
+    samples = stopwatch.interleave(
+        steps, seconds, stopwatch.stopwatch_of(case.shape.device, hide_launch=True)
+    )
+    made = [_row(case, config, samples, skipped.get(config), stage) for config in configs]
+    del o, exact, baseline, steps
+    if case.shape.device == "cuda":  # graphs hold the memory of their outputs
+        gc.collect()
+        torch.cuda.empty_cache()
+    return made, samples
+
+
+def _fault(
+    name: str, o: Operands, config: Config | None, exact: Sequence[Tensor], baseline: Sequence
+) -> str | None:
+    """What is wrong with the results; h and dh are judged in the dtype of the layer they serve."""
+    try:
+        with guarded_outputs():
+            outputs = launchers.run(name, o, config)
+        for output, *references in zip(outputs, exact, baseline, strict=True):
+            assert_close(output.to(o.x.dtype), *references, what="result")
+    except AssertionError as error:
+        return f"wrong: {error}"
+    return None
+
+
+def _step(name: str, o: Operands, config: Config | None) -> stopwatch.Step:
+    step = stopwatch.Step(lambda: launchers.run(name, o, config))
+    return stopwatch.capture(step, draws=False) if o.x.is_cuda else step
+
+
+def _row(
+    case: Case,
+    config: Config,
+    samples: Mapping[Config, Sequence[float]],
+    fault: str | None,
+    stage: str,
+) -> dict:
+    row = {
+        **case.fields(),
+        "stage": stage,
+        "config": {"type": type(config).__name__, **dataclasses.asdict(config)},
+        "is_table": config == case.table,
+        "rounds": 0,
+        **dict.fromkeys(("p10_ms", "median_ms", "p90_ms", "over_table", "gb_s", "tflop_s")),
+        "reason": fault,
+    }
+    if config in samples:
+        p10, median, p90 = rows.quantiles(samples[config])
+        s = case.shape
+        flops, moved = launchers.WORK[case.name](s.m, s.k, s.n, s.r, s.dtype.itemsize)
+        row |= {
+            "rounds": len(samples[config]),
+            "p10_ms": p10 * 1e3,
+            "median_ms": median * 1e3,
+            "p90_ms": p90 * 1e3,
+            "gb_s": moved / median / 1e9,
+            "tflop_s": flops / median / 1e12,
+        }
+        if case.table in samples:
+            row["over_table"] = rows.paired_ratio(samples[config], samples[case.table])
+    return row
+
+
+def report(case: Case, measured: Sequence[Mapping], configs: Sequence[Config]) -> str:
+    """The table's configuration, the best of the others, and what has no time and why."""
+    pairs = list(zip(measured, configs, strict=True))
+    timed = [pair for pair in pairs if pair[0]["rounds"]]
+    best = sorted(
+        (pair for pair in timed if not pair[0]["is_table"]), key=lambda pair: pair[0]["median_ms"]
+    )
+    lines = [f"{case}, {case.module}.py {case.entry!r}: {len(timed)} of {len(pairs)} timed"]
+    for row, config in [*(pair for pair in timed if pair[0]["is_table"]), *best[:BEST]]:
+        ratio = "table" if row["is_table"] else rows.ratio_text(row["over_table"])
+        product = f" {row['tflop_s']:7.1f} TFLOP/s" if LAUNCHERS[case.name].dots is None else ""
+        lines.append(
+            f"  {row['median_ms'] * 1e3:9.2f} us {row['gb_s']:7.0f} GB/s{product}  {ratio:19}  "
+            f"{source(config)}"
+        )
+    lines += [f"  no time: {source(config)}: {row['reason']}" for row, config in pairs
+              if not row["rounds"]]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,151 @@
+"""``python -m lora_kernels.tuning.tune``: the best configuration of each kernel, and its table's.
+
+Every candidate is compiled and launched in processes of their own, checked against float64 by the
+one rule of the tests, and timed, all of a shape interleaved. What is best over the shapes of an
+entry of a table is timed once more, against that entry alone. Without a GPU it runs in Triton's
+interpreter (TRITON_INTERPRET=1), where times mean nothing.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lora_kernels.tuning import candidates, cases, machine, rows, shapes, workers
+from lora_kernels.tuning.cases import Case
+from lora_kernels.tuning.launchers import LAUNCHERS
+from lora_kernels.tuning.options import listed
+from lora_kernels.tuning.shapes import Layer, Shape
+from lora_kernels.tuning.verdicts import confirm
+
+__all__ = ["main"]
+
+MOST_JOBS = 16  # each has operands on the GPU
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is tuned on a device unless asked otherwise."""
+
+    layers: tuple[Layer, ...]
+    tokens: tuple[int, ...]
+    ranks: tuple[int, ...]
+    seconds: float
+    limit: int | None
+
+
+DEFAULTS = {
+    "cuda": Defaults(shapes.LLAMA_3_8B, (8192,), (16,), seconds=1.0, limit=None),
+    "cpu": Defaults((Layer(48, 40),), (32,), (4,), seconds=0.0, limit=3),
+}
+DROPOUT = (0.1,)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints what each table is to say; 1 if of some entry nothing ran at all its shapes."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    device = "cuda" if torch.cuda.is_available() and not interpreted else "cpu"
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if device == "cpu" and not interpreted:
+        parser.error("without a GPU the kernels run under TRITON_INTERPRET=1 only")
+    default = DEFAULTS[device]
+    seconds = default.seconds if options.seconds is None else options.seconds
+    found = cases.cases(options.kernels, _shapes(device, options), options.limit or default.limit)
+    if not found:
+        parser.error(f"{', '.join(options.kernels)} take none of these shapes")
+
+    start = time.perf_counter()
+    tasks = [(case.name, case.shape, config) for case in found for config in case.configs]
+    print(f"{len(tasks)} launches in {options.jobs} processes", flush=True)
+    reasons = workers.attempt(candidates.try_out, tasks, options.jobs)
+    failed = {task: why for task, why in zip(tasks, reasons, strict=True) if why}
+    print(f"{len(failed)} fail, {time.perf_counter() - start:.0f} s", flush=True)
+
+    environment, kept, verdicts, complete = machine.describe(device), [], [], True
+
+    def keep(measured: Sequence[Mapping]) -> None:
+        kept.extend({**environment, **row} for row in measured)
+        if options.output:  # after each case: what is measured stays, whatever comes
+            rows.save(kept, options.output)
+
+    for group in _groups(found):
+        samples = []
+        for case in group:
+            known = {c: why for (*at, c), why in failed.items() if at == [case.name, case.shape]}
+            measured, times = cases.measure(case, case.configs, known, seconds)
+            keep(measured)
+            print(cases.report(case, measured, case.configs), flush=True)
+            samples.append(times)
+        measured, verdict = confirm(group, samples, seconds)
+        keep(measured)
+        if verdict:
+            verdicts.append(verdict)
+        else:
+            complete = False
+            print(f"{group[0].module}.py {group[0].entry!r}: nothing was timed at all shapes")
+    print(f"\ntables that are beaten: {sum(verdict.faster for verdict in verdicts)}")
+    for verdict in sorted(verdicts, key=lambda verdict: not verdict.faster):
+        print(verdict)
+    print(f"{time.perf_counter() - start:.0f} s")
+    return 0 if complete else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_kernels.tuning.tune", description=__doc__.partition("\n\n")[0],
+        epilog="Lists are comma-separated.",
+    )  # fmt: skip
+    lists = {
+        "--kernels": (listed(str, LAUNCHERS), list(LAUNCHERS), f"of {', '.join(LAUNCHERS)}"),
+        "--shapes": (
+            listed(str, shapes.SETS), [],
+            f"sets of layers, of {', '.join(shapes.SETS)}; merged ones are left out",
+        ),
+        "--tokens": (listed(int), [], "numbers of tokens M"),
+        "--ranks": (listed(int), [], "ranks r"),
+        "--dropout": (listed(float), DROPOUT, "dropout probabilities p"),
+    }  # fmt: skip
+    for name, (kind, default, text) in lists.items():
+        parser.add_argument(name, type=kind, default=default, metavar="LIST", help=text)
+    parser.add_argument("--limit", type=int, metavar="N", help="most candidates of a shape")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="time to spend on a kernel at a shape"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=min(os.cpu_count() or 1, MOST_JOBS), metavar="N",
+        help="processes that compile; 1 is this one, which does not survive a candidate that dies",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to write the rows")
+    return parser
+
+
+def _shapes(device: str, options: argparse.Namespace) -> list[Shape]:
+    default = DEFAULTS[device]
+    layers = [layer for name in options.shapes for layer in shapes.SETS[name]] or default.layers
+    chosen = itertools.product(
+        [layer for layer in layers if len(layer.enable_lora) == 1],
+        options.tokens or default.tokens, options.ranks or default.ranks, options.dropout,
+    )  # fmt: skip
+    return [
+        Shape(m, layer.k, layer.n, r, p, dtype=shapes.DTYPES[device], device=device)
+        for layer, m, r, p in chosen
+    ]
+
+
+def _groups(found: Sequence[Case]) -> list[list[Case]]:
+    """The cases of each entry of each table."""
+    groups: dict[tuple[str, str], list[Case]] = {}
+    for case in found:
+        groups.setdefault((case.module, case.entry), []).append(case)
+    return list(groups.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

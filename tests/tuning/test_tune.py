@@ -1,0 +1,88 @@
+"""The command: what it refuses, what it writes and what it prints."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels.tuning import tune
+from lora_kernels.tuning.launchers import Gemm, Skinny
+
+REPOSITORY = Path(__file__).parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_main_asks_for_the_interpreter_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(SystemExit):
+        tune.main([])
+    assert "TRITON_INTERPRET=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--kernels=down,up", "'up' is not one of down, "), ("--tokens=8,many", "int() with base 10")],
+)
+def test_main_refuses_lists_of_what_there_is_not(option, message, capsys):
+    with pytest.raises(SystemExit):
+        tune.main([option])
+    assert message in capsys.readouterr().err
+
+
+def test_main_refuses_shapes_that_no_launcher_takes(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--kernels=few_rows", "--tokens=65", "--jobs=1"])
+    assert "few_rows take none of these shapes" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tune") / "folder" / "rows.json"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "lora_kernels.tuning.tune", "--kernels=fill_dx,dx",
+            "--tokens=8", "--ranks=2", "--limit=2", "--jobs=2", f"--output={path}",
+        ],
+        cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(path.read_text())
+
+
+def test_main_writes_what_was_tried_where_and_how_fast(run):
+    _, rows = run
+    screened = [row for row in rows if row["stage"] == "screen"]
+    assert [row["kernel"] for row in screened] == ["fill_dx"] * 3 + ["dx"] * 3
+    assert [row["is_table"] for row in screened] == [True, False, False] * 2
+    for row in rows:
+        assert row.keys() == {
+            "commit", "python", "torch", "triton", "threads", "gpu", "capability", "driver",
+            "kernel", "table", "entry", "m", "k", "n", "r", "dropout_p", "dtype", "device",
+            "stage", "config", "is_table", "rounds", "p10_ms", "median_ms", "p90_ms",
+            "over_table", "gb_s", "tflop_s", "reason",
+        }  # fmt: skip
+        assert (row["torch"], row["device"], row["reason"]) == (torch.__version__, "cpu", None)
+        assert (row["m"], row["r"], row["dropout_p"]) == (8, 2, 0.1)
+        assert (row["n"] is None) == (row["kernel"] == "fill_dx")
+        assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+        assert row["over_table"][1] <= row["over_table"][0] <= row["over_table"][2]
+        fields = dict(row["config"])
+        kind = {"Skinny": Skinny, "Gemm": Gemm}[fields.pop("type")]
+        assert kind is (Skinny if row["table"] == "fill" else Gemm)
+        assert fields == dataclasses.asdict(kind(**fields))
+
+
+def test_main_names_every_case_and_ends_with_a_verdict_on_each_table(run):
+    output, _ = run
+    assert "6 launches in 2 processes\n0 fail" in output
+    assert "fill_dx m8 k48 r2 p0.1 float32, fill.py 'wide': 3 of 3 timed" in output
+    assert "dx m8 k48 n40 r2 p0.1 float32, dx.py 'float32': 3 of 3 timed" in output
+    _, verdicts = output.split("tables that are beaten: ")
+    assert "fill.py interpreter wide: " in verdicts
+    assert "dx.py interpreter float32: " in verdicts
