@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-__all__ = ["is_tma_compliant", "why_not_tma"]
+__all__ = ["is_tma_compliant", "rows_fit_tma", "why_not_tma"]
 
 _ROW_BYTES = 16  # what addresses and row strides are multiples of
 
@@ -36,3 +36,8 @@ def why_not_tma(matrix: Tensor) -> str | None:
 def is_tma_compliant(*matrices: Tensor | None) -> bool:
     """Whether tensor descriptors hold all of these."""
     return all(matrix is None or why_not_tma(matrix) is None for matrix in matrices)
+
+
+def rows_fit_tma(columns: int, like: Tensor) -> bool:
+    """Whether a new matrix of so many columns, in like's dtype, is TMA compliant."""
+    return columns * like.element_size() % _ROW_BYTES == 0

@@ -21,15 +21,16 @@ TILES = Tiles(
     interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
     sm_80=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
-        (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=3)),
+        (When(r=16), SkinnyConfig(32, 128, num_warps=4, num_stages=3)),
+        (When(), SkinnyConfig(64, 64, num_warps=8, num_stages=2)),
     ],
     sm_90=[
-        (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=3)),
-        (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
+        (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=3)),
+        (When(), SkinnyConfig(32, 128, num_warps=4, num_stages=3)),
     ],
     sm_100=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=3)),
-        (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
+        (When(), SkinnyConfig(32, 128, num_warps=4, num_stages=3)),
     ],
     hip=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
@@ -82,9 +83,9 @@ def supports(r: int, numerics: Numerics) -> bool:
     return r <= _block_r(r, numerics)
 
 
-def config_for(device: torch.device, numerics: Numerics) -> SkinnyConfig:
-    """The entry of TILES that serves a layer."""
-    return select(TILES, target_of(device), bits_of(numerics.rank))
+def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
+    """The entry of TILES that serves rank r."""
+    return select(TILES, target_of(device), bits_of(numerics.rank), r=r)
 
 
 def expand_grad_a(
@@ -101,7 +102,7 @@ def expand_grad_a(
     Shapes: dh [M, R], a [R, K], x [M, K] -> dx [M, K] in x's dtype, da [R, K] in a's.
     """
     (m, k), r = x.shape, len(a)
-    config = config or config_for(x.device, numerics)
+    config = config or config_for(x.device, r, numerics)
     programs = cdiv(k, config.BLOCK_COLS)
     wanted = config.programs_per_sm * num_sms(x.device)
     parts, m_slice = split(m, config.BLOCK_ROWS, programs, wanted)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.dispatch.algorithm import SMALL_M
-from lora_kernels.dispatch.tma import is_tma_compliant
+from lora_kernels.dispatch.tma import is_tma_compliant, rows_fit_tma
 from lora_kernels.kernels.config import GemmConfig, Tiles, When, select, target_of
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import (
@@ -129,8 +129,7 @@ def _gemm_bwd_kernel(
 
 def config_for(dy: Tensor, w: Tensor, r: int, numerics: Numerics) -> GemmConfig:
     """The entry of TILES that serves dy [M, N], w [N, K] and rank r."""
-    rows_of_dx_fit = w.shape[1] * dy.element_size() % 16 == 0
-    tma = is_tma_compliant(dy, w) and rows_of_dx_fit
+    tma = is_tma_compliant(dy, w) and rows_fit_tma(w.shape[1], dy)
     return select(
         TILES, target_of(dy.device), bits_of(numerics.main), min(dy.shape[0], SMALL_M + 1), r, tma
     )
@@ -159,7 +158,7 @@ def gemm_bwd(
     config = config or config_for(dy, w, r, numerics)
     block_m, block_n, block_k, tma = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.tma
     subtiles = config.epilogue_subtile if dropout_p > 0 else 1
-    tma_store = tma and is_tma_compliant(dx)
+    tma_store = tma and rows_fit_tma(k, dx)
     tiles = cdiv(m, block_m) * cdiv(k, block_n)
     launch(
         _gemm_bwd_kernel, (num_programs(tiles, config, dy.device),),

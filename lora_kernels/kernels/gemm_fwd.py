@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.dispatch.algorithm import SMALL_M
-from lora_kernels.dispatch.tma import is_tma_compliant
+from lora_kernels.dispatch.tma import is_tma_compliant, rows_fit_tma
 from lora_kernels.kernels.config import GemmConfig, Tiles, When, select, target_of
 from lora_kernels.kernels.launch import (
     cdiv,
@@ -98,16 +98,11 @@ def config_for(x: Tensor, w: Tensor, r: int, spec: LoraSpec, numerics: Numerics)
     """The entry of TILES that serves x [M, K], w [N, K] and rank r."""
     # A tile of w stored [K, N] begins with a group, and a descriptor at multiples of 16 bytes.
     starts = itertools.accumulate(spec.splits.sizes[:-1])
-    tma = is_tma_compliant(x, w) and _rows_fit(x, w.shape[0])
-    tma = tma and (w.stride(1) == 1 or all(_rows_fit(x, start) for start in starts))
+    tma = is_tma_compliant(x, w) and rows_fit_tma(w.shape[0], x)
+    tma = tma and (w.stride(1) == 1 or all(rows_fit_tma(start, x) for start in starts))
     return select(
         TILES, target_of(x.device), bits_of(numerics.main), min(x.shape[0], SMALL_M + 1), r, tma
     )
-
-
-def _rows_fit(x: Tensor, columns: int) -> bool:
-    """Whether so many elements are a multiple of 16 bytes, as rows of y must be for TMA."""
-    return columns * x.element_size() % 16 == 0
 
 
 def gemm_fwd(
@@ -134,7 +129,7 @@ def gemm_fwd(
     block_m, block_n, block_k, tma = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.tma
     # A tile that ends with its group, not with y, must not write the columns behind it.
     whole_tiles = all(size % block_n == 0 for size in splits.sizes[:-1])
-    tma_store = tma and whole_tiles and is_tma_compliant(y)
+    tma_store = tma and whole_tiles and rows_fit_tma(n, y)
     tiles = cdiv(m, block_m) * sum(cdiv(size, block_n) for size in splits.sizes)
     launch(
         _gemm_fwd_kernel, (num_programs(tiles, config, x.device),),

@@ -166,7 +166,7 @@ KERNELS = {
                     o.dh, o.a, o.x, *_dropout(o), o.numerics, c
                 ),
                 formula=lambda o, dtype: formulas.expand_dx(o, dtype) + formulas.grad_a(o, dtype),
-                config_for=lambda o: expand_grad_a.config_for(o.x.device, o.numerics),
+                config_for=lambda o: expand_grad_a.config_for(o.x.device, len(o.a), o.numerics),
                 flops=lambda d: 4 * d.m * d.k * d.r,
                 moved=lambda d: 2 * d.e * (d.m * d.k + d.r * d.k) + 4 * d.m * d.r,
                 supports=lambda o: expand_grad_a.supports(len(o.a), o.numerics),

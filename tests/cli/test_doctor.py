@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 
 import lora_kernels
 from lora_kernels.cli import doctor, main
-from lora_kernels.dispatch import algorithm
+from lora_kernels.dispatch import algorithm as algorithms
 from lora_kernels.dispatch.table import TuningEntry
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a CPU")
@@ -119,7 +119,7 @@ def hopper(monkeypatch):
     properties = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(algorithm, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(algorithms, "capability_of", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(doctor, "_driver", lambda: "580.1")
     monkeypatch.setattr(doctor, "_failures", lambda device: [])
@@ -145,7 +145,7 @@ def test_gpu_that_all_is_well_with(hopper, algorithm, capsys):
 @pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
 def test_algorithm_of_a_backward_is_its_own(hopper, algorithm, monkeypatch):
     entry = TuningEntry((9, 0), torch.bfloat16, "fused", "a.json", m=(8192, 8192), backward=False)
-    monkeypatch.setattr(algorithm, "TABLE", (entry,))
+    monkeypatch.setattr(algorithms, "TABLE", (entry,))
     taken = [(row["product"], row["algorithm"]) for row in doctor.examine().algorithms]
     assert taken == [
         ("training, forward, [8192, 4096] x [4096, 4096], r=16, bfloat16", "fused"),
@@ -165,7 +165,7 @@ def test_gpu_whose_products_are_kept_from_the_kernels(hopper, algorithm, capsys)
 
 @pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
 def test_gpu_without_triton(hopper, algorithm, monkeypatch):
-    monkeypatch.setattr(algorithm, "_has_triton", lambda: False)
+    monkeypatch.setattr(algorithms, "_has_triton", lambda: False)
     (missing,) = doctor.examine().missing
     assert missing.what == "triton 3.4 or newer is not installed"
     assert missing.fix.startswith("pip install")

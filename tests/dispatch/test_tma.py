@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_kernels.dispatch.tma import is_tma_compliant, why_not_tma
+from lora_kernels.dispatch.tma import is_tma_compliant, rows_fit_tma, why_not_tma
 
 F16 = torch.float16
 
@@ -35,3 +35,10 @@ def test_why_not_tma_says_what_is_in_the_way(change, reason):
 def test_is_tma_compliant_is_about_all_of_them():
     good, bad = torch.zeros(16, 64, dtype=F16), torch.zeros(7, 9, dtype=F16)
     assert not is_tma_compliant(good, bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [1, 4, 6, 8, 12, 64])
+def test_rows_fit_tma_is_what_a_new_matrix_is(columns, dtype):
+    new = torch.empty(3, columns, dtype=dtype)
+    assert rows_fit_tma(columns, new) == is_tma_compliant(new)
