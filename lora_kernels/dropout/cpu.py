@@ -195,9 +195,10 @@ _thread = threading.local()
 def _keeps(calls: int, device: torch.device) -> bool:
     """Whether so many calls use memory that the thread keeps.
 
-    Memory is kept because the page faults of fresh memory cost more than the arithmetic. Two things
-    forbid it. Transforms of torch.func let a function write only to memory that it has made itself.
-    Tensors made under a dispatch mode, such as FakeTensorMode, are of no use outside of it.
+    On a CPU, memory for up to _CALLS_AT_ONCE calls is kept, because the page faults of fresh memory
+    cost more than the arithmetic. Two things forbid it. Transforms of torch.func let a function
+    write only to memory that it has made itself. Tensors made under a dispatch mode, such as
+    FakeTensorMode, are of no use outside of it.
     """
     apart = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
     return device.type == "cpu" and calls <= _CALLS_AT_ONCE and not apart
@@ -211,7 +212,7 @@ def _kept() -> "_Kept":
 
 
 class _Kept:
-    """What a thread keeps: generators of the last shapes, in shared memory, and a mask's memory."""
+    """What a thread keeps: generators of the last shapes over one memory, and a mask's memory."""
 
     def __init__(self):
         self.generator = functools.lru_cache(_GENERATORS)(self._generator)

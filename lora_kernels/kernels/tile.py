@@ -128,8 +128,7 @@ def add_low_rank(
 ):  # fmt: skip
     """acc + scale · left[row..] · right[:, right_row..]: left [rows, R] (h or dh).
 
-    RIGHT_T: right is stored [.., R] (b), otherwise [R, ..] (a). left is float32, or scale
-    is 1.
+    RIGHT_T: right is stored [.., R] (b), otherwise [R, ..] (a). left is float32, or scale is 1.
     """
     # One stage: factors are read once, and more buffers would come on top of those of the product.
     for block in tl.range(0, RANK_BLOCKS, num_stages=1):
