@@ -23,12 +23,12 @@ _LARGEST = sys.float_info.max
 
 
 def layer_name(layer: str | nn.Module) -> str:
-    """What an error calls a layer: its class with its arguments; of a function, its name."""
+    """The name of a layer in errors: its class with its arguments; a function's own name."""
     return layer if isinstance(layer, str) else f"{type(layer).__name__}({layer.extra_repr()})"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives x, weight and bias; None if they stay. Adapters always stay."""
+    """The dtype that autocast casts x, weight and bias to, or None. It never casts adapters."""
     device_type = x.device.type
     if device_type == "meta" or x.dtype == torch.float64:
         return None
@@ -145,8 +145,9 @@ def check_operands(
     bias: Tensor | None,
     splits: OutputSplits,
 ) -> None:
-    """Factors and bias fit weight [N, K] and splits, which fit each other. Raises: TypeError,
-    ValueError.
+    """lora_A, lora_B and bias fit weight [N, K] and splits. Raises: TypeError, ValueError.
+
+    splits must fit weight already.
     """
     (n, k), device = weight.shape, weight.device
     check_tensor(layer, "lora_A", a)

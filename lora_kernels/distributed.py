@@ -1,4 +1,4 @@
-"""Parameters that torch.distributed shards (FSDP2's fully_shard): as DTensors."""
+"""Parameters that FSDP2 (fully_shard) has sharded: they are DTensors."""
 
 import sys
 
@@ -9,19 +9,19 @@ __all__ = ["distribute_like", "full_tensor", "is_dtensor", "is_managed", "is_sha
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether tensor holds this rank's shard of a larger one."""
-    module = sys.modules.get("torch.distributed.tensor")  # without it there is none
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensors yet
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor, a collective that every rank takes part in; others as they are."""
+    """The whole of a DTensor, for which every rank must call this; other tensors unchanged."""
     if not is_dtensor(tensor):
         return tensor
-    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # offloaded ones lie elsewhere
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # from the CPU, if offloaded
 
 
 def distribute_like(whole: Tensor, like: Tensor) -> Tensor:
-    """whole, equal on every rank, laid out as like: a DTensor where that is one."""
+    """whole, equal on every rank, distributed as like is; unchanged if like is not a DTensor."""
     if not is_dtensor(like):
         return whole
     from torch.distributed.tensor import distribute_tensor
@@ -37,5 +37,5 @@ def is_sharded_alone(module: nn.Module) -> bool:
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Whether fully_shard has taken over module's own parameters, gathered at the moment or not."""
-    return getattr(module, "_is_fsdp_managed_module", False)  # as TorchDynamo tells them
+    """Whether fully_shard manages module's own parameters, gathered at the moment or not."""
+    return getattr(module, "_is_fsdp_managed_module", False)  # what TorchDynamo asks, too

@@ -1,6 +1,6 @@
 """The functions: lora_linear, lora_merged_linear, lora_shared_linear.
 
-Here are their documentation, their checks, autocast and the seed of dropout; ops/ computes.
+This file documents them, checks arguments, and sees to autocast and seeds; ops/ computes.
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,16 @@ def lora_linear(
 
     Shapes: x [..., K], weight [N, K] (any strides: pass ``w.T`` for one stored [K, N]),
     lora_A [R, K], lora_B [N, R], bias [N] -> y [..., N].
-    Dtypes: float32, float16, bfloat16, float64; x, weight and bias share one, the adapters may
-    have another (float32 over a 16-bit base). Gradients come back in the dtype of their operand.
-    dropout_p in [0, 1) acts on x in front of lora_A alone, always (a layer passes 0 in eval). The
-    mask is a pure function of (seed, row, column), see dropout/mask.py. seed: int64 tensor of one
-    element on x's device; None draws one from PyTorch's generator of that device, and under
-    torch.distributed one that no other rank draws.
+    Dtypes: float32, float16, bfloat16, float64; x, weight and bias share one (autocast sees to
+    it), lora_A and lora_B may have another (float32 over a 16-bit base). A gradient has the dtype
+    of its operand.
+    dropout_p in [0, 1) acts on the x that lora_A sees, not on the x that weight sees. It acts in
+    every call: a layer passes 0 in eval mode. The mask is a pure function of seed, row and column,
+    see dropout/mask.py. seed: int64 tensor of one element on x's device; None draws one from
+    PyTorch's generator of that device. Under torch.distributed no other rank draws the same one.
     Raises: TypeError if an operand is not a dense floating-point tensor; ValueError if shapes,
-    dtypes, devices or values do not fit.
+    dtypes, devices or values do not fit; RuntimeError for a double backward through x and lora_B
+    if lora_A does not require a gradient.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
     """
     name = "lora_linear"
@@ -60,7 +62,7 @@ def lora_merged_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x·weightᵀ + bias, and for each enabled group g of columns + scaling·h_g·lora_B_gᵀ.
+    """y = x·weightᵀ + bias, plus scaling·h_g·lora_B_gᵀ in the columns of each enabled group g.
 
     The columns of y fall into len(enable_lora) groups, of equal size or of the sizes in out_splits
     (query, key, value of grouped-query attention: ``out_splits=(4096, 1024, 1024)``). The g-th
@@ -69,7 +71,8 @@ def lora_merged_linear(
 
     Shapes: x [..., K], weight [N, K], lora_A [E·r, K], lora_B [sum of the enabled splits, r],
     bias [N] -> y [..., N], with E = number of enabled groups, at least one.
-    Dtypes, dropout_p, seed, errors: as lora_linear.
+    Dtypes, dropout_p, seed, errors: as lora_linear; ValueError also if no group is enabled, or
+    if enable_lora and out_splits do not fit each other or weight.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.2; loralib's MergedLinear.
     """
     name = "lora_merged_linear"
@@ -94,14 +97,16 @@ def lora_shared_linear(
 ) -> tuple[Tensor, ...]:
     """y_l = x·weight_lᵀ + bias_l + scaling_l·(dropout_l(x)·lora_A_lᵀ)·lora_B_lᵀ for each layer l.
 
-    What lora_linear gives for each layer, with one read of x for all low-rank products, and one dx
-    to which the layers add in place. Each layer has a dropout mask of its own.
+    The results are those of lora_linear for each layer. x is read once for all low-rank products,
+    and the layers add to one dx in place. Each layer has its own dropout mask.
 
     Shapes: x [..., K]; for each of L layers weight [N_l, K], lora_A [R, K] with one R for all,
     lora_B [N_l, R], bias [N_l] -> L tensors [..., N_l].
-    Dtypes, dropout_p, errors: as lora_linear. scalings: None means 1 for each. seed: int64 tensor
-    of L elements on x's device; None draws them.
-    There is no second derivative: differentiating twice raises a RuntimeError.
+    Dtypes, dropout_p, errors: as lora_linear; ValueError also if the lists are empty or differ in
+    length, or if R differs; RuntimeError for a double backward, because the second derivative is
+    not implemented.
+    scalings: None means 1 for each. seed: int64 tensor of L elements on x's device; None draws
+    them.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; for the sharing, the fused QKV of
     unslothai/unsloth, which has no dropout.
     """
@@ -112,8 +117,8 @@ def lora_shared_linear(
     for argument, values in lists.items():
         if len(values) != count or count == 0:
             raise ValueError(
-                f"{name}: {argument} must have one entry for each of at least one weights, got "
-                f"{len(values)} for {count}"
+                f"{name}: {argument} must have one entry for each of weights, which must not be "
+                f"empty, got {len(values)} for {count} weights"
             )
     ranks = [a.shape[0] if isinstance(a, Tensor) and a.dim() else None for a in lora_As]
     if len(set(ranks)) > 1:
@@ -143,7 +148,7 @@ def lora_forward(
 ) -> Tensor:
     """lora_linear and lora_merged_linear for a layer, which names itself in errors.
 
-    spec.splits fits weight [N, K].
+    spec.splits must fit weight [N, K].
     """
     x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
     seed = _seeds_for(layer, x, spec.dropout_p, seed)
@@ -178,7 +183,7 @@ def _prepare(
 def _seeds_for(
     layer: str | nn.Module, x: Tensor, dropout_p: float, seed: Tensor | None, count: int = 1
 ) -> Tensor | None:
-    """seed if it is one of count masks, drawn if it is None; None without dropout."""
+    """The seeds of count masks: seed, or drawn ones if it is None; None without dropout."""
     if dropout_p == 0.0:
         return None
     if seed is None:
@@ -199,13 +204,14 @@ def _seeds_for(
 def _draw_seeds(count: int, device: torch.device) -> Tensor:
     """Seeds from PyTorch's generator; under torch.distributed, out of this rank's share of int64.
 
-    Ranks to which set_seed(42) gave one state of the generator draw the same numbers, and
-    nn.Dropout drops the same elements on all of them. Seeds out of disjoint ranges give every rank
-    a mask of its own. The rank only moves the bounds of the draw: checkpoint recompute, CUDA graph
-    capture and torch.compile see the one operation that they see in a single process.
+    After set_seed(42) on every rank, all generators have the same state and draw the same numbers;
+    nn.Dropout then drops the same elements on all ranks. Seeds out of disjoint ranges give every
+    rank its own mask. The rank only moves the bounds of the draw. So the recomputation of
+    checkpointing, CUDA graph capture and torch.compile see the one operation that they see in a
+    single process.
 
-    Ranks that compute the same activations twice over, as tensor parallelism does around what it
-    shards, need one mask: draw seed there, equal on all of them, and pass it.
+    Ranks that compute the same activations, as under tensor parallelism outside of what it shards,
+    need the same mask: there, the caller draws one seed for all of them and passes it.
     """
     rank, ranks = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():

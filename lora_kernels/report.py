@@ -20,11 +20,11 @@ __all__ = ["Report", "Row", "report"]
 
 
 class Row(NamedTuple):
-    """How one LoRA layer runs, as it stands."""
+    """How one LoRA layer would run now."""
 
     name: str  # in the model
     kind: str  # its class; for one of PEFT's also that of its base layer
-    weight: tuple[int, ...]  # shape of the base weight: [N, K] of a linear, as stored of others
+    weight: tuple[int, ...]  # shape of the base weight: [N, K] of a linear, else as stored
     ranks: tuple[int, ...]  # of the active adapters
     dtype: torch.dtype | None  # of the base weight
     fused: bool  # whether the forward is lora_linear or lora_shared_linear
@@ -55,12 +55,12 @@ class Report(list[Row]):
 
 
 def report(model: nn.Module, tokens: int = 4096) -> Report:
-    """Every LoRA layer of a model: fused by which algorithm for this many tokens, or why not.
+    """For every LoRA layer, by which algorithm it is fused for so many tokens, or why it is not.
 
-    It tells what the next forward would do with an input of the base weight's dtype, and the
-    backward behind it: with the adapters that are active now, in this mode, under the autocast that
-    is on. Parameters that fully_shard has sharded are DTensors until a forward gathers them: ask
-    inside of a forward.
+    It says what the next forward and its backward would do with an input of the base weight's
+    dtype: with the adapters that are active now, in the current mode and under the current
+    autocast. Parameters that fully_shard has sharded are DTensors until a forward gathers them:
+    call report inside of a forward.
 
     Raises: ValueError if tokens is not an integer >= 1.
     """
@@ -138,7 +138,7 @@ def _algorithm(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens
     n, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     x = _example(weights[0])
     dtype = checks.autocast_dtype(x) or x.dtype
-    if dtype != x.dtype:  # as autocast will lay them out
+    if dtype != x.dtype:  # with the strides that autocast gives them
         weights = [torch.empty_like(weight, dtype=dtype, device="meta") for weight in weights]
     dys = [torch.empty((0, w.shape[0]), dtype=dtype, device="meta") for w in weights]
     shape = GemmShape(tokens, n, k, r, dtype, x.device, dropout_p > 0)

@@ -1,7 +1,7 @@
 """The values that travel together: LoraSpec, OutputSplits, Needs.
 
-They hold no tensors, they are compared and hashed by value, and torch.compile traces them through
-an autograd Function without a recompilation.
+They hold no tensors and are compared and hashed by value. torch.compile traces them through an
+autograd Function without recompiling.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +29,8 @@ class Group(NamedTuple):
 class OutputSplits:
     """Output columns in groups: how wide each group is, and whether it has an update.
 
-    E is the number of enabled groups. lora_A has E·r rows, lora_B the rows of the enabled groups.
+    E is the number of enabled groups. lora_A has E·r rows. lora_B has a row for each column of an
+    enabled group.
     """
 
     sizes: tuple[int, ...]
@@ -37,7 +38,7 @@ class OutputSplits:
 
     @classmethod
     def whole(cls, columns: int) -> "OutputSplits":
-        """One enabled group of all columns: a LoRALinear's."""
+        """One enabled group of all columns, as a LoRALinear has it."""
         return cls((columns,), (True,))
 
     @classmethod
@@ -50,12 +51,12 @@ class OutputSplits:
         owner: str,
         names: tuple[str, str] = ("enable_lora", "out_splits"),
     ) -> "OutputSplits":
-        """The groups, once they are known to fit together; sizes=None makes them equal.
+        """The groups, after a check that they fit together; sizes=None makes them equal.
 
         owner: what an error begins with: a layer, a function, or a file and the place in it.
-        names: what enabled and sizes are called there.
+        names: what an error calls enabled and sizes.
         Raises: ValueError if enabled is not a list or tuple of at least one bool, if its length
-        does not divide columns and there are no sizes, or if sizes are not as many integers >= 1
+        does not divide columns and sizes is None, or if sizes are not len(enabled) integers >= 1
         that sum to columns.
         """
         flags, parts = names
@@ -123,10 +124,10 @@ def _is_size(size) -> bool:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What an update is besides its tensors.
+    """The values of an update that are not tensors.
 
-    scaling: what h·lora_Bᵀ is multiplied by. dropout_p: the probability with which an element of x
-    is dropped in front of lora_A, in [0, 1). splits: the groups of output columns.
+    scaling: the factor of h·lora_Bᵀ. dropout_p: the probability in [0, 1) that an element of x is
+    dropped before lora_A. splits: the groups of output columns.
     """
 
     scaling: float

@@ -1,4 +1,4 @@
-"""Files of adapters: read with suspicion, and replaced only by complete ones."""
+"""Files of adapters: checked when they are read, and replaced only by complete ones."""
 
 import contextlib
 import json
@@ -65,18 +65,18 @@ def read_pickle(path: Path) -> Any:
         raise
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path}: holds more than tensors, or is damaged; a pickle can run code, so nothing "
-            f"else in one is loaded"
+            f"{path}: holds more than tensors, or is damaged; a pickle can run code, so only "
+            f"tensors are loaded from one"
         ) from None
-    except Exception as error:  # damaged files fail in every way there is
+    except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path}: torch.load cannot read it: {error}") from None
 
 
 @contextlib.contextmanager
 def replacing(directory: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A folder to write files of these names in; then they replace those in directory, in order.
+    """Gives a folder to write files of these names in. Then they replace those in directory.
 
-    If an error ends the writing, directory is as it was.
+    They do so in this order. If an error ends the writing, directory is unchanged.
     """
     directory.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory))

@@ -41,18 +41,18 @@ __all__ = ["load_adapter"]
 def load_adapter(
     model: nn.Module, directory: str | os.PathLike, *, merge_weights: bool = True
 ) -> nn.Module:
-    """Reads an adapter that save_adapter or PEFT wrote into model; returns model.
+    """Puts an adapter, from files of save_adapter or PEFT, into model; returns model.
 
-    A plain model is wrapped as by apply_lora, with adapters in float32 over 16-bit weights, and
-    trains what the adapter trained; modules that the adapter brings as a whole are untied as there.
-    A model that has LoRA layers must have exactly those of the adapter, with the same ranks; it
-    takes over values, lora_alpha and scaling, and keeps its dropout and requires_grad. The same
-    wrappers are looked through as by save_adapter. A model that fully_shard has sharded must have
-    its LoRA layers already, and every rank has to call this.
+    A plain model is wrapped as by apply_lora, with float32 adapters over 16-bit weights. It trains
+    what the adapter trained. Modules that the adapter holds as a whole are untied as by apply_lora.
+    A model that has LoRA layers must have exactly those of the adapter, with the same ranks. It
+    takes over values, lora_alpha and scaling, and keeps its dropout and requires_grad. model may be
+    wrapped as for save_adapter. A model that fully_shard has sharded must have its LoRA layers
+    already, and every rank has to call this.
     Raises: FileNotFoundError for a missing directory or file; ValueError, naming file and key, for
     all that is damaged, does not fit together or does not fit the model, for pickles (never read)
-    and for what PEFT offers beyond LoRA (DoRA, lora_bias, layer_replication, ...). Then model is
-    as it was.
+    and for what PEFT offers beyond LoRA (DoRA, lora_bias, layer_replication, ...). After an error
+    model is unchanged.
     """
     adapter = peft.read(Path(directory))
     wrapper, model = model, unwrapped(model)
@@ -77,7 +77,7 @@ def load_adapter(
 
 @dataclass(frozen=True, eq=False)
 class _Fitted:
-    """What to make of a model: its layers by path, the entries to load then, the modules saved."""
+    """What a model becomes: its layers by path, then the entries to load, the modules saved."""
 
     specs: dict[str, LayerSpec]
     state: dict[str, Tensor]
@@ -85,7 +85,7 @@ class _Fitted:
 
 
 def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
-    """How adapter goes into model. Every check that needs both is here; nothing changes here."""
+    """How adapter fits model, after every check that needs both; this changes nothing."""
     source, adapted, own = adapter.source, adapted_layers(model), model.state_dict()
 
     def takes_part(path: str) -> bool:
@@ -117,7 +117,7 @@ def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
 
 
 def _targets(model: nn.Module, adapter: Adapter, adapted: Collection[str]) -> dict[str, nn.Module]:
-    """The modules that the adapter means; of a model that has LoRA, all that have it."""
+    """The modules that the adapter means: the LoRA layers, if model has some."""
     targets = match_targets(model, adapter.target_modules, adapter.modules_to_save)
     if adapter.restricted:
         targets = {path: module for path, module in targets.items() if path in adapter.layers}
@@ -128,14 +128,14 @@ def _targets(model: nn.Module, adapter: Adapter, adapted: Collection[str]) -> di
         return targets
     for path in sorted(set(targets) ^ set(adapted)):
         has, lacks = ("model", "adapter") if path in adapted else ("adapter", "model")
-        raise ValueError(f"the {has} has LoRA on {path!r}, the {lacks} has not")
+        raise ValueError(f"the {has} has LoRA on {path!r}, the {lacks} does not")
     return targets
 
 
 def _embedding_keys(model: nn.Module) -> dict[str, str]:
     """Key in the plain model -> key in model.state_dict(), of weights that PEFT may store too.
 
-    It does so if the input embedding or the output head is wrapped, or has a new vocabulary.
+    PEFT does so if the input embedding or the output head is wrapped, or has a new vocabulary.
     """
     keys = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -150,7 +150,7 @@ def _embedding_keys(model: nn.Module) -> dict[str, str]:
 
 
 def _distributed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """state, each tensor laid out over the ranks as the one of own with its key."""
+    """state, each tensor distributed over the ranks as own's tensor with the same key."""
     return {key: distributed.distribute_like(value, own[key]) for key, value in state.items()}
 
 
@@ -184,14 +184,16 @@ def _check_entries(
 
 
 def _check_base(layer: AdapterLayer, module: nn.Module, source: Source) -> None:
-    """The layer changes a module such as this one. Raises: ValueError that says what differs."""
+    """The layer fits module. Raises: ValueError that says what differs."""
     base, kind = BaseModule.of(module), type(module).__name__
     a, b = (source.place(join(layer.path, name)) for name in ("lora_A", "lora_B"))
     reason = base.conv and base.conv.not_two_convolutions()
     if reason is not None:
-        raise ValueError(f"{a}: this is not a change of the weight: {reason}")
+        raise ValueError(f"{a}: no change of the weight does the same as the factors: {reason}")
     if base.kind != layer.base.kind:
-        raise ValueError(f"{a}: must be of a {base.kind} for {kind}, is of a {layer.base.kind}")
+        raise ValueError(
+            f"{a}: must be a factor of a {base.kind} for {kind}, got one of a {layer.base.kind}"
+        )
     if base.inputs != layer.base.inputs:
         raise ValueError(f"{a}: must have {base.inputs} inputs for {kind}, got {layer.base.inputs}")
     if base.conv is not None and base.conv.kernel_size != layer.base.conv.kernel_size:
@@ -206,7 +208,7 @@ def _check_base(layer: AdapterLayer, module: nn.Module, source: Source) -> None:
 
 
 def _check_agrees(layer: AdapterLayer, a: Tensor, module: LoRALayer, source: Source) -> None:
-    """The layer, whose own lora_A is a, is module's. Raises: ValueError that says what differs."""
+    """module has layer's groups and rank, and a's shape. Raises: ValueError that names both."""
     place = source.place(join(layer.path, "lora_A"))
     splits = module.splits if isinstance(module, LoRAMergedLinear) else None
     if splits != layer.spec.splits:
@@ -241,7 +243,7 @@ def _check_like(place: str, stored: Tensor, own: Tensor) -> None:
 def _check_ties(
     source: Source, model: nn.Module, state: Mapping[str, Tensor], saved: Collection[str]
 ) -> None:
-    """What model ties to a module that trains as a whole gets the same values from state."""
+    """Parameters tied to a module that trains as a whole get the same values from state."""
     keys_of: dict[int, list[str]] = {}
     for owner, module in named_modules(model, remove_duplicate=False):
         for name, parameter in module._parameters.items():
@@ -253,7 +255,7 @@ def _check_ties(
             for other in keys:
                 if other not in state or not torch.equal(state[key], state[other]):
                     raise ValueError(
-                        f"{source.weights}: {key} is alone in it, or another than {other}, to "
-                        f"which the model ties it: load the adapter into a plain model, which "
-                        f"unties them"
+                        f"{source.weights}: {key} is tied to {other} in the model, but the "
+                        f"adapter lacks {other}, or has other values for it: load the adapter "
+                        f"into a plain model, which unties them"
                     )

@@ -36,14 +36,13 @@ def save_adapter(
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT and load_adapter read.
 
     Saved: every LoRA layer that has factors; the biases and modules that
-    mark_only_lora_as_trainable (apply_lora calls it) opened; the modules named in modules_to_save,
-    and those that are tied to them, for PEFT and load_adapter untie them.
+    mark_only_lora_as_trainable (apply_lora calls it) made trainable; the modules named in
+    modules_to_save, and those that are tied to them, because PEFT and load_adapter untie them.
     LoRAMergedLinear and convolutions become PEFT layers of a higher rank with the same update;
     load_adapter gives back the original ones. Both files are complete before either replaces an
-    older one. DistributedDataParallel and torch.compile around model are looked through, and
-    PyTorch's checkpoint_wrapper in it; one rank or all of them may call it. With a model that
-    fully_shard has sharded every rank has to: all gather, rank 0 writes, and all return when it
-    has.
+    older one. model may be inside DistributedDataParallel or torch.compile, and may hold PyTorch's
+    checkpoint_wrapper. One rank or all of them may call this. If fully_shard has sharded model,
+    every rank has to call it: all gather, rank 0 writes, and all return when it has written.
     Raises: ValueError for a model without LoRA, a value that is not finite, a LoRA layer inside a
     saved module, and a convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
     """
@@ -65,7 +64,7 @@ def adapter_of(model: nn.Module, modules_to_save: Collection[str]) -> Adapter:
     Raises: ValueError for a model that has no LoRA layer or is one itself, and for a name that no
     module has.
     """
-    state = model.state_dict()  # first: FSDP has its parameters sharded again by this
+    state = model.state_dict()  # first, because this makes FSDP shard its parameters again
     layers = adapted_layers(model)
     if not layers or "" in layers:
         what = "has no LoRA layer" if not layers else "is itself a LoRA layer: put it in a module"

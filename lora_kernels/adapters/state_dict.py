@@ -29,7 +29,7 @@ def lora_state_dict(
     model.state_dict(), parameters that fully_shard has sharded are DTensors: ``full_tensor()``, on
     every rank, gathers one.
     Raises: NotImplementedError for another bias; ValueError for a name that no module has.
-    Source: loralib's function; a name in the middle of a path decides nothing here.
+    Source: loralib's function, which also looks at names in the middle of a path.
     """
     check_bias(bias)
     saved = saved_paths(model, as_names("modules_to_save", modules_to_save))
@@ -42,7 +42,7 @@ def lora_state_dict(
 
 
 def _bias_keys(model: nn.Module, bias: str) -> set[str]:
-    """Keys of model.state_dict() of the biases that mark_only_lora_as_trainable(bias) opens."""
+    """Keys in model.state_dict() of the biases that mark_only_lora_as_trainable(bias) trains."""
     owners = set()
     if bias == "all":
         owners = {id(module) for module in model.modules()}
@@ -63,12 +63,12 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Weights that LoRA changes are copies, the rest is shared with model as in state_dict(). If a
     tied weight has LoRA on one side, or another LoRA on each, its entries differ: load it into an
     untied model.
-    Parameters that fully_shard has sharded are DTensors; every rank has to call it then.
+    Parameters that fully_shard has sharded are DTensors. Every rank has to call this then.
     Raises: ValueError for an embedding with max_norm, which would limit the merged rows anew.
     """
     renamed, dropped, merged = {}, set(), {}
     copies: dict[int, Tensor] = {}
-    state = model.state_dict()  # first: FSDP has its parameters sharded again by this
+    state = model.state_dict()  # first, because this makes FSDP shard its parameters again
     for path, layer in named_modules(model, remove_duplicate=False):
         if not isinstance(layer, LoRALayer):
             continue

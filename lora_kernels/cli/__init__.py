@@ -1,7 +1,7 @@
 """The command line, ``lora-kernels`` or ``python -m lora_kernels``: run, doctor, convert.
 
-Exit codes: 0; 1 if doctor found something missing; 2 if the user is at fault, with one line on
-stderr. What ``run`` runs ends with its own exit code.
+Exit codes: 0; 1 if doctor found something missing; 2, with one line on stderr, if an argument or a
+file is wrong. What ``run`` runs ends with its own exit code.
 """
 
 import argparse
@@ -87,15 +87,15 @@ def _add_convert(commands) -> None:
         "convert",
         usage="%(prog)s SOURCE DESTINATION [options]",
         help="convert an adapter between loralib's .pt and PEFT's directory",
-        description="SOURCE is a directory with adapter_config.json and adapter_model.safetensors, "
-        "as PEFT and save_adapter write it: DESTINATION becomes a file that torch.save wrote, with "
-        "the keys of loralib's lora_state_dict. Or SOURCE is such a file: DESTINATION becomes such "
-        "a directory. Nothing pickled is executed.",
+        description="If SOURCE is a directory with adapter_config.json and "
+        "adapter_model.safetensors, as PEFT and save_adapter write it, DESTINATION becomes a file "
+        "of torch.save with the keys of loralib's lora_state_dict. If SOURCE is such a file, "
+        "DESTINATION becomes such a directory. Nothing pickled is executed.",
     )
     convert.add_argument("source", metavar="SOURCE")
     convert.add_argument("destination", metavar="DESTINATION")
     to_peft = convert.add_argument_group(
-        "what a loralib file does not hold, from loralib to PEFT",
+        "from loralib to PEFT: what a loralib file does not hold",
         "NAME is the path of a module in the model, or the end of one.",
     )
     to_peft.add_argument(
@@ -121,7 +121,7 @@ def _add_convert(commands) -> None:
     )
     to_peft.add_argument(
         "--modules-to-save", action="append", default=[], metavar="NAME",
-        help="NAME is in the file as a whole, as a new head is",
+        help="NAME was trained as a whole, as a new head is",
     )  # fmt: skip
     convert.set_defaults(command=_convert)
 

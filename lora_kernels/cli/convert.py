@@ -12,9 +12,9 @@ __all__ = ["convert"]
 
 
 def convert(options: argparse.Namespace) -> list[str]:
-    """Does what the command line asks for; lines that say what was done.
+    """Does what the command line asks for; returns lines that say what was done.
 
-    PEFT's directory becomes loralib's file, all else PEFT's directory.
+    PEFT's directory becomes loralib's file. Every other format becomes PEFT's directory.
     Raises: UsageError, in one line, for all that cannot be read, converted or written.
     """
     source, destination = Path(options.source), Path(options.destination)
@@ -42,7 +42,7 @@ def _hints(options: argparse.Namespace) -> Hints:
 
 
 def _numbers(option: str, values: Iterable[str]) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """Name, "" without one, and numbers of each [NAME=]N,N,... that an option was given."""
+    """Name (or "") and numbers of each [NAME=]N,N,... that an option was given."""
     for value in values:
         name, _, numbers = value.rpartition("=")
         try:

@@ -47,7 +47,7 @@ class Findings:
     """What was found. None: a package is not installed, a variable is not set.
 
     gpus: device, name, capability, driver of each; no_gpu: why there is none. algorithms: device,
-    product, algorithm and reason. peft: what patch_peft() does with the PEFT that is installed.
+    product, algorithm and reason. peft: what patch_peft() does to the installed PEFT.
     missing: empty if the kernels will run on every GPU, and for PEFT too if it is installed.
     """
 
@@ -130,13 +130,13 @@ def _version(package: str) -> str | None:
 
 
 def _peft() -> tuple[str, list[Missing]]:
-    """What report() tells of a layer of PEFT's under patch_peft(), which is undone again."""
+    """What report() says of a layer of PEFT under patch_peft(), which is undone afterwards."""
     if _version("peft") is None:
         return "peft is not installed", []
     try:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora.layer import Linear
-    except Exception as error:  # versions that do not go together fail in many ways
+    except Exception as error:  # incompatible versions fail in many ways
         reason = f"peft cannot be imported: {' '.join(str(error).split())}"
         return reason, [Missing(reason, "pip install --upgrade peft transformers accelerate")]
     upstream = Linear.forward
@@ -147,7 +147,7 @@ def _peft() -> tuple[str, list[Missing]]:
         patch_peft()
     try:
         (row,) = report(model)
-    except ValueError as error:  # LORA_KERNELS_PLAN, which examine() has named as missing
+    except ValueError as error:  # LORA_KERNELS_PLAN, which examine() has put into missing
         return f"not known: {error}", []
     finally:
         if Linear.forward is not upstream:

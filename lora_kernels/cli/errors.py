@@ -1,7 +1,7 @@
-"""What the user has to put right; every other exception is a fault of the program."""
+"""Errors that the user can fix; every other exception is a bug of this program."""
 
 __all__ = ["UsageError"]
 
 
 class UsageError(Exception):
-    """A bad argument, file or option, told in one line; the command ends with exit code 2."""
+    """A bad argument, file or option, described in one line; the command ends with exit code 2."""

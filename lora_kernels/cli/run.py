@@ -48,7 +48,7 @@ def run_module(name: str, arguments: Sequence[str]) -> int:
     Raises: UsageError if there is no such module; SystemExit as the module does.
     """
     _replace_first_path(os.getcwd())
-    sys.argv = ["-m", *arguments]  # while packages around the module are imported, as in Python
+    sys.argv = ["-m", *arguments]  # while the module's packages are imported, as in Python
     patch_on_import()
     if not _is_executable(name):
         raise UsageError(f"run: no module named {name} that can be run")
@@ -87,9 +87,9 @@ def _outcome(run) -> int:
 
 
 def patch_on_import() -> None:
-    """Has patch_peft() called as soon as peft is imported, here and in processes spawned from here.
+    """Makes the import of peft call patch_peft(), here and in processes spawned from here.
 
-    Idempotent.
+    A second call changes nothing.
     """
     if "peft" in sys.modules:
         _patch()

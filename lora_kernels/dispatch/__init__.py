@@ -1,3 +1,3 @@
-"""Which algorithm computes a product: choice, measurements that ship, and what takes over."""
+"""Which algorithm computes a product: choice, measurements that ship, what follows a failure."""
 
 __all__: list[str] = []

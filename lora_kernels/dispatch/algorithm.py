@@ -33,15 +33,16 @@ class Algorithm(NamedTuple):
 
 
 def is_small_m(m: int, dropout: bool) -> bool:
-    """Whether one kernel makes h and y of m rows: with dropout every program draws the mask."""
+    """Whether one kernel makes h and y of m rows: fewer if every program has to draw the mask."""
     return m <= (16 if dropout else SMALL_M)
 
 
 def unmeasured(shape: GemmShape) -> str:
-    """The algorithm for a product that no entry of the table holds for.
+    """The algorithm for a product that no entry of the table covers.
 
-    It is addmm, which with cuBLAS for its large part is never far from the best, but for a small m
-    in the forward, where it takes three launches beside the one of cuBLAS.
+    It is addmm: cuBLAS computes its large part, so it is never far from the best. The exception is
+    the forward of a small m up to rank 32. There addmm takes three launches besides cuBLAS's, and
+    fused takes one in all.
     """
     one_launch = is_small_m(shape.m, shape.dropout) and shape.r <= 32 and not shape.backward
     return "fused" if one_launch else "addmm"
@@ -50,7 +51,7 @@ def unmeasured(shape: GemmShape) -> str:
 def choose(shape: GemmShape) -> Algorithm:
     """The algorithm that lora_linear or its backward takes for a product, and the reason.
 
-    Raises: ValueError if LORA_KERNELS_PLAN holds none of its values.
+    Raises: ValueError if LORA_KERNELS_PLAN has an unknown value.
     """
     asked = _asked()
     device = shape.device
@@ -98,7 +99,7 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def _has_triton() -> bool:
-    """Whether there is a triton with tensor descriptors that launchers make."""
+    """Whether a triton is installed in which launchers can make tensor descriptors."""
     try:
         return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
     except ModuleNotFoundError:

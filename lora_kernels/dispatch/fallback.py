@@ -15,7 +15,7 @@ __all__ = ["failures", "run"]
 _Result = TypeVar("_Result")
 
 _failed: dict[tuple[str, tuple], str] = {}
-# The device's own errors, which come from wherever it is asked next, and memory that ran out.
+# Errors of the device, which any later call may raise, and running out of memory.
 _NOT_OURS = re.compile(
     "out of memory|ALLOC_FAILED|CUDA error|illegal|misaligned|unspecified launch failure"
     "|device-side assert|captur",
@@ -28,8 +28,8 @@ def run(
 ) -> _Result:
     """compute(algorithm.name), or the next algorithm's result if kernels do not compile or launch.
 
-    what: gives the op, device and dtypes. An algorithm that failed for them is not tried again,
-    and that is said once. Running out of memory and the device's own errors are raised.
+    what: returns the op, device and dtypes. An algorithm that has failed for these is not tried
+    again, and one warning says so. Running out of memory and the device's own errors are raised.
     """
     for name in ALGORITHMS[ALGORITHMS.index(algorithm.name) : -1]:
         if _failed and (name, what()) in _failed:
@@ -44,9 +44,9 @@ def run(
 
 
 def failures() -> dict[tuple[str, tuple], str]:
-    """The reason by (algorithm, what) of all that did not compile or launch in this process.
+    """By (algorithm, what), why kernels did not compile or launch in this process.
 
-    what: as what() of run().
+    what: the result of what() in run().
     """
     return dict(_failed)
 
@@ -63,7 +63,7 @@ def _give_up(name: str, what: tuple, error: Exception) -> None:
 
 
 def _is_a_kernels(error: Exception) -> bool:
-    """Whether compiling or launching a kernel failed, and not the device or this package."""
+    """Whether a kernel did not compile or launch; not whether the device or this package failed."""
     try:
         from triton.errors import TritonError
     except ImportError:

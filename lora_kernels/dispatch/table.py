@@ -10,10 +10,10 @@ __all__ = ["TABLE", "GemmShape", "TuningEntry"]
 
 
 class GemmShape(NamedTuple):
-    """What an algorithm is chosen by: x [m, k], w [n, k], rank r, and how they lie in memory.
+    """What an algorithm is chosen by: x [m, k], w [n, k], rank r, and how they are stored.
 
-    tma: whether tensor descriptors hold the large operands, see tma.py. backward: whether the large
-    product is dy·w, with the mask behind it, and not x·wᵀ.
+    tma: whether tensor descriptors can describe the large operands, see tma.py. backward: whether
+    the large product is dy·w, to which a masked update is added, instead of x·wᵀ.
     """
 
     m: int
@@ -44,7 +44,7 @@ class TuningEntry:
     backward: bool | None = None
 
     def holds(self, shape: GemmShape, capability: tuple[int, int]) -> bool:
-        # In every call, of every row: what most rows differ in comes first.
+        # Every call asks every row, so the fields in which most rows differ come first.
         return (
             self.n[0] <= shape.n <= self.n[1]
             and self.k[0] <= shape.k <= self.k[1]

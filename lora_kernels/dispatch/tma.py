@@ -4,13 +4,13 @@ from torch import Tensor
 
 __all__ = ["is_tma_compliant", "rows_fit_tma", "why_not_tma"]
 
-_ROW_BYTES = 16  # what addresses and row strides are multiples of
+_ROW_BYTES = 16  # addresses and row strides must be multiples of this
 
 
 def why_not_tma(matrix: Tensor) -> str | None:
-    """Why no tensor descriptor holds a matrix [..., K], in words; None if one does.
+    """Why a tensor descriptor cannot describe a matrix [..., K], in words; None if it can.
 
-    The matrix may be stored either way round: one of its strides is 1.
+    The matrix may be stored by rows or by columns: one of its strides must be 1.
     """
     strides, sizes = matrix.stride(), matrix.shape
     if strides[-1] == 1:
@@ -21,11 +21,11 @@ def why_not_tma(matrix: Tensor) -> str | None:
     else:
         return f"no stride is 1, got {strides}"
     if matrix.data_ptr() % _ROW_BYTES:
-        return f"its address is no multiple of {_ROW_BYTES}"
+        return f"its address is not a multiple of {_ROW_BYTES}"
     size = matrix.element_size()
     for stride in others:
         if stride * size % _ROW_BYTES:
-            return f"a stride of {stride} elements is no multiple of {_ROW_BYTES} bytes"
+            return f"a stride of {stride} elements is not a multiple of {_ROW_BYTES} bytes"
         if stride < inner:
             return f"rows of {inner} elements overlap at a stride of {stride}"
     if max(sizes) >= 2**31:
@@ -34,7 +34,7 @@ def why_not_tma(matrix: Tensor) -> str | None:
 
 
 def is_tma_compliant(*matrices: Tensor | None) -> bool:
-    """Whether tensor descriptors hold all of these."""
+    """Whether tensor descriptors can describe all of these."""
     return all(matrix is None or why_not_tma(matrix) is None for matrix in matrices)
 
 

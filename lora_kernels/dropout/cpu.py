@@ -1,8 +1,9 @@
 """The mask of mask.py in PyTorch's operators, fast on a CPU.
 
-The first two rounds multiply vectors of columns and of rows only, and the second joins them: two of
-the seven rounds cost next to nothing, here and in a kernel. A small mask costs as much as the calls
-that make it, so memory and views are laid out once for a shape, and a round is three or four calls.
+The first two rounds multiply only a vector with an entry for each octet of columns and one with an
+entry for each row. The second round joins them to a matrix. So two of the seven rounds cost next to
+nothing, here and in a kernel. A small mask takes as long as the calls that make it. So memory and
+views are set up once for a shape, and a round is three or four calls.
 """
 
 import functools
@@ -42,9 +43,9 @@ def keep_mask(
 def masks(
     seed: Tensor, rows: int, cols: int, dropout_p: float, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """keep_mask in slices of rows: fresh memory for all of it would cost more than the draws.
+    """keep_mask, a slice of rows at a time: fresh memory for all of it costs more than the draws.
 
-    A slice's mask may be written to, and lasts until the next one is made.
+    The caller may write to a slice's mask. The next slice overwrites it.
     """
     octets = -(-cols // LANES)
     for some in _slices(rows, octets):
@@ -55,7 +56,7 @@ def masks(
 
 
 def _slices(rows: int, octets: int) -> Iterator[slice]:
-    """The rows in slices whose draws are made in one go; one that is empty where there are none."""
+    """Slices of rows, each of which is drawn at once; one empty slice if there are no rows."""
     at_once = max(1, _CALLS_AT_ONCE // max(1, octets))
     for start in range(0, max(1, rows), at_once):
         yield slice(start, min(start + at_once, rows))
@@ -67,19 +68,20 @@ def _draw(mask: Tensor, seed: Tensor, first_row: int, smallest: int) -> None:
     draws = _generator(rows, cols // LANES, seed.device).draws(seed, first_row)
     if mask.dtype == torch.bool:
         torch.ge(draws, smallest, out=mask)
-    else:  # float32 holds every draw, and is compared in place
+    else:  # a float holds every draw exactly: compared in place
         mask.copy_(draws).ge_(smallest)
 
 
 class _Generator:
     """Philox-4x32 for the counters of rows x octets, in memory that serves every seed.
 
-    Of the four words of a call, 0 and 2 are multiplied. They lie in ``state`` [2, rows, octets],
-    int64 with upper halves that stay 0, so that a product is that of unsigned words. It stands at
-    [0] for word 2 and at [1] for word 0: the upper halves then make the next words 0 and 2, and the
-    lower halves are the next words 1 and 3, in this order. A round xors its keys with the upper
-    halves of its own products and the lower ones of the round before; the keys of two rounds are
-    xored with the products of one, so that every other round needs none.
+    Of the four words of a call, a round multiplies words 0 and 2. ``state`` [2, rows, octets] holds
+    them as int64 whose upper halves stay 0, so that their products are those of unsigned words.
+    ``products[0]`` is that of word 2 and ``products[1]`` that of word 0. In this order the lower
+    halves are the next words 1 and 3. The next words 0 and 2 are the xor of three things: the upper
+    halves, words 1 and 3 (the lower halves of the round before) and the keys. The keys of a round
+    are xored into the upper halves, and those of the following round into the lower halves. One
+    call does both, so every other round needs no call for its keys.
     """
 
     def __init__(self, rows: int, octets: int, memory: Tensor):
@@ -95,7 +97,7 @@ class _Generator:
         self._draws = halves.view(torch.int16).view(rows, octets * LANES)
         drawn, self._words_1_and_3 = halves.permute(3, 2, 0, 1)
 
-        # keys[i] of words 0 and 2: in the lower half round i + 1's, in the upper half round i's.
+        # keys[i], for words 0 and 2: the lower half is round i + 1's key, the upper half round i's.
         int32 = {"dtype": torch.int32, "device": memory.device}
         i = torch.arange(ROUNDS - 1, **int32).view(-1, 1, 1) + torch.arange(1, -1, -1, **int32)
         first, second = map(_signed, WEYL)
@@ -105,7 +107,7 @@ class _Generator:
         pairs = self._keys.view(torch.int64)
         self._key_0, self._key_2 = self._keys[0, :, 1]
 
-        # The first round, but for its keys, and the second: vectors of rows, then of octets.
+        # The first round, except its keys, and the second: a vector of rows, then one of octets.
         col = torch.arange(octets, device=memory.device)
         product = col * MULTIPLIERS[0]
         self._upper_cols, self._lower_cols = _upper(product), _lower(product)
@@ -123,7 +125,7 @@ class _Generator:
             (_upper(of_rows).unsqueeze(1), self._lower_cols, words[1]),
         )
 
-        # The others: products, what to xor them with, and which words are made of what.
+        # The other rounds: products, the keys to xor them with, and which halves make which words.
         uppers, lowers = [_upper(p) for p in products], [_lower(p) for p in products]
         self._rounds = [
             (products[0], None, (
@@ -132,7 +134,7 @@ class _Generator:
             )),
         ]  # fmt: skip
         for i in range(3, ROUNDS):
-            this = (i + ROUNDS - 1) % 2  # the last one, whose lower halves are drawn, gets no key
+            this = (i + ROUNDS - 1) % 2  # the last round gets none: its lower halves are draws
             keys = pairs[i].unsqueeze(-1) if this else None
             out = drawn if i == ROUNDS - 1 else words
             self._rounds.append((products[this], keys, ((uppers[this], lowers[1 - this], out),)))
@@ -162,7 +164,7 @@ class _Generator:
         return self._draws
 
     def _set_rows(self, first_row: int) -> None:
-        self._first_row = None  # should it be interrupted
+        self._first_row = None  # in case this is interrupted
         row = torch.arange(first_row, first_row + self._rows, device=self._vectors.device)
         product = (row & _LOW) * MULTIPLIERS[1]
         torch.bitwise_xor(_upper(product), _upper(row), out=self._upper_rows)
@@ -171,12 +173,12 @@ class _Generator:
 
 
 def _signed(word: int) -> int:
-    """A word of 32 bits as int32 holds it."""
+    """The int32 with the bits of a word of 32 bits."""
     return (word & _LOW ^ 1 << 31) - (1 << 31)
 
 
 def _lower(words: Tensor) -> Tensor:
-    """The lower halves of int64, in place: int32."""
+    """The lower halves of int64: a view, int32."""
     return words.view(torch.int32)[..., ::2]
 
 
@@ -184,18 +186,19 @@ def _upper(words: Tensor) -> Tensor:
     return words.view(torch.int32)[..., 1::2]
 
 
-# How many calls of the generator are made in one go, at most: 8 MiB of memory serve any draws.
+# The most calls of the generator that are made at once: 8 MiB of memory do for a mask of any size.
 _CALLS_AT_ONCE = 1 << 17
 _GENERATORS = 64  # shapes that a thread remembers
 _thread = threading.local()
 
 
 def _keeps(calls: int, device: torch.device) -> bool:
-    """Whether memory for so many calls is the thread's, which keeps it: the page faults of fresh
-    memory cost more than the arithmetic.
+    """Whether so many calls use memory that the thread keeps.
 
-    Transforms of torch.func let a function write to its own memory only, and what is made under a
-    dispatch mode, such as FakeTensorMode, is of no use outside of it.
+    On a CPU, memory for up to _CALLS_AT_ONCE calls is kept, because the page faults of fresh memory
+    cost more than the arithmetic. Two things forbid it. Transforms of torch.func let a function
+    write only to memory that it has made itself. Tensors made under a dispatch mode, such as
+    FakeTensorMode, are of no use outside of it.
     """
     apart = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
     return device.type == "cpu" and calls <= _CALLS_AT_ONCE and not apart
@@ -209,7 +212,7 @@ def _kept() -> "_Kept":
 
 
 class _Kept:
-    """What a thread keeps: the generators of the last shapes over one memory, and a mask's."""
+    """What a thread keeps: generators of the last shapes over one memory, and a mask's memory."""
 
     def __init__(self):
         self.generator = functools.lru_cache(_GENERATORS)(self._generator)

@@ -1,4 +1,4 @@
-"""The definition of the dropout mask: keep(seed, row, column), and nothing else enters.
+"""The definition of the dropout mask: it depends on the seed, the row, the column and p alone.
 
 One call of Philox-4x32 with 7 rounds gives four words of 32 bits, which are eight draws of 16 bits,
 for eight neighbours in a row of x [M, K]. An element is kept if its draw, read as a signed integer,
@@ -25,7 +25,7 @@ def threshold(dropout_p: float) -> int:
 
 
 def keep_scale(dropout_p: float) -> float:
-    """1 / (1 - p) for the p that the mask really has."""
+    """1 / (1 - p) for p as threshold() rounds it."""
     return 65536 / (32768 - threshold(dropout_p))
 
 
@@ -38,7 +38,7 @@ def keep(seed: Tensor, row: Tensor, col: Tensor, dropout_p: float) -> Tensor:
     counter = [col // LANES, row >> 32 & _WORD, row & _WORD, torch.zeros_like(row)]
     key = [seed & _WORD, seed >> 32 & _WORD]
     for _ in range(ROUNDS):
-        # int64 products of unsigned words wrap, and the bits of both halves are right.
+        # int64 products of unsigned words may wrap; the bits of both halves are right all the same.
         first, second = MULTIPLIERS[0] * counter[0], MULTIPLIERS[1] * counter[2]
         counter = [
             (second >> 32 & _WORD) ^ counter[1] ^ key[0],

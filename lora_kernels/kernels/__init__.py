@@ -1,4 +1,4 @@
-"""Triton kernels, a file each, and the ops that are made of them: linear.py, shared_input.py.
+"""Triton kernels, one in a file, and the ops that are made of them: linear.py, shared_input.py.
 
 registry.py has an entry for each: its function, its launchers, tiles, FLOPs, bytes and formula.
 """

@@ -13,7 +13,7 @@ from lora_kernels.dispatch.algorithm import capability_of
 class SkinnyConfig:
     """Tiles of a kernel that reads one large matrix once: BLOCK_ROWS x BLOCK_COLS of it.
 
-    programs_per_sm: into how many programs for each multiprocessor the work is cut, if it can be.
+    programs_per_sm: how many programs for each multiprocessor the work is cut into, if possible.
     """
 
     BLOCK_ROWS: int
@@ -27,9 +27,10 @@ class SkinnyConfig:
 class GemmConfig:
     """Tiles of a large product.
 
-    tma: operands come and go through tensor descriptors, and programs stay to take several tiles.
-    epilogue_subtile: in how many parts a tile is finished if a dropout mask needs registers: 1, 2
-    or 4. BAND_M: how many tiles below each other are taken before the next column of tiles.
+    tma: operands are read and written through tensor descriptors, and a program computes several
+    tiles, one after the other. epilogue_subtile: into how many parts a tile is cut before a dropout
+    mask, which needs registers, is applied: 1, 2 or 4. BAND_M: how many tiles below each other are
+    computed before the next column of tiles.
     """
 
     BLOCK_M: int
@@ -46,8 +47,8 @@ class GemmConfig:
 class When:
     """Which products an entry of a table serves.
 
-    bits: of the operands of the dot; None means any. m, r: up to so many rows and ranks. tma: only
-    if tensor descriptors hold the operands.
+    bits: of the operands of the dot; None means any. m, r: the most rows, the highest rank. tma:
+    whether the entry is for operands that tensor descriptors can describe, and for no others.
     """
 
     bits: int | None = None
@@ -92,7 +93,7 @@ def target_of(device: torch.device) -> str:
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors of a device; a handful in the interpreter, which runs one after another."""
+    """Multiprocessors of a device; 4 in the interpreter, which runs programs one by one."""
     if device.type == "cpu":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -16,7 +16,7 @@ class Mask(NamedTuple):
     """The mask as a kernel gets it; a kernel that drops nothing gets None in its place.
 
     seed: int64, one for each layer. threshold: word_threshold(p). It is a multiple of 65536 for
-    every p, so p decides about no compilation.
+    every p, so another p needs no other compilation.
     """
 
     seed: Tensor
@@ -24,7 +24,7 @@ class Mask(NamedTuple):
 
 
 def word_threshold(dropout_p: float) -> int:
-    """threshold(p) for a draw that is compared in a word's upper half."""
+    """threshold(p) for a draw that is in the upper half of a word."""
     return dropout.threshold(dropout_p) * 65536
 
 
@@ -35,8 +35,8 @@ def keep_tile(
 ):  # fmt: skip
     """keep(seed, row.., col..) -> bool [BLOCK_ROWS, BLOCK_COLS].
 
-    row: int64, such that no multiple of 2^32 lies within the tile, as none does if tiles begin at
-    multiples of their rows; col: a multiple of 8; threshold: word_threshold(p).
+    row: int64; the upper half of its bits must be the same for all rows of the tile, as it is if
+    row is a multiple of BLOCK_ROWS. col: a multiple of 8. threshold: word_threshold(p).
     """
     LANES: tl.constexpr = PHILOX[0]
     ROUNDS: tl.constexpr = PHILOX[1]
@@ -50,8 +50,8 @@ def keep_tile(
     c2 = row.to(tl.uint32) + tl.arange(0, BLOCK_ROWS).to(tl.uint32)[:, None]
     c3 = tl.zeros_like(octets).to(tl.uint32)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    # Words 0 and 1 follow from the rows alone after one round, 2 and 3 from the columns: shapes
-    # [ROWS, 1] and [1, COLS / 8]. The second round joins them.
+    # After one round, words 0 and 1 depend on the rows alone, 2 and 3 on the columns alone: their
+    # shapes are [ROWS, 1] and [1, COLS / 8]. The second round joins them.
     for _ in tl.static_range(ROUNDS):
         product_0, product_1 = c0.to(tl.uint64) * M0, c2.to(tl.uint64) * M1
         c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ k0
@@ -59,8 +59,8 @@ def keep_tile(
         c1, c3 = product_1.to(tl.uint32), product_0.to(tl.uint32)
         k0, k1 = k0 + W0, k1 + W1
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # [ROWS, COLS / 8, 2, 2]: 0 1 2 3
-    # A word is broadcast to its two elements: if a thread holds others of the mask, as in the
-    # result of a dot, the words are what is moved to it, not a byte for every element.
+    # A word is broadcast to its two elements. If other threads need it, because the layout is that
+    # of a dot's result, the words are moved to them, and not a byte for every element.
     words = words.reshape(BLOCK_ROWS, BLOCK_COLS // 2, 1)
     to_upper_half = (16 - 16 * tl.arange(0, 2)).to(tl.uint32)[None, None, :]
     halves = (words << to_upper_half).to(tl.int32, bitcast=True)

@@ -1,4 +1,4 @@
-"""out = mask ∘ (scale · left · right) + bias, what cuBLAS then adds the large product to.
+"""out = mask ∘ (scale · left · right) + bias, to which cuBLAS then adds the large product.
 
 One program owns one tile of out: BLOCK_M rows and BLOCK_N columns of one group. The forward fills y
 with scaling · h · bᵀ + bias, the backward fills dx with mask ∘ (dh · a). Columns of a disabled
@@ -79,7 +79,7 @@ def _expand_kernel(
                 seed = tl.load(mask.seed + layer)
                 keep = keep_tile(seed, mask.threshold, row, column, BLOCK_M, BLOCK_N)
                 update = tl.where(keep, update, 0.0)
-            if LAYERS == 1:  # an addition to zeros would stay, one for each element
+            if LAYERS == 1:  # the compiler would keep an addition to zeros
                 acc = update
             else:
                 acc += update
@@ -126,7 +126,7 @@ def expand_dx(
     numerics: Numerics,
     config: SkinnyConfig | None = None,
 ) -> Tensor:
-    """dh·a if kept, else 0, in dtype; dh carries the mask's scale. [M, R], [R, K] -> [M, K].
+    """mask ∘ (dh·a) in dtype; dh includes the mask's scale. dh [M, R], a [R, K] -> [M, K].
 
     For L layers that share x, their sum: dh [L, M, R], a [L, R, K], seed [L] -> [M, K].
     """

@@ -1,8 +1,8 @@
 """dx = mask ∘ (dh · a) and da = dhᵀ · x_hat in one pass over [M, K], with one mask.
 
-One program owns BLOCK_K columns of x and one slice of M, for all ranks: it writes its part of dx,
-to which cuBLAS then adds dy·w, and a part of da, which split_k_reduce adds in a fixed order. a is
-read once for a slice.
+One program owns BLOCK_K columns of x and one slice of M, for all ranks. It writes its part of dx,
+to which cuBLAS then adds dy·w, and a part of da. split_k_reduce adds the parts of da in a fixed
+order. A program reads its columns of a once.
 """
 
 import torch
@@ -79,7 +79,7 @@ def _expand_grad_a_kernel(
 
 
 def supports(r: int, numerics: Numerics) -> bool:
-    """Whether one program takes all ranks at once, as dx needs it."""
+    """Whether one program can take all ranks at once, which dx needs."""
     return r <= _block_r(r, numerics)
 
 
@@ -97,7 +97,7 @@ def expand_grad_a(
     numerics: Numerics,
     config: SkinnyConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx = dh·a if kept, else 0, and da = dhᵀ·(x if kept); dh carries the mask's scale.
+    """dx = mask ∘ (dh·a) and da = dhᵀ·(mask ∘ x); dh includes the mask's scale.
 
     Shapes: dh [M, R], a [R, K], x [M, K] -> dx [M, K] in x's dtype, da [R, K] in a's.
     """

@@ -1,4 +1,4 @@
-"""What each launcher computes on Operands of one layer, in plain PyTorch and in a dtype."""
+"""What each launcher computes on Operands of one layer, in plain PyTorch in a given dtype."""
 
 import torch
 import torch.nn.functional as F

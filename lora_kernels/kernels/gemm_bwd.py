@@ -145,7 +145,7 @@ def gemm_bwd(
     numerics: Numerics,
     config: GemmConfig | None = None,
 ) -> Tensor:
-    """dx = dy·w + (dh·a if kept); dh carries the mask's scale.
+    """dx = dy·w + mask ∘ (dh·a); dh includes the mask's scale.
 
     Shapes: dy [M, N], w [N, K] with one unit stride, dh [M, R], a [R, K] -> dx [M, K]; dy
     and a have a unit inner stride.

@@ -1,7 +1,7 @@
 """y = x · wᵀ + bias + scaling · h · bᵀ. One program owns tiles of y, one after the other.
 
 A tile is BLOCK_M rows and BLOCK_N columns of one group. The product of rank R goes into the same
-accumulator once the loop over K is done, and costs neither registers nor shared memory there.
+accumulator once the loop over K is done, and costs no registers and no shared memory in that loop.
 """
 
 import itertools
@@ -96,7 +96,7 @@ def _gemm_fwd_kernel(
 
 def config_for(x: Tensor, w: Tensor, r: int, spec: LoraSpec, numerics: Numerics) -> GemmConfig:
     """The entry of TILES that serves x [M, K], w [N, K] and rank r."""
-    # A tile of w stored [K, N] begins with a group, and a descriptor at multiples of 16 bytes.
+    # A group's first tile of a w stored [K, N] begins with the group; TMA wants 16-byte alignment.
     starts = itertools.accumulate(spec.splits.sizes[:-1])
     tma = is_tma_compliant(x, w) and rows_fit_tma(w.shape[0], x)
     tma = tma and (w.stride(1) == 1 or all(rows_fit_tma(start, x) for start in starts))
@@ -127,7 +127,7 @@ def gemm_fwd(
     block_r = rank_block(r, numerics.update, beside_acc=True)
     config = config or config_for(x, w, r, spec, numerics)
     block_m, block_n, block_k, tma = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.tma
-    # A tile that ends with its group, not with y, must not write the columns behind it.
+    # A tile that the end of its group cuts off, not that of y, must not write what follows.
     whole_tiles = all(size % block_n == 0 for size in splits.sizes[:-1])
     tma_store = tma and whole_tiles and rows_fit_tma(n, y)
     tiles = cdiv(m, block_m) * sum(cdiv(size, block_n) for size in splits.sizes)

@@ -1,9 +1,10 @@
 """y = x · wᵀ + bias + scaling · h · bᵀ and h = x_hat · aᵀ in one launch, for up to 64 rows.
 
 One program owns all rows of x and BLOCK_N columns of one group of y. With so few rows the layer is
-bound by reading w, and launches show. So each program makes the h that it needs, from the tiles of
-x that it multiplies with w; the first one of a group writes it. Every program reads a, and draws
-the mask, again: a is R rows beside the N of w, and while w is on its way there is time for a mask.
+bound by reading w, and the time of a launch counts. So each program computes the h that it needs,
+from the tiles of x that it multiplies with w. The first program of a group writes its h. Every
+program reads a and draws the mask again: a has R rows beside the N of w, and there is time for the
+mask while w is being read.
 """
 
 import torch
@@ -60,7 +61,7 @@ def _gemm_small_m_kernel(
     column, end, b_row, group, enabled = locate(tl.program_id(0), sizes, ENABLED, BLOCK_N)
     if mask is not None:
         seed = tl.load(mask.seed)
-    # A disabled group's h is that of another group, or of no row of a, and goes nowhere.
+    # For a disabled group, h is that of another group or of no row of a; it is not used.
     a_row = group * R
     a_end = min(a_row + R, rank_total)
 
@@ -99,15 +100,15 @@ def _gemm_small_m_kernel(
 
 
 def supports(m: int, r: int, dropout_p: float, numerics: Numerics) -> bool:
-    """Whether gemm_small_m is the launch for m rows and rank r."""
+    """Whether gemm_small_m takes m rows and rank r."""
     return is_small_m(m, dropout_p > 0) and r <= rank_block(r, numerics.factor)
 
 
 def config_for(x: Tensor, numerics: Numerics) -> GemmConfig:
     """The entry of TILES that serves x [M, K].
 
-    float32 factors over a 16-bit layer leave no registers for the tiles of up to 16 rows, which are
-    long in K.
+    The tiles for up to 16 rows are long in K. float32 factors over a 16-bit layer leave no
+    registers for them.
     """
     narrow = bits_of(numerics.factor) == 16
     m = x.shape[0] if narrow else SMALL_M

@@ -1,7 +1,7 @@
 """da = dhᵀ · x_hat. One program owns BLOCK_R rows and BLOCK_K columns of da and one slice of M.
 
 It reads its part of x once and draws the mask again. Layers that share x each have a da, a dh and a
-mask. Slices of M have a da each; split_k_reduce adds them in a fixed order.
+mask. Each slice of M has a da of its own; split_k_reduce adds these in a fixed order.
 """
 
 import torch
@@ -62,7 +62,7 @@ def _grad_a_kernel(
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for step in tl.range(0, steps):
         row = first_m + step * BLOCK_M
-        # From the tile's own first row on: what each step has to compute is a scalar.
+        # Pointers begin at the tile's first row, so that each step computes only a scalar.
         dh_tile = load_tile(part_of(dh, row, 0), 0, r, M - row, R, BLOCK_M, BLOCK_R)
         x_tile = load_tile(part_of(x, row, 0), 0, k, M - row, K, BLOCK_M, BLOCK_K)
         if mask is not None:
@@ -91,7 +91,7 @@ def grad_a(
     numerics: Numerics,
     config: SkinnyConfig | None = None,
 ) -> Tensor:
-    """da = dhᵀ·(x if kept); dh carries the mask's scale. Shapes: [M, R], [M, K] -> [R, K] dtype.
+    """da = dhᵀ·(mask ∘ x) in dtype; dh includes the mask's scale. dh [M, R], x [M, K] -> [R, K].
 
     For L layers that share x: dh [L, M, R], seed [L] -> [L, R, K].
     """

@@ -1,11 +1,12 @@
 """dh = scale_dh · dy · b and db = scale_db · dyᵀ · h from one read of dy.
 
 One program owns BLOCK_M rows of dy and one slice of the columns of one enabled group, for BLOCK_R
-ranks. Its slice gives a part of these rows of dh, its rows a part of these columns of db;
-split_k_reduce adds both in a fixed order. Disabled groups are not read.
+ranks. It computes a part of dh, which its slice of columns contributes to these rows, and a part of
+db, which its rows contribute to these columns. split_k_reduce adds the parts of both in a fixed
+order. Disabled groups are not read.
 
-Parts of db, written and read, are 4·r / BLOCK_M of the bytes of a 16-bit dy. If that is more than
-reading dy again, db comes from grad_a's kernel instead: dbᵀ = scale_db · hᵀ · dy.
+The parts of db are written and read again: 4·r / BLOCK_M times the bytes of a 16-bit dy. If that is
+more than reading dy again, db comes from grad_a's kernel instead: dbᵀ = scale_db · hᵀ · dy.
 """
 
 import torch
@@ -121,7 +122,7 @@ def grad_b(
     """dh_g = scaling·keep_scale·dy_g·b_g and db_g = scaling·dy_gᵀ·h_g for each enabled group g.
 
     Shapes: dy [M, N], b [rows of the enabled groups, r], h [M, E·r] -> dh [M, E·r] in numerics.dh,
-    db like b. dh is None if it is not needed, db if h is None.
+    db like b. dh is None if needs_dh is False, db is None if h is None.
     """
     m, (b_rows, r), splits = dy.shape[0], b.shape, spec.splits
     config = config or config_for(dy.device, r, numerics)

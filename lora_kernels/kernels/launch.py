@@ -13,12 +13,12 @@ from lora_kernels.kernels.tile import Matrix
 
 
 def matrix(tensor: Tensor | None) -> Matrix | None:
-    """[rows, cols], or a stack of such, whose rows have a unit stride."""
+    """What a kernel gets for [rows, cols], or a stack of such, whose rows have a unit stride."""
     return None if tensor is None else Matrix(tensor, tensor.stride(-2))
 
 
 def mask(seed: Tensor | None, dropout_p: float) -> Mask | None:
-    """The mask of a layer, or of layers that share x."""
+    """What a kernel gets for the mask of a layer, or of layers that share x."""
     return Mask(seed, word_threshold(dropout_p)) if dropout_p > 0 else None
 
 
@@ -46,10 +46,10 @@ def cdiv(length: int, block: int) -> int:
 
 
 def rank_block(r: int, dtype: tl.dtype, beside_acc: bool = False) -> int:
-    """How many ranks a dot takes at once: r padded to what a dot takes, up to a limit.
+    """How many ranks a dot takes at once: r padded to a size that a dot takes, up to a limit.
 
-    The limit keeps operands within registers, float32 ones split for TF32 products included.
-    beside_acc: next to the accumulator of a large product.
+    The limit keeps the operands in registers, even if float32 ones are split for TF32 products.
+    beside_acc: whether the accumulator of a large product needs registers, too.
     """
     if dtype is tl.float32:
         limit = 16 if beside_acc else 32
@@ -59,7 +59,7 @@ def rank_block(r: int, dtype: tl.dtype, beside_acc: bool = False) -> int:
 
 
 def split(length: int, block: int, programs: int, wanted: int) -> tuple[int, int]:
-    """(count, size): length cut into slices of whole blocks until there are as many programs.
+    """(count, size): length cut into slices of whole blocks, for up to wanted programs in all.
 
     programs: how many there are without slicing. A slice has two blocks at least.
     """
@@ -70,9 +70,9 @@ def split(length: int, block: int, programs: int, wanted: int) -> tuple[int, int
 
 
 def num_programs(tiles: int, config: GemmConfig, device: torch.device) -> int:
-    """How many programs share the tiles: as many as run at once, or one each.
+    """How many programs share the tiles: with TMA one for each multiprocessor, else one a tile.
 
-    In the interpreter, which runs them one after the other, that changes nothing.
+    In the interpreter, which runs programs one after the other, the number changes no result.
     """
     return min(tiles, num_sms(device)) if config.tma else tiles
 
@@ -85,5 +85,5 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
-    """Every launch of a kernel passes here."""
+    """Every launch of a kernel goes through here."""
     kernel.run(grid=grid, warmup=False, **arguments)  # what kernel[grid] does, in fewer calls

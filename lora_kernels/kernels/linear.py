@@ -8,7 +8,7 @@ algorithm    forward                                        backward
                                                             dy·w to dx
 ===========  =============================================  ========================================
 
-If dx or da is not needed, or the rank is high, expand_dx and grad_a are in expand_grad_a's place.
+If dx or da is not needed, or the rank is high, expand_dx and grad_a replace expand_grad_a.
 Gradients of weight and bias, which LoRA leaves frozen, are PyTorch's own products.
 """
 
@@ -66,9 +66,9 @@ def output(
     spec: LoraSpec,
     numerics: Numerics,
 ) -> Tensor:
-    """y = x·wᵀ + bias + scaling·h_g·b_gᵀ, of operands that lie in any way but x and h.
+    """y = x·wᵀ + bias + scaling·h_g·b_gᵀ. Shapes: as in gemm_fwd.
 
-    Shapes: as in gemm_fwd.
+    w, b and bias may have any strides; the rows of x and h have a unit stride.
     """
     w, b = with_unit_stride(w), as_rows(b)
     bias = None if bias is None else bias.contiguous()

@@ -11,11 +11,12 @@ from lora_kernels.kernels.config import target_of
 
 
 class Numerics(NamedTuple):
-    """In which dtypes the operands of a dot meet, and how float32 ones are multiplied.
+    """The dtype of both operands of each kind of dot, and how float32 ones are multiplied.
 
-    main: x·wᵀ and dy·w. factor: x or dy with a factor, for h and dh. rank: h or dh with dy or x,
-    for db and da; precision goes with these two. update: h or dh with a factor, for y and dx;
-    update_precision goes with it and with main. A constexpr argument of every kernel with a dot.
+    main: x·wᵀ and dy·w. factor: x or dy times a factor, for h and dh. rank: h or dh times dy or x,
+    for db and da. update: h or dh times a factor, for y and dx. precision: how factor and rank are
+    multiplied. update_precision: how main and update are multiplied. A constexpr argument of every
+    kernel with a dot.
     """
 
     main: tl.dtype
@@ -31,7 +32,7 @@ class Numerics(NamedTuple):
 
     @property
     def dh(self) -> torch.dtype:
-        """In which dtype dh lies in memory: float32, but for what every product rounds it to."""
+        """The dtype of dh in memory: bfloat16 if every product rounds dh to that, else float32."""
         return torch.bfloat16 if self.rank is tl.bfloat16 else torch.float32
 
 
@@ -42,9 +43,10 @@ def numerics_of(x: Tensor, *factors: Tensor | None) -> Numerics:
     """The numerics of a layer whose x, or dy, and factors are these.
 
     float32 layers multiply as torch's float32 products do, with TF32 only if that is allowed.
-    16-bit layers multiply in their dtype; but h and dh of a float16 layer are float32 and meet
-    others as TF32, which has float16's bits and a range that no scaling overflows. float32 factors
-    over a 16-bit layer get float32 gradients, so what these are made of is multiplied as float32.
+    16-bit layers multiply in their dtype, except that h and dh of a float16 layer are float32 and
+    are multiplied as TF32: it has as many bits of mantissa as float16, and a range that no scaling
+    overflows. float32 factors over a 16-bit layer get float32 gradients, so the products that make
+    these are float32.
     """
     uniform = all(factor is None or factor.dtype == x.dtype for factor in factors)
     return _numerics(x.dtype, uniform, target_of(x.device), _tf32_allowed())
@@ -58,7 +60,7 @@ def bits_of(dtype: tl.dtype) -> int:
 @functools.cache
 def _numerics(dtype: torch.dtype, uniform: bool, target: str, tf32_allowed: bool) -> Numerics:
     """uniform: the factors are in the layer's dtype."""
-    # TF32 is not everywhere on AMD's parts.
+    # Not all of AMD's GPUs have TF32.
     tf32, exact = ("ieee", "ieee") if target == "hip" else ("tf32", "tf32x3")
     # Triton's interpreter would multiply bfloat16 as integers.
     interpreted_bf16 = dtype == torch.bfloat16 and target == "interpreter"

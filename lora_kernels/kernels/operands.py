@@ -1,4 +1,4 @@
-"""Operands of the launchers, all that one of them may take, for tests, tuning and the gate."""
+"""Operands: all that any launcher may take, for tests, tuning and the gate."""
 
 import functools
 
@@ -12,10 +12,10 @@ from lora_kernels.testing.problem import Problem
 
 
 class Operands:
-    """The matrices of a problem with h, dh and the mask beside them; x and dy have rows.
+    """The operands of a problem whose x and dy are matrices, with h, dh and the mask.
 
-    Kernels take h and dh from each other, as whole matrices; here they are random. layers: of more
-    than one layer over the same x, a, seed and dh are stacks.
+    A kernel gets h and dh from another kernel; here they are random. layers: how many layers share
+    x; if there are several, a, seed and dh are stacks.
     """
 
     def __init__(self, problem: Problem, layers: int = 1):

@@ -1,7 +1,7 @@
-"""The kernels and their launchers: an entry each, from which everything about one is reached.
+"""The kernels and their launchers: an entry for each, which leads to everything about it.
 
-The ahead-of-time gate, tuning, the share of the machine's ceilings that bench/ shows, its counters
-and the tests go through these entries.
+The tests, the ahead-of-time gate, tuning and bench/ go through these entries. bench/ counts
+launches by them, and computes which share of the machine's ceilings a kernel reaches.
 """
 
 from collections.abc import Callable
@@ -44,13 +44,13 @@ class Dims(NamedTuple):
 
 @dataclass(frozen=True)
 class Launcher:
-    """A launcher of a kernel, how it is called, and what it computes at which cost.
+    """A launcher of a kernel: how it is called, what it computes, and what that costs.
 
-    depends_on: the dimensions, and p for dropout, that its time depends on. call: it on Operands
-    with a configuration, or with what the table has if that is None. formula: the same in plain
-    PyTorch, in a dtype. config_for: what the table has for Operands. flops, moved: of one call, and
-    the bytes it moves. supports: whether it takes such Operands. layers: whether it takes those of
-    several layers over one x.
+    depends_on: the dimensions that its time depends on; p stands for dropout. call: calls it on
+    Operands with a configuration; None takes the table's. formula: the same result in plain
+    PyTorch, in a given dtype. config_for: the table's configuration for Operands. flops, moved: the
+    FLOPs of one call, and the bytes that it moves. supports: whether it takes such Operands.
+    layers: whether it takes Operands of several layers over one x.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Launcher:
 class Kernel:
     """A kernel: its function, the table of its tiles, and what launches it.
 
-    A kernel without launchers is launched by those of others.
+    A kernel without launchers is launched by the launchers of other kernels.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Kernel:
 
     @property
     def is_gemm(self) -> bool:
-        """Whether it is a large product, so that its FLOPs matter, and not its bytes alone."""
+        """Whether it is a large product, so that its FLOPs count and not only its bytes."""
         return self.tiles is not None and isinstance(self.tiles["other"][0][1], GemmConfig)
 
 

@@ -2,12 +2,12 @@
 
 x is read once for every h and once for every da, and dx is accumulated in place.
 
-===========  ======================================  ==============================================
-algorithm    forward                                 backward
-===========  ======================================  ==============================================
-``fused``    shrink, a gemm_fwd a layer              a grad_b a layer, expand_dx, cuBLAS adds each
-``addmm``    shrink, an expand_y and cuBLAS a layer  dy·w to it, grad_a
-===========  ======================================  ==============================================
+===========  =======================================  =============================================
+algorithm    forward                                  backward
+===========  =======================================  =============================================
+``fused``    shrink; for each layer gemm_fwd          for each layer grad_b; expand_dx, to which
+``addmm``    shrink; for each layer expand_y, cuBLAS  cuBLAS adds each layer's dy·w; grad_a
+===========  =======================================  =============================================
 """
 
 from collections.abc import Sequence

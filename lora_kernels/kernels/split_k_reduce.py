@@ -31,7 +31,7 @@ def _split_k_reduce_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, blocks = tl.program_id(0), tl.cdiv(numel, BLOCK)
-    if second_ptr is not None:  # noqa: SIM102 - decided when it is compiled
+    if second_ptr is not None:  # noqa: SIM102 - the outer if is decided at compile time
         if block >= blocks:
             _sum(second_ptr, second_out_ptr, block - blocks, second_parts, second_numel, BLOCK)
     if block < blocks:
@@ -59,7 +59,7 @@ def split_k_reduce_both(
 
 
 def _is_done(parts: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the only part is the sum, as it is."""
+    """Whether there is one part, in this dtype: nothing to sum or to round."""
     return parts.shape[0] == 1 and parts.dtype == dtype
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Matrix(NamedTuple):
-    """A matrix as a kernel gets it: where it begins, and the elements from row to row.
+    """A matrix as a kernel gets it: where it begins, and how many elements apart its rows are.
 
     Its rows have a unit stride. How many rows and columns there are is an argument of its own.
     """
@@ -28,7 +28,7 @@ def load_tile(
     source, row, col, rows, cols,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
-    """source[row.., col..] -> [BLOCK_ROWS, BLOCK_COLS], zero from rows and cols on.
+    """source[row.., col..] -> [BLOCK_ROWS, BLOCK_COLS], zero beyond rows and cols.
 
     source: a Matrix, or with TMA a tensor descriptor.
     """
@@ -128,10 +128,9 @@ def add_low_rank(
 ):  # fmt: skip
     """acc + scale · left[row..] · right[:, right_row..]: left [rows, R] (h or dh).
 
-    RIGHT_T: right is stored [.., R] (b), otherwise [R, ..] (a). scale meets left in float32; it is
-    1 if left is in fewer bits.
+    RIGHT_T: right is stored [.., R] (b), otherwise [R, ..] (a). left is float32, or scale is 1.
     """
-    # One stage: the factors are read once, and buffers would stand beside those of the product.
+    # One stage: factors are read once, and more buffers would come on top of those of the product.
     for block in tl.range(0, RANK_BLOCKS, num_stages=1):
         r = block * BLOCK_R
         tile = load_tile(left, row, r, rows, R, acc.shape[0], BLOCK_R)
@@ -146,7 +145,7 @@ def add_low_rank(
 
 @triton.jit
 def add_bias(acc, bias, column, end):
-    """acc + bias[column..] in every row, zero from end on; acc itself if bias is None."""
+    """acc + bias[column..end] in every row; acc itself if bias is None."""
     if bias is not None:
         offs = column + tl.arange(0, acc.shape[1])
         acc += tl.load(bias + offs, mask=offs < end, other=0.0).to(tl.float32)[None, :]

@@ -1,8 +1,8 @@
-"""What every LoRA layer shares: hyperparameters, lora_A and lora_B, adoption, state dicts.
+"""What every LoRA layer shares: hyperparameters, lora_A and lora_B, wrapping, state dicts.
 
-A layer is the mixin :class:`LoRALayer` in front of a torch module; ``class LoRALinear(LoRALayer,
-nn.Linear)``. A subclass says where its base weight lives (``weight_name``) and what it would add
-to it (``delta_weight``); merging.py does the rest.
+A layer is the mixin :class:`LoRALayer` in front of a torch module, as in
+``class LoRALinear(LoRALayer, nn.Linear)``. A subclass says where its base weight is
+(``weight_name``) and what the update adds to it (``delta_weight``); merging.py does the rest.
 """
 
 import torch
@@ -31,12 +31,15 @@ class LoRALayer(MergesOnEval):
     * edits of ``lora_A``, ``lora_B`` or ``scaling`` that autograd can see take effect at the next
       forward. Edits through ``.data``, and edits under a compiled forward, take effect at the
       next ``eval()``;
-    * the base weight itself is changed by ``load_state_dict`` or in training mode only.
+    * the base weight itself may be changed by ``load_state_dict`` only: ``train()`` undoes any
+      other change.
 
     A weight that another module holds too is never merged in place: ``merged`` stays False and
     the forward adds the delta on the fly. The same holds for a weight that FSDP2 (``fully_shard``)
     has sharded. A layer that was merged before its weight was sharded raises a RuntimeError at its
     next forward.
+
+    Raises: ValueError for a bad r, lora_alpha or lora_dropout.
     """
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool):
@@ -54,7 +57,7 @@ class LoRALayer(MergesOnEval):
     # ---- what a subclass provides ----
 
     def delta_weight(self) -> Tensor:
-        """scaling * (what B and A add to the base weight), in the weight's layout, >= fp32."""
+        """What the update adds to the base weight, scaled, in its layout, in float32 at least."""
         raise NotImplementedError(f"{type(self).__name__} does not define delta_weight")
 
     def reset_lora_parameters(self) -> None:
@@ -66,11 +69,11 @@ class LoRALayer(MergesOnEval):
     @property
     def has_lora(self) -> bool:
         """Whether the layer holds lora_A and lora_B."""
-        return hasattr(self, "lora_A")  # parametrized, pruned and replicated layers included
+        return hasattr(self, "lora_A")  # also of parametrized, pruned and replicated layers
 
     @property
     def dropout_p(self) -> float:
-        """p of lora_dropout as it stands: 0 if it is in eval mode or is not a dropout at all."""
+        """p of lora_dropout now: 0 if it is in eval mode or is not a dropout at all."""
         dropout = self.lora_dropout
         return getattr(dropout, "p", 0.0) if dropout.training else 0.0
 
@@ -86,7 +89,7 @@ class LoRALayer(MergesOnEval):
         return distributed.full_tensor(self.lora_A), distributed.full_tensor(self.lora_B)
 
     def _adopt(self, wrapped: nn.Module, lora_dtype: torch.dtype | None) -> "LoRALayer":
-        """Takes over the parameters and the mode of a plain module, and draws the adapter anew."""
+        """Takes over the parameters and the mode of a plain module, and draws a new adapter."""
         owner, weight = self.weight_owner(), wrapped.weight
         owner.weight = weight
         if getattr(wrapped, "bias", None) is not None:
@@ -103,7 +106,7 @@ class LoRALayer(MergesOnEval):
     # ---- state dicts ----
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        """That of the module, with the unmerged weight in both modes."""
+        """The module's state dict, with the unmerged weight in both modes."""
         destination = super().state_dict(
             *args, destination=destination, prefix=prefix, keep_vars=keep_vars
         )
@@ -112,7 +115,7 @@ class LoRALayer(MergesOnEval):
         return destination
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # Loaded into the unmerged layer; _remerge_after_load merges again once the children have
+        # The layer is loaded unmerged. _remerge_after_load merges it again when its children have
         # been loaded too.
         self._remerge = self.merged
         if self.merged:

@@ -23,13 +23,15 @@ class ConvLoRA(LoRALayer, nn.Module):
     lora_B [out/groups·k_1·..., r·k_0]; x and y as those of conv. lora_A starts Kaiming uniform,
     lora_B zero. r = 0: a plain trainable convolution. Dropout acts in training mode only, and costs
     a second convolution then.
-    Dtypes: x and weight share a float dtype (autocast sees to it), the adapters may have another.
+    Dtypes: x and weight share a float dtype (autocast sees to it), lora_A and lora_B may have
+    another.
     The update is computed in float32 at least and rounded once.
     State dict: conv.weight, conv.bias, lora_A, lora_B. Loading also takes the keys weight and bias,
     which loralib's unreleased version writes besides or instead of the first two.
     Raises: ValueError as LoRALayer does, and if conv_module, kernel_size or x does not fit;
-    TypeError if x is not a dense floating-point tensor; RuntimeError out of load_state_dict if both
-    spellings of a key are there and differ.
+    TypeError if x is not a dense floating-point tensor; RuntimeError from load_state_dict if both
+    spellings of a key are there and differ, and from the forward if fully_shard was applied to the
+    conv alone.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's ConvLoRA.
     """
 
@@ -78,9 +80,11 @@ class ConvLoRA(LoRALayer, nn.Module):
     ) -> "ConvLoRA":
         """Wraps an nn.Conv1d, nn.Conv2d or nn.Conv3d: same parameters, no copy, same options, mode.
 
-        ConvLoRA.from_conv makes the layer of conv's dimension; the classes below take theirs only.
+        ConvLoRA.from_conv makes the layer of conv's dimension; LoRAConv1d and the others take only
+        convolutions of their own dimension.
         lora_dtype: dtype of lora_A and lora_B; None takes the weight's.
-        Raises: TypeError if conv is not such a module, or computes in its own way.
+        Raises: TypeError if conv is not such a module, or has a forward of its own or a weight that
+        is parametrized or lazy.
         """
         plain = _plain_conv(type(conv))
         layer_class = _LAYERS.get(plain) if cls is ConvLoRA else cls
@@ -157,8 +161,9 @@ class ConvLoRA(LoRALayer, nn.Module):
         unbatched = weight.dim() - 1
         if distributed.is_dtensor(weight):
             raise RuntimeError(
-                f"{checks.layer_name(self)}: its conv has been sharded by itself and is not "
-                f"called: apply fully_shard to the LoRA layer, or around it"
+                f"{checks.layer_name(self)}: fully_shard was applied to its conv, which is never "
+                f"called and so never gathers weight: apply fully_shard to the LoRA layer, or to a "
+                f"module around it"
             )
         if x.dim() not in (unbatched, unbatched + 1) or x.shape[-unbatched] != channels:
             shape = ", ".join((str(channels), *"*" * (unbatched - 1)))

@@ -15,9 +15,10 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     """y = W[x] + scaling·lora_Aᵀ[x]·lora_Bᵀ with W frozen.
 
     Shapes: weight [num, dim], lora_A [r, num], lora_B [dim, r]; x [...] of ids -> [..., dim].
-    Dtypes: x int32 or int64; weight any float, the adapters may have another. The low-rank product
-    runs in float32 at least. y has weight's dtype, under autocast too. lora_A starts zero, lora_B
-    normal(0, 1). r = 0: a plain trainable nn.Embedding. Other keywords go to nn.Embedding:
+    Dtypes: x int32 or int64; weight any float dtype, lora_A and lora_B may have another. The
+    low-rank product runs in float32 at least. y has weight's dtype, under autocast too. lora_A
+    starts zero, lora_B normal(0, 1). r = 0: a plain trainable nn.Embedding. Other keywords go to
+    nn.Embedding:
 
     * padding_idx: neither its row of weight nor its column of lora_A receives a gradient;
     * max_norm limits W[x] before the update is added, merged or not. With r > 0 the rows are
@@ -26,7 +27,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     * scale_grad_by_freq acts on lora_A as on weight.
 
     Raises: ValueError as LoRALayer does, and if x is on another device than weight; TypeError if x
-    is not a dense tensor of ids. An id out of range ends as in nn.Embedding.
+    is not a dense tensor of ids. An id out of range fails as in nn.Embedding.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's Embedding.
     """
 
@@ -45,7 +46,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
             self._add_adapter((self.r, num_embeddings), (embedding_dim, self.r))
         if kwargs.get("_weight") is None:
             self.reset_parameters()
-        else:  # nn.Embedding.from_pretrained: these values are to stay
+        else:  # nn.Embedding.from_pretrained: keep these values
             self.reset_lora_parameters()
 
     @classmethod
@@ -60,7 +61,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         """Wraps an nn.Embedding: same parameter, no copy, same options and mode.
 
         lora_dtype: dtype of lora_A and lora_B; None takes the weight's.
-        Raises: TypeError if embedding is not an nn.Embedding, or computes in its own way.
+        Raises: TypeError if embedding is not an nn.Embedding, or has a forward of its own or a
+        parametrized weight.
         """
         plain = (
             isinstance(embedding, nn.Embedding)
@@ -96,7 +98,10 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         return (b.to(acc) @ a.to(acc)).T * self.scaling
 
     def merged_weight(self) -> Tensor:
-        """base within max_norm + delta, rounded once to the weight's dtype. Not differentiable."""
+        """limited base + delta, rounded once to the weight's dtype. Not differentiable.
+
+        Rows of the base are limited to max_norm.
+        """
         if self.max_norm is None or not self.has_lora:
             return super().merged_weight()
         weight = self._weight()
@@ -120,7 +125,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
             rows = self._limit(self._look_up(self.weight, ids).to(acc))
             h = self._look_up_a(ids).to(acc) * self.scaling
             y = torch.addmm(rows, h, self.lora_B.to(acc).T)
-        # Not a view: FSDP would lose its hooks on y if the caller changes y in place.
+        # Not a view: FSDP would lose its hooks on a view that the caller changes in place.
         shape = (*x.shape, self.embedding_dim)
         return torch.ops.aten._unsafe_view.default(y.to(self.weight.dtype), shape)
 

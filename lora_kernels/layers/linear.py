@@ -70,7 +70,7 @@ class LinearLayer(LoRALayer, nn.Linear):
             nn.init.zeros_(self.lora_B)
 
     def oriented(self, weight: Tensor) -> Tensor:
-        """A matrix [N, K] in the layout that weight has, or weight as [N, K]: a view either way."""
+        """A view of [N, K] in the layout of the parameter weight, or of that layout as [N, K]."""
         return weight.T if self.fan_in_fan_out else weight
 
     @property
@@ -106,6 +106,7 @@ class LoRALinear(LinearLayer):
     Shapes: weight [out, in] ([in, out] with fan_in_fan_out), lora_A [r, in], lora_B [out, r];
     x [..., in] -> [..., out]. lora_A starts Kaiming uniform, lora_B zero. r = 0: a plain trainable
     nn.Linear. Dropout acts in training mode only. Other keywords go to nn.Linear.
+    Dtypes: as lora_linear.
     Raises: ValueError and TypeError as LoRALayer and lora_linear do, naming this layer.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's Linear.
     """
@@ -141,6 +142,7 @@ class LoRALinear(LinearLayer):
         """Wraps an nn.Linear or a Hugging Face Conv1D: same parameters, no copy, same mode.
 
         lora_dtype: dtype of lora_A and lora_B; None takes the weight's.
+        Raises: TypeError for any other module, subclasses with a forward of their own included.
         """
         return cls._wrap(
             linear, lora_dtype, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,

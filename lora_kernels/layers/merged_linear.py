@@ -17,11 +17,12 @@ class LoRAMergedLinear(LinearLayer):
 
     enable_lora says which of the groups are enabled. The groups are of equal size, or have the
     sizes in out_splits (grouped-query attention). Of E enabled groups, the g-th has rows
-    [g·r, (g+1)·r) of lora_A and its own block of rows of lora_B. All share one dropout mask.
+    [g·r, (g+1)·r) of lora_A and its own block of rows of lora_B. All groups share one dropout mask.
 
     Shapes: weight [out, in] ([in, out] with fan_in_fan_out), lora_A [r·E, in],
     lora_B [sum of the enabled splits, r]; x [..., in] -> [..., out]. Initial values as LoRALinear.
     r = 0, or no group enabled: a plain trainable nn.Linear. Other keywords go to nn.Linear.
+    Dtypes: as lora_linear.
     Raises: ValueError if len(enable_lora) does not divide out_features or out_splits does not fit;
     otherwise as LoRALinear.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.2; loralib's MergedLinear.
@@ -66,6 +67,7 @@ class LoRAMergedLinear(LinearLayer):
         """Wraps an nn.Linear or a Hugging Face Conv1D: same parameters, no copy, same mode.
 
         lora_dtype: dtype of lora_A and lora_B; None takes the weight's.
+        Raises: TypeError for any other module, subclasses with a forward of their own included.
         """
         return cls._wrap(
             linear, lora_dtype, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
@@ -85,14 +87,14 @@ class LoRAMergedLinear(LinearLayer):
         return enabled.repeat_interleave(sizes, output_size=self.out_features)
 
     def zero_pad(self, x: Tensor) -> Tensor:
-        """Rows of the enabled groups -> rows of all groups, those of disabled ones zero."""
+        """Rows of the enabled groups -> rows of all groups; rows of disabled groups are zero."""
         padded = x.new_zeros((self.out_features, *x.shape[1:]))
         for columns, rows, _ in self.splits.groups(self.r):
             padded[columns] = x[rows]
         return padded
 
     def merge_AB(self) -> Tensor:
-        """The update of the whole weight before scaling, as weight is stored."""
+        """The update of the whole weight before scaling, in the layout of weight."""
         a, b = self._factors()
         product = torch.cat([b[rows] @ a[ranks] for _, rows, ranks in self.splits.groups(self.r)])
         return self.oriented(self.zero_pad(product))

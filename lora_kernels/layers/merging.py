@@ -14,11 +14,11 @@ __all__ = ["MergesOnEval", "undisturbed"]
 class MergesOnEval:
     """Mixin of LoRALayer: eval() merges, train() restores, a forward refreshes.
 
-    The class in front of it has ``has_lora``, ``lora_A``, ``lora_B``, ``scaling`` and
-    ``delta_weight()``, and says with ``weight_name`` where its base weight lives.
+    A class that derives from it has ``has_lora``, ``lora_A``, ``lora_B``, ``scaling`` and
+    ``delta_weight()``, and says with ``weight_name`` where its base weight is.
     """
 
-    weight_name = "weight"  # of the base weight among the layer's parameters
+    weight_name = "weight"  # the base weight's, among the layer's parameters
     merged: bool
     merge_weights: bool
     _base_weight: Tensor | None = None  # the unmerged weight while the parameter holds the sum
@@ -80,7 +80,7 @@ class MergesOnEval:
         if self._base_weight is not None:
             owner = self.weight_owner()
             if distributed.is_managed(owner):
-                owner.state_dict()  # has it sharded again, before it is written to
+                owner.state_dict()  # shards it again before it is written to
             weight = self._weight()
             with undisturbed(weight):
                 weight.copy_(distributed.distribute_like(self._base_weight, weight))
@@ -96,7 +96,7 @@ class MergesOnEval:
         if self._adapter_state() != self._merged_from:
             if distributed.is_managed(self.weight_owner()):
                 raise RuntimeError(
-                    f"{checks.layer_name(self)}: eval() merged it before fully_shard took its "
+                    f"{checks.layer_name(self)}: eval() merged it before fully_shard sharded its "
                     f"weight: call train() on the model first"
                 )
             self._write_merged()
@@ -112,7 +112,7 @@ class MergesOnEval:
         return id(a), _version(a), id(b), _version(b), self.scaling
 
     def _apply(self, fn, recurse=True):
-        # A moved or cast weight is merged from the moved or cast base, never cast after merging.
+        # The base is moved or cast and then merged again; a merged weight is never cast.
         merged = self.merged
         if merged:
             self._restore()
@@ -124,13 +124,13 @@ class MergesOnEval:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; inference tensors do not count."""
+    """How often a tensor was changed in place; 0 for inference tensors, which do not count it."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 @contextlib.contextmanager
 def undisturbed(weight: Tensor):
-    """Arithmetic on weights in which gradients, autocast and inference_mode play no part."""
+    """Arithmetic on weight without gradients, autocast, or the caller's inference_mode."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(weight.is_inference()))
         stack.enter_context(torch.no_grad())

@@ -33,25 +33,25 @@ def share_inputs(
     groups: Iterable[Collection[str]] = GROUPS,
     exclude: Collection[str] = CROSS_ATTENTION,
 ) -> list[tuple[str, ...]]:
-    """Has LoRALinear layers that take the same input compute together; returns their paths.
+    """Makes LoRALinear layers that take the same input compute together; returns their paths.
 
-    groups: names that children of one module have. Of a module's children in a group, the
-    LoRALinear layers that agree in in_features, r, dropout and dtypes are joined, if there are two
-    or more. Layers, parameters and state dicts stay what they are, and so do calls:
-    ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)``. The first call with a new x computes for all of
-    them. The others fetch their part, as long as it is the same x and nothing has changed since. So
-    x is read once for all low-rank products and the layers add to one dx in place, see
-    lora_shared_linear. Each layer keeps a dropout mask of its own.
-    exclude: names of modules below which nothing is joined. In cross-attention keys and values get
-    another x than queries: joined layers would give the right results there, but throw away what
-    they computed for each other.
-    Merged layers compute alone. So do layers on tensors of torch.inference_mode, and layers that
-    FSDP or a parametrization gives other weights.
-    In a model under torch.compile x must not change in place between the calls, because what is
-    traced cannot tell. Otherwise such a change is seen, and the layer computes anew.
+    groups: each entry lists names of children that one module may have. The LoRALinear layers among
+    these children are joined if two or more of them agree in in_features, r, dropout, dtypes and
+    devices. Layers, parameters and state dicts stay what they are, and so do calls: ``q_proj(x)``,
+    ``k_proj(x)``, ``v_proj(x)``. The first call with a new x computes for all joined layers. The
+    others fetch their part, as long as x is the same and nothing has changed since. So x is read
+    once for all low-rank products and the layers add to one dx in place, see lora_shared_linear.
+    Each layer has its own dropout mask.
+    exclude: names of modules inside which nothing is joined. In cross-attention keys and values get
+    another x than queries. Joined layers would give the right results there, but each would throw
+    away what it has computed for the others.
+    Merged layers compute alone. So do layers on tensors of torch.inference_mode, and layers whose
+    weights FSDP or a parametrization replaces.
+    In a model under torch.compile x must not change in place between the calls, because traced code
+    cannot notice it. In other models such a change is noticed, and the layer computes anew.
     A layer that is copied on its own takes along copies of the layers it is joined with.
-    One backward serves all of them: a second one through another layer's output needs
-    retain_graph=True in the first, as outputs of one operation do.
+    Joined layers have one backward. A second backward, through another layer's output, needs
+    retain_graph=True in the first, as for any outputs of one operation.
     Raises: ValueError if no layers were found to join.
     """
     groups = [tuple(group) for group in groups]
@@ -100,7 +100,7 @@ class SharedInput:
         if index is None or not isinstance(x, Tensor):
             return None
         if not torch.compiler.is_compiling() and x.is_inference():
-            return None  # it does not tell whether it has changed
+            return None  # it has no version that tells of changes
         if x is self._x and index in self._outputs and self._state == self._state_for(x):
             y = self._outputs.pop(index)
         elif self.together():
@@ -118,8 +118,9 @@ class SharedInput:
     def together(self) -> bool:
         """Whether every layer runs its adapter, on plain weights, with one dropout.
 
-        The answer is the same whenever a step runs a layer. It is so in a checkpoint's second
-        forward too, when weights that fully_shard gathers layer by layer are there already.
+        The answer is the same each time that a step runs a layer. That includes the second forward
+        of activation checkpointing, in which weights that fully_shard gathers layer by layer are
+        gathered already.
         """
         return (
             len({layer.dropout_p for layer in self.layers}) == 1

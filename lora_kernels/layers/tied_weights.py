@@ -1,7 +1,7 @@
 """Whether something else holds a layer's base weight, which then must not be merged in place.
 
-Nothing tells a module who else holds its parameter. So reference counts answer first, for they cost
-little; only if they leave it open are all live objects searched.
+A module does not know who else holds its parameter. So reference counts are asked first, because
+they cost little. Only if they leave the question open are all live objects searched.
 """
 
 import gc
@@ -17,16 +17,16 @@ __all__ = ["is_tied"]
 
 
 def is_tied(owner: nn.Module) -> bool:
-    """Whether something besides owner holds owner's weight, or memory of it.
+    """Whether something besides owner holds owner's weight, or a part of its memory.
 
-    That is another module, or FSDP, which gathers and drops what a forward sees as the weight. A
-    weight on the meta device is never tied.
+    It may be another module. It may be FSDP, which gathers the weight for a forward and drops it
+    afterwards. A weight on the meta device is never tied.
     """
     if owner._parameters["weight"].is_meta:
         return False
     if distributed.is_managed(owner) or distributed.is_dtensor(owner._parameters["weight"]):
         return True
-    references, storage_uses = _reference_counts(owner)  # before a name here adds to them
+    references, storage_uses = _reference_counts(owner)  # before a local name adds to them
     weight = owner._parameters["weight"]
     if storage_uses == _UNSHARED[1] and (
         references == _UNSHARED[0] or not _in_another_dict(weight, owner)

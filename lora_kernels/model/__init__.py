@@ -2,7 +2,7 @@
 
 paths.py: modules by their paths, and what wrappers do to those. targets.py: which modules
 target_modules means, and what each becomes. apply.py: apply_lora. trainable.py: what trains, and
-how it is found again.
+the record of it.
 """
 
 __all__: list[str] = []

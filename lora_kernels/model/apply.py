@@ -50,17 +50,17 @@ def apply_lora(
     * a list: every module whose path is an entry or ends with "." and an entry;
     * a string: a regular expression that the whole path matches; if it matches nothing, a name
       as in a list;
-    * "all-linear": every nn.Linear and Conv1D but ``model.get_output_embeddings()``. Subclasses
+    * "all-linear": every nn.Linear and Conv1D except ``model.get_output_embeddings()``. Subclasses
       of nn.Linear stay as they are, with a warning: their owner may read the weight without
       calling them, as nn.MultiheadAttention does.
 
     Nothing inside a module of modules_to_save is wrapped. rank_pattern and alpha_pattern map a
     regular expression for the path or its end to another r or lora_alpha; the first match counts.
     scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. autocast_adapter_dtype:
-    float32 adapters over 16-bit weights. Then mark_only_lora_as_trainable(model, bias,
-    modules_to_save). A module of modules_to_save whose parameters are tied to others', such as an
-    output head to the input embedding, gets its own copies of them first, as PEFT's do. A module
-    under several names is wrapped once and stays shared; forward and backward hooks and train/eval
+    whether adapters over 16-bit weights are float32. A module of modules_to_save whose parameters
+    are tied to others', such as an output head to the input embedding, gets its own copies of them,
+    as in PEFT. Last, mark_only_lora_as_trainable(model, bias, modules_to_save) is called. A module
+    under several names is wrapped once and stays shared. Forward and backward hooks and train/eval
     mode are kept. A model in eval mode is merged by its next eval().
 
     Raises: ValueError (NotImplementedError for bias) before anything has changed: bad numbers, a
@@ -103,7 +103,7 @@ def wrap_modules(
 ) -> None:
     """Builds the layer of every path in specs, then puts all of them in their places.
 
-    If building one fails, model is as it was.
+    If building one fails, model is unchanged.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules, layers = dict(named_modules(model, remove_duplicate=False)), {}
@@ -120,7 +120,7 @@ def wrap_modules(
             if id(child) in layers:
                 setattr(parent, name, layers[id(child)])
     for module in model.modules():
-        # PyTorch's own inference path of these reads the weights without calling the layers.
+        # PyTorch's fast path for inference of these reads the weights without calling the layers.
         if isinstance(module, nn.TransformerEncoderLayer) and any(lora_layers(module)):
             module.activation_relu_or_gelu = 0
         if isinstance(module, nn.TransformerEncoder) and any(lora_layers(module)):

@@ -29,7 +29,7 @@ def split(path: str) -> tuple[str, str]:
 
 
 def in_model_order(paths: Iterable[str]) -> list[str]:
-    """paths and those on the way to them, as named_modules() has them if modules came so to be."""
+    """paths and their parents, ordered as named_modules() if modules are made in this order."""
     tree: dict[str, dict] = {}
     for path in paths:
         node = tree
@@ -71,7 +71,7 @@ def named_modules(
 ) -> Iterator[tuple[str, nn.Module]]:
     """model.named_modules() under the paths that model.state_dict() has.
 
-    What PyTorch's checkpoint_wrapper puts around a module is in the paths of the former alone.
+    PyTorch's checkpoint_wrapper adds a part to the paths of model.named_modules() only.
     """
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
         if _CHECKPOINTED not in module._modules:
@@ -79,7 +79,7 @@ def named_modules(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """model without DistributedDataParallel and torch.compile around it, which prefix its paths."""
+    """model without DistributedDataParallel and torch.compile, which add a prefix to its paths."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -102,7 +102,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def check_names_exist(model: nn.Module, names: Collection[str]) -> None:
-    """Every name means a module. Raises: ValueError for one of modules_to_save that does not."""
+    """Every name of modules_to_save means a module. Raises: ValueError for one that does not."""
     paths = [path for path, _ in named_modules(model, remove_duplicate=False)]
     for name in names:
         if not any(is_named(path, [name]) for path in paths):

@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one LoRA layer is besides its weights; splits: the groups of a LoRAMergedLinear."""
+    """The values of one LoRA layer that are not tensors; splits: those of a LoRAMergedLinear."""
 
     r: int
     lora_alpha: float
@@ -39,7 +39,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The numbers for all layers, and others by pattern for some: arguments of apply_lora."""
+    """Arguments of apply_lora: the numbers for all layers, and by pattern other ones for some."""
 
     r: int
     lora_alpha: float
@@ -133,7 +133,8 @@ def _linear_paths(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
 def name_targets(paths: Iterable[str], others: Collection[str]) -> list[str] | str:
     """target_modules that means the modules at paths, and none of those at others.
 
-    A list, as long as it does: in one, "lin" would mean "block.lin" too.
+    It is a list of paths if that means no others. Otherwise it is a regular expression: in a list,
+    "lin" would mean "block.lin" too.
     """
     paths = sorted(paths)
     if any(is_named(other, paths) for other in others):
@@ -182,7 +183,7 @@ def check_wrappable(targets: Mapping[str, nn.Module]) -> None:
         elif distributed.is_managed(module) or any(
             map(distributed.is_dtensor, module._parameters.values())
         ):
-            reason = "its weight is sharded: apply_lora goes before fully_shard"
+            reason = "its weight is sharded: call apply_lora before fully_shard"
         elif "weight" not in module._parameters:
             reason = "its weight is computed, not a parameter"
         elif "forward" in module.__dict__:

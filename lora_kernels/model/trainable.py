@@ -1,4 +1,4 @@
-"""What trains besides lora_A and lora_B: mark_only_lora_as_trainable, and how it is found again."""
+"""What trains besides lora_A and lora_B: mark_only_lora_as_trainable, and the record of it."""
 
 from collections.abc import Collection, Iterable
 
@@ -21,22 +21,22 @@ __all__ = [
 ]  # fmt: skip
 
 BIAS = ("none", "all", "lora_only")
-# What mark_only_lora_as_trainable opened, written on the module that holds it ("module" or "bias"),
-# where deepcopy and pickle carry it along and state_dict does not see it.
+# The attribute that says what mark_only_lora_as_trainable makes trainable of a module: all of it,
+# "module", or its biases, "bias". deepcopy and pickle carry it along; state_dict does not see it.
 _RECORD = "_trained_with_lora"
 
 
 def mark_only_lora_as_trainable(
     model: nn.Module, bias: str = "none", modules_to_save: str | Iterable[str] | None = None
 ) -> None:
-    """Freezes model but for its LoRA factors, the biases asked for and modules_to_save.
+    """Freezes model, except its LoRA factors, the biases asked for and modules_to_save.
 
     Trainable: lora_A and lora_B of LoRA layers; other parameters whose own name starts with "lora_"
     stay as they are. bias: "none"; "all" biases (a parameter named bias, ..._bias or bias_...);
     "lora_only": those of LoRA layers. modules_to_save: paths, or ends of paths, of modules that
     train as a whole; lora_state_dict and save_adapter find them again.
     Raises: NotImplementedError for another bias; ValueError for a name that no module has.
-    Source: loralib's function; a name in the middle of a path decides nothing here.
+    Source: loralib's function, which also looks at names in the middle of a path.
     """
     check_bias(bias)
     names = as_names("modules_to_save", modules_to_save)
@@ -104,7 +104,7 @@ def record_trained(model: nn.Module, bias: str, modules_to_save: Collection[str]
 
 
 def recorded_biases(model: nn.Module) -> str:
-    """The bias argument that opened the biases of model."""
+    """The bias argument that made the biases of model trainable."""
     owners = {id(m) for m in model.modules() if m.__dict__.get(_RECORD) == "bias"}
     if not owners:
         return "none"
@@ -127,7 +127,7 @@ def saved_paths(model: nn.Module, modules_to_save: Collection[str] = ()) -> list
 
 
 def untie(model: nn.Module, paths: Collection[str]) -> None:
-    """Gives the modules at paths copies of the parameters that modules beside them hold as well."""
+    """Gives modules at paths copies of parameters that modules outside of them hold as well."""
     modules = dict(named_modules(model, remove_duplicate=False))
     for path in paths:
         inside = {id(module) for module in modules[path].modules()}
@@ -149,7 +149,7 @@ def untie(model: nn.Module, paths: Collection[str]) -> None:
 
 
 def with_tied(model: nn.Module, paths: Collection[str]) -> list[str]:
-    """paths, and those of the modules beside them that hold a parameter of theirs as well."""
+    """paths, and those of the modules outside of them that hold a parameter of theirs as well."""
     modules = dict(named_modules(model, remove_duplicate=False))
     inside = {id(module) for path in paths for module in modules[path].modules()}
     tied = {id(parameter) for path in paths for parameter in modules[path].parameters()}

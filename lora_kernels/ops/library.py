@@ -1,8 +1,8 @@
-"""What the ops share: PyTorch's library of them, and the way of a call to its implementation.
+"""What the ops share: their registration with PyTorch, and how a call finds its implementation.
 
-An op has no autograd formula of its own: an autograd Function is built from a forward op and a
-backward op. dispatch/ says which of kernels/ and reference/ computes a call; the kernels, and
-triton with them, are imported by the first call that reaches them.
+An op has no autograd formula: an autograd Function is built from a forward op and a backward op.
+dispatch/ says whether kernels/ or reference/ computes a call. The first call that reaches the
+kernels imports them, and triton with them.
 """
 
 import functools
@@ -41,11 +41,10 @@ def tma_if_asked(*matrices: Tensor | None) -> bool:
 def compute(
     reference: ModuleType, name: str, shape: GemmShape, operands: tuple, typed: Sequence[Tensor]
 ):
-    """What reference.name(*operands) specifies, by the algorithm that is chosen for shape.
+    """The result that reference.name(*operands) specifies, by the algorithm chosen for shape.
 
-    The module of the same name in kernels/ has a function of the same name, which takes the
-    algorithm in front of the operands. typed: the tensors whose dtypes decide which kernels are
-    compiled.
+    The module of the same name in kernels/ has a function of the same name, whose first argument is
+    the algorithm. typed: the tensors whose dtypes decide which kernels are compiled.
     """
     chosen = algorithm.choose(shape)
     if chosen.name == "reference":
@@ -70,7 +69,7 @@ def _kernels_of(reference: ModuleType) -> ModuleType:
 
 
 def _without_autocast(implementation: Callable) -> Callable:
-    """Operands arrive in the dtypes they are to be used in; an ambient autocast changes nothing."""
+    """implementation with autocast off: its operands have the right dtypes already."""
 
     @functools.wraps(implementation)
     def wrapper(first, *args):
@@ -84,7 +83,7 @@ def _without_autocast(implementation: Callable) -> Callable:
 
 
 class _PositionalSignature(inspect.Signature):
-    """A signature whose bind() takes the arguments as they come."""
+    """A signature whose bind() takes all arguments by position, without a check."""
 
     class Bound(NamedTuple):
         args: tuple
@@ -98,10 +97,10 @@ class _PositionalSignature(inspect.Signature):
 
 
 def binds_positionally(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """A Function whose apply() always gets all arguments, by position.
+    """Makes apply() cheaper for a Function that always gets all arguments, by position.
 
-    Function.apply binds its arguments to forward's signature in every call, and the general bind()
-    costs as much as a small product: of a forward of 75 µs, 30.
+    Function.apply binds its arguments to forward's signature in every call. The general bind()
+    costs as much as a small product: 30 of the 75 µs of a forward.
     """
     function.forward.__signature__ = _PositionalSignature.from_callable(function.forward)
     return function

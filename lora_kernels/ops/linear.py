@@ -85,7 +85,7 @@ _backward_op = define(
 
 
 def lora_linear_forward(x, w, a, b, bias, seed, spec: LoraSpec) -> tuple[Tensor, Tensor]:
-    """y and h, as reference.linear has them, by the op."""
+    """y and h, as reference.linear specifies them, by the op."""
     splits = spec.splits
     return _forward_op(
         x, w, a, b, bias, seed, spec.scaling, spec.dropout_p, splits.sizes, splits.enabled
@@ -93,7 +93,7 @@ def lora_linear_forward(x, w, a, b, bias, seed, spec: LoraSpec) -> tuple[Tensor,
 
 
 def lora_linear_backward(operands: Sequence[Tensor | None], spec: LoraSpec, needs: Needs):
-    """The gradients that needs asks for, as reference.linear has them, by the op.
+    """The gradients that needs asks for, as reference.linear specifies them, by the op.
 
     operands: dy, x, h, w, a, b, seed.
     """
@@ -105,7 +105,7 @@ def lora_linear_backward(operands: Sequence[Tensor | None], spec: LoraSpec, need
 
 @binds_positionally
 class LoraLinear(torch.autograd.Function):
-    """Saves x, h, the seed and the parameters, and of these only what the backward will read."""
+    """Saves what the backward will read of x, h, the seed and the parameters, and nothing else."""
 
     @staticmethod
     def forward(x, w, a, b, bias, seed, spec):
@@ -143,8 +143,8 @@ class LoraLinear(torch.autograd.Function):
 class _LoraLinearBackward(torch.autograd.Function):
     """The backward as a function of its operands, for create_graph=True.
 
-    Its own derivative is that of the reference, in plain PyTorch, with h written out as a function
-    of x and a.
+    Its own derivative is that of the reference, in plain PyTorch, with h computed again from
+    x and a.
     """
 
     @staticmethod
@@ -170,7 +170,7 @@ class _LoraLinearBackward(torch.autograd.Function):
 
         def backward(*tensors):
             given = dict.fromkeys(operands) | dict(zip(present, tensors, strict=True))
-            h = saved_h  # a constant, unless x or a have gradients: then both are here
+            h = saved_h  # a constant, unless x or a needs a gradient: then both are saved
             if needs.b and x is not None and a is not None:
                 h = reference.low_rank_input(given["x"], given["a"], seed, spec.dropout_p)
             return tuple(

@@ -86,12 +86,12 @@ _backward_op = define(
 def lora_shared_linear(
     x: Tensor, seeds: Tensor | None, specs: Sequence[LoraSpec], *operands: Tensor | None
 ) -> list[Tensor]:
-    """The y of L layers over x. operands: L of w, then L of a, of b and of bias."""
+    """The y of L layers over x. operands: L of w, then L of a, L of b and L of bias."""
     recorded = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *operands)
     )
     if torch.compiler.is_compiling() and not recorded:
-        # TorchDynamo cannot trace a Function with as many arguments as come without its backward.
+        # TorchDynamo traces a Function with a variable number of arguments only with its backward.
         *ys, _ = _compute(x, seeds, specs, *operands)
     else:
         *ys, _ = _LoraSharedLinear.apply(x, seeds, specs, *operands)
@@ -105,7 +105,7 @@ def _compute(x, seeds, specs, *operands) -> tuple[Tensor, ...]:
 
 
 class _LoraSharedLinear(torch.autograd.Function):
-    """Saves x, h, the seeds and the parameters, and of these only what the backward will read."""
+    """Saves the seeds and parameters, and of x and h what the backward will read."""
 
     @staticmethod
     def forward(x, seeds, specs, *operands):
@@ -117,7 +117,7 @@ class _LoraSharedLinear(torch.autograd.Function):
         ws, factors, bs, _ = _quarters(operands)
         ctx.mark_non_differentiable(output[-1])
         ctx.set_materialize_grads(False)
-        # One answer for all layers of a group: what one of them needs is computed for all.
+        # One answer for all layers over x: what one of them needs is computed for all.
         ctx.needs = needs = Needs(
             ctx.needs_input_grad[0], *map(any, _quarters(ctx.needs_input_grad[3:]))
         )
@@ -166,6 +166,6 @@ class _LoraSharedLinear(torch.autograd.Function):
 
 
 def _quarters(operands: Sequence) -> tuple[list, list, list, list]:
-    """ws, factors, bs and biases, as they stand one behind the other."""
+    """ws, factors, bs and biases, out of a list that holds them in this order."""
     count = len(operands) // 4
     return tuple(list(operands[i * count : (i + 1) * count]) for i in range(4))

@@ -76,8 +76,8 @@ def lora_linear_backward(
     """The gradients of lora_linear_forward that needs asks for, in its order.
 
     dx = dy·w + mask∘(dh·a); dw = dyᵀ·x; da = dhᵀ·x_hat; db = scaling·dyᵀ·h;
-    dbias = column sums of dy. An operand may be None if no gradient asked for depends on it: x
-    but for dw and da, h but for db, w but for dx, a but for dx and da, b but for dx, da and db.
+    dbias = column sums of dy. An operand may be None if no gradient asked for depends on it: dw
+    and da depend on x; db on h; dx on w; dx and da on a; dx, da and db on b.
     """
     scaling, dropout_p = spec.scaling, spec.dropout_p
     dy_rows = dy.reshape(-1, dy.shape[-1])
@@ -88,7 +88,7 @@ def lora_linear_backward(
     enabled = list(spec.splits.groups(b.shape[1])) if b is not None else []
 
     if needs.x or needs.a:
-        # b is copied column by column: BLAS is twice as fast on a skinny factor that way.
+        # b is copied to [r, rows]: BLAS is twice as fast on a skinny factor stored that way.
         dh = _join(
             [
                 F.linear(
@@ -115,7 +115,7 @@ def lora_linear_backward(
         if update is None:
             dx = dy_rows @ w
             _add_product_(dx, dh, _as(acc, a), 1.0)
-        elif dy.dtype == torch.float32:  # in the memory that update has
+        elif dy.dtype == torch.float32:  # in update's memory
             dx = update.addmm_(dy_rows, w)
         else:
             dx = (dy_rows @ w).add_(update)
@@ -139,8 +139,10 @@ def lora_linear_backward(
 
 
 def shaped_like(x: Tensor, y: Tensor) -> Tensor:
-    """y [M, N] as x [..., K] lies, and no view: autograd forbids to change a view that a Function
-    returns, as nn.ReLU(inplace=True) would.
+    """y [M, N] as [..., N], with the leading dimensions of x [..., K]; not a view.
+
+    Autograd forbids in-place changes, such as nn.ReLU(inplace=True), of a view that a Function
+    returns.
     """
     if x.dim() == 2:
         return y
@@ -148,7 +150,7 @@ def shaped_like(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """out += scale·left·right in place; out may have fewer bits than the product."""
+    """out += scale·left·right in place; out's dtype may have fewer bits than the product's."""
     if out.dtype == left.dtype:
         out.addmm_(left, right, alpha=scale)
     else:
@@ -156,18 +158,18 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """tensor.to(dtype), without a call where there is nothing to do."""
+    """tensor.to(dtype), without a call if there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _part(tensor: Tensor, dim: int, part: slice) -> Tensor:
-    """tensor's entries part of dim, without a call where these are all."""
+    """tensor's slice part along dim, without a call if that is all of it."""
     size = part.stop - part.start
     return tensor if size == tensor.shape[dim] else tensor.narrow(dim, part.start, size)
 
 
 def _dropped(rows: Tensor, mask: Tensor) -> Tensor:
-    """rows * mask, in mask's memory where torch.func does not forbid it."""
+    """rows * mask, in mask's memory unless torch.func forbids that."""
     if torch._C._are_functorch_transforms_active():
         return rows * mask
     return mask.mul_(rows)

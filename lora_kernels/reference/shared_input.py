@@ -20,7 +20,7 @@ def lora_shared_linear_forward(
     seeds: Tensor | None,
     specs: Sequence[LoraSpec],
 ) -> list[Tensor]:
-    """lora_linear_forward of L layers that share x, each with a mask of its own; the y, then h.
+    """lora_linear_forward of L layers that share x, each with its own mask: every y, then h.
 
     Shapes: x [..., K], ws L of [N_l, K], a [L, r, K], bs L of [N_l, r], seeds [L]
     -> L of y [..., N_l], and h [L, M, r]. specs: L, with one dropout_p.
@@ -47,7 +47,7 @@ def lora_shared_linear_backward(
     """The gradients of lora_shared_linear_forward that needs asks for, of all layers.
 
     One dx, the sum over the layers; L of dw; da [L, r, K]; L of db; L of dbias; in that order.
-    x may be None but for dw and da, h but for db.
+    x may be None if neither dw nor da is needed, h if db is not needed.
     """
     of_layers = [
         needs.spread(

@@ -1,4 +1,4 @@
-"""Operands between NaN, and outputs whose surroundings are watched."""
+"""Operands surrounded by NaN, and outputs that must be written completely and nowhere else."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from torch import Tensor
 
 __all__ = ["between_nan", "guarded_outputs"]
 
-_PAD = 64  # elements, so that what lies between keeps an alignment of 16 bytes
+_PAD = 64  # elements, so that the tensor between two of these stays aligned to 16 bytes
 
 
 def between_nan(tensor: Tensor, aligned: bool = True) -> Tensor:
     """A copy of a matrix or vector inside a buffer that is NaN everywhere else.
 
-    aligned: its rows start at multiples of 16 bytes; otherwise anywhere.
+    aligned: whether its rows start at multiples of 16 bytes.
     """
     if tensor.dim() == 1:
         buffer = torch.full((len(tensor) + 2 * _PAD,), torch.nan).to(tensor)
@@ -31,7 +31,10 @@ def between_nan(tensor: Tensor, aligned: bool = True) -> Tensor:
 
 @contextlib.contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """Fresh tensors hold NaN and lie between NaN, of which none may be left in them or missing."""
+    """Fresh tensors are full of NaN and lie between NaN.
+
+    Raises: AssertionError if at the end a NaN is left in one, or one around it is overwritten.
+    """
     buffers, empty = [], torch.empty
 
     def guarded_empty(*shape, **options):

@@ -35,7 +35,7 @@ def lora_formula(x, w, a, b, bias, spec: LoraSpec, mask: Tensor | None = None) -
 
 @dataclasses.dataclass
 class Problem:
-    """Random operands of one LoRA product, their gradient, and what else the product is."""
+    """Random operands of one LoRA product, the gradient dy of its result, its seed and spec."""
 
     x: Tensor
     w: Tensor
@@ -48,12 +48,12 @@ class Problem:
 
     @property
     def scaling(self) -> float:
-        """By which the update is multiplied."""
+        """The factor of the update."""
         return self.spec.scaling
 
     @property
     def dropout_p(self) -> float:
-        """With which probability an element of x is dropped."""
+        """The probability that an element of x is dropped."""
         return self.spec.dropout_p
 
     @property
@@ -65,13 +65,13 @@ class Problem:
         return {name: getattr(self, name) for name in OPERANDS if getattr(self, name) is not None}
 
     def without_cancellation(self) -> "Problem":
-        """The same with nothing negative: a lone sum that cancels has no digits to compare."""
+        """The same without negative values: a sum that cancels has no digits left to compare."""
         values = {name: getattr(self, name).abs() for name in (*self.operands(), "dy")}
         spec = dataclasses.replace(self.spec, scaling=abs(self.scaling))
         return dataclasses.replace(self, spec=spec, **values)
 
     def mask(self) -> Tensor | None:
-        """What is kept of x: bool [M, K], by the mask's definition; None without dropout."""
+        """Which elements of x are kept, by the mask's definition: bool [M, K]; None if all."""
         if self.dropout_p == 0:
             return None
         cols = self.x.shape[-1]
@@ -79,7 +79,7 @@ class Problem:
         return dropout.keep(self.seed, row[:, None], col, self.dropout_p)
 
     def solve(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """y and every gradient by PyTorch's autograd, in dtype, or as the operands are."""
+        """y and every gradient by PyTorch's autograd, in dtype; None takes the operands' own."""
         leaves = {
             name: value.detach().to(dtype or value.dtype).requires_grad_()
             for name, value in self.operands().items()
@@ -106,7 +106,7 @@ def make_problem(
     scaling=2.0,
     groups: Sequence[tuple[int, bool]] | None = None,
 ) -> Problem:
-    """Operands drawn from torch's generator, the weights at the size that keeps y near one.
+    """Operands drawn from torch's generator; weights are scaled so that y is near one.
 
     groups: (size, enabled) of each group of y's columns; None is one enabled group.
     """

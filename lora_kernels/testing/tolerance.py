@@ -1,4 +1,4 @@
-"""The one rule of what is close: error against float64, judged by that of same-dtype PyTorch."""
+"""The one rule of what is close: the error against float64 is bounded by same-dtype PyTorch's."""
 
 import torch
 from torch import Tensor

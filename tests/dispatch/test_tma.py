@@ -19,7 +19,7 @@ F16 = torch.float16
         (lambda t: t[:, 1:], "address"),
         (lambda t: t[:, ::2], "no stride is 1"),
         (lambda t: t[:1].expand(8, -1), "overlap"),
-        (lambda t: t.flatten()[: 8 * 65].view(8, 65), "65 elements is no multiple of 16 bytes"),
+        (lambda t: t.flatten()[: 8 * 65].view(8, 65), "65 elements is not a multiple of 16 bytes"),
         (lambda t: t.flatten().as_strided((8, 64), (8, 1)), "overlap"),
         (lambda t: torch.zeros(7, 9, dtype=F16), "9 elements"),
     ],

@@ -310,6 +310,6 @@ def lora_goes_into_a_model_before_it_is_sharded(directory):
         )
     sharded = fully_shard(Model())
     for _ in range(2):
-        with pytest.raises(ValueError, match="apply_lora goes before fully_shard"):
+        with pytest.raises(ValueError, match="call apply_lora before fully_shard"):
             lora.apply_lora(sharded, r=2, lora_alpha=2, target_modules=["down"])
         sharded(batch())  # leaves the weights of the root gathered

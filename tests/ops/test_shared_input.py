@@ -278,7 +278,7 @@ def test_second_derivatives_are_refused_by_name(seed, device):
         ({"scalings": [1.0]}, "scalings must have one entry .* got 1 for 3"),
         ({"lora_As": "ranks"}, r"all lora_As must have the same number of rows, got \[5, 5, 4\]"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed must be an int64 tensor of 3 elements"),
-        ({"weights": [], "lora_As": [], "lora_Bs": [], "biases": []}, ".* at least one weights"),
+        ({"weights": [], "lora_As": [], "lora_Bs": [], "biases": []}, ".* must not be empty"),
     ],
     ids=["lora_Bs", "scalings", "lora_As", "seed", "nothing"],
 )

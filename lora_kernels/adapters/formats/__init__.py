@@ -16,10 +16,10 @@ __all__ = ["FORMATS", "Format", "recognise"]
 class Format(NamedTuple):
     """One file format.
 
-    recognises: whether what is at a path looks like it. read: an Adapter out of it, with what the
-    user has to add. write: puts an Adapter there; lines that say what has been written.
-    Raises: ValueError and OSError, out of read and write, for what cannot be read, expressed or
-    written; the file and the place in it are named.
+    recognises: whether what is at a path looks like this format. read: makes an Adapter of it, with
+    hints from the user. write: writes an Adapter to a path; returns lines that say what is written.
+    Raises: read and write raise ValueError and OSError, which name the file and the place in it,
+    for what cannot be read, expressed or written.
     """
 
     recognises: Callable[[Path], bool]
@@ -27,7 +27,7 @@ class Format(NamedTuple):
     write: Callable[[Adapter, Path], list[str]]
 
 
-# The first that recognises a path reads it.
+# The first format that recognises a path reads it.
 FORMATS = {
     "peft": Format(peft.recognises, peft.read, peft.write),
     "loralib": Format(loralib.recognises, loralib.read, loralib.write),

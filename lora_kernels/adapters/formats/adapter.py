@@ -1,11 +1,11 @@
 """The neutral Adapter: what every format is read into and written from.
 
-Factors lie as in this package's layers, E being the number of enabled groups (1 without groups):
+Factors have the shapes of this package's layers; E is the number of enabled groups, or 1:
 
-* linear: lora_A [E·r, in], lora_B [rows, r], rows being the columns of the enabled groups;
+* linear: lora_A [E·r, in], lora_B [rows, r], a row for each column of an enabled group;
 * embedding: lora_A [r, num], lora_B [dim, r];
-* convolution: lora_A [r·k_0, in·k_0], lora_B [out/groups·k_1·..., r·k_0]; or, as most formats have
-  it, a convolution by lora_A [R, in, *kernel] and one by lora_B [out, R, 1, ...].
+* convolution: lora_A [r·k_0, in·k_0], lora_B [out/groups·k_1·..., r·k_0]; or, as in most
+  formats, a convolution by lora_A [R, in, *kernel] and one by lora_B [out, R, 1, ...].
 
 Other entries have the keys that the plain model's state_dict() has.
 """
@@ -36,7 +36,7 @@ FACTORS = ("lora_A", "lora_B")
 
 @dataclass(frozen=True)
 class Convolution:
-    """What a convolution is besides its channels; padded: whether it pads at all."""
+    """The options of a convolution, except its channels; padded: whether it pads at all."""
 
     kernel_size: tuple[int, ...]
     groups: int = 1
@@ -46,12 +46,12 @@ class Convolution:
 
     @classmethod
     def of(cls, conv: nn.Module) -> "Convolution":
-        """That of an nn.Conv1d, nn.Conv2d or nn.Conv3d."""
+        """The options of an nn.Conv1d, nn.Conv2d or nn.Conv3d."""
         padded = conv.padding not in ("valid", (0,) * len(conv.kernel_size))
         return cls(conv.kernel_size, conv.groups, conv.dilation, padded, conv.padding_mode)
 
     def not_two_convolutions(self) -> str | None:
-        """Why a convolution by lora_A and one by lora_B are not a change of its weight, or None."""
+        """Why no change of weight equals convolutions by lora_A and lora_B; None if one does."""
         if self.groups > 1:
             return f"lora_A as a convolution sees all input channels, groups={self.groups}"
         if any(d > 1 and k > 1 for d, k in zip(self.dilation, self.kernel_size, strict=False)):
@@ -63,7 +63,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class BaseModule:
-    """The plain module that a layer changes: in and out, which are num and dim of an embedding."""
+    """The plain module that a layer changes; inputs, outputs: num, dim of an embedding."""
 
     kind: Kind
     inputs: int
@@ -73,7 +73,7 @@ class BaseModule:
 
     @classmethod
     def of(cls, module: nn.Module) -> "BaseModule":
-        """That of a linear, an embedding or a convolution, plain or wrapped."""
+        """The description of a linear, an embedding or a convolution, plain or wrapped."""
         conv = module.conv if isinstance(module, ConvLoRA) else module
         if isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             outline = Convolution.of(conv)
@@ -88,9 +88,9 @@ class BaseModule:
 
 @dataclass(frozen=True, eq=False)
 class AdapterLayer:
-    """What an adapter holds for one module: the shapes of lora_A and lora_B are at the top.
+    """What an adapter holds for one module; for the shapes of lora_A and lora_B see the top.
 
-    spec is that of this package's layer, whichever way the factors of a convolution lie.
+    spec is that of this package's layer, even if the factors are those of two convolutions.
     """
 
     path: str
@@ -135,7 +135,7 @@ def own_factors(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter was read, for errors: its files, and what weights calls an entry."""
+    """The files of an adapter, for errors; key: the key in weights of an entry."""
 
     config: Path
     weights: Path
@@ -150,12 +150,12 @@ class Source:
 class Adapter:
     """What LoRA has trained of a model.
 
-    layers: by path, in the order of the model. entries: all else that the adapter brings: biases,
+    layers: by path, in the order of the model. entries: all other tensors of the adapter: biases,
     the whole of every module in modules_to_save, embeddings of a new vocabulary. bias: the argument
-    of mark_only_lora_as_trainable that opened the biases. modules_to_save: paths, or ends of paths.
-    target_modules: what means the layers in their model, as in apply_lora; restricted: it may mean
-    further modules, which have no layer. base_model: what the model is called. source: the files,
-    None if the adapter comes from a model.
+    of mark_only_lora_as_trainable that made the biases trainable. modules_to_save: paths, or ends
+    of paths. target_modules: which modules of the model get the layers, as in apply_lora.
+    restricted: whether target_modules may match further modules, which get no layer. base_model:
+    the model's name. source: the files; None if the adapter comes from a model.
     """
 
     layers: Mapping[str, AdapterLayer]
@@ -170,10 +170,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Hints:
-    """What a file may not say about its adapter: the options of ``lora-kernels convert``.
+    """What a file may lack about its adapter: the options of ``lora-kernels convert``.
 
     enable_lora, out_splits: pairs of the name of a module, or the end of its path, and the numbers
-    for it; "" names all. embedding, modules_to_save: names.
+    for it; "" stands for all modules. embedding, modules_to_save: names.
     """
 
     lora_alpha: float | None = None

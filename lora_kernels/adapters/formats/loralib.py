@@ -1,7 +1,7 @@
 """loralib's file: the dict of its lora_state_dict, as torch.save writes it.
 
-It holds factors, biases and modules trained as a whole under the keys of the model, and nothing
-else: lora_alpha, and which groups of a MergedLinear are enabled, are for the user to say.
+It holds factors, biases and modules trained as a whole, under the keys of the model, and nothing
+else. The user has to say lora_alpha, and which groups of a MergedLinear are enabled.
 """
 
 from collections import defaultdict
@@ -28,8 +28,8 @@ from lora_kernels.spec import OutputSplits
 
 __all__ = ["read", "recognises", "write"]
 
-# What scripts put around a state dict, loralib's own example among them, and what DDP puts in front
-# of every key.
+# The keys under which scripts, such as loralib's own example, keep a state dict in a larger dict,
+# and the prefix that DDP gives to every key.
 _ENVELOPES = ("model_state_dict", "state_dict", "model")
 _DDP = "module."
 
@@ -49,7 +49,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     hints; OSError.
     """
     if hints.lora_alpha is None:
-        raise ValueError(f"{file}: its layers' lora_alpha is not in it: give --lora-alpha")
+        raise ValueError(f"{file}: the file does not hold lora_alpha: give --lora-alpha")
     state = _read_state(file)
     with files.naming(file):
         check_alpha(hints.lora_alpha, "--lora-alpha")
@@ -101,7 +101,10 @@ def _check_keys(keys: Iterable[str], modules: Collection[str]) -> None:
             if not name:
                 raise ValueError(f"{key}: a name in it is empty")
             if hasattr(taken, name):
-                raise ValueError(f"{key}: {name!r} cannot be a name in a model, nn.Module has it")
+                raise ValueError(
+                    f"{key}: {name!r} cannot be a name in a model: nn.Module has an attribute of "
+                    f"this name"
+                )
         if key in modules:
             raise ValueError(f"{key}: is a tensor and the path of other tensors")
 
@@ -171,8 +174,8 @@ def _splits(
     """The groups of a MergedLinear of which count are enabled, with so many rows in lora_B."""
     if flags is None:
         raise ValueError(
-            f"{path}: a MergedLinear with {count} enabled groups, and which ones is not in the "
-            f"file: give --enable-lora"
+            f"{path}: a MergedLinear with {count} enabled groups, and the file does not say which "
+            f"ones: give --enable-lora"
         )
     if set(flags) - {0, 1} or sum(flags) != count:
         raise ValueError(f"{path}: --enable-lora must enable {count} groups, got {list(flags)}")
@@ -192,7 +195,7 @@ def _splits(
 def _read_others(
     state: Mapping[str, Tensor], layers: Collection[str], modules_to_save: Sequence[str]
 ) -> tuple[dict[str, Tensor], str, set[str]]:
-    """Biases and modules trained as a whole, and what the adapter is to call them."""
+    """The entries that are not factors, the adapter's bias, and the modules trained as a whole."""
     others = {key: value for key, value in state.items() if split(key)[1] not in FACTORS}
     holders = in_model_order(split(key)[0] for key in others)
     saved = _matches("--modules-to-save", modules_to_save, holders)
@@ -203,8 +206,8 @@ def _read_others(
             continue
         if not is_bias(name):
             raise ValueError(
-                f"{key}: neither a factor of LoRA nor a bias: give --modules-to-save if it was "
-                f"trained, else save lora_state_dict(model)"
+                f"{key}: neither a factor of LoRA nor a bias: give --modules-to-save if its module "
+                f"was trained as a whole, else save lora_state_dict(model) and convert that"
             )
         bias = "lora_only" if path in layers and bias != "all" else "all"
     return others, bias, saved
@@ -213,7 +216,7 @@ def _read_others(
 def _by_path(
     option: str, hints: Iterable[tuple[str, Sequence[int]]], paths: Collection[str]
 ) -> dict[str, Sequence[int]]:
-    """The numbers for the modules at paths; under "", those for all without their own."""
+    """The numbers for the modules at paths; under "", those for modules without their own."""
     found: dict[str, Sequence[int]] = {}
     for name, numbers in hints:
         found |= dict.fromkeys(_matches(option, [name], paths) if name else [""], numbers)
@@ -235,7 +238,7 @@ def _matches(option: str, names: Iterable[str], paths: Collection[str]) -> set[s
 
 
 def write(adapter: Adapter, file: Path) -> list[str]:
-    """Writes the file; lines that say which layers of loralib it fits.
+    """Writes the file; returns lines that say which layers of loralib it fits.
 
     Raises: ValueError for a convolution, and if file is a directory; OSError.
     """

@@ -1,6 +1,6 @@
 """PEFT's directory: adapter_config.json and adapter_model.safetensors, read and written.
 
-peft_config.py has what the first says, peft_factors.py the factors of a layer. A key consists of
+peft_config.py handles the first, peft_factors.py the factors of a layer. A key consists of
 "base_model.model.", the path of the module, "base_layer." for what a LoRA layer wraps, and a name.
 """
 
@@ -44,7 +44,7 @@ _ENDINGS: dict[Kind, tuple[str, str]] = {
     "convolution": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
-# Modules in which PEFT keeps what it wraps as a whole; with bias="all" it writes their biases too.
+# Names under which PEFT keeps a module that trains as a whole; bias="all" writes their biases too.
 _COPIES = ("original_module", "modules_to_save")
 
 
@@ -57,7 +57,7 @@ def recognises(path: Path) -> bool:
 
 
 def _key(entry: str, kinds: Mapping[str, Kind]) -> str:
-    """What PEFT calls an entry of an adapter with layers of these kinds."""
+    """The key that PEFT gives an entry of an adapter with layers of these kinds."""
     path, name = split(entry)
     if path not in kinds:
         return _PREFIX + entry
@@ -85,7 +85,7 @@ def saved_modules(
     """Those of paths that PEFT saves as a whole for these modules_to_save; none inside another.
 
     PEFT compares the end of the path without regard to dots: "head" means "lm_head" too. A path
-    that such a name alone means has to take part.
+    that only such a comparison finds is taken if takes_part says so.
     """
     names = list(names)
     found: list[str] = []
@@ -100,7 +100,7 @@ def saved_modules(
 
 
 def read(directory: Path, hints: Hints | None = None) -> Adapter:
-    """The adapter that PEFT or write put into directory; hints have nothing to add.
+    """The adapter that PEFT or write put into directory; hints are not used.
 
     Raises: FileNotFoundError; ValueError, naming file and key, for all that is damaged or does not
     fit together, and for what PEFT offers beyond LoRA. A pickle is never read.
@@ -128,7 +128,7 @@ def read(directory: Path, hints: Hints | None = None) -> Adapter:
             f"{weights_path}: metadata {METADATA}: {path}: is not a LoRA layer of the file"
         )
     if not kinds:
-        raise ValueError(f"{weights_path}: no factors of LoRA in it")
+        raise ValueError(f"{weights_path}: holds no factors of LoRA")
     factors = {join(path, name) for path in kinds for name in FACTORS}
     return Adapter(
         layers={
@@ -183,7 +183,7 @@ def _read_keys(
 
 
 def _as_original(entry: str, modules_to_save: list[str]) -> str | None:
-    """What PEFT repeats by an entry inside one of _COPIES; None for an entry outside of them."""
+    """The entry that one inside of _COPIES repeats; None if entry is not inside of them."""
     parts = entry.split(".")
     for i, part in enumerate(parts):
         module = ".".join(parts[:i])
@@ -213,12 +213,15 @@ def _read_layer(
             raise ValueError(f"{source.place(entry)}: shape {list(factor.shape)} is empty")
     base = BaseModule(kind, a.shape[1], b.shape[0], kind == "linear" and config.fan_in_fan_out)
     if a.dim() > 2:
-        groups = spec.r // b.shape[1] if spec.r % b.shape[1] == 0 else 1  # lora_B has them, too
+        groups = spec.r // b.shape[1] if spec.r % b.shape[1] == 0 else 1  # as lora_B has them
         conv = Convolution(tuple(a.shape[2:]), groups)
         base = BaseModule("convolution", a.shape[1], b.shape[0], conv=conv)
         reason = conv.not_two_convolutions()
         if reason is not None:
-            raise ValueError(f"{source.place(entries[1])}: not a change of the weight: {reason}")
+            raise ValueError(
+                f"{source.place(entries[1])}: no change of the weight does the same as the "
+                f"factors: {reason}"
+            )
     expected = [spec.r, *a.shape[1:]], [b.shape[0], spec.r, *(1 for _ in b.shape[2:])]
     for entry, factor, shape in zip(entries, (a, b), expected, strict=True):
         if list(factor.shape) != shape:
@@ -252,7 +255,7 @@ class Encoded(NamedTuple):
 
 
 def write(adapter: Adapter, directory: Path) -> list[str]:
-    """Writes the two files; a line that says what is in them. Raises: as encode, and OSError."""
+    """Writes the two files; returns a line about them. Raises: as encode, and OSError."""
     encode(adapter).write(directory)
     return [
         f"{directory}: LoRA on {len(adapter.layers)} modules, bias={adapter.bias}, "
@@ -297,7 +300,7 @@ def encode(adapter: Adapter) -> Encoded:
 
 
 def _all_saved(adapter: Adapter) -> list[str]:
-    """modules_to_save, and what else of the adapter PEFT takes them for."""
+    """modules_to_save, and the other modules of the adapter that PEFT takes these names to mean."""
 
     def takes_part(path: str) -> bool:
         return not any(is_inside(layer, [path]) for layer in adapter.layers)

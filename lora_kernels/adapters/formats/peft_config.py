@@ -61,7 +61,9 @@ def parse_config(raw) -> AdapterConfig:
     if take("peft_type", (str,)) != "LORA":
         raise ValueError("peft_type: only 'LORA' can be loaded")
     if raw.pop("init_lora_weights", True) not in _HARMLESS_INIT:
-        raise ValueError("init_lora_weights: an initialisation that changes the base weights")
+        raise ValueError(
+            "init_lora_weights: only an initialisation that keeps the base weights can be loaded"
+        )
     fan_in_fan_out = take("fan_in_fan_out", (bool,), False)
     bias = take("bias", (str,), "none")
     if bias not in BIAS:
@@ -98,7 +100,7 @@ def parse_config(raw) -> AdapterConfig:
 
 
 def make_config(adapter: Adapter, ranks: Mapping[str, int], modules_to_save: list[str]) -> dict:
-    """The content of adapter_config.json; ranks: PEFT's, by path."""
+    """The content of adapter_config.json; ranks: the ranks in PEFT's factors, by path."""
 
     def divisor(rank: int, rslora: bool) -> float:
         return math.sqrt(rank) if rslora else rank

@@ -1,17 +1,18 @@
-"""Factors of a layer as PEFT has them: there and back.
+"""Factors of a layer, converted to PEFT's form and back.
 
 PEFT keeps lora_A [R, in] and lora_B [out, R] of a linear, lora_embedding_A [R, num] and
 lora_embedding_B [dim, R] of an embedding, and two convolutions: lora_A [R, in, *kernel] and
 lora_B [out, R, 1, ...]. Linear and embedding are LoRALinear's and LoRAEmbedding's own factors.
 
-MergedLinear: E groups of rank r become one linear of rank R = E·r, whose lora_B is block-diagonal.
+LoRAMergedLinear: E groups of rank r become one linear of rank R = E·r, whose lora_B is
+block-diagonal.
 
 Convolution, with P = k_1·k_2·...: this package's delta is (lora_B·lora_A).view_as(weight), lora_B
 [out·P, m], lora_A [m, in·k_0], m = r·k_0. A filter of the weight, flattened, is P consecutive rows
 of the product. So with R = P·m, PEFT's lora_B is lora_B.view(out, R) and its lora_A the block
 diagonal of P copies of lora_A.
 
-What the tensors of these two do not say, a Record does, in the metadata of the file.
+A Record in the metadata of the file holds what the tensors of these two do not say.
 """
 
 import json
@@ -45,7 +46,7 @@ class Record:
 
     @classmethod
     def of(cls, spec: LayerSpec) -> "Record":
-        """That of a layer."""
+        """The record of a layer with this spec."""
         splits = spec.splits
         return cls(spec.r) if splits is None else cls(spec.r, splits.enabled, splits.sizes)
 
@@ -66,9 +67,9 @@ def parse_records(text: str) -> dict[str, Record]:
 
 
 def from_peft(layer: AdapterLayer, record: Record | None, use_rslora: bool) -> AdapterLayer:
-    """A layer whose factors and spec are PEFT's, as this package's.
+    """Converts a layer with PEFT's factors and spec to this package's.
 
-    record: what stands with them in the file; None for PEFT's own.
+    record: the one in the file; None if there is none, as for a layer that PEFT saved.
     Raises: ValueError if the factors are not what a layer of this record gives.
     """
     rank, a, b, conv = layer.spec.r, layer.lora_A, layer.lora_B, layer.base.conv
@@ -97,7 +98,7 @@ def from_peft(layer: AdapterLayer, record: Record | None, use_rslora: bool) -> A
 
 
 def _splits(layer: AdapterLayer, record: Record) -> OutputSplits | None:
-    """The groups of a LoRAMergedLinear, None for a convolution; record fits what layer is.
+    """The groups of a LoRAMergedLinear, None for a convolution; record must fit layer.
 
     Raises: ValueError if it does not.
     """

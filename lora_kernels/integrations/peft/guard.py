@@ -1,7 +1,7 @@
-"""The guard of the patch: which calls of PEFT's lora.Linear lora_linear takes, as plain LoRA.
+"""The guard of the patch: which calls of PEFT's lora.Linear are plain LoRA, for lora_linear.
 
-operands_of() looks at the layer, misfit() at its input. Both are asked in every call, for what they
-look at can change from one call to the next.
+operands_of() looks at the layer, misfit() at its input. Both are asked in every call, because what
+they look at can change from one call to the next.
 """
 
 import math
@@ -20,7 +20,7 @@ __all__ = ["BASES", "NotFused", "Operands", "misfit", "operands_of"]
 _TENSORS = (Tensor, nn.Parameter)
 _DEVICES = ("cpu", "cuda", "meta")  # what the operators are registered for
 _CPU = torch.device("cpu")
-# The modules that are taken, and the forwards that lora_linear stands for.
+# The classes of modules that are taken, with the forwards that lora_linear replaces.
 _LINEAR = {nn.Linear: nn.Linear.forward}
 _DROPOUTS = {nn.Dropout: nn.Dropout.forward, nn.Identity: nn.Identity.forward}
 BASES: dict[type[nn.Module], Callable] = {**_LINEAR}  # of base layers; patch_peft() adds Conv1D
@@ -44,7 +44,7 @@ class NotFused(NamedTuple):
 
 
 def operands_of(layer: nn.Module) -> Operands | NotFused:
-    """The operands of a PEFT lora.Linear as it stands, or why PEFT's own forward runs."""
+    """The operands of a PEFT lora.Linear as it is now, or why PEFT's own forward runs."""
     if layer.disable_adapters:
         return NotFused("its adapters are disabled")
     if layer.merged:
@@ -130,7 +130,7 @@ def misfit(x, operands: Operands) -> NotFused | None:
 
 
 def _unfit(weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> NotFused | None:
-    """Why PEFT would raise, or compute in float64, and lora_linear would not."""
+    """Why PEFT would raise an error, or compute in float64, while lora_linear would not."""
     (n, k), r = weight.shape, a.shape[0]
     if r == 0 or a.shape[1] != k or b.shape[0] != n or b.shape[1] != r:
         return NotFused(
@@ -153,7 +153,7 @@ def _unfit(weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> NotFuse
 
 
 def _not_plain_module(module: nn.Module, name: str, forwards: dict) -> NotFused | None:
-    """Why calling module is not the same as one of these forwards on its weights."""
+    """Why a call of module does more or other than one of these forwards on its weights."""
     kind = type(module)
     if kind not in forwards:
         return NotFused(f"{name} is a {kind.__name__}")
@@ -179,7 +179,7 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _not_plain_tensor(tensor, name: str, dim: int) -> NotFused | None:
-    """Why tensor is not a dense floating-point matrix or vector without ways of its own."""
+    """Why tensor is not a dense floating-point matrix or vector of PyTorch's own class."""
     if type(tensor) not in _TENSORS:
         return NotFused(f"{name} is a {type(tensor).__name__}")
     if tensor.dim() != dim or tensor.layout is not torch.strided:

@@ -34,7 +34,7 @@ def patch_peft() -> None:
     Replaces ``peft.tuners.lora.layer.Linear.forward``, for models that exist and models to come.
     If a call is not plain LoRA, PEFT's own forward runs; ``report(model)`` says which and why.
     Without dropout the results are PEFT's within rounding. With dropout the masks are others.
-    Call it before a model is compiled. Called again, it changes nothing.
+    Call it before a model is compiled. A second call changes nothing.
 
     Warns: RuntimeWarning, once, if the forward of this version of PEFT is not a known one.
     Raises: ImportError if peft is not installed.
@@ -67,9 +67,9 @@ def unpatch_peft() -> None:
 
 
 def unreached(layer: nn.Module) -> NotFused | None:
-    """Why a call of this PEFT LoRA layer does not come to the patched forward; None if it does.
+    """Why a call of this PEFT LoRA layer does not reach the patched forward; None if it does.
 
-    The guard tells the rest about a layer that is reached.
+    If it does, the guard decides about the call.
     """
     from peft.tuners.lora.layer import Linear
 
@@ -88,7 +88,7 @@ def unreached(layer: nn.Module) -> NotFused | None:
 @functools.cache
 def _warn_unless_known(forward: Callable) -> None:
     try:
-        # Of the code object: inspect would look through a wrapper at what it wraps.
+        # Of the code object, because of a wrapper inspect would show the function inside.
         source = inspect.getsource(forward.__code__)
     except (AttributeError, OSError):
         source = ""
