@@ -70,10 +70,12 @@ def _out(parts: Tensor, dtype: torch.dtype) -> Tensor:
 def _launch(
     parts: Tensor, out: Tensor, second: Tensor | None = None, second_out: Tensor | None = None
 ) -> None:
-    numel, second_numel = out.numel(), 0 if second is None else second_out.numel()
+    numel, second_parts, second_numel = out.numel(), 0, 0
+    if second is not None:
+        second_parts, second_numel = second.shape[0], second_out.numel()
     launch(
         _split_k_reduce_kernel, (cdiv(numel, BLOCK) + cdiv(second_numel, BLOCK),),
         parts_ptr=parts, out_ptr=out, parts=parts.shape[0], numel=numel,
         second_ptr=second, second_out_ptr=second_out,
-        second_parts=0 if second is None else second.shape[0], second_numel=second_numel, BLOCK=BLOCK,
+        second_parts=second_parts, second_numel=second_numel, BLOCK=BLOCK,
     )  # fmt: skip

@@ -60,9 +60,11 @@ def parse_config(raw) -> AdapterConfig:
 
     if take("peft_type", (str,)) != "LORA":
         raise ValueError("peft_type: only 'LORA' can be loaded")
-    if raw.pop("init_lora_weights", True) not in _HARMLESS_INIT:
+    initialisation = raw.pop("init_lora_weights", True)
+    if initialisation not in _HARMLESS_INIT:
         raise ValueError(
-            "init_lora_weights: only an initialisation that keeps the base weights can be loaded"
+            f"init_lora_weights: only an initialisation that keeps the base weights can be loaded, "
+            f"got {initialisation!r}"
         )
     fan_in_fan_out = take("fan_in_fan_out", (bool,), False)
     bias = take("bias", (str,), "none")
