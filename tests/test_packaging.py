@@ -34,6 +34,7 @@ LEVELS = {
     "checks": 0,
     "distributed": 0,
     "dropout": 0,
+    "quantization": 0,
     "spec": 0,
     "dispatch": 1,
     "reference": 1,
