@@ -13,12 +13,9 @@ import pytest
 from tests.kernels import mutation
 
 REPOSITORY = Path(__file__).parents[2]
-# What finds most faults soonest comes first.
-SUITE = [
-    "tests/kernels/test_linear.py::test_output_and_gradients", "tests/kernels/test_dropout.py",
-    "tests/kernels/test_launch.py", "tests/kernels/test_numerics.py",
-    "tests/kernels/test_offsets.py", "tests/kernels", "tests/ops/test_shared_input.py",
-]  # fmt: skip
+# What finds most faults soonest comes first; then the tests of the file that has the fault.
+SOONEST = "tests/kernels/test_linear.py::test_output_and_gradients"
+ALL = ("tests/kernels", "tests/ops/test_shared_input.py")
 OUTSIDE = ("test_mutants.py", "test_gate.py", "test_races.py")  # they test no kernel
 MUTANTS = mutation.read()
 
@@ -31,9 +28,11 @@ def noticed(name: str, folder: Path) -> bool:
         copy(REPOSITORY / part, folder / part)
     copied = folder / mutant.file.relative_to(REPOSITORY)
     copied.write_text(mutant.source(), encoding="utf-8")
+    own = f"tests/kernels/test_{mutant.file.name}"
+    suite = [SOONEST, *([own] if (folder / own).exists() else []), *ALL]
     done = subprocess.run(
         [
-            sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *SUITE,
+            sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *suite,
             *("--ignore=" + str(folder / "tests/kernels" / name) for name in OUTSIDE),
         ],
         cwd=folder, capture_output=True, text=True,
