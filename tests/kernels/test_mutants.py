@@ -33,7 +33,7 @@ def noticed(name: str, folder: Path) -> bool:
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *suite,
-            *("--ignore=" + str(folder / "tests/kernels" / name) for name in OUTSIDE),
+            *("--ignore=" + str(folder / "tests/kernels" / file) for file in OUTSIDE),
         ],
         cwd=folder, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
