@@ -81,19 +81,25 @@ def step_work(row: Mapping, floor: bool) -> Work:
 
 
 def kernel_work(row: Mapping) -> list[Work]:
-    """The kernels of this package in a linear layer's whole step, by their FLOPs and bytes."""
+    """The kernels of this package in a linear layer's whole step, by their FLOPs and bytes.
+
+    A kernel that has more launchers than launches was launched by the first of them: expand by
+    expand_y alone, if dx comes from another kernel.
+    """
     linear = row["kind"] == "layer" and len(row["enable_lora"]) == 1
     counted = row["implementation"].startswith(OURS) and row["kernels"]
     if not (linear and counted and row["mode"] == BOTH):
         return []
-    from lora_kernels.tuning.launchers import KERNELS, WORK  # imports triton
+    from lora_kernels.kernels.registry import KERNELS, Dims  # imports triton
 
-    found = []
-    for name, each in row["kernels"].items():
-        launchers = next((KERNELS[known] for known in KERNELS if known in name), ())
-        if launchers:
-            flops, moved = zip(*(WORK[one](*_sizes(row)) for one in launchers), strict=True)
-            found.append(Work(name, sum(flops), sum(moved), each["us"] * 1e-6))
+    dims, found = Dims(*_sizes(row)), []
+    for name, counts in row["kernels"].items():
+        for kernel in KERNELS.values():
+            launchers = kernel.launchers[: counts["launches"]]
+            if launchers and name.startswith(kernel.function.fn.__name__):
+                flops = sum(launcher.flops(dims) for launcher in launchers)
+                moved = sum(launcher.moved(dims) for launcher in launchers)
+                found.append(Work(name, flops, moved, counts["us"] * 1e-6))
     return found
 
 

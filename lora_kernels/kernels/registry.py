@@ -23,11 +23,11 @@ from lora_kernels.kernels import (
     shrink,
     split_k_reduce,
 )
-from lora_kernels.kernels.config import Config, GemmConfig, Tiles
+from lora_kernels.kernels.config import Config, GemmConfig, Tiles, When, target_of
 from lora_kernels.kernels.launch import on_device_of
 from lora_kernels.kernels.operands import Operands
 
-__all__ = ["KERNELS", "LAUNCHERS", "Dims", "Kernel", "Launcher"]
+__all__ = ["KERNELS", "LAUNCHERS", "Dims", "Kernel", "Launcher", "entry_for", "kernel_of"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -216,3 +216,20 @@ KERNELS = {
 LAUNCHERS = {
     launcher.name: launcher for kernel in KERNELS.values() for launcher in kernel.launchers
 }
+
+
+def kernel_of(launcher: str) -> Kernel:
+    """The kernel that the launcher of this name launches."""
+    return next(
+        kernel
+        for kernel in KERNELS.values()
+        if any(each.name == launcher for each in kernel.launchers)
+    )
+
+
+def entry_for(launcher: str, o: Operands) -> tuple[When, Config]:
+    """The entry of its kernel's tiles that the launcher of this name takes for Operands."""
+    config = LAUNCHERS[launcher].config_for(o)
+    entries = kernel_of(launcher).tiles[target_of(o.x.device)]
+    # Tiles of two entries may be equal, but they are not the same object.
+    return next(entry for entry in entries if entry[1] is config)

@@ -1,49 +1,61 @@
-"""What is tuned: the shapes that a launcher tells apart, and configurations worth a try."""
+"""What is tuned: the shapes that differ for a launcher, and configurations worth a try."""
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 
 from lora_kernels.dispatch.algorithm import SMALL_M
-from lora_kernels.tuning import launchers
-from lora_kernels.tuning.launchers import LAUNCHERS, Config, Gemm, Skinny
+from lora_kernels.kernels.config import Config, GemmConfig, SkinnyConfig, When
+from lora_kernels.kernels.operands import Operands
+from lora_kernels.kernels.registry import LAUNCHERS, kernel_of
 from lora_kernels.tuning.shapes import Shape
 
-__all__ = ["as_run", "grid", "source", "thin", "try_out", "without_unused"]
+__all__ = [
+    "AXES", "as_run", "grid", "in_words", "operands", "source", "thin", "try_out", "without_unused",
+]  # fmt: skip
 
 Item = TypeVar("Item")
+# The fields of a shape, by what Launcher.depends_on calls them.
+AXES = {"m": "m", "k": "k", "n": "n", "r": "r", "p": "dropout_p"}
 
 
 def without_unused(name: str, shape: Shape) -> Shape:
     """The shape with the least there is of what the launcher's time does not depend on."""
-    least, uses = {"k": 1, "n": 1, "dropout_p": 0.0}, LAUNCHERS[name].uses.split()
-    unused = {field: value for field, value in least.items() if field not in uses}
+    least, needed = {"k": 1, "n": 1, "p": 0.0}, LAUNCHERS[name].depends_on.split()
+    unused = {AXES[axis]: value for axis, value in least.items() if axis not in needed}
     return dataclasses.replace(shape, **unused)
+
+
+def operands(shape: Shape) -> Operands:
+    """What the launchers take at a shape. There is no bias, as in most layers that are tuned."""
+    return Operands(dataclasses.replace(shape.problem(), bias=None))
 
 
 def try_out(task: tuple[str, Shape, Config]) -> None:
     """Compiles and launches one configuration; what is compiled stays in Triton's cache."""
     name, shape, config = task
-    launchers.run(name, launchers.operands(shape), config)
+    LAUNCHERS[name](operands(shape), config)
     if shape.device == "cuda":
         torch.cuda.synchronize()
 
 
 def as_run(name: str, shape: Shape, config: Config) -> Config:
-    """The configuration without what makes no difference at a shape: pieces, without a mask."""
-    masked = name == "dx" and shape.dropout_p > 0
-    if isinstance(config, Skinny) or masked:
+    """The configuration without what makes no difference: epilogue_subtile, without a mask."""
+    masked = name == "gemm_bwd" and shape.dropout_p > 0
+    if isinstance(config, SkinnyConfig) or masked:
         return config
-    return dataclasses.replace(config, pieces=1)
+    return dataclasses.replace(config, epilogue_subtile=1)
 
 
 ROWS, COLS, ELEMENTS = (32, 64, 128, 256), (32, 64, 128, 256), range(2048, 16384 + 1)
 SKINNY_WARPS = (4, 8)
-# num_stages and waves of a kernel that cuts a length into slices, and of one that has none to cut.
-STAGES_AND_WAVES = ((3, 2), (3, 1), (3, 4), (2, 2), (4, 2))
+# num_stages and programs_per_sm: of a kernel that cuts a length into slices, and of one that has
+# none to cut.
+STAGES_AND_PROGRAMS = ((3, 2), (3, 1), (3, 4), (2, 2), (4, 2))
 ONE_STAGE = ((1, 2),)
 # (BLOCK_M, BLOCK_N, BLOCK_K), num_warps, num_stages with the most likely first.
 LARGE_TILES = (
@@ -66,42 +78,46 @@ SMALL_M_TILES = tuple(
         (64, 32, 128), (64, 64, 64), (64, 64, 128), (64, 128, 64),
     )
 )  # fmt: skip
-# Of few_rows, whose programs own all rows: BLOCK_N and BLOCK_K; num_warps and num_stages.
+# Of gemm_small_m, whose programs own all rows: BLOCK_N and BLOCK_K; num_warps and num_stages.
 STRIPES = tuple(itertools.product((16, 32, 64), (64, 128, 256)))
 STRIPE_WARPS_AND_STAGES = ((4, 3), (4, 4), (4, 5), (8, 4))
-OTHER_BANDS = (4, 16)  # GROUP_M beside 8, of the first of the large tiles
-# By accumulators a thread. In fewer pieces the mask does not fit into registers beside 128 of them.
-PIECES = {128: (4,), 64: (2, 1, 4), 32: (1, 2)}
+OTHER_BANDS = (4, 16)  # BAND_M beside 8, of the first of the large tiles
+# epilogue_subtile by accumulators a thread. In fewer parts the mask does not fit into registers
+# beside 128 of them.
+SUBTILES = {128: (4,), 64: (2, 1, 4), 32: (1, 2)}
 
 
-def grid(name: str, shape: Shape, tma: bool) -> list[Config]:
-    """Configurations worth a try, all different; tma: with descriptors too."""
-    if LAUNCHERS[name].dots:
-        # fill has no loop over the matrix that it writes, so nothing to prefetch or to cut.
-        pairs = ONE_STAGE if LAUNCHERS[name].module is launchers.fill else STAGES_AND_WAVES
+def grid(name: str, shape: Shape, when: When) -> list[Config]:
+    """Configurations worth a try, all different; when: what the shape's entry has to serve.
+
+    Some use tensor descriptors if the entry is for operands that these can describe.
+    """
+    kernel = kernel_of(name)
+    if not kernel.is_gemm:
+        # expand has no loop over the matrix that it writes, so nothing to prefetch or to cut.
+        pairs = ONE_STAGE if kernel.name == "expand" else STAGES_AND_PROGRAMS
         return [
-            Skinny(rows, cols, warps, *pair)
+            SkinnyConfig(rows, cols, warps, *pair)
             for rows, cols, warps, pair in itertools.product(ROWS, COLS, SKINNY_WARPS, pairs)
             if rows * cols in ELEMENTS
         ]
-    few = shape.m <= SMALL_M
-    if name == "few_rows":
-        up_to_16 = shape.m <= 16 and shape.dtype != torch.float32
-        rows = 16 if up_to_16 else SMALL_M  # the most that the shape's entry has to serve
+    if name == "gemm_small_m":
+        rows = min(when.m, SMALL_M)  # the most that the entry has to serve
         pairs = itertools.product(STRIPES, STRIPE_WARPS_AND_STAGES)
-        return [Gemm(rows, *stripe, *pair) for stripe, pair in pairs]
-    masked = name == "dx" and shape.dropout_p > 0 and not few
+        return [GemmConfig(rows, *stripe, *pair) for stripe, pair in pairs]
+    few = shape.m <= SMALL_M
+    masked = name == "gemm_bwd" and shape.dropout_p > 0 and not few
     configs = []
-    for descriptors in (True, False) if tma else (False,):
+    for tma in (True, False) if when.tma else (False,):
         for tile, warps, stages in SMALL_M_TILES if few else LARGE_TILES:
-            pieces = PIECES[tile[0] * tile[1] // (32 * warps)] if masked else (1,)
-            # The first number of stages in all numbers of pieces, the others in the first.
-            pairs = [(stages[0], count) for count in pieces]
-            pairs += [(number, pieces[0]) for number in stages[1:]]
-            configs += [Gemm(*tile, warps, number, descriptors, count) for number, count in pairs]
+            subtiles = SUBTILES[tile[0] * tile[1] // (32 * warps)] if masked else (1,)
+            # The first number of stages with every number of parts, the others with the first.
+            pairs = [(stages[0], parts) for parts in subtiles]
+            pairs += [(number, subtiles[0]) for number in stages[1:]]
+            configs += [GemmConfig(*tile, warps, number, tma, parts) for number, parts in pairs]
         if not few:
-            largest = next(config for config in configs if config.tma == descriptors)
-            configs += [dataclasses.replace(largest, GROUP_M=rows) for rows in OTHER_BANDS]
+            largest = next(config for config in configs if config.tma == tma)
+            configs += [dataclasses.replace(largest, BAND_M=tiles) for tiles in OTHER_BANDS]
     return configs
 
 
@@ -112,13 +128,22 @@ def thin(items: Sequence[Item], limit: int | None) -> list[Item]:
     return [items[index * len(items) // limit] for index in range(limit)]
 
 
-def source(config: Config) -> str:
-    """The configuration as the tables write it."""
+def source(half: When | Config) -> str:
+    """Either half of an entry, as the tables write it."""
     words = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for field in sorted(dataclasses.fields(half), key=lambda field: field.name == "r"):  # r is last
+        value = getattr(half, field.name)
         if field.name.startswith("BLOCK_"):
             words.append(str(value))
         elif value != field.default:
             words.append(f"{field.name}={value}")
-    return f"{type(config).__name__}({', '.join(words)})"
+    return f"{type(half).__name__}({', '.join(words)})"
+
+
+def in_words(when: When) -> str:
+    """Which products an entry serves, for people."""
+    words = [f"{when.bits} bits"] if when.bits else []
+    bounds = {"m": when.m, "r": when.r}
+    words += [f"{axis} <= {most}" for axis, most in bounds.items() if most < math.inf]
+    words += ["TMA"] if when.tma else []
+    return ", ".join(words) or "any product"

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_kernels.kernels.config import Config, When, target_of
+from lora_kernels.kernels.operands import Operands
+from lora_kernels.kernels.registry import LAUNCHERS, Dims, Kernel, entry_for, kernel_of
 from lora_kernels.testing.memory import guarded_outputs
 from lora_kernels.testing.tolerance import assert_close
-from lora_kernels.tuning import candidates, launchers, rows, stopwatch, workers
-from lora_kernels.tuning.candidates import source
-from lora_kernels.tuning.launchers import LAUNCHERS, Config, Operands
+from lora_kernels.tuning import candidates, rows, stopwatch, workers
+from lora_kernels.tuning.candidates import AXES, in_words, source
 from lora_kernels.tuning.shapes import Shape
 
 __all__ = ["CONFIRM", "SCREEN", "Case", "cases", "measure", "report"]
@@ -24,18 +26,27 @@ SCREEN, CONFIRM = "screen", "confirm"
 
 @dataclass(frozen=True)
 class Case:
-    """A launcher at a shape: what its table has for it, and what is tried besides."""
+    """A launcher at a shape: what its table has for it, and what is tried besides.
+
+    when, table: the entry of the table that the launcher takes at the shape.
+    """
 
     name: str
     shape: Shape
-    entry: str
+    when: When
     table: Config
     others: tuple[Config, ...]
 
     @property
-    def module(self) -> str:
-        """The kernel's file, which holds the table."""
-        return LAUNCHERS[self.name].module.__name__.rpartition(".")[2]
+    def kernel(self) -> Kernel:
+        """The launcher's kernel; the table is in the file of its name."""
+        return kernel_of(self.name)
+
+    @property
+    def entry(self) -> str:
+        """Which entry of which table is tuned, for people."""
+        target = target_of(torch.device(self.shape.device))
+        return f"{self.kernel.name}.py {target} ({in_words(self.when)})"
 
     @property
     def configs(self) -> tuple[Config, ...]:
@@ -44,40 +55,40 @@ class Case:
 
     def fields(self) -> dict:
         """What a row says of the case; None for what makes no difference to it."""
-        uses = LAUNCHERS[self.name].uses.split()
-        axes = ("m", "k", "n", "r", "dropout_p")
+        needed = LAUNCHERS[self.name].depends_on.split()
         return {
             "kernel": self.name,
-            "table": self.module,
-            "entry": self.entry,
-            **{axis: getattr(self.shape, axis) if axis in uses else None for axis in axes},
+            "table": self.kernel.name,
+            "entry": in_words(self.when),
+            **{
+                field: getattr(self.shape, field) if axis in needed else None
+                for axis, field in AXES.items()
+            },
             "dtype": self.shape.dtype_name,
             "device": self.shape.device,
         }
 
     def __str__(self) -> str:
-        fields = self.fields()
-        short = {"m": "m", "k": "k", "n": "n", "r": "r", "dropout_p": "p"}
-        axes = [f"{s}{fields[axis]:g}" for axis, s in short.items() if fields[axis] is not None]
+        needed = LAUNCHERS[self.name].depends_on.split()
+        axes = [f"{axis}{getattr(self.shape, AXES[axis]):g}" for axis in needed]
         return " ".join([self.name, *axes, self.shape.dtype_name])
 
 
 def cases(names: Sequence[str], shapes: Sequence[Shape], limit: int | None) -> list[Case]:
-    """Each launcher at each shape that it tells from the others, with at most limit candidates."""
+    """Each launcher at each shape that differs for it, with at most limit candidates."""
     found = {}
     for name, shape in itertools.product(names, shapes):
         shape = candidates.without_unused(name, shape)
         if (name, shape) in found:
             continue
-        o = launchers.operands(shape)
-        if not launchers.takes(name, o):
+        o = candidates.operands(shape)
+        if not LAUNCHERS[name].supports(o):
             continue
-        entry, table = launchers.table_entry(name, o)
-        # The other entries serve matrices that descriptors do not hold as well.
-        grid = candidates.grid(name, shape, tma=entry.startswith("tma"))
+        when, table = entry_for(name, o)
+        grid = candidates.grid(name, shape, when)
         known = candidates.as_run(name, shape, table)
         others = [config for config in grid if candidates.as_run(name, shape, config) != known]
-        found[name, shape] = Case(name, shape, entry, table, tuple(candidates.thin(others, limit)))
+        found[name, shape] = Case(name, shape, when, table, tuple(candidates.thin(others, limit)))
     return list(found.values())
 
 
@@ -92,9 +103,9 @@ def measure(
 
     failed: those that are known not to run, and why.
     """
-    o = launchers.operands(case.shape)
-    launcher, dtype = LAUNCHERS[case.name], case.shape.dtype
-    exact, baseline = (launcher.expected(o, t) for t in (torch.float64, dtype))
+    o = candidates.operands(case.shape)
+    formula, dtype = LAUNCHERS[case.name].formula, case.shape.dtype
+    exact, baseline = (formula(o, t) for t in (torch.float64, dtype))
     steps, skipped = {}, dict(failed)
     for config in configs:
         if config in skipped:
@@ -125,7 +136,7 @@ def _fault(
     """What is wrong with the results; h and dh are judged in the dtype of the layer they serve."""
     try:
         with guarded_outputs():
-            outputs = launchers.run(name, o, config)
+            outputs = LAUNCHERS[name](o, config)
         for output, *references in zip(outputs, exact, baseline, strict=True):
             assert_close(output.to(o.x.dtype), *references, what="result")
     except AssertionError as error:
@@ -134,7 +145,7 @@ def _fault(
 
 
 def _step(name: str, o: Operands, config: Config | None) -> stopwatch.Step:
-    step = stopwatch.Step(lambda: launchers.run(name, o, config))
+    step = stopwatch.Step(lambda: LAUNCHERS[name](o, config))
     return stopwatch.capture(step, draws=False) if o.x.is_cuda else step
 
 
@@ -156,15 +167,15 @@ def _row(
     }
     if config in samples:
         p10, median, p90 = rows.quantiles(samples[config])
-        s = case.shape
-        flops, moved = launchers.WORK[case.name](s.m, s.k, s.n, s.r, s.dtype.itemsize)
+        s, launcher = case.shape, LAUNCHERS[case.name]
+        dims = Dims(s.m, s.k, s.n, s.r, s.dtype.itemsize)
         row |= {
             "rounds": len(samples[config]),
             "p10_ms": p10 * 1e3,
             "median_ms": median * 1e3,
             "p90_ms": p90 * 1e3,
-            "gb_s": moved / median / 1e9,
-            "tflop_s": flops / median / 1e12,
+            "gb_s": launcher.moved(dims) / median / 1e9,
+            "tflop_s": launcher.flops(dims) / median / 1e12,
         }
         if case.table in samples:
             row["over_table"] = rows.paired_ratio(samples[config], samples[case.table])
@@ -178,10 +189,10 @@ def report(case: Case, measured: Sequence[Mapping], configs: Sequence[Config]) -
     best = sorted(
         (pair for pair in timed if not pair[0]["is_table"]), key=lambda pair: pair[0]["median_ms"]
     )
-    lines = [f"{case}, {case.module}.py {case.entry!r}: {len(timed)} of {len(pairs)} timed"]
+    lines = [f"{case}, {case.entry}: {len(timed)} of {len(pairs)} timed"]
     for row, config in [*(pair for pair in timed if pair[0]["is_table"]), *best[:BEST]]:
         ratio = "table" if row["is_table"] else rows.ratio_text(row["over_table"])
-        product = f" {row['tflop_s']:7.1f} TFLOP/s" if LAUNCHERS[case.name].dots is None else ""
+        product = f" {row['tflop_s']:7.1f} TFLOP/s" if case.kernel.is_gemm else ""
         lines.append(
             f"  {row['median_ms'] * 1e3:9.2f} us {row['gb_s']:7.0f} GB/s{product}  {ratio:19}  "
             f"{source(config)}"

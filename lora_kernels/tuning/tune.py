@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from lora_kernels.kernels.config import When
+from lora_kernels.kernels.registry import LAUNCHERS
 from lora_kernels.tuning import candidates, cases, machine, rows, shapes, workers
 from lora_kernels.tuning.cases import Case
-from lora_kernels.tuning.launchers import LAUNCHERS
 from lora_kernels.tuning.options import listed
 from lora_kernels.tuning.shapes import Layer, Shape
 from lora_kernels.tuning.verdicts import confirm
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verdicts.append(verdict)
         else:
             complete = False
-            print(f"{group[0].module}.py {group[0].entry!r}: nothing was timed at all shapes")
+            print(f"{group[0].entry}: nothing was timed at all shapes")
     print(f"\ntables that are beaten: {sum(verdict.faster for verdict in verdicts)}")
     for verdict in sorted(verdicts, key=lambda verdict: not verdict.faster):
         print(verdict)
@@ -141,9 +142,9 @@ def _shapes(device: str, options: argparse.Namespace) -> list[Shape]:
 
 def _groups(found: Sequence[Case]) -> list[list[Case]]:
     """The cases of each entry of each table."""
-    groups: dict[tuple[str, str], list[Case]] = {}
+    groups: dict[tuple[str, When], list[Case]] = {}
     for case in found:
-        groups.setdefault((case.module, case.entry), []).append(case)
+        groups.setdefault((case.kernel.name, case.when), []).append(case)
     return list(groups.values())
 
 

@@ -8,12 +8,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from lora_kernels.tuning import candidates, cases, launchers, rows
+from lora_kernels.kernels.config import Config, When
+from lora_kernels.tuning import candidates, cases, rows
 from lora_kernels.tuning.candidates import source
 from lora_kernels.tuning.cases import Case
-from lora_kernels.tuning.launchers import Config
 
 __all__ = ["Verdict", "confirm"]
 
@@ -26,8 +24,8 @@ class Verdict:
     by_case: of each case.
     """
 
-    place: str
     entry: str
+    when: When
     table: Config
     best: Config
     ratio: rows.Ratio | None
@@ -41,18 +39,18 @@ class Verdict:
     @property
     def pasted(self) -> str:
         """The line of the table."""
-        return f'"{self.entry}": {source(self.best)},'
+        return f"({source(self.when)}, {source(self.best)}),"
 
     def __str__(self) -> str:
         if self.best == self.table:
-            return f"{self.place}: keep {source(self.table)}, nothing looked faster"
+            return f"{self.entry}: keep {source(self.table)}, nothing looked faster"
         each = ", ".join(f"{ratio:.3f}" for ratio in self.by_case)
         took = f"{rows.ratio_text(self.ratio)} of the table's time (by case: {each})"
         if not self.faster:
-            return f"{self.place}: keep {source(self.table)}; {source(self.best)} takes {took}"
+            return f"{self.entry}: keep {source(self.table)}; {source(self.best)} takes {took}"
         if self.ratio is None:
             took = "the table's own does not run"
-        return f"{self.place}: {took}\n        {self.pasted}"
+        return f"{self.entry}: {took}\n        {self.pasted}"
 
 
 def confirm(
@@ -67,9 +65,7 @@ def confirm(
     case, best = group[0], _best(group, samples)
     if best is None:
         return [], None
-    target = launchers.target_of(torch.device(case.shape.device))
-    place = f"{case.module}.py {target} {case.entry}"
-    verdict = Verdict(place, case.entry, case.table, best, (1.0, 1.0, 1.0), ())
+    verdict = Verdict(case.entry, case.when, case.table, best, (1.0, 1.0, 1.0), ())
     if best == case.table:
         return [], verdict
     measured, ours, table = [], [], []

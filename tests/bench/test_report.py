@@ -113,9 +113,9 @@ def test_main_refuses_dirty_and_mixed_rows_and_writes_nothing(tmp_path, capsys, 
 def test_terminal_shows_what_the_kernels_reach_of_the_ceilings():
     """The gradient of a in 100 us: 2·m·k·r FLOPs at 0.1 TFLOP/s take 63 us."""
     made = canned(LOST, {FLOOR: 0.010, OURS: 0.012})
-    made[1]["kernels"] = {"_da_kernel": {"launches": 1, "us": 100.0}}
+    made[1]["kernels"] = {"_grad_a_kernel": {"launches": 1, "us": 100.0}}
     assert report.terminal(made).endswith(
-        f"\n\nkernels, of the ceiling of this run:\n  {LOST}, {OURS}: _da_kernel 100.0 us, 81%"
+        f"\n\nkernels, of the ceiling of this run:\n  {LOST}, {OURS}: _grad_a_kernel 100.0 us, 81%"
     )
 
 

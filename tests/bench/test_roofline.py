@@ -12,8 +12,8 @@ ROW = {
 }  # fmt: skip
 
 
-def kernels(*names, **changes):
-    counted = {name: {"launches": 1, "us": 5.0} for name in names}
+def kernels(*names, launches=1, **changes):
+    counted = {name: {"launches": launches, "us": 5.0} for name in names}
     return roofline.kernel_work({**ROW, "kernels": counted, **changes})
 
 
@@ -29,17 +29,26 @@ def test_step_work_has_the_elements_of_its_dtype():
     assert single.moved == 2 * roofline.step_work(ROW, floor=True).moved
 
 
-def test_kernel_work_knows_kernels_by_a_part_of_their_name():
-    (work,) = kernels("_down_kernel_0d1d", "vectorized_elementwise_kernel")
+def test_kernel_work_knows_kernels_by_the_beginning_of_their_name():
+    others = ("vectorized_elementwise_kernel", "_split_k_reduce_kernel")
+    (work,) = kernels("_shrink_kernel_0d1d", *others)
     moved = 2 * (4 * 8 + 2 * 8) + 4 * 4 * 2
-    assert work == ("_down_kernel_0d1d", 2 * 4 * 8 * 2, moved, pytest.approx(5e-6))
+    assert work == ("_shrink_kernel_0d1d", 2 * 4 * 8 * 2, moved, pytest.approx(5e-6))
 
 
-def test_kernel_work_counts_the_kernel_that_fills_for_y_and_for_dx():
+def test_kernel_work_takes_expand_grad_a_for_what_it_is():
+    """The name of grad_a's kernel is the end of its name."""
+    expand_grad_a, grad_a = kernels("_expand_grad_a_kernel", "_grad_a_kernel")
+    assert expand_grad_a.flops == 2 * grad_a.flops == 4 * 4 * 8 * 2
+
+
+def test_kernel_work_counts_expand_for_y_and_if_it_runs_twice_for_dx():
     m, k, n, r, e = 4, 8, 6, 2, 2
-    filled = e * (m * k + m * n + r * k + n * r) + 8 * m * r
-    (work,) = kernels("_fill_kernel")
-    assert (work.flops, work.moved) == (2 * m * r * (k + n), filled)
+    for_y, for_dx = (e * (m * columns + r * columns) + 4 * m * r for columns in (n, k))
+    (once,) = kernels("_expand_kernel")
+    assert (once.flops, once.moved) == (2 * m * r * n, for_y)
+    (twice,) = kernels("_expand_kernel", launches=2)
+    assert (twice.flops, twice.moved) == (2 * m * r * (k + n), for_y + for_dx)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +60,7 @@ def test_kernel_work_counts_the_kernel_that_fills_for_y_and_for_dx():
     ids=str,
 )  # fmt: skip
 def test_kernel_work_is_of_whole_steps_of_this_packages_linear_layers(changes):
-    assert kernels("_down_kernel", **changes) == []
+    assert kernels("_shrink_kernel", **changes) == []
 
 
 def test_fraction_is_of_the_ceiling_that_binds():

@@ -1,24 +1,37 @@
 """Cases: what is tried of a launcher at a shape, what is skipped, what is timed and told."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 
-from lora_kernels.tuning import candidates, cases, launchers, stopwatch
+from lora_kernels.kernels.config import GemmConfig, SkinnyConfig, When, select, target_of
+from lora_kernels.kernels.registry import LAUNCHERS, kernel_of
+from lora_kernels.tuning import candidates, cases, stopwatch
 from lora_kernels.tuning.candidates import source
-from lora_kernels.tuning.launchers import LAUNCHERS, Gemm, Skinny
 from lora_kernels.tuning.shapes import Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = Shape(80, 48, 40, 3, 0.25, dtype=torch.float16, device=DEVICE)
-FEW = dataclasses.replace(SHAPE, m=13)  # what few_rows takes
-LARGE = [name for name in LAUNCHERS if not LAUNCHERS[name].dots and name != "few_rows"]
-FAILING, WRONG, SLOW, RIGHT = (Skinny(16, cols, 4, 2) for cols in (16, 32, 64, 128))
+FEW = dataclasses.replace(SHAPE, m=13)  # what gemm_small_m takes
+FAILING, WRONG, SLOW, RIGHT = (SkinnyConfig(16, cols, 4, 2) for cols in (16, 32, 64, 128))
 
 
 def shape_for(name):
-    return FEW if name == "few_rows" else SHAPE
+    return FEW if name == "gemm_small_m" else SHAPE
+
+
+@pytest.fixture
+def set_table(monkeypatch):
+    """Replaces what a launcher's table has for this machine."""
+
+    def replace(name, entries):
+        monkeypatch.setitem(kernel_of(name).tiles, target_of(torch.device(DEVICE)), entries)
+        select.cache_clear()
+
+    yield replace
+    select.cache_clear()
 
 
 @pytest.fixture
@@ -27,45 +40,75 @@ def few_rounds(monkeypatch):
     monkeypatch.setattr(stopwatch, "WARMUP_ROUNDS", 0)
 
 
-def test_cases_of_few_rows_are_those_that_it_runs():
+def test_cases_of_gemm_small_m_are_those_that_it_supports():
     cells = [dataclasses.replace(SHAPE, m=m, dropout_p=p) for m in (16, 17, 65) for p in (0.0, 0.1)]
-    tuned = [(case.shape.m, case.shape.dropout_p) for case in cases.cases(["few_rows"], cells, 1)]
+    found = cases.cases(["gemm_small_m"], cells, 1)
+    tuned = [(case.shape.m, case.shape.dropout_p) for case in found]
     assert tuned == [(16, 0.0), (16, 0.1), (17, 0.0)]
 
 
 @pytest.mark.parametrize(
-    ("m", "entry", "tma"), [(16, "few_rows", {False}), (80, "tma", {True, False})]
+    ("m", "when", "tma"), [(16, When(m=64), {False}), (80, When(tma=True), {True, False})], ids=str
 )
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", ["gemm_fwd", "gemm_bwd"])
 def test_cases_try_descriptors_if_the_entry_is_for_matrices_that_they_hold(
-    name, m, entry, tma, monkeypatch
+    name, m, when, tma, set_table
 ):
-    table = dict.fromkeys(("few_rows", "pointer", "tma"), Gemm(16, 16, 16, 4, 1))
-    target = launchers.target_of(torch.device(DEVICE))
-    monkeypatch.setitem(LAUNCHERS[name].module.CONFIGS, target, table)
+    whens = (When(m=64), When(tma=True), When())
+    set_table(name, [(each, GemmConfig(16, 16, 16, 4, 1)) for each in whens])
     (case,) = cases.cases([name], [dataclasses.replace(SHAPE, m=m)], limit=None)
-    assert case.entry == entry
+    assert case.when == when
     assert {config.tma for config in case.others} == tma
 
 
-def test_cases_join_shapes_that_a_launcher_does_not_tell_apart():
+def test_cases_join_shapes_that_do_not_differ_for_a_launcher():
     cells = [dataclasses.replace(FEW, n=n, dropout_p=p) for n in (40, 56) for p in (0.0, 0.25)]
     counts = dict.fromkeys(LAUNCHERS, 0)
     for case in cases.cases(list(LAUNCHERS), cells, limit=1):
         counts[case.name] += 1
     assert counts == {
-        "down": 2, "forward": 2, "few_rows": 4, "dy_pass": 2, "dx": 4, "da": 2, "fill_y": 2,
-        "fill_dx": 2,
+        "shrink": 2, "gemm_fwd": 2, "gemm_small_m": 4, "expand_y": 2, "expand_dx": 2,
+        "expand_grad_a": 2, "grad_b": 2, "gemm_bwd": 4, "grad_a": 2,
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("m", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_cases_try_the_tables_own_once(name, monkeypatch):
-    grid = candidates.grid(name, shape_for(name), tma=True)
-    entries = ("narrow", "wide", "pointer", "tma", "float32", "up_to_16")
-    table = {entry: grid[5] for entry in entries}
-    target = launchers.target_of(torch.device(DEVICE))
-    monkeypatch.setitem(LAUNCHERS[name].module.CONFIGS, target, table)
+def test_cases_tune_the_entry_that_the_launcher_takes(name, dtype, m, set_table, monkeypatch):
+    whens = (
+        When(r=2), When(bits=32, m=16), When(bits=32), When(m=16), When(tma=True), When(),
+    )  # fmt: skip
+    sizes = [(16, 32), (32, 16), (32, 32), (64, 32), (32, 64), (64, 64)]
+    if kernel_of(name).is_gemm:
+        configs = [GemmConfig(*size, 16, 4, 1) for size in sizes]
+    else:
+        configs = [SkinnyConfig(*size, 4, 1) for size in sizes]
+    entries = list(zip(whens, configs, strict=True))
+    set_table(name, entries)
+    shape = dataclasses.replace(SHAPE, m=m, dtype=dtype, dropout_p=0.0)
+    (case,) = cases.cases([name], [shape], limit=1)
+    launched = []
+    module = sys.modules[kernel_of(name).function.fn.__module__]
+    monkeypatch.setattr(module, "launch", lambda *args, **meta: launched.append(meta))
+    LAUNCHERS[name](candidates.operands(case.shape))
+
+    assert (case.when, case.table) in entries
+    blocks = [v for what, v in launched[0].items() if what in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
+    assert blocks == [v for what, v in vars(case.table).items() if what.startswith("BLOCK_")]
+
+
+def test_cases_tell_entries_with_equal_tiles_from_each_other(set_table):
+    set_table("grad_b", [(When(r=2), RIGHT), (When(), dataclasses.replace(RIGHT))])
+    shapes = [dataclasses.replace(SHAPE, r=r) for r in (2, 3)]
+    found = cases.cases(["grad_b"], shapes, limit=1)
+    assert [case.when for case in found] == [When(r=2), When()]
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_cases_try_the_tables_own_once(name, set_table):
+    grid = candidates.grid(name, shape_for(name), When(tma=True))
+    set_table(name, [(When(tma=True), grid[5]), (When(), dataclasses.replace(grid[5]))])
     (case,) = cases.cases([name], [shape_for(name)], limit=None)
     assert case.table == grid[5]
     assert set(grid) - {grid[5]} >= set(case.others)
@@ -86,10 +129,10 @@ def test_measure_times_every_launcher_by_its_table_and_by_candidates(m, dtype, f
 
 @pytest.fixture
 def faulty(monkeypatch, few_rounds):
-    """A case of down whose candidates have faults, and the configurations that were launched."""
-    (case,) = cases.cases(["down"], [SHAPE], limit=1)
+    """A case of shrink whose candidates have faults, and the configurations that were launched."""
+    (case,) = cases.cases(["shrink"], [SHAPE], limit=1)
     case = dataclasses.replace(case, others=(SLOW, FAILING, WRONG, RIGHT))
-    launched, launcher = [], LAUNCHERS["down"]
+    launched, launcher = [], LAUNCHERS["shrink"]
 
     def call(o, config):
         launched.append(config)
@@ -99,7 +142,7 @@ def faulty(monkeypatch, few_rounds):
             (h,) = launcher.call(o, config)
         return (h * 1.05 if config == WRONG else h,)
 
-    monkeypatch.setitem(launchers.LAUNCHERS, "down", dataclasses.replace(launcher, call=call))
+    monkeypatch.setitem(LAUNCHERS, "shrink", dataclasses.replace(launcher, call=call))
     return case, launched
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_kernels.kernels.config import GemmConfig, SkinnyConfig
 from lora_kernels.tuning import tune
-from lora_kernels.tuning.launchers import Gemm, Skinny
 
 REPOSITORY = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,7 +27,10 @@ def test_main_asks_for_the_interpreter_without_a_gpu(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("--kernels=down,up", "'up' is not one of down, "), ("--tokens=8,many", "int() with base 10")],
+    [
+        ("--kernels=shrink,grow", "'grow' is not one of shrink, "),
+        ("--tokens=8,many", "int() with base 10"),
+    ],
 )
 def test_main_refuses_lists_of_what_there_is_not(option, message, capsys):
     with pytest.raises(SystemExit):
@@ -37,8 +40,8 @@ def test_main_refuses_lists_of_what_there_is_not(option, message, capsys):
 
 def test_main_refuses_shapes_that_no_launcher_takes(capsys):
     with pytest.raises(SystemExit):
-        tune.main(["--kernels=few_rows", "--tokens=65", "--jobs=1"])
-    assert "few_rows take none of these shapes" in capsys.readouterr().err
+        tune.main(["--kernels=gemm_small_m", "--tokens=65", "--jobs=1"])
+    assert "gemm_small_m take none of these shapes" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("tune") / "folder" / "rows.json"
     done = subprocess.run(
         [
-            sys.executable, "-m", "lora_kernels.tuning.tune", "--kernels=fill_dx,dx",
+            sys.executable, "-m", "lora_kernels.tuning.tune", "--kernels=expand_dx,gemm_bwd",
             "--tokens=8", "--ranks=2", "--limit=2", "--jobs=2", f"--output={path}",
         ],
         cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -58,7 +61,7 @@ def run(tmp_path_factory):
 def test_main_writes_what_was_tried_where_and_how_fast(run):
     _, rows = run
     screened = [row for row in rows if row["stage"] == "screen"]
-    assert [row["kernel"] for row in screened] == ["fill_dx"] * 3 + ["dx"] * 3
+    assert [row["kernel"] for row in screened] == ["expand_dx"] * 3 + ["gemm_bwd"] * 3
     assert [row["is_table"] for row in screened] == [True, False, False] * 2
     for row in rows:
         assert row.keys() == {
@@ -69,20 +72,22 @@ def test_main_writes_what_was_tried_where_and_how_fast(run):
         }  # fmt: skip
         assert (row["torch"], row["device"], row["reason"]) == (torch.__version__, "cpu", None)
         assert (row["m"], row["r"], row["dropout_p"]) == (8, 2, 0.1)
-        assert (row["n"] is None) == (row["kernel"] == "fill_dx")
+        assert (row["n"] is None) == (row["kernel"] == "expand_dx")
         assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
         assert row["over_table"][1] <= row["over_table"][0] <= row["over_table"][2]
         fields = dict(row["config"])
-        kind = {"Skinny": Skinny, "Gemm": Gemm}[fields.pop("type")]
-        assert kind is (Skinny if row["table"] == "fill" else Gemm)
+        kind = {kind.__name__: kind for kind in (SkinnyConfig, GemmConfig)}[fields.pop("type")]
+        assert kind is (SkinnyConfig if row["table"] == "expand" else GemmConfig)
+        assert row["entry"] == "any product"
         assert fields == dataclasses.asdict(kind(**fields))
 
 
 def test_main_names_every_case_and_ends_with_a_verdict_on_each_table(run):
     output, _ = run
     assert "6 launches in 2 processes\n0 fail" in output
-    assert "fill_dx m8 k48 r2 p0.1 float32, fill.py 'wide': 3 of 3 timed" in output
-    assert "dx m8 k48 n40 r2 p0.1 float32, dx.py 'float32': 3 of 3 timed" in output
+    expand, gemm_bwd = (f"{name}.py interpreter (any product): " for name in ("expand", "gemm_bwd"))
+    assert f"expand_dx m8 k48 r2 p0.1 float32, {expand}3 of 3 timed" in output
+    assert f"gemm_bwd m8 k48 n40 r2 p0.1 float32, {gemm_bwd}3 of 3 timed" in output
     _, verdicts = output.split("tables that are beaten: ")
-    assert "fill.py interpreter wide: " in verdicts
-    assert "dx.py interpreter float32: " in verdicts
+    assert expand in verdicts
+    assert gemm_bwd in verdicts

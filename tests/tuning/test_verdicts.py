@@ -5,43 +5,40 @@ import dataclasses
 import pytest
 import torch
 
+from lora_kernels.kernels.config import GemmConfig, SkinnyConfig, When
+from lora_kernels.kernels.registry import KERNELS
 from lora_kernels.tuning import candidates, cases, verdicts
 from lora_kernels.tuning.candidates import source
 from lora_kernels.tuning.cases import Case
-from lora_kernels.tuning.launchers import LAUNCHERS, Gemm, Skinny
 from lora_kernels.tuning.shapes import Shape
 
 SHAPE = Shape(80, 48, 40, 3, 0.25, dtype=torch.float16)
-FEW = dataclasses.replace(SHAPE, m=13)  # what few_rows takes
-FAILING, WRONG, SLOW, RIGHT = (Skinny(16, cols, 4, 2) for cols in (16, 32, 64, 128))
+WHEN = When(tma=True, r=16)
+FAILING, WRONG, SLOW, RIGHT = (SkinnyConfig(16, cols, 4, 2) for cols in (16, 32, 64, 128))
 
 
-def shape_for(name):
-    return FEW if name == "few_rows" else SHAPE
-
-
-ALL_CONFIGS = {
-    config
-    for name, launcher in LAUNCHERS.items()
-    for config in (
-        *candidates.grid(name, shape_for(name), tma=True),
-        *(entry for table in launcher.module.CONFIGS.values() for entry in table.values()),
-    )
+TABLES = [kernel.tiles for kernel in KERNELS.values() if kernel.tiles]
+LAUNCHERS = [each.name for kernel in KERNELS.values() for each in kernel.launchers]
+ALL_ENTRIES = {
+    *(entry for table in TABLES for entries in table.values() for entry in entries),
+    *((WHEN, config) for name in LAUNCHERS for config in candidates.grid(name, SHAPE, WHEN)),
 }
 
 
-def test_pasted_is_python_that_says_the_configuration():
-    table = Skinny(1, 1, 1, 1)
-    for config in ALL_CONFIGS:
-        verdict = verdicts.Verdict("dx.py", "tma", table, config, (0.5, 0.4, 0.6), (0.5,))
-        assert eval("{" + verdict.pasted + "}", {"Gemm": Gemm, "Skinny": Skinny}) == {"tma": config}
+def test_pasted_is_python_that_says_the_entry():
+    table = SkinnyConfig(1, 1, 1, 1)
+    names = {kind.__name__: kind for kind in (When, GemmConfig, SkinnyConfig)}
+    for when, config in ALL_ENTRIES:
+        verdict = verdicts.Verdict("gemm.py", when, table, config, (0.5, 0.4, 0.6), (0.5,))
+        assert eval(f"[{verdict.pasted}]", names) == [(when, config)]
         assert verdict.pasted in str(verdict)
 
 
-def verdict_of(monkeypatch, screened, timed, name="down", cells=(SHAPE, SHAPE)):
+def verdict_of(monkeypatch, screened, timed, name="shrink", cells=(SHAPE, SHAPE)):
     """What confirm makes of seconds in the first run, and in the second one."""
-    table = Gemm(64, 64, 64, 4, 3, pieces=2) if name == "dx" else RIGHT
-    group = [Case(name, cell, "narrow", table, ()) for cell in cells]
+    in_parts = GemmConfig(64, 64, 64, 4, 3, epilogue_subtile=2)
+    table = in_parts if name == "gemm_bwd" else RIGHT
+    group = [Case(name, cell, WHEN, table, ()) for cell in cells]
     again = iter(timed)
 
     def measure(case, configs, failed, seconds, stage):
@@ -61,7 +58,7 @@ def test_confirm_times_the_best_over_the_cases_again_and_pastes_it_if_it_is_fast
     assert verdict.ratio == pytest.approx((14 / 16,) * 3)
     assert verdict.by_case == (0.5, 1.0)
     assert verdict.faster
-    assert str(verdict).endswith(f'"narrow": {source(WRONG)},')
+    assert str(verdict).endswith(f"(When(tma=True, r=16), {source(WRONG)}),")
     assert [row["stage"] for row in measured] == ["confirm"] * 4
 
 
@@ -89,13 +86,13 @@ def test_confirm_beats_a_table_whose_own_does_not_run(monkeypatch):
     assert "the table's own does not run" in str(verdict)
 
 
-def test_confirm_takes_pieces_for_one_without_a_mask(monkeypatch):
+def test_confirm_takes_subtiles_for_one_without_a_mask(monkeypatch):
     cells = [SHAPE, dataclasses.replace(SHAPE, dropout_p=0.0)]
-    table = Gemm(64, 64, 64, 4, 3, pieces=2)
-    best = dataclasses.replace(table, pieces=4)
-    whole = dataclasses.replace(table, pieces=1)
+    table = GemmConfig(64, 64, 64, 4, 3, epilogue_subtile=2)
+    best = dataclasses.replace(table, epilogue_subtile=4)
+    whole = dataclasses.replace(table, epilogue_subtile=1)
     screened = [{table: [3.0], best: [1.0], whole: [2.0]}, {table: [1.0]}]
     timed = [{table: [3.0] * 20, best: [1.0] * 20}, {table: [1.0] * 20, best: [1.0] * 20}]
-    _, verdict = verdict_of(monkeypatch, screened, timed, "dx", cells)
+    _, verdict = verdict_of(monkeypatch, screened, timed, "gemm_bwd", cells)
     assert verdict.best == best
     assert verdict.ratio[0] == 0.5
