@@ -105,24 +105,34 @@ def _add_convert(commands) -> None:
         "--lora-dropout", type=float, default=0.0, metavar="P", help="(default: %(default)s)"
     )
     to_peft.add_argument(
-        "--fan-in-fan-out", action="store_true",
+        "--fan-in-fan-out",
+        action="store_true",
         help="the base weights are stored [in, out], as in GPT-2",
-    )  # fmt: skip
+    )
     to_peft.add_argument(
-        "--enable-lora", action="append", default=[], metavar="[NAME=]1,0,1",
+        "--enable-lora",
+        action="append",
+        default=[],
+        metavar="[NAME=]1,0,1",
         help="enable_lora of a MergedLinear; without NAME, of all that have stacked factors",
-    )  # fmt: skip
+    )
     to_peft.add_argument(
-        "--out-splits", action="append", default=[], metavar="[NAME=]4096,1024,1024",
+        "--out-splits",
+        action="append",
+        default=[],
+        metavar="[NAME=]4096,1024,1024",
         help="sizes of its groups if they are not equal",
-    )  # fmt: skip
+    )
     to_peft.add_argument(
         "--embedding", action="append", default=[], metavar="NAME", help="NAME is an Embedding"
     )
     to_peft.add_argument(
-        "--modules-to-save", action="append", default=[], metavar="NAME",
+        "--modules-to-save",
+        action="append",
+        default=[],
+        metavar="NAME",
         help="NAME was trained as a whole, as a new head is",
-    )  # fmt: skip
+    )
     convert.set_defaults(command=_convert)
 
 

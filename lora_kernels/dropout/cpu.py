@@ -90,7 +90,7 @@ class _Generator:
         self._first_row: int | None = None
         state, *products, draws = (
             part[: 2 * rows * octets].view(2, rows, octets) for part in memory
-        )  # fmt: skip
+        )
         self._word_0, self._word_2 = state
         words = _lower(state)
         halves = draws.view(torch.int32).view(rows, octets, 2, 2)  # words 0 1, then 2 3
@@ -128,11 +128,15 @@ class _Generator:
         # The other rounds: products, the keys to xor them with, and which halves make which words.
         uppers, lowers = [_upper(p) for p in products], [_lower(p) for p in products]
         self._rounds = [
-            (products[0], None, (
-                (uppers[0][0], _lower(of_cols), words[0]),
-                (uppers[0][1], _lower(of_rows).unsqueeze(1), words[1]),
-            )),
-        ]  # fmt: skip
+            (
+                products[0],
+                None,
+                (
+                    (uppers[0][0], _lower(of_cols), words[0]),
+                    (uppers[0][1], _lower(of_rows).unsqueeze(1), words[1]),
+                ),
+            ),
+        ]
         for i in range(3, ROUNDS):
             this = (i + ROUNDS - 1) % 2  # the last round gets none: its lower halves are draws
             keys = pairs[i].unsqueeze(-1) if this else None

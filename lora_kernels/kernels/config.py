@@ -57,9 +57,7 @@ class When:
     tma: bool = False
 
     def holds(self, bits: int, m: int, r: int, tma: bool) -> bool:
-        return (
-            self.bits in (None, bits) and m <= self.m and r <= self.r and (tma or not self.tma)
-        )  # fmt: skip
+        return self.bits in (None, bits) and m <= self.m and r <= self.r and (tma or not self.tma)
 
 
 Config = SkinnyConfig | GemmConfig

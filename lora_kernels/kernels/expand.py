@@ -71,10 +71,20 @@ def _expand_kernel(
             of_layer = tl.cast(layer, tl.int64)
             update = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             update = add_low_rank(
-                update, part_of(left, of_layer * M, group * R), part_of(right, of_layer * R, 0),
-                row, right_row, scale, M, right_row + end - column, R,
-                RIGHT_T, NUMERICS, BLOCK_R, RANK_BLOCKS,
-            )  # fmt: skip
+                update,
+                part_of(left, of_layer * M, group * R),
+                part_of(right, of_layer * R, 0),
+                row,
+                right_row,
+                scale,
+                M,
+                right_row + end - column,
+                R,
+                RIGHT_T,
+                NUMERICS,
+                BLOCK_R,
+                RANK_BLOCKS,
+            )
             if mask is not None:
                 seed = tl.load(mask.seed + layer)
                 keep = keep_tile(seed, mask.threshold, row, column, BLOCK_M, BLOCK_N)
@@ -109,11 +119,22 @@ def expand_y(
     config = config or config_for(h.device, r, numerics)
     y = torch.empty((m, splits.columns), dtype=dtype, device=h.device)
     launch(
-        _expand_kernel, _grid(y, splits, config),
-        left=matrix(h), right=matrix(b), bias=bias, mask=None, out=matrix(y),
-        M=m, R=r, sizes=splits.sizes, scale=spec.scaling,
-        LAYERS=1, ENABLED=splits.enabled, RIGHT_T=True, **_constants(r, numerics, config),
-    )  # fmt: skip
+        _expand_kernel,
+        _grid(y, splits, config),
+        left=matrix(h),
+        right=matrix(b),
+        bias=bias,
+        mask=None,
+        out=matrix(y),
+        M=m,
+        R=r,
+        sizes=splits.sizes,
+        scale=spec.scaling,
+        LAYERS=1,
+        ENABLED=splits.enabled,
+        RIGHT_T=True,
+        **_constants(r, numerics, config),
+    )
     return y
 
 
@@ -135,12 +156,22 @@ def expand_dx(
     splits = OutputSplits.whole(k)
     dx = torch.empty((m, k), dtype=dtype, device=dh.device)
     launch(
-        _expand_kernel, _grid(dx, splits, config),
-        left=matrix(dh), right=matrix(a), bias=None, mask=mask(seed, dropout_p), out=matrix(dx),
-        M=m, R=r, sizes=splits.sizes, scale=1.0,
-        LAYERS=dh.shape[:-2].numel(), ENABLED=splits.enabled, RIGHT_T=False,
+        _expand_kernel,
+        _grid(dx, splits, config),
+        left=matrix(dh),
+        right=matrix(a),
+        bias=None,
+        mask=mask(seed, dropout_p),
+        out=matrix(dx),
+        M=m,
+        R=r,
+        sizes=splits.sizes,
+        scale=1.0,
+        LAYERS=dh.shape[:-2].numel(),
+        ENABLED=splits.enabled,
+        RIGHT_T=False,
         **_constants(r, numerics, config),
-    )  # fmt: skip
+    )
     return dx
 
 
@@ -152,7 +183,11 @@ def _grid(out: Tensor, splits: OutputSplits, config: SkinnyConfig) -> tuple[int]
 def _constants(r: int, numerics: Numerics, config: SkinnyConfig) -> dict:
     block_r = rank_block(r, numerics.update)
     return {
-        "NUMERICS": numerics, "BLOCK_M": config.BLOCK_ROWS, "BLOCK_N": config.BLOCK_COLS,
-        "BLOCK_R": block_r, "RANK_BLOCKS": cdiv(r, block_r),
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
-    }  # fmt: skip
+        "NUMERICS": numerics,
+        "BLOCK_M": config.BLOCK_ROWS,
+        "BLOCK_N": config.BLOCK_COLS,
+        "BLOCK_R": block_r,
+        "RANK_BLOCKS": cdiv(r, block_r),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

@@ -109,13 +109,25 @@ def expand_grad_a(
     dx = torch.empty((m, k), dtype=x.dtype, device=x.device)
     da = torch.empty((parts, r, k), dtype=torch.float32, device=x.device)
     launch(
-        _expand_grad_a_kernel, (programs, parts),
-        dh_ptr=dh, a=matrix(a), x=matrix(x), mask=mask(seed, dropout_p), dx=matrix(dx), da_ptr=da,
-        M=m, K=k, R=r, m_slice=m_slice,
+        _expand_grad_a_kernel,
+        (programs, parts),
+        dh_ptr=dh,
+        a=matrix(a),
+        x=matrix(x),
+        mask=mask(seed, dropout_p),
+        dx=matrix(dx),
+        da_ptr=da,
+        M=m,
+        K=k,
+        R=r,
+        m_slice=m_slice,
         NUMERICS=numerics,
-        BLOCK_M=config.BLOCK_ROWS, BLOCK_K=config.BLOCK_COLS, BLOCK_R=_block_r(r, numerics),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        BLOCK_M=config.BLOCK_ROWS,
+        BLOCK_K=config.BLOCK_COLS,
+        BLOCK_R=_block_r(r, numerics),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return dx, split_k_reduce(da, a.dtype)
 
 

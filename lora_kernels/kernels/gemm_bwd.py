@@ -83,7 +83,7 @@ def _finish(
     update = tl.zeros([acc.shape[0], acc.shape[1]], tl.float32)
     update = add_low_rank(
         update, dh, a, row, col, 1.0, M, K, R, False, NUMERICS, BLOCK_R, RANK_BLOCKS
-    )  # fmt: skip
+    )
     keep = keep_tile(seed, threshold, row, col, acc.shape[0], acc.shape[1])
     store_tile(dx, acc + tl.where(keep, update, 0.0), row, col, M, K, TMA_STORE)
 
@@ -105,13 +105,11 @@ def _gemm_bwd_kernel(
         tile_m, tile_k = swizzle(tile, tiles_m, tiles_k, BAND_M)
         row = tl.cast(tile_m, tl.int64) * BLOCK_M
         col = tile_k * BLOCK_N
-        acc = matmul(
-            dy, w, row, col, M, K, N, W_T, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_K, TMA
-        )  # fmt: skip
+        acc = matmul(dy, w, row, col, M, K, N, W_T, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
         if mask is None:
             acc = add_low_rank(
                 acc, dh, a, row, col, 1.0, M, K, R, False, NUMERICS, BLOCK_R, RANK_BLOCKS
-            )  # fmt: skip
+            )
             store_tile(dx, acc, row, col, M, K, TMA_STORE)
         else:
             width: tl.constexpr = BLOCK_N // EPILOGUE_SUBTILE
@@ -122,9 +120,22 @@ def _gemm_bwd_kernel(
                 parts = halves(parts[0]) + halves(parts[1])
             for i in tl.static_range(EPILOGUE_SUBTILE):
                 _finish(
-                    parts[i], dh, a, dx, seed, mask.threshold, row, col + i * width, M, K, R,
-                    NUMERICS, TMA_STORE, BLOCK_R, RANK_BLOCKS,
-                )  # fmt: skip
+                    parts[i],
+                    dh,
+                    a,
+                    dx,
+                    seed,
+                    mask.threshold,
+                    row,
+                    col + i * width,
+                    M,
+                    K,
+                    R,
+                    NUMERICS,
+                    TMA_STORE,
+                    BLOCK_R,
+                    RANK_BLOCKS,
+                )
 
 
 def config_for(dy: Tensor, w: Tensor, r: int, numerics: Numerics) -> GemmConfig:
@@ -161,16 +172,30 @@ def gemm_bwd(
     tma_store = tma and rows_fit_tma(k, dx)
     tiles = cdiv(m, block_m) * cdiv(k, block_n)
     launch(
-        _gemm_bwd_kernel, (num_programs(tiles, config, dy.device),),
+        _gemm_bwd_kernel,
+        (num_programs(tiles, config, dy.device),),
         dy=tma_operand(dy, block_m, block_k, tma),
         w=tma_operand(stored, *((block_n, block_k) if w_t else (block_k, block_n)), tma),
-        dh=matrix(dh), a=matrix(a), mask=mask(seed, dropout_p),
+        dh=matrix(dh),
+        a=matrix(a),
+        mask=mask(seed, dropout_p),
         dx=tma_operand(dx, block_m, block_n // subtiles, tma_store),
-        M=m, N=n, K=k, R=r,
-        W_T=w_t, NUMERICS=numerics, TMA=tma, TMA_STORE=tma_store,
-        EPILOGUE_SUBTILE=subtiles, BAND_M=config.BAND_M,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        BLOCK_R=block_r, RANK_BLOCKS=cdiv(r, block_r),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        M=m,
+        N=n,
+        K=k,
+        R=r,
+        W_T=w_t,
+        NUMERICS=numerics,
+        TMA=tma,
+        TMA_STORE=tma_store,
+        EPILOGUE_SUBTILE=subtiles,
+        BAND_M=config.BAND_M,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        RANK_BLOCKS=cdiv(r, block_r),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return dx

@@ -82,14 +82,23 @@ def _gemm_fwd_kernel(
         tile_m, tile_n = swizzle(tile, tiles_m, tiles_n, BAND_M)
         row = tl.cast(tile_m, tl.int64) * BLOCK_M
         column, end, b_row, group, enabled = locate(tile_n, sizes, ENABLED, BLOCK_N)
-        acc = matmul(
-            x, w, row, column, M, N, K, W_T, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_K, TMA
-        )  # fmt: skip
+        acc = matmul(x, w, row, column, M, N, K, W_T, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
         if enabled:
             acc = add_low_rank(
-                acc, part_of(h, 0, group * R), b, row, b_row, scaling, M, b_row + end - column, R,
-                True, NUMERICS, BLOCK_R, RANK_BLOCKS,
-            )  # fmt: skip
+                acc,
+                part_of(h, 0, group * R),
+                b,
+                row,
+                b_row,
+                scaling,
+                M,
+                b_row + end - column,
+                R,
+                True,
+                NUMERICS,
+                BLOCK_R,
+                RANK_BLOCKS,
+            )
         acc = add_bias(acc, bias, column, end)
         store_tile(y, acc, row, column, M, end, TMA_STORE)
 
@@ -132,15 +141,32 @@ def gemm_fwd(
     tma_store = tma and whole_tiles and rows_fit_tma(n, y)
     tiles = cdiv(m, block_m) * sum(cdiv(size, block_n) for size in splits.sizes)
     launch(
-        _gemm_fwd_kernel, (num_programs(tiles, config, x.device),),
+        _gemm_fwd_kernel,
+        (num_programs(tiles, config, x.device),),
         x=tma_operand(x, block_m, block_k, tma),
         w=tma_operand(stored, *((block_n, block_k) if w_t else (block_k, block_n)), tma),
-        h=matrix(h), b=matrix(b), bias=bias, y=tma_operand(y, block_m, block_n, tma_store),
-        M=m, N=n, K=k, R=r, sizes=splits.sizes, scaling=spec.scaling,
-        ENABLED=splits.enabled, W_T=w_t, NUMERICS=numerics,
-        TMA=tma, TMA_STORE=tma_store, BAND_M=config.BAND_M,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        BLOCK_R=block_r, RANK_BLOCKS=cdiv(r, block_r),
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        h=matrix(h),
+        b=matrix(b),
+        bias=bias,
+        y=tma_operand(y, block_m, block_n, tma_store),
+        M=m,
+        N=n,
+        K=k,
+        R=r,
+        sizes=splits.sizes,
+        scaling=spec.scaling,
+        ENABLED=splits.enabled,
+        W_T=w_t,
+        NUMERICS=numerics,
+        TMA=tma,
+        TMA_STORE=tma_store,
+        BAND_M=config.BAND_M,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        RANK_BLOCKS=cdiv(r, block_r),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return y

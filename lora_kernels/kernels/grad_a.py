@@ -103,11 +103,22 @@ def grad_a(
     parts, m_slice = split(m, config.BLOCK_ROWS, programs, wanted)
     da = torch.empty((parts, *dh.shape[:-2], r, k), dtype=torch.float32, device=x.device)
     launch(
-        _grad_a_kernel, (programs, parts),
-        dh_ptr=dh, x=matrix(x), mask=mask(seed, dropout_p), da_ptr=da,
-        M=m, K=k, R=r, layers=layers, m_slice=m_slice,
+        _grad_a_kernel,
+        (programs, parts),
+        dh_ptr=dh,
+        x=matrix(x),
+        mask=mask(seed, dropout_p),
+        da_ptr=da,
+        M=m,
+        K=k,
+        R=r,
+        layers=layers,
+        m_slice=m_slice,
         NUMERICS=numerics,
-        BLOCK_M=config.BLOCK_ROWS, BLOCK_K=config.BLOCK_COLS, BLOCK_R=block_r,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        BLOCK_M=config.BLOCK_ROWS,
+        BLOCK_K=config.BLOCK_COLS,
+        BLOCK_R=block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return split_k_reduce(da, dtype)

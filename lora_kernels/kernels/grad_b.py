@@ -134,24 +134,36 @@ def grad_b(
     block_r = rank_block(r, numerics.rank)
     rows, ranks = cdiv(m, config.BLOCK_ROWS), cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(dy.device)
-    parts, _ = split(
-        max(splits.sizes), config.BLOCK_COLS, rows * ranks * splits.count, wanted
-    )  # fmt: skip
+    parts, _ = split(max(splits.sizes), config.BLOCK_COLS, rows * ranks * splits.count, wanted)
     dh_parts = db_parts = None
     if needs_dh:
         dh_parts = torch.empty((parts, m, splits.count * r), dtype=torch.float32, device=dy.device)
     if needs_db:
         db_parts = torch.empty((rows, b_rows, r), dtype=torch.float32, device=dy.device)
     launch(
-        _grad_b_kernel, (rows * ranks, splits.count * parts),
-        dy=matrix(dy), b=matrix(b), h=matrix(h) if needs_db else None,
-        dh_ptr=dh_parts, db_ptr=db_parts,
-        M=m, R=r, rank_total=splits.count * r, b_rows=b_rows, sizes=splits.sizes, parts=parts,
-        scale_dh=spec.scaling * dropout.keep_scale(spec.dropout_p), scale_db=spec.scaling,
-        ENABLED=splits.enabled, NUMERICS=numerics,
-        BLOCK_M=config.BLOCK_ROWS, BLOCK_N=config.BLOCK_COLS, BLOCK_R=block_r,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        _grad_b_kernel,
+        (rows * ranks, splits.count * parts),
+        dy=matrix(dy),
+        b=matrix(b),
+        h=matrix(h) if needs_db else None,
+        dh_ptr=dh_parts,
+        db_ptr=db_parts,
+        M=m,
+        R=r,
+        rank_total=splits.count * r,
+        b_rows=b_rows,
+        sizes=splits.sizes,
+        parts=parts,
+        scale_dh=spec.scaling * dropout.keep_scale(spec.dropout_p),
+        scale_db=spec.scaling,
+        ENABLED=splits.enabled,
+        NUMERICS=numerics,
+        BLOCK_M=config.BLOCK_ROWS,
+        BLOCK_N=config.BLOCK_COLS,
+        BLOCK_R=block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     if needs_dh and needs_db:
         return split_k_reduce_both(dh_parts, numerics.dh, db_parts, b.dtype)
     if needs_dh:

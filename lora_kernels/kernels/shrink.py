@@ -104,11 +104,23 @@ def shrink(
     parts, k_slice = split(k, config.BLOCK_COLS, programs, wanted)
     h = torch.empty((parts, *a.shape[:-2], m, r), dtype=torch.float32, device=x.device)
     launch(
-        _shrink_kernel, (programs, parts),
-        x=matrix(x), a=matrix(a), mask=mask(seed, dropout_p), h_ptr=h,
-        M=m, K=k, R=r, layers=layers, k_slice=k_slice, scale=dropout.keep_scale(dropout_p),
+        _shrink_kernel,
+        (programs, parts),
+        x=matrix(x),
+        a=matrix(a),
+        mask=mask(seed, dropout_p),
+        h_ptr=h,
+        M=m,
+        K=k,
+        R=r,
+        layers=layers,
+        k_slice=k_slice,
+        scale=dropout.keep_scale(dropout_p),
         NUMERICS=numerics,
-        BLOCK_M=config.BLOCK_ROWS, BLOCK_K=config.BLOCK_COLS, BLOCK_R=block_r,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+        BLOCK_M=config.BLOCK_ROWS,
+        BLOCK_K=config.BLOCK_COLS,
+        BLOCK_R=block_r,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return split_k_reduce(h, torch.float32)

@@ -74,8 +74,15 @@ def _launch(
     if second is not None:
         second_parts, second_numel = second.shape[0], second_out.numel()
     launch(
-        _split_k_reduce_kernel, (cdiv(numel, BLOCK) + cdiv(second_numel, BLOCK),),
-        parts_ptr=parts, out_ptr=out, parts=parts.shape[0], numel=numel,
-        second_ptr=second, second_out_ptr=second_out,
-        second_parts=second_parts, second_numel=second_numel, BLOCK=BLOCK,
-    )  # fmt: skip
+        _split_k_reduce_kernel,
+        (cdiv(numel, BLOCK) + cdiv(second_numel, BLOCK),),
+        parts_ptr=parts,
+        out_ptr=out,
+        parts=parts.shape[0],
+        numel=numel,
+        second_ptr=second,
+        second_out_ptr=second_out,
+        second_parts=second_parts,
+        second_numel=second_numel,
+        BLOCK=BLOCK,
+    )

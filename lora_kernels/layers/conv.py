@@ -106,11 +106,22 @@ class ConvLoRA(LoRALayer, nn.Module):
                 f"forward of its own, parametrized or lazy, got {type(conv).__name__}"
             )
         layer = layer_class(
-            conv.in_channels, conv.out_channels, conv.kernel_size, r, lora_alpha, lora_dropout,
-            merge_weights, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
-            groups=conv.groups, bias=conv.bias is not None, padding_mode=conv.padding_mode,
-            device="meta", dtype=conv.weight.dtype,
-        )  # fmt: skip
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            r,
+            lora_alpha,
+            lora_dropout,
+            merge_weights,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+            device="meta",
+            dtype=conv.weight.dtype,
+        )
         return layer._adopt(conv, lora_dtype)
 
     @property

@@ -75,11 +75,19 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
                 f"forward of its own or parametrized, got {type(embedding).__name__}"
             )
         layer = cls(
-            embedding.num_embeddings, embedding.embedding_dim, r, lora_alpha, merge_weights,
-            padding_idx=embedding.padding_idx, max_norm=embedding.max_norm,
-            norm_type=embedding.norm_type, scale_grad_by_freq=embedding.scale_grad_by_freq,
-            sparse=embedding.sparse, device="meta", dtype=embedding.weight.dtype,
-        )  # fmt: skip
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            r,
+            lora_alpha,
+            merge_weights,
+            padding_idx=embedding.padding_idx,
+            max_norm=embedding.max_norm,
+            norm_type=embedding.norm_type,
+            scale_grad_by_freq=embedding.scale_grad_by_freq,
+            sparse=embedding.sparse,
+            device="meta",
+            dtype=embedding.weight.dtype,
+        )
         return layer._adopt(embedding, lora_dtype)
 
     def reset_parameters(self) -> None:
@@ -131,9 +139,12 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
     def _look_up(self, table: Tensor, ids: Tensor) -> Tensor:
         return F.embedding(
-            ids, table, self.padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse,
-        )  # fmt: skip
+            ids,
+            table,
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+        )
 
     def _look_up_a(self, ids: Tensor) -> Tensor:
         """Rows ids of lora_Aᵀ. Shapes: ids [T] -> [T, r]."""

@@ -40,9 +40,14 @@ class LinearLayer(LoRALayer, nn.Linear):
             )
         shape = linear.weight.T.shape if fan_in_fan_out else linear.weight.shape
         layer = cls(
-            shape[1], shape[0], fan_in_fan_out=fan_in_fan_out, bias=linear.bias is not None,
-            device="meta", dtype=linear.weight.dtype, **kwargs,
-        )  # fmt: skip
+            shape[1],
+            shape[0],
+            fan_in_fan_out=fan_in_fan_out,
+            bias=linear.bias is not None,
+            device="meta",
+            dtype=linear.weight.dtype,
+            **kwargs,
+        )
         return layer._adopt(linear, lora_dtype)
 
     @property
@@ -145,9 +150,13 @@ class LoRALinear(LinearLayer):
         Raises: TypeError for any other module, subclasses with a forward of their own included.
         """
         return cls._wrap(
-            linear, lora_dtype, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+            linear,
+            lora_dtype,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
             merge_weights=merge_weights,
-        )  # fmt: skip
+        )
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)

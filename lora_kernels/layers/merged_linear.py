@@ -70,9 +70,15 @@ class LoRAMergedLinear(LinearLayer):
         Raises: TypeError for any other module, subclasses with a forward of their own included.
         """
         return cls._wrap(
-            linear, lora_dtype, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
-            enable_lora=enable_lora, merge_weights=merge_weights, out_splits=out_splits,
-        )  # fmt: skip
+            linear,
+            lora_dtype,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            enable_lora=enable_lora,
+            merge_weights=merge_weights,
+            out_splits=out_splits,
+        )
 
     @property
     def splits(self) -> OutputSplits:

@@ -149,9 +149,10 @@ class SharedInput:
     def _state_for(self, x: Tensor) -> tuple:
         """What must not have changed between the computation and the fetching of an output."""
         state = (
-            torch.is_grad_enabled(), checks.autocast_dtype(x),
+            torch.is_grad_enabled(),
+            checks.autocast_dtype(x),
             *((layer.scaling, layer.dropout_p) for layer in self.layers),
-        )  # fmt: skip
+        )
         if torch.compiler.is_compiling():
             return state
         tensors = (
@@ -161,8 +162,10 @@ class SharedInput:
             if t is not None
         )
         return (
-            *state, x._version, *((id(t), 0 if t.is_inference() else t._version) for t in tensors),
-        )  # fmt: skip
+            *state,
+            x._version,
+            *((id(t), 0 if t.is_inference() else t._version) for t in tensors),
+        )
 
     def __getstate__(self) -> dict:
         return {"layers": self.layers, "_x": None, "_state": (), "_outputs": {}}

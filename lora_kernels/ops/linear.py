@@ -16,9 +16,15 @@ __all__ = ["LoraLinear", "lora_linear_backward", "lora_linear_forward"]
 def _forward(x, w, a, b, bias, seed, *constants):
     (n, k), spec = w.shape, _spec(*constants)
     shape = GemmShape(
-        m=x.numel() // max(1, k), n=n, k=k, r=b.shape[1], dtype=x.dtype, device=x.device,
-        dropout=spec.dropout_p > 0, tma=tma_if_asked(x, w),
-    )  # fmt: skip
+        m=x.numel() // max(1, k),
+        n=n,
+        k=k,
+        r=b.shape[1],
+        dtype=x.dtype,
+        device=x.device,
+        dropout=spec.dropout_p > 0,
+        tma=tma_if_asked(x, w),
+    )
     operands = (x, w, a, b, bias, seed)
     return compute(reference, "lora_linear_forward", shape, (*operands, spec), operands)
 
@@ -28,10 +34,16 @@ def _backward(dy, x, h, w, a, b, seed, *constants):
     n, spec = dy.shape[-1], _spec(*constants)
     wide = next((operand for operand in (x, w, a) if operand is not None), None)
     shape = GemmShape(
-        m=dy.numel() // max(1, n), n=n, k=1 if wide is None else wide.shape[-1],
-        r=1 if b is None else b.shape[1], dtype=dy.dtype, device=dy.device,
-        dropout=spec.dropout_p > 0, tma=tma_if_asked(dy, w), backward=True,
-    )  # fmt: skip
+        m=dy.numel() // max(1, n),
+        n=n,
+        k=1 if wide is None else wide.shape[-1],
+        r=1 if b is None else b.shape[1],
+        dtype=dy.dtype,
+        device=dy.device,
+        dropout=spec.dropout_p > 0,
+        tma=tma_if_asked(dy, w),
+        backward=True,
+    )
     operands = (dy, x, h, w, a, b, seed)
     arguments = (*operands, spec, Needs(*needs))
     return compute(reference, "lora_linear_backward", shape, arguments, operands)

@@ -17,10 +17,15 @@ __all__ = ["lora_shared_linear"]
 def _forward(x, ws, a, bs, biases, seeds, *constants):
     specs = _specs(ws, *constants)
     shape = GemmShape(
-        m=x.numel() // max(1, x.shape[-1]), n=sum(w.shape[0] for w in ws), k=x.shape[-1],
-        r=a.shape[1], dtype=x.dtype, device=x.device, dropout=specs[0].dropout_p > 0,
+        m=x.numel() // max(1, x.shape[-1]),
+        n=sum(w.shape[0] for w in ws),
+        k=x.shape[-1],
+        r=a.shape[1],
+        dtype=x.dtype,
+        device=x.device,
+        dropout=specs[0].dropout_p > 0,
         tma=tma_if_asked(x, *ws),
-    )  # fmt: skip
+    )
     arguments = (x, ws, a, bs, biases, seeds, specs)
     return compute(reference, "lora_shared_linear_forward", shape, arguments, (x, a, *bs))
 
@@ -29,10 +34,16 @@ def _backward(dys, x, h, ws, a, bs, seeds, *constants):
     *constants, needs = constants
     dy, specs = dys[0], _specs(ws, *constants)
     shape = GemmShape(
-        m=dy.numel() // max(1, dy.shape[-1]), n=sum(w.shape[0] for w in ws), k=a.shape[2],
-        r=a.shape[1], dtype=dy.dtype, device=dy.device, dropout=specs[0].dropout_p > 0,
-        tma=tma_if_asked(*dys, *ws), backward=True,
-    )  # fmt: skip
+        m=dy.numel() // max(1, dy.shape[-1]),
+        n=sum(w.shape[0] for w in ws),
+        k=a.shape[2],
+        r=a.shape[1],
+        dtype=dy.dtype,
+        device=dy.device,
+        dropout=specs[0].dropout_p > 0,
+        tma=tma_if_asked(*dys, *ws),
+        backward=True,
+    )
     arguments = (dys, x, h, ws, a, bs, seeds, specs, Needs(*needs))
     return compute(reference, "lora_shared_linear_backward", shape, arguments, (dy, a, *bs))
 
@@ -122,9 +133,13 @@ class _LoraSharedLinear(torch.autograd.Function):
             ctx.needs_input_grad[0], *map(any, _quarters(ctx.needs_input_grad[3:]))
         )
         ctx.save_for_backward(
-            x if needs.w or needs.a else None, output[-1] if needs.b else None, seeds,
-            *ws, *factors, *bs,
-        )  # fmt: skip
+            x if needs.w or needs.a else None,
+            output[-1] if needs.b else None,
+            seeds,
+            *ws,
+            *factors,
+            *bs,
+        )
 
     @staticmethod
     def backward(ctx, *dys):

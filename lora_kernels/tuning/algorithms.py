@@ -110,12 +110,21 @@ def table(measured: Rows) -> list[TuningEntry]:
         }
         made += [
             TuningEntry(
-                capability, shape.dtype, algorithm, "", m=m, n=(shape.n,) * 2, k=(shape.k,) * 2,
-                r=r, dropout=shape.dropout, tma=shape.tma, backward=shape.backward,
+                capability,
+                shape.dtype,
+                algorithm,
+                "",
+                m=m,
+                n=(shape.n,) * 2,
+                k=(shape.k,) * 2,
+                r=r,
+                dropout=shape.dropout,
+                tma=shape.tma,
+                backward=shape.backward,
             )
             for algorithm, verdicts in (("fused", by_rank), ("addmm", slower))
             for m, r in _bounds(verdicts)
-        ]  # fmt: skip
+        ]
     for flag in ("dropout", "backward"):
         made = _either(made, flag)
     return [dataclasses.replace(entry, source=_source(entry, deciding)) for entry in made]
@@ -129,9 +138,16 @@ def _shape(row: Mapping) -> GemmShape:
         for shape in ((m, n if backward else k), (n, k))
     )
     return GemmShape(
-        m, n, k, row["r"], dtype, torch.device("cuda"), dropout=row["dropout_p"] > 0,
-        tma=is_tma_compliant(x_or_dy, w), backward=backward,
-    )  # fmt: skip
+        m,
+        n,
+        k,
+        row["r"],
+        dtype,
+        torch.device("cuda"),
+        dropout=row["dropout_p"] > 0,
+        tma=is_tma_compliant(x_or_dy, w),
+        backward=backward,
+    )
 
 
 def _bounds(by_rank: Mapping[int, Mapping[int, bool]]) -> list[tuple[Interval, Interval]]:
@@ -184,15 +200,17 @@ def python(made: Sequence[TuningEntry]) -> str:
     if not made:
         return "TABLE: tuple[TuningEntry, ...] = ()"
     body = "".join(f"    TuningEntry(\n{_arguments(entry)}\n    ),\n" for entry in made)
-    return f"TABLE: tuple[TuningEntry, ...] = (\n{body})  # fmt: skip"
+    return f"TABLE: tuple[TuningEntry, ...] = (\n{body})"
 
 
 def _arguments(entry: TuningEntry) -> str:
     """As many in a line as fit; those that have their default are left out."""
     texts = [
-        str(entry.capability), str(entry.dtype), json.dumps(entry.algorithm),
+        str(entry.capability),
+        str(entry.dtype),
+        json.dumps(entry.algorithm),
         json.dumps(entry.source),
-    ]  # fmt: skip
+    ]
     for field in dataclasses.fields(entry)[len(texts) :]:
         value = getattr(entry, field.name)
         if value != field.default:
@@ -201,9 +219,13 @@ def _arguments(entry: TuningEntry) -> str:
     joined = ", ".join(text.replace(" ", "\0") for text in texts) + ","
     indent = " " * 8
     return textwrap.fill(
-        joined, WIDTH, initial_indent=indent, subsequent_indent=indent,
-        break_long_words=False, break_on_hyphens=False,
-    ).replace("\0", " ")  # fmt: skip
+        joined,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ).replace("\0", " ")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

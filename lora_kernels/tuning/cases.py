@@ -197,6 +197,9 @@ def report(case: Case, measured: Sequence[Mapping], configs: Sequence[Config]) -
             f"  {row['median_ms'] * 1e3:9.2f} us {row['gb_s']:7.0f} GB/s{product}  {ratio:19}  "
             f"{source(config)}"
         )
-    lines += [f"  no time: {source(config)}: {row['reason']}" for row, config in pairs
-              if not row["rounds"]]  # fmt: skip
+    lines += [
+        f"  no time: {source(config)}: {row['reason']}"
+        for row, config in pairs
+        if not row["rounds"]
+    ]
     return "\n".join(lines)

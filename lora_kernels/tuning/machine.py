@@ -39,9 +39,11 @@ def gpu_state() -> dict[str, str]:
     """Driver, clocks in MHz, temperature in °C and power in W of this process's GPU, as text."""
     uuid = f"GPU-{torch.cuda.get_device_properties().uuid}"
     command = [
-        "nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(QUERY)}",
+        "nvidia-smi",
+        f"--id={uuid}",
+        f"--query-gpu={','.join(QUERY)}",
         "--format=csv,noheader,nounits",
-    ]  # fmt: skip
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError) as error:

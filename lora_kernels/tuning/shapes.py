@@ -56,10 +56,15 @@ class Shape:
         sizes = self.out_splits or (self.n // count,) * count
         with torch.device(self.device):
             return make_problem(
-                self.m, self.k, self.n, self.r, device=self.device, dtype=self.dtype,
+                self.m,
+                self.k,
+                self.n,
+                self.r,
+                device=self.device,
+                dtype=self.dtype,
                 dropout_p=self.dropout_p,
                 groups=list(zip(sizes, self.enable_lora, strict=True)),
-            )  # fmt: skip
+            )
 
 
 QUERY_AND_VALUE = (True, False, True)

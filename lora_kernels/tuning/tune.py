@@ -100,19 +100,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m lora_kernels.tuning.tune", description=__doc__.partition("\n\n")[0],
+        prog="python -m lora_kernels.tuning.tune",
+        description=__doc__.partition("\n\n")[0],
         epilog="Lists are comma-separated.",
-    )  # fmt: skip
+    )
     lists = {
         "--kernels": (listed(str, LAUNCHERS), list(LAUNCHERS), f"of {', '.join(LAUNCHERS)}"),
         "--shapes": (
-            listed(str, shapes.SETS), [],
+            listed(str, shapes.SETS),
+            [],
             f"sets of layers, of {', '.join(shapes.SETS)}; merged ones are left out",
         ),
         "--tokens": (listed(int), [], "numbers of tokens M"),
         "--ranks": (listed(int), [], "ranks r"),
         "--dropout": (listed(float), DROPOUT, "dropout probabilities p"),
-    }  # fmt: skip
+    }
     for name, (kind, default, text) in lists.items():
         parser.add_argument(name, type=kind, default=default, metavar="LIST", help=text)
     parser.add_argument("--limit", type=int, metavar="N", help="most candidates of a shape")
@@ -120,9 +122,12 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=float, metavar="S", help="time to spend on a kernel at a shape"
     )
     parser.add_argument(
-        "--jobs", type=int, default=min(os.cpu_count() or 1, MOST_JOBS), metavar="N",
+        "--jobs",
+        type=int,
+        default=min(os.cpu_count() or 1, MOST_JOBS),
+        metavar="N",
         help="processes that compile; 1 is this one, which does not survive a candidate that dies",
-    )  # fmt: skip
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to write the rows")
     return parser
 
@@ -132,8 +137,10 @@ def _shapes(device: str, options: argparse.Namespace) -> list[Shape]:
     layers = [layer for name in options.shapes for layer in shapes.SETS[name]] or default.layers
     chosen = itertools.product(
         [layer for layer in layers if len(layer.enable_lora) == 1],
-        options.tokens or default.tokens, options.ranks or default.ranks, options.dropout,
-    )  # fmt: skip
+        options.tokens or default.tokens,
+        options.ranks or default.ranks,
+        options.dropout,
+    )
     return [
         Shape(m, layer.k, layer.n, r, p, dtype=shapes.DTYPES[device], device=device)
         for layer, m, r, p in chosen

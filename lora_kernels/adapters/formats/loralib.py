@@ -181,9 +181,12 @@ def _splits(
         raise ValueError(f"{path}: --enable-lora must enable {count} groups, got {list(flags)}")
     sizes = sizes or (rows // count,) * len(flags)
     splits = OutputSplits.of(
-        sum(sizes), [flag == 1 for flag in flags], sizes,
-        owner=path, names=("--enable-lora", "--out-splits"),
-    )  # fmt: skip
+        sum(sizes),
+        [flag == 1 for flag in flags],
+        sizes,
+        owner=path,
+        names=("--enable-lora", "--out-splits"),
+    )
     if splits.rows != rows:
         raise ValueError(
             f"{join(path, 'lora_B')}: must have {splits.rows} rows for groups of sizes "
