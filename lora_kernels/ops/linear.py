@@ -129,21 +129,21 @@ class LoraLinear(torch.autograd.Function):
         _, h = output
         ctx.mark_non_differentiable(h)
         ctx.set_materialize_grads(False)
-        needs_x, needs_w, needs_a, needs_b, _ = ctx.needs_input_grad[:5]
+        ctx.needs = needs = Needs(*ctx.needs_input_grad[:5])
         ctx.save_for_backward(
-            x if needs_w or needs_a else None,
-            h if needs_b else None,
-            w if needs_x else None,
-            a if needs_x or needs_a else None,
-            b if needs_x or needs_a or needs_b else None,
-            seed if needs_x or needs_a else None,
+            x if needs.w or needs.a else None,
+            h if needs.b else None,
+            w if needs.x else None,
+            a if needs.x or needs.a else None,
+            b if needs.x or needs.a or needs.b else None,
+            seed if needs.x or needs.a else None,
         )
 
     @staticmethod
     def backward(ctx, dy, _):
-        needs = Needs(*ctx.needs_input_grad[:5])
+        needs = ctx.needs
         if dy is None or not any(needs):
-            return (None,) * 7
+            return (None,) * 7  # one for each argument of forward
         operands = (dy, *ctx.saved_tensors)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _LoraLinearBackward.apply(*operands, ctx.spec, needs)
