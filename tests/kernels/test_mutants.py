@@ -43,8 +43,9 @@ def _fails(part: list[str], folder: Path) -> bool:
         cwd=folder, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    return done.returncode == 1
+    # A fault that writes outside its memory may end the process by a signal.
+    assert done.returncode <= 1, done.stdout + done.stderr
+    return done.returncode != 0
 
 
 @pytest.mark.parametrize("name", MUTANTS)
