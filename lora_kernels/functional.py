@@ -77,6 +77,8 @@ def lora_merged_linear(
     """
     name = "lora_merged_linear"
     checks.check_weight(name, weight)
+    if isinstance(enable_lora, (list, tuple)):
+        enable_lora = [bool(flag) for flag in enable_lora]
     splits = OutputSplits.of(weight.shape[0], enable_lora, out_splits, owner=name)
     if not any(splits.enabled):
         raise ValueError(f"{name}: enable_lora must enable a group, got {list(enable_lora)}")
@@ -146,10 +148,7 @@ def lora_forward(
     spec: LoraSpec,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """lora_linear and lora_merged_linear for a layer, which names itself in errors.
-
-    spec.splits must fit weight [N, K].
-    """
+    """lora_linear and lora_merged_linear for a layer, which names itself in errors."""
     x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
     seed = _seeds_for(layer, x, spec.dropout_p, seed)
     y, _ = LoraLinear.apply(x, weight, a, b, bias, seed, spec)

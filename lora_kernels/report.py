@@ -91,7 +91,7 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     else:
         joined = layer.computed_together
         weights = [member.oriented(member.base_weight()) for member in joined]
-        taken = _algorithm(weights, layer.r, layer.dropout_p, tokens)
+        taken = _algorithm(weights, layer.r, layer.active_dropout_p(), tokens)
         if len(joined) > 1:
             others = f"{len(joined) - 1} other layer{'s' * (len(joined) > 2)}"
             taken = taken._replace(reason=f"{taken.reason}; in one call with {others}")

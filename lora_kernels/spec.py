@@ -6,6 +6,7 @@ autograd Function without recompiling.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -84,8 +85,8 @@ class OutputSplits:
         )
         if not fits:
             raise ValueError(
-                f"{owner}: {parts} must be {count} integers >= 1, one for each entry of {flags}, "
-                f"that sum to the {columns} output columns, got {sizes!r}"
+                f"{owner}: {parts} must be a list of {count} integers >= 1, one for each entry of "
+                f"{flags}, that sum to the {columns} output columns, got {sizes!r}"
             )
         return cls(tuple(sizes), tuple(enabled))
 
@@ -119,7 +120,8 @@ class OutputSplits:
 
 
 def _is_size(size) -> bool:
-    return isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) and bool(size >= 1)
+    integer = isinstance(size, (int, torch.SymInt, Integral))  # NumPy's are the last
+    return integer and not isinstance(size, bool) and bool(size >= 1)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -508,3 +509,14 @@ def test_groups_of_the_wrong_type(name, value, device):
     arguments = {"enable_lora": [True, True], name: value}
     with pytest.raises(ValueError, match=f"^lora_merged_linear: {name} must"):
         lora_kernels.lora_merged_linear(problem.x, problem.w, problem.a, problem.b, **arguments)
+
+
+@pytest.mark.parametrize("flags", [[1, 0], list(np.array([True, False]))], ids=["int", "numpy"])
+def test_lora_merged_linear_takes_flags_that_are_no_bool(flags, seed, device):
+    problem = make_problem(4, 6, 12, 2, device=device, groups=[(6, True), (6, False)])
+    operands = (problem.x, problem.w, problem.a, problem.b, problem.bias)
+    expected = lora_kernels.lora_merged_linear(*operands, enable_lora=[True, False])
+    actual = lora_kernels.lora_merged_linear(
+        *operands, enable_lora=flags, out_splits=list(np.array([6, 6]))
+    )
+    assert torch.equal(actual, expected)

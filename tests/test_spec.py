@@ -1,5 +1,6 @@
 """OutputSplits, Needs, LoraSpec: the values that travel together."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ def test_output_splits_know_their_sums():
         ([True, False], None, ((6, 6), (True, False))),
         ((True, False), [11, 1], ((11, 1), (True, False))),
         ([False], None, ((12,), (False,))),
+        ([True, False], list(np.array([11, 1])), ((11, 1), (True, False))),
     ],
 )
 def test_output_splits_of_what_fits(enabled, sizes, expected):
@@ -42,7 +44,11 @@ def test_output_splits_of_what_fits(enabled, sizes, expected):
         (None, None, "flags .*None"),
         ([1, 0], None, "flags .*1, 0"),
         ([True] * 5, None, "length of flags must divide the 12 .*give parts"),
-        ([True, True], [12], "parts must be 2 integers >= 1.*12 output columns, got \\[12\\]"),
+        (
+            [True, True],
+            [12],
+            "parts must be a list of 2 integers >= 1.*12 output .*got \\[12\\]",
+        ),
         ([True, True], [11, 2], "parts .*11, 2"),
         ([True, True], [12, 0], "parts .*12, 0"),
         ([True, True], [6.0, 6.0], "parts .*6.0"),

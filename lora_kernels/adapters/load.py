@@ -89,7 +89,12 @@ def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
     source, adapted, own = adapter.source, adapted_layers(model), model.state_dict()
 
     def takes_part(path: str) -> bool:
-        return any(key in adapter.entries for key in own if is_inside(key, [path]))
+        # What a LoRA layer has besides its factors is not that of a saved module.
+        return any(
+            key in adapter.entries and not is_inside(key, adapter.layers)
+            for key in own
+            if is_inside(key, [path])
+        )
 
     paths = [path for path, _ in named_modules(model)]
     saved = peft.saved_modules(paths, adapter.modules_to_save, takes_part)
@@ -210,7 +215,7 @@ def _check_base(layer: AdapterLayer, module: nn.Module, source: Source) -> None:
 def _check_agrees(layer: AdapterLayer, a: Tensor, module: LoRALayer, source: Source) -> None:
     """module has layer's groups and rank, and a's shape. Raises: ValueError that names both."""
     place = source.place(join(layer.path, "lora_A"))
-    splits = module.splits if isinstance(module, LoRAMergedLinear) else None
+    splits = module.output_splits if isinstance(module, LoRAMergedLinear) else None
     if splits != layer.spec.splits:
         raise ValueError(
             f"{place}: the model has {type(module).__name__} with {_words(splits)}, the adapter "

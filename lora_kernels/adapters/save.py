@@ -98,7 +98,7 @@ def _layer(path: str, layer: LoRALayer) -> AdapterLayer:
         lora_alpha=layer.lora_alpha,
         scaling=layer.scaling,
         lora_dropout=0.0 if base.kind == "embedding" else layer.lora_dropout.p,
-        splits=layer.splits if isinstance(layer, LoRAMergedLinear) else None,
+        splits=layer.output_splits if isinstance(layer, LoRAMergedLinear) else None,
     )
     a, b = (distributed.full_tensor(factor.detach()) for factor in (layer.lora_A, layer.lora_B))
     return AdapterLayer(path, base, spec, a, b)

@@ -71,8 +71,7 @@ class LoRALayer(MergesOnEval):
         """Whether the layer holds lora_A and lora_B."""
         return hasattr(self, "lora_A")  # also of parametrized, pruned and replicated layers
 
-    @property
-    def dropout_p(self) -> float:
+    def active_dropout_p(self) -> float:
         """p of lora_dropout now: 0 if it is in eval mode or is not a dropout at all."""
         dropout = self.lora_dropout
         return getattr(dropout, "p", 0.0) if dropout.training else 0.0

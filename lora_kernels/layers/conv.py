@@ -156,7 +156,7 @@ class ConvLoRA(LoRALayer, nn.Module):
             self._refresh()
             return self.conv(x)
         weight, bias = self.conv.weight, self.conv.bias
-        dropout = self.dropout_p > 0
+        dropout = self.active_dropout_p() > 0
         device_type = "cpu" if weight.is_meta else weight.device.type
         with torch.autocast(device_type, enabled=False):
             delta = self.delta_weight()

@@ -51,9 +51,9 @@ class LinearLayer(LoRALayer, nn.Linear):
         return layer._adopt(linear, lora_dtype)
 
     @property
-    def splits(self) -> OutputSplits:
+    def output_splits(self) -> OutputSplits:
         """The groups of output columns."""
-        return OutputSplits.whole(self.out_features)
+        return OutputSplits.whole(self.oriented(self.weight).shape[0])
 
     def reset_parameters(self) -> None:
         """Draws weight and bias as nn.Linear does, in both layouts; lora_A and lora_B anew."""
@@ -95,7 +95,7 @@ class LinearLayer(LoRALayer, nn.Linear):
             y = self._shared_input.output(self, x)
             if y is not None:
                 return y
-        spec = LoraSpec(self.scaling, self.dropout_p, self.splits)
+        spec = LoraSpec(self.scaling, self.active_dropout_p(), self.output_splits)
         return functional.lora_forward(self, x, weight, self.lora_A, self.lora_B, self.bias, spec)
 
     def extra_repr(self) -> str:

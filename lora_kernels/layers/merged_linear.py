@@ -1,6 +1,6 @@
 """LoRAMergedLinear: several projections in one weight, each with a low-rank update of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class LoRAMergedLinear(LinearLayer):
     ):
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
+        if isinstance(out_splits, Iterable) and not isinstance(out_splits, (list, tuple, str)):
+            out_splits = list(out_splits)
         splits = OutputSplits.of(out_features, enable_lora, out_splits, owner=type(self).__name__)
         self.enable_lora, self.out_splits = list(splits.enabled), list(splits.sizes)
         self._set_layout(fan_in_fan_out)
@@ -81,9 +83,9 @@ class LoRAMergedLinear(LinearLayer):
         )
 
     @property
-    def splits(self) -> OutputSplits:
+    def output_splits(self) -> OutputSplits:
         """The groups of output columns: out_splits and enable_lora."""
-        return OutputSplits(tuple(self.out_splits), tuple(self.enable_lora))
+        return OutputSplits(tuple(self.out_splits or ()), tuple(self.enable_lora))
 
     @property
     def lora_ind(self) -> Tensor:
@@ -95,21 +97,23 @@ class LoRAMergedLinear(LinearLayer):
     def zero_pad(self, x: Tensor) -> Tensor:
         """Rows of the enabled groups -> rows of all groups; rows of disabled groups are zero."""
         padded = x.new_zeros((self.out_features, *x.shape[1:]))
-        for columns, rows, _ in self.splits.groups(self.r):
+        for columns, rows, _ in self.output_splits.groups(self.r):
             padded[columns] = x[rows]
         return padded
 
     def merge_AB(self) -> Tensor:
         """The update of the whole weight before scaling, in the layout of weight."""
         a, b = self._factors()
-        product = torch.cat([b[rows] @ a[ranks] for _, rows, ranks in self.splits.groups(self.r)])
+        product = torch.cat(
+            [b[rows] @ a[ranks] for _, rows, ranks in self.output_splits.groups(self.r)]
+        )
         return self.oriented(self.zero_pad(product))
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
         a, b = (factor.to(acc) for factor in self._factors())
         delta = a.new_zeros((self.out_features, self.in_features))
-        for columns, rows, ranks in self.splits.groups(self.r):
+        for columns, rows, ranks in self.output_splits.groups(self.r):
             delta[columns] = b[rows] @ a[ranks]
         return self.oriented(delta) * self.scaling
 

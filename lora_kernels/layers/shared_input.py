@@ -123,7 +123,7 @@ class SharedInput:
         gathered already.
         """
         return (
-            len({layer.dropout_p for layer in self.layers}) == 1
+            len({layer.active_dropout_p() for layer in self.layers}) == 1
             and not any(map(distributed.is_sharded_alone, self.layers))
             and not any(
                 layer.merged or type(tensor) not in (nn.Parameter, Tensor)
@@ -143,7 +143,7 @@ class SharedInput:
             [layer.lora_B for layer in layers],
             [layer.bias for layer in layers],
             scalings=[layer.scaling for layer in layers],
-            dropout_p=layers[0].dropout_p,
+            dropout_p=layers[0].active_dropout_p(),
         )
 
     def _state_for(self, x: Tensor) -> tuple:
@@ -151,7 +151,7 @@ class SharedInput:
         state = (
             torch.is_grad_enabled(),
             checks.autocast_dtype(x),
-            *((layer.scaling, layer.dropout_p) for layer in self.layers),
+            *((layer.scaling, layer.active_dropout_p()) for layer in self.layers),
         )
         if torch.compiler.is_compiling():
             return state

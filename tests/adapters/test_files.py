@@ -484,3 +484,23 @@ def test_model_with_other_lora_layers_raises(adapter):
     other = adapted()
     other.qkv = LoRAMergedLinear(6, 12, r=2, enable_lora=[True, True, False])
     assert_refused(other, adapter, ValueError, WEIGHTS, QKV_A, "LoRAMergedLinear")
+
+
+def test_base_weight_of_a_lora_layer_is_refused_outside_of_base_layer(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb = nn.Embedding(5, 4)
+
+        def get_input_embeddings(self):
+            return self.emb
+
+    save_adapter(apply_lora(Model(), r=2, lora_alpha=1, target_modules=["emb"]), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file) | {"base_model.model.emb.weight": torch.full((5, 4), 7.0)}
+    save_file(tensors, file, {"format": "pt"})
+    plain = Model()
+    before = plain.emb.weight.clone()
+    with pytest.raises(ValueError, match=r"base_model\.model\.emb\.weight: unexpected"):
+        load_adapter(plain, tmp_path)
+    assert torch.equal(plain.emb.weight, before)

@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+import lora_kernels
 from lora_kernels import (
     apply_lora,
     load_adapter,
@@ -107,3 +109,18 @@ def test_load_adapter_looks_through_wrappers(tmp_path, wrap, has_lora, seed):
     x = torch.randn(5, 6)
     assert torch.equal(other(x), model.eval()(x))
     assert all(m.merged for m in other.modules() if isinstance(m, LoRALayer))
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_name_of_a_lora_layer_may_end_with_that_of_a_saved_module(bias, seed, tmp_path):
+    def plain():
+        return nn.ModuleDict({"pre_classifier": nn.Linear(4, 4), "classifier": nn.Linear(4, 2)})
+
+    model = lora_kernels.apply_lora(
+        plain(), r=2, lora_alpha=4, target_modules=["pre_classifier"], bias=bias,
+        modules_to_save=["classifier"],
+    )  # fmt: skip
+    lora_kernels.save_adapter(model, tmp_path)
+    loaded = lora_kernels.load_adapter(plain(), tmp_path)
+    for key, value in lora_kernels.lora_state_dict(model, bias).items():
+        assert torch.equal(loaded.state_dict()[key], value), key

@@ -108,7 +108,7 @@ def test_dropout_acts_in_training_alone_with_a_new_mask_in_every_call(seed, devi
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-    spec = LoraSpec(layer.scaling, 0.0, layer.splits)
+    spec = LoraSpec(layer.scaling, 0.0, layer.output_splits)
     without = lora_formula(x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, spec)
     torch.testing.assert_close(layer(x), without)
 
@@ -363,3 +363,30 @@ def test_replicas_pruned_and_parametrized_layers_keep_their_update(seed, device)
     nn.utils.parametrize.register_parametrization(layer, "lora_A", nn.Identity())
     assert torch.equal(layer(x), expected)
     torch.testing.assert_close(layer.eval()(x), expected)
+
+
+@pytest.mark.parametrize("algorithm", ["reference", "fused", "addmm"], indirect=True)
+def test_forward_names_factors_that_do_not_fit_a_replaced_weight(algorithm, device):
+    layer = LoRALinear(16, 40, r=2, bias=False, merge_weights=False, device=device)
+    layer.weight = nn.Parameter(layer.weight[:8].detach())
+    with pytest.raises(
+        ValueError, match=r"^LoRALinear\(.*: lora_B must have 8 rows, got \[40, 2\]"
+    ):
+        layer(torch.randn(3, 16, device=device))
+
+
+def test_forward_takes_parameters_that_were_all_cut(seed, device):
+    layer = filled(LoRALinear(5, 6, r=2), device)
+    for name in ("weight", "bias", "lora_B"):
+        setattr(layer, name, nn.Parameter(getattr(layer, name)[:4].detach()))
+    x = torch.randn(3, 5, device=device)
+    assert layer(x).shape == layer.eval()(x).shape == (3, 4)
+
+
+def test_subclass_may_have_attributes_of_its_own(device):
+    class Own(LoRALinear):
+        def __init__(self):
+            super().__init__(5, 6, r=2, device=device)
+            self.dropout_p, self.splits = 0.1, (2, 3)
+
+    assert Own()(torch.randn(3, 5, device=device)).shape == (3, 6)

@@ -209,3 +209,20 @@ def test_from_linear_keeps_the_fused_projection(seed, device):
 def test_bad_groups_name_argument_value_and_layer(options, match, r):
     with pytest.raises(ValueError, match=f"^LoRAMergedLinear: .*{match}"):
         LoRAMergedLinear(12, 24, r=r, **options)
+
+
+@pytest.mark.parametrize("algorithm", ["reference", "fused", "addmm"], indirect=True)
+@pytest.mark.parametrize("sizes", [[8, 8, 9], [12, 12], [0, 0, 24], [-8, 24, 8], None], ids=str)
+def test_forward_names_out_splits_that_were_changed(algorithm, sizes, device):
+    layer = LoRAMergedLinear(12, 24, r=2, enable_lora=[True, False, True], device=device)
+    layer.out_splits = sizes
+    with pytest.raises(
+        ValueError, match=r"^LoRAMergedLinear\(.*: out_splits must be 3 .* to the 24"
+    ):
+        layer(torch.randn(3, 12, device=device))
+
+
+def test_out_splits_may_be_any_iterable():
+    options = {"r": 2, "enable_lora": [True, False]}
+    layer = LoRAMergedLinear(12, 3, out_splits={"q": 1, "k": 2}.values(), **options)
+    assert layer.out_splits == [1, 2]

@@ -175,6 +175,8 @@ def _read_keys(
             continue
         holder, name = split(entry)
         path, last = split(holder)
+        if holder in kinds and name == "weight":
+            raise ValueError(f"{file}: {key}: unexpected, a LoRA layer has it in base_layer")
         entry = join(path, name) if last == "base_layer" and path in kinds else entry
         if entry in found:
             raise ValueError(f"{file}: {key}: unexpected beside {found[entry]}")
@@ -226,8 +228,8 @@ def _read_layer(
     for entry, factor, shape in zip(entries, (a, b), expected, strict=True):
         if list(factor.shape) != shape:
             raise ValueError(
-                f"{source.place(entry)}: shape must be {shape} for rank {spec.r} (r={spec.r} in "
-                f"{source.config.name}), got {list(factor.shape)}"
+                f"{source.place(entry)}: shape must be {shape} for a {base.kind} of rank {spec.r}, "
+                f"as r and rank_pattern in {source.config.name} say, got {list(factor.shape)}"
             )
     layer = AdapterLayer(path, base, spec, a, b)
     with naming(source.place(entries[0])):
@@ -291,7 +293,9 @@ def encode(adapter: Adapter) -> Encoded:
         tensors[_key(entry, kinds)] = value
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{key} is not finite: an adapter cannot hold NaN or infinite values")
+            raise ValueError(
+                f"save_adapter: {key} is not finite: an adapter cannot hold NaN or infinite values"
+            )
     metadata = {"format": "pt"}
     if records:
         metadata[METADATA] = json.dumps(records)
