@@ -200,7 +200,7 @@ def python(made: Sequence[TuningEntry]) -> str:
     if not made:
         return "TABLE: tuple[TuningEntry, ...] = ()"
     body = "".join(f"    TuningEntry(\n{_arguments(entry)}\n    ),\n" for entry in made)
-    return f"TABLE: tuple[TuningEntry, ...] = (\n{body})"
+    return f"TABLE: tuple[TuningEntry, ...] = (\n{body})  # fmt: skip"
 
 
 def _arguments(entry: TuningEntry) -> str:

@@ -11,6 +11,7 @@ from bench import base
 from bench.cells import Cell
 from bench.implementations import IMPLEMENTATIONS, choose
 from bench.measure import LayerSubject, measure
+from lora_kernels.tuning import repository
 
 CELL = Cell(m=32, k=48, n=40, r=4, dropout_p=0.25, mode="forward+backward")
 FILES = {
@@ -71,6 +72,9 @@ def test_package_of_an_unknown_commit_says_what_git_does(checkout, commit, reaso
         pass
 
 
+@pytest.mark.skipif(
+    repository.commit() == repository.UNVERSIONED, reason="an archive has no commit to measure"
+)
 def test_implementations_are_peers_that_always_take_part_and_are_checked():
     with base.package("HEAD") as (short, lora):
         name = f"lora_kernels@{short}"

@@ -29,7 +29,7 @@ def test_the_learning_rates_of_the_table_are_those_of_the_comparison():
         (row,) = re.findall(rf"^\| {re.escape(title)} \|.*$", README, re.M)
         assert float(row.split("|")[4]) == compare.RATES[method] in compare.GRID[method]
     # What the README says was not tried.
-    assert "also 5e-5 for full fine-tuning and three rates for the head" in README
+    assert "also 5e-5 for full fine-tuning, and three rates for the head" in README
     assert set(compare.GRID["full"]) == {5e-5, 1e-4, 2e-4}
     assert len(compare.GRID["head"]) == 3
 
