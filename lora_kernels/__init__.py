@@ -23,6 +23,7 @@ from lora_kernels.layers import (
     share_inputs,
 )
 from lora_kernels.model.apply import apply_lora
+from lora_kernels.model.merge import merge_lora, unmerge_lora
 from lora_kernels.model.trainable import mark_only_lora_as_trainable
 from lora_kernels.report import report
 
@@ -50,10 +51,12 @@ __all__ = [
     "lora_shared_linear",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
+    "merge_lora",
     "merged_state_dict",
     "patch_peft",
     "report",
     "save_adapter",
     "share_inputs",
+    "unmerge_lora",
     "unpatch_peft",
 ]

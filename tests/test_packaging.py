@@ -25,7 +25,7 @@ PUBLIC = [
     "Linear", "MergedLinear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ConvLoRA",
     "mark_only_lora_as_trainable", "lora_state_dict",
     "lora_linear", "lora_merged_linear", "lora_shared_linear", "share_inputs",
-    "apply_lora", "save_adapter", "load_adapter", "merged_state_dict",
+    "apply_lora", "save_adapter", "load_adapter", "merged_state_dict", "merge_lora", "unmerge_lora",
     "patch_peft", "unpatch_peft", "report",
 ]  # fmt: skip
 

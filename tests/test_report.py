@@ -69,7 +69,7 @@ def test_report_of_own_layers(device):
 
 
 def test_report_of_own_layers_that_run_as_plain_ones(device):
-    merged = own_model().eval()
+    merged = own_model(merge_weights=True).eval()
     assert {row.reason for row in report(merged)} == {"its adapter is merged"}
     assert {row.ranks for row in report(merged)} == {(2,)}
     (row,) = report(lora.Linear(4, 6))
@@ -245,6 +245,7 @@ def test_algorithm_of_layers_that_share_x_is_that_of_their_one_call(monkeypatch,
     assert [row.reason for row in report(model)] == [together, together, "because"]
     assert [p.n for p in shapes if not p.backward] == [20, 20, 4]
     assert [p.n for p in shapes if p.backward] == [20, 20, 4]
+    model.key.merge_weights = True
     model.key.eval()  # merged: the others compute alone
     assert [row.reason for row in report(model)] == ["because", "its adapter is merged", "because"]
     monkeypatch.undo()

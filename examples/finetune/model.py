@@ -76,9 +76,5 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def set_merging(model: nn.Module, merge: bool) -> nn.Module:
-    """model in eval mode, with the low-rank products folded into its weights or beside them."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, lora.LoRALayer):
-            module.merge_weights = merge
-    return model.eval()
+    """model in eval mode, with merged weights or with the low-rank products beside them."""
+    return lora.merge_lora(model) if merge else lora.unmerge_lora(model).eval()

@@ -107,7 +107,7 @@ def decode(options: argparse.Namespace) -> int:
     _check_writable(options.output, options.output)
     if options.adapter is not None:
         try:
-            lora.load_adapter(model, options.adapter)
+            lora.load_adapter(model, options.adapter, merge_weights=True)
         except (OSError, ValueError) as error:
             raise InputError(f"--adapter {options.adapter}: {error}") from None
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # merged by eval()

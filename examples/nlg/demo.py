@@ -86,7 +86,7 @@ def run(options: Namespace, examples: Sequence[Example], plan: Plan | None = Non
 
     unmerged = decode(set_merging(model, False), tokenizer, groups, plan.search)
     fresh = load_model(str(output / "base")).to(model.device)
-    lora.load_adapter(fresh, output / "adapter").eval()
+    lora.merge_lora(lora.load_adapter(fresh, output / "adapter"))
     checks = {
         "unmerged decoding differs in": sum(
             a != b for a, b in zip(after["predictions"], unmerged, strict=True)

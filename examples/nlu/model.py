@@ -87,6 +87,7 @@ def adapt(
                 lora_dropout=dropout,
                 target_modules=targets,
                 modules_to_save=task_head(model),
+                merge_weights=True,  # evaluation runs merged, as in the original
             )
         except ValueError as error:
             raise InputError(f"--targets {','.join(targets)}: {error}") from None

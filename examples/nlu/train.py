@@ -31,8 +31,8 @@ LOGGED_SHARE = 0.01  # of the steps: a hundred points make a curve
 class AdapterTrainer(Trainer):
     """Trainer whose checkpoints hold the adapter and the head instead of the whole model.
 
-    They are taken behind an evaluation, when eval() has merged the weights of every layer.
-    save_adapter writes lora_A, lora_B and the head; no base weight, merged or not, is written.
+    They are taken behind an evaluation, when every layer is merged. save_adapter writes lora_A,
+    lora_B and the head; no base weight, merged or not, is written.
     """
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

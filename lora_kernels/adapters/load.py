@@ -39,11 +39,12 @@ __all__ = ["load_adapter"]
 
 
 def load_adapter(
-    model: nn.Module, directory: str | os.PathLike, *, merge_weights: bool = True
+    model: nn.Module, directory: str | os.PathLike, *, merge_weights: bool = False
 ) -> nn.Module:
     """Puts an adapter, from files of save_adapter or PEFT, into model; returns model.
 
-    A plain model is wrapped as by apply_lora, with float32 adapters over 16-bit weights. It trains
+    A plain model is wrapped as by apply_lora, with float32 adapters over 16-bit weights.
+    merge_weights: whether eval() merges; a plain model in eval mode is merged at once. It trains
     what the adapter trained. Modules that the adapter holds as a whole are untied as by apply_lora.
     A model that has LoRA layers must have exactly those of the adapter, with the same ranks. It
     takes over values, lora_alpha and scaling, and keeps its dropout and requires_grad. model may be
@@ -71,7 +72,7 @@ def load_adapter(
     model.load_state_dict(state, strict=False)
     for path in fitted.specs:
         if not layers[path].training:
-            layers[path].eval()  # merged with its new values
+            layers[path].eval()  # merged, if it is to be
     return wrapper
 
 

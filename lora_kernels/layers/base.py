@@ -1,4 +1,4 @@
-"""What every LoRA layer shares: hyperparameters, lora_A and lora_B, wrapping, state dicts.
+"""What every LoRA layer shares: hyperparameters, lora_A and lora_B, wrapping.
 
 A layer is the mixin :class:`LoRALayer` in front of a torch module, as in
 ``class LoRALinear(LoRALayer, nn.Linear)``. A subclass says where its base weight is
@@ -21,23 +21,27 @@ class LoRALayer(MergesOnEval):
     Attributes: ``r``, ``lora_alpha``, ``lora_dropout`` (an nn.Dropout), ``merge_weights``,
     ``merged``, and, if r > 0, ``scaling`` = lora_alpha / r.
 
-    Merging. ``eval()`` adds the delta to the base weight in place if ``merge_weights`` is set;
-    ``train()`` restores the base bit for bit from a copy that is kept in host memory meanwhile.
-    While merged:
+    Merging. If ``merge_weights`` is set, ``eval()`` makes the merged weight, a tensor of the
+    layer's own beside the base weight, and ``train()`` drops it. ``weight``, ``parameters()`` and
+    ``state_dict()`` are the unmerged base in both modes, and no tensor that existed before is
+    written to; ``merged_weight()`` gives a merged copy. While ``merged``:
 
-    * the forward is the plain layer's, so ``lora_A`` and ``lora_B`` receive no gradient
-      (``merge_weights=False`` trains in eval mode);
-    * ``state_dict()`` still holds the unmerged weight, and loading one takes effect at once;
-    * edits of ``lora_A``, ``lora_B`` or ``scaling`` that autograd can see take effect at the next
-      forward. Edits through ``.data``, and edits under a compiled forward, take effect at the
-      next ``eval()``;
-    * the base weight itself may be changed by ``load_state_dict`` only: ``train()`` undoes any
-      other change.
+    * the forward is the plain layer's with the merged weight, so ``lora_A`` and ``lora_B`` receive
+      no gradient (``merge_weights=False`` trains in eval mode). If the base weight requires a
+      gradient and gradients are enabled, the forward adds the update on the fly instead;
+    * the layer takes memory on its device for one merged copy of its weight. Pass
+      ``merge_weights=False`` if that is too much: the update is then computed on the fly;
+    * changes of the base weight, ``lora_A``, ``lora_B`` and ``scaling`` take effect at the next
+      forward if they are assignments or edits in place that autograd counts; loading a state dict
+      and moving or casting the layer do, too. Edits through ``.data``, and edits in place under a
+      compiled forward, take effect at the next ``eval()``;
+    * copies and pickles leave the merged weight behind and make their own.
 
-    A weight that another module holds too is never merged in place: ``merged`` stays False and
-    the forward adds the delta on the fly. The same holds for a weight that FSDP2 (``fully_shard``)
-    has sharded. A layer that was merged before its weight was sharded raises a RuntimeError at its
-    next forward.
+    The update is computed on the fly, and ``merged`` is False, if a layer is not to be merged: if
+    its weights are on the meta device, sharded, parametrized, of another tensor class, or shared
+    with other processes, or if its forward was replaced, as offloading does, or is a subclass's
+    own. The same holds after something else than the layer has moved or replaced its weights, until
+    the next ``eval()``.
 
     Raises: ValueError for a bad r, lora_alpha or lora_dropout.
     """
@@ -52,7 +56,7 @@ class LoRALayer(MergesOnEval):
         if self.r > 0:
             self.scaling = self.lora_alpha / self.r
         if isinstance(self, nn.Module):
-            self.register_load_state_dict_post_hook(_remerge_after_load)
+            self.register_load_state_dict_post_hook(_merge_after_load)
 
     # ---- what a subclass provides ----
 
@@ -78,7 +82,7 @@ class LoRALayer(MergesOnEval):
 
     def _add_adapter(self, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> None:
         """Gives the layer lora_A and lora_B of these shapes and freezes its base weight."""
-        weight = self._weight()
+        weight = self.base_weight()
         self.lora_A = nn.Parameter(weight.new_zeros(a_shape))
         self.lora_B = nn.Parameter(weight.new_zeros(b_shape))
         weight.requires_grad = False
@@ -102,26 +106,7 @@ class LoRALayer(MergesOnEval):
             self.reset_lora_parameters()
         return self.train(wrapped.training)
 
-    # ---- state dicts ----
 
-    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        """The module's state dict, with the unmerged weight in both modes."""
-        destination = super().state_dict(
-            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
-        )
-        if self._base_weight is not None:
-            destination[prefix + self.weight_name] = self._base_weight
-        return destination
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # The layer is loaded unmerged. _remerge_after_load merges it again when its children have
-        # been loaded too.
-        self._remerge = self.merged
-        if self.merged:
-            self._restore()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _remerge_after_load(layer: LoRALayer, incompatible_keys) -> None:
-    if layer.__dict__.pop("_remerge", False):
+def _merge_after_load(layer: LoRALayer, incompatible_keys) -> None:
+    if layer._merged_weight is not None:
         layer._merge()

@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_kernels import checks, distributed
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.merging import takes_merged_weight
 
 __all__ = ["ConvLoRA", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d"]
 
@@ -22,7 +23,7 @@ class ConvLoRA(LoRALayer, nn.Module):
     Shapes: weight [out, in/groups, k_0, k_1, ...], lora_A [r·k_0, in·k_0],
     lora_B [out/groups·k_1·..., r·k_0]; x and y as those of conv. lora_A starts Kaiming uniform,
     lora_B zero. r = 0: a plain trainable convolution. Dropout acts in training mode only, and costs
-    a second convolution then.
+    a second convolution then. So does offloading, which leaves conv its weight only while it runs.
     Dtypes: x and weight share a float dtype (autocast sees to it), lora_A and lora_B may have
     another.
     The update is computed in float32 at least and rounded once.
@@ -150,21 +151,29 @@ class ConvLoRA(LoRALayer, nn.Module):
         a, b = self._factors()
         return (b.to(acc) @ a.to(acc) * self.scaling).view(weight.shape)
 
+    @takes_merged_weight
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        if self.merged or not self.has_lora:
-            self._refresh()
+        if not self.has_lora:
             return self.conv(x)
+        complete = self.complete_weight()
+        if complete is not None:
+            return self.conv._conv_forward(x, complete, self.conv.bias)
         weight, bias = self.conv.weight, self.conv.bias
-        dropout = self.active_dropout_p() > 0
-        device_type = "cpu" if weight.is_meta else weight.device.type
+        twice = self.active_dropout_p() > 0 or self._is_hooked
+        device_type = "cpu" if x.is_meta else x.device.type
         with torch.autocast(device_type, enabled=False):
             delta = self.delta_weight()
-            kernel = (delta if dropout else weight + delta).to(weight.dtype)
-        if not dropout:
+            kernel = (delta if twice else weight + delta).to(weight.dtype)
+        if not twice:
             return self.conv._conv_forward(x, kernel, bias)
-        y = self.conv._conv_forward(x, weight, bias)
+        y = self.conv(x) if self._is_hooked else self.conv._conv_forward(x, weight, bias)
         return y + self.conv._conv_forward(self.lora_dropout(x), kernel, None)
+
+    @property
+    def _is_hooked(self) -> bool:
+        """Whether conv may have its weight during its own calls only, as offloading has it."""
+        return "forward" in self.conv.__dict__
 
     def _check_input(self, x) -> None:
         checks.check_tensor(self, "x", x)
@@ -182,7 +191,8 @@ class ConvLoRA(LoRALayer, nn.Module):
                 f"{checks.layer_name(self)}: x must have shape [N, {shape}] or [{shape}], "
                 f"got {list(x.shape)}"
             )
-        checks.check_device_and_dtype(self, x, weight)
+        if not self._is_hooked:
+            checks.check_device_and_dtype(self, x, weight)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         errors = args[-1]

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from lora_kernels import checks, distributed
 from lora_kernels.layers.base import LoRALayer
-from lora_kernels.layers.merging import undisturbed
+from lora_kernels.layers.merging import takes_merged_weight, undisturbed
 
 __all__ = ["LoRAEmbedding"]
 
@@ -112,20 +112,21 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         """
         if self.max_norm is None or not self.has_lora:
             return super().merged_weight()
-        weight = self._weight()
+        weight = self.weight
         with undisturbed(weight):
             delta = self.delta_weight()
-            base = distributed.full_tensor(self.base_weight().detach()).to(delta)
+            base = distributed.full_tensor(weight.detach()).to(delta)
             merged = (self._limit(base) + delta).to(weight.dtype)
             return distributed.distribute_like(merged, weight)
 
+    @takes_merged_weight
     def forward(self, x: Tensor) -> Tensor:
         self._check_ids(x)
         if not self.has_lora:
             return nn.Embedding.forward(self, x)
-        if self.merged:
-            self._refresh()
-            return self._look_up(self.weight, x)
+        complete = self.complete_weight()
+        if complete is not None:
+            return self._look_up(complete, x)
         ids = x.reshape(-1)
         acc = torch.promote_types(self.weight.dtype, torch.float32)
         device_type = "cpu" if self.weight.is_meta else self.weight.device.type

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lora_kernels import checks, functional
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.merging import takes_merged_weight
 from lora_kernels.spec import LoraSpec, OutputSplits
 
 __all__ = ["LinearLayer", "LoRALinear", "is_hf_conv1d"]
@@ -84,10 +85,11 @@ class LinearLayer(LoRALayer, nn.Linear):
         shared = self._shared_input
         return shared.layers if shared is not None and shared.together() else (self,)
 
+    @takes_merged_weight
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.oriented(self.weight)
-        if self.merged or not self.has_lora:
-            self._refresh()
+        complete = self.complete_weight()
+        if complete is not None:
+            weight = self.oriented(complete)
             checks.check_weight(self, weight)
             checks.check_input(self, x, weight)
             return F.linear(x, weight, self.bias)
@@ -95,6 +97,7 @@ class LinearLayer(LoRALayer, nn.Linear):
             y = self._shared_input.output(self, x)
             if y is not None:
                 return y
+        weight = self.oriented(self.weight)
         spec = LoraSpec(self.scaling, self.active_dropout_p(), self.output_splits)
         return functional.lora_forward(self, x, weight, self.lora_A, self.lora_B, self.bias, spec)
 

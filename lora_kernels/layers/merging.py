@@ -1,28 +1,93 @@
-"""The base weight of a layer, with the delta in it after eval() and without it after train()."""
+"""The merged weight of a layer: a tensor of its own beside the base weight, after eval()."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import checks, distributed
-from lora_kernels.layers.tied_weights import is_tied
+from lora_kernels import distributed
 
-__all__ = ["MergesOnEval", "undisturbed"]
+__all__ = ["MergedWeight", "MergesOnEval", "takes_merged_weight", "undisturbed"]
+
+
+class MergedWeight:
+    """A base weight with the update in it, and the tensors that it was made of.
+
+    Immutable, so that threads may share one. A copy or a pickle is empty: it has neither the
+    weight nor the tensors, and the layer that it belongs to merges anew at its next forward.
+    """
+
+    weight: Tensor | None = None
+    sources: tuple[Tensor | None, ...] = (None, None, None)  # base weight, lora_A, lora_B
+    places: tuple[int, ...] = ()  # where the memory of the sources begins
+    values: tuple = ()  # what changes if the sources change in place, and scaling
+
+    @classmethod
+    def of(cls, layer: "MergesOnEval", sources: tuple[Tensor, ...]) -> "MergedWeight":
+        """That of layer, whose tensors are sources."""
+        merged = cls()
+        merged.sources, merged.places = sources, _places(sources)
+        merged.values = _values(sources, layer.scaling)
+        merged.weight = layer.merged_weight()
+        return merged
+
+    def has_same(self, sources: tuple[Tensor, ...]) -> bool:
+        """Whether it was made of the same tensors."""
+        (weight, a, b), mine = sources, self.sources
+        return mine[0] is weight and mine[1] is a and mine[2] is b
+
+    def is_of(self, sources: tuple[Tensor, ...]) -> bool:
+        """Whether it was made of the same tensors, which still lie where they lay."""
+        return self.has_same(sources) and self.places == _places(sources)
+
+    def is_current(self, sources: tuple[Tensor, ...], scaling: float) -> bool:
+        """Whether the same tensors would give the same weight now."""
+        return self.values == _values(sources, scaling)
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+def _places(sources: tuple[Tensor, ...]) -> tuple[int, ...]:
+    weight, a, b = sources
+    try:
+        return weight.data_ptr(), a.data_ptr(), b.data_ptr()
+    except RuntimeError:  # on a device that has no addresses
+        return ()
+
+
+def _values(sources: tuple[Tensor, ...], scaling: float) -> tuple:
+    weight, a, b = sources
+    try:
+        return weight._version, a._version, b._version, scaling
+    except RuntimeError:  # inference tensors do not count how often they were changed
+        return *(0 if t.is_inference() else t._version for t in sources), scaling
+
+
+def takes_merged_weight(forward: Callable) -> Callable:
+    """Marks a layer's forward that asks ``complete_weight()``: a layer with another never merges.
+
+    A forward that a subclass brings along may read ``weight``, which has no update in it.
+    """
+    forward.takes_merged_weight = True
+    return forward
 
 
 class MergesOnEval:
-    """Mixin of LoRALayer: eval() merges, train() restores, a forward refreshes.
+    """Mixin of LoRALayer: eval() makes the merged weight, train() drops it, a forward renews it.
+
+    Nothing is ever written to a tensor that the layer did not make itself.
 
     A class that derives from it has ``has_lora``, ``lora_A``, ``lora_B``, ``scaling`` and
-    ``delta_weight()``, and says with ``weight_name`` where its base weight is.
+    ``delta_weight()``, and says with ``weight_name`` where its base weight is. If its forward asks
+    ``complete_weight()``, it has ``weight`` too.
     """
 
     weight_name = "weight"  # the base weight's, among the layer's parameters
     merged: bool
     merge_weights: bool
-    _base_weight: Tensor | None = None  # the unmerged weight while the parameter holds the sum
-    _merged_from: tuple | None = None  # the state of the adapter that is in the sum
+    _merged_weight: MergedWeight | None = None  # None: this mixin has not merged
 
     # ---- the weights ----
 
@@ -31,109 +96,145 @@ class MergesOnEval:
         path, _, _ = self.weight_name.rpartition(".")
         return self.get_submodule(path)
 
-    def _weight(self) -> Tensor:
-        """The base weight parameter, merged or not."""
-        return self.weight_owner()._parameters["weight"]
-
     def base_weight(self) -> Tensor:
-        """The unmerged base weight: the parameter itself, or its copy while merged."""
-        return self._weight() if self._base_weight is None else self._base_weight
+        """The base weight, which has no update in it in any mode."""
+        return self.weight_owner().weight
 
     def merged_weight(self) -> Tensor:
-        """base + delta, rounded once to the weight's dtype. Not differentiable."""
-        weight = self._weight()
+        """base + delta, rounded once to the weight's dtype. A copy, not differentiable."""
+        weight = self.base_weight()
         with undisturbed(weight):
             if not self.has_lora:
                 return weight.detach().clone()
-            base = self.base_weight().detach().to(weight.device)
+            base = weight.detach()
             return (base + distributed.distribute_like(self.delta_weight(), base)).to(weight.dtype)
 
-    # ---- when they change ----
+    def complete_weight(self) -> Tensor | None:
+        """The weight that a forward needs alone, or None if it has to add the update itself.
+
+        It is the merged weight, made anew if values have changed in place. It is the base weight
+        if there is no update, or if a subclass merges on its own: then ``merged`` is set, but not
+        by this mixin. It is None if the layer is not merged, and for a call that is to give the
+        base weight a gradient.
+        """
+        weight = self.weight
+        if not self.has_lora:
+            return weight
+        if not self.merged:
+            return None
+        merged = self._merged_weight
+        if merged is None:
+            return weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            return None
+        sources = (weight, self.lora_A, self.lora_B)
+        if torch.compiler.is_compiling():
+            # torch.export puts its own tensors in the place of parameters.
+            same = merged.has_same(sources) or not torch.compiler.is_dynamo_compiling()
+            return merged.weight if same else None
+        if merged.weight is not None and not merged.is_of(sources):
+            self._unmerge()  # somebody moves the weights, or takes others for a call
+            return None
+        if merged.weight is not None and merged.is_current(sources, self.scaling):
+            return merged.weight
+        if torch._C._are_functorch_transforms_active():
+            return None  # what is computed here would not outlive the transform
+        if self.merging_obstacle() is not None:
+            self._unmerge()
+            return None
+        renewed = MergedWeight.of(self, sources)
+        if self._merged_weight is merged:  # no other thread has called train() meanwhile
+            self._merged_weight = renewed
+        return renewed.weight
+
+    # ---- when the merged weight is made and dropped ----
 
     def train(self, mode: bool = True):
-        """Merges if mode is False and ``merge_weights`` is set, restores the base otherwise."""
+        """Merges if mode is False and ``merge_weights`` is set, drops the merged weight if not."""
         super().train(mode)
         if self.merge_weights and not mode:
             self._merge()
         else:
-            self._restore()
+            self._unmerge()
         return self
 
+    def merging_obstacle(self) -> str | None:
+        """Why the layer cannot be merged and computes its update on the fly, or None."""
+        if "forward" in self.__dict__ or not hasattr(type(self).forward, "takes_merged_weight"):
+            return "its forward is not the package's own"
+        if not self.has_lora:
+            return None
+        if torch._C._are_functorch_transforms_active():
+            return "a transform of torch.func is running"
+        owner = self.weight_owner()
+        if "forward" in owner.__dict__:
+            return "the forward of the module with its weight was replaced"
+        weight, a, b = sources = (
+            owner._parameters.get("weight"),
+            self._parameters.get("lora_A"),
+            self._parameters.get("lora_B"),
+        )
+        if distributed.is_managed(owner) or any(map(distributed.is_dtensor, sources)):
+            return "its weight is sharded"
+        if not {type(weight), type(a), type(b)} <= {nn.Parameter, Tensor}:
+            return "weight, lora_A or lora_B is computed, or not a plain tensor"
+        if weight.is_meta or a.is_meta or b.is_meta:
+            return "it is on the meta device"
+        whole = weight.dim() > 1 and weight.numel() > 0 and a.dim() == b.dim() == 2
+        dense = weight.layout is torch.strided and weight.is_floating_point()
+        if not (whole and dense and weight.device == a.device == b.device):
+            return "weight, lora_A and lora_B are not whole floating-point tensors on one device"
+        if a.is_cpu and (a.untyped_storage().is_shared() or b.untyped_storage().is_shared()):
+            return "other processes share its memory, and may change it unseen"
+        return None
+
     def _merge(self) -> None:
-        if self.merged:
-            if self._base_weight is not None and is_tied(self.weight_owner()):
-                self._restore()
-            self._refresh()
+        """Makes the merged weight, if it can be and is not there already."""
+        if self.merged and self.has_lora and self._merged_weight is None:
+            return  # a subclass, or the program, has merged on its own
+        if self.merging_obstacle() is not None:
+            self._unmerge()
             return
-        if self.has_lora:
-            if is_tied(self.weight_owner()):
-                return
-            weight = self._weight()
-            with undisturbed(weight):
-                host = weight.device if weight.is_meta else "cpu"
-                self._base_weight = weight.detach().to(host, copy=True)
-            self._write_merged()
-        self.merged = True
-
-    def _restore(self) -> None:
-        """Gives the parameter the base back, bit for bit."""
-        if self._base_weight is not None:
-            owner = self.weight_owner()
-            if distributed.is_managed(owner):
-                owner.state_dict()  # shards it again before it is written to
-            weight = self._weight()
-            with undisturbed(weight):
-                weight.copy_(distributed.distribute_like(self._base_weight, weight))
-            self._base_weight = self._merged_from = None
-        self.merged = False
-
-    def _refresh(self) -> None:
-        """While merged: merges again if lora_A, lora_B or scaling have changed since."""
-        if self._base_weight is None or torch.compiler.is_compiling():
+        if not self.has_lora:
+            self._keep(None, True)
             return
-        if getattr(self, "_is_replica", False):  # of nn.DataParallel: a copy of a merged layer
+        sources, merged = (self.base_weight(), self.lora_A, self.lora_B), self._merged_weight
+        if (
+            merged is not None
+            and merged.is_of(sources)
+            and merged.is_current(sources, self.scaling)
+        ):
+            self._keep(merged, True)
             return
-        if self._adapter_state() != self._merged_from:
-            if distributed.is_managed(self.weight_owner()):
-                raise RuntimeError(
-                    f"{checks.layer_name(self)}: eval() merged it before fully_shard sharded its "
-                    f"weight: call train() on the model first"
-                )
-            self._write_merged()
+        merged = None
+        self._keep(MergedWeight(), True)  # frees the old one first
+        self._keep(MergedWeight.of(self, sources), True)
 
-    def _write_merged(self) -> None:
-        weight = self._weight()
-        with undisturbed(weight):
-            weight.copy_(self.merged_weight())
-        self._merged_from = self._adapter_state()
+    def _unmerge(self) -> None:
+        if self.merged or self._merged_weight is not None:
+            self._keep(None, False)
 
-    def _adapter_state(self) -> tuple:
-        a, b = self.lora_A, self.lora_B
-        return id(a), _version(a), id(b), _version(b), self.scaling
+    def _keep(self, merged_weight: MergedWeight | None, merged: bool) -> None:
+        # Past nn.Module.__setattr__, which would take a tenth of the time of eval().
+        self.__dict__.update(_merged_weight=merged_weight, merged=merged)
 
     def _apply(self, fn, recurse=True):
-        # The base is moved or cast and then merged again; a merged weight is never cast.
-        merged = self.merged
-        if merged:
-            self._restore()
-        try:
-            return super()._apply(fn, recurse)
-        finally:
-            if merged:
-                self._merge()
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; 0 for inference tensors, which do not count it."""
-    return 0 if tensor.is_inference() else tensor._version
+        result = super()._apply(fn, recurse)
+        if self._merged_weight is not None:
+            self._merge()
+        return result
 
 
 @contextlib.contextmanager
 def undisturbed(weight: Tensor):
     """Arithmetic on weight without gradients, autocast, or the caller's inference_mode."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(weight.is_inference()))
-        stack.enter_context(torch.no_grad())
-        if weight.device.type != "meta":
-            stack.enter_context(torch.autocast(weight.device.type, enabled=False))
+    # What is so already is not entered again: eval() comes here for each layer.
+    inference, kind = weight.is_inference(), weight.device.type
+    entered = torch.is_inference_mode_enabled() == inference
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    with (
+        contextlib.nullcontext() if entered else torch.inference_mode(inference),
+        torch.no_grad(),
+        torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext(),
+    ):
         yield

@@ -39,7 +39,7 @@ def apply_lora(
     use_rslora: bool = False,
     bias: str = "none",
     modules_to_save: str | Iterable[str] | None = None,
-    merge_weights: bool = True,
+    merge_weights: bool = False,
     autocast_adapter_dtype: bool = True,
 ) -> nn.Module:
     """Replaces modules of model by LoRA layers around the same parameters; returns model.
@@ -61,7 +61,8 @@ def apply_lora(
     are tied to others', such as an output head to the input embedding, gets its own copies of them,
     as in PEFT. Last, mark_only_lora_as_trainable(model, bias, modules_to_save) is called. A module
     under several names is wrapped once and stays shared. Forward and backward hooks and train/eval
-    mode are kept. A model in eval mode is merged by its next eval().
+    mode are kept. merge_weights: whether eval() merges; merge_lora(model) merges later. A model in
+    eval mode is merged by its next eval().
 
     Raises: ValueError (NotImplementedError for bias) before anything has changed: bad numbers, a
     pattern that is not a regular expression, no match, a match that cannot be wrapped, a model that
@@ -88,7 +89,6 @@ def apply_lora(
             f"{candidates(model)}"
         )
     check_wrappable(targets)
-    del targets  # a second holder of the weights would keep them from being merged
     wrap_modules(model, specs, merge_weights, autocast_adapter_dtype)
     untie(model, saved_paths(model, saved))
     mark_only_lora_as_trainable(model, bias, saved)
@@ -132,7 +132,7 @@ def _wrap(
 ) -> LoRALayer:
     sixteen_bit = module.weight.dtype in (torch.float16, torch.bfloat16)
     options = {
-        "merge_weights": merge_weights,
+        "merge_weights": False,  # scaling is not final yet
         "lora_dtype": torch.float32 if autocast_adapter_dtype and sixteen_bit else None,
     }
     if not isinstance(module, nn.Embedding):
@@ -141,14 +141,9 @@ def _wrap(
     if spec.splits is not None:
         construct = LoRAMergedLinear.from_linear
         options |= {"enable_lora": spec.splits.enabled, "out_splits": spec.splits.sizes}
-    training = module.training
-    module.training = True  # in eval mode it would be merged while two modules hold its weight
-    try:
-        layer = construct(module, spec.r, spec.lora_alpha, **options)
-    finally:
-        module.training = training
-    layer.scaling = spec.scaling
+    layer = construct(module, spec.r, spec.lora_alpha, **options)
+    layer.scaling, layer.merge_weights = spec.scaling, merge_weights
     for name, hooks in vars(module).items():
         if name.startswith(("_forward_", "_backward_", "_is_full_backward")):
             setattr(layer, name, hooks)
-    return nn.Module.train(layer, training)
+    return layer

@@ -48,14 +48,14 @@ def test_load_adapter_restores_exactly_what_was_saved(case, base, ids, tmp_path)
 
 @pytest.mark.parametrize("training", [True, False])
 def test_load_adapter_keeps_the_mode_and_merges_in_eval(training, base, ids, tmp_path):
-    ours = adapted(base).eval()
+    ours = adapted(base, merge_weights=True).eval()
     save_adapter(ours, tmp_path)
-    again = load_adapter(copy.deepcopy(base).train(training), tmp_path)
+    again = load_adapter(copy.deepcopy(base).train(training), tmp_path, merge_weights=True)
     assert all(module.training == training for module in again.modules())
     assert all(m.merged != training for m in again.modules() if isinstance(m, LoRALayer))
     assert_same(again(ids), ours(ids))
     assert torch.equal(again.train().lin.weight, base.lin.weight)
-    unmerged = load_adapter(copy.deepcopy(base).eval(), tmp_path, merge_weights=False)
+    unmerged = load_adapter(copy.deepcopy(base).eval(), tmp_path)
     assert not any(m.merged for m in unmerged.modules() if isinstance(m, LoRALayer))
 
 
@@ -102,10 +102,11 @@ def test_load_adapter_refuses_what_a_tied_model_cannot_hold(saved, tied_base, tm
 @pytest.mark.parametrize("has_lora", [True, False])
 def test_load_adapter_looks_through_wrappers(tmp_path, wrap, has_lora, seed):
     base = wrapped.Net()
-    model = wrapped.adapted(base)
+    model = wrapped.adapted(base, merge_weights=True)
     save_adapter(model, tmp_path)
-    other = wrap(wrapped.adapted(base) if has_lora else copy.deepcopy(base)).eval()
-    assert load_adapter(other, tmp_path) is other
+    again = wrapped.adapted(base, merge_weights=True) if has_lora else copy.deepcopy(base)
+    other = wrap(again).eval()
+    assert load_adapter(other, tmp_path, merge_weights=True) is other
     x = torch.randn(5, 6)
     assert torch.equal(other(x), model.eval()(x))
     assert all(m.merged for m in other.modules() if isinstance(m, LoRALayer))

@@ -99,7 +99,8 @@ def test_lora_state_dict_restores_a_trained_model(base, ids):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_merged_state_dict_is_the_plain_models(training, base, ids):
-    ours = adapted(base, bias="all", modules_to_save=["classifier"]).train(training)
+    options = {"bias": "all", "modules_to_save": ["classifier"], "merge_weights": True}
+    ours = adapted(base, **options).train(training)
     merged = merged_state_dict(ours)
     assert list(merged) == list(base.state_dict())
     plain = copy.deepcopy(base)

@@ -187,7 +187,7 @@ def ranks_with_one_seed_drop_different_elements(mode, _):
 
 @check(*[(engine,) for engine in SHARDED])
 def eval_of_a_sharded_model_computes_the_update_on_the_fly(engine, _):
-    model = model_with_lora()
+    model = model_with_lora(merge_weights=True)
     sharded = wrap(model, engine, blocks)
     before = model.state_dict()
     expected = model_with_lora(merge_weights=False).eval()(batch())
@@ -206,7 +206,7 @@ def eval_of_a_sharded_model_computes_the_update_on_the_fly(engine, _):
 
 @check()
 def eval_merges_under_ddp(_):
-    model = model_with_lora()
+    model = model_with_lora(merge_weights=True)
     before = copy.deepcopy(model.state_dict())
     expected = copy.deepcopy(model).eval()(batch())
     ddp = wrap(model, "ddp", blocks).eval()
@@ -216,14 +216,14 @@ def eval_merges_under_ddp(_):
 
 
 @check()
-def a_model_merged_before_it_is_sharded_says_so_and_recovers(_):
-    model = model_with_lora()
+def a_model_merged_before_it_is_sharded_computes_the_update_on_the_fly(_):
+    model = model_with_lora(merge_weights=True)
     before = copy.deepcopy(model.state_dict())
+    expected = model_with_lora(merge_weights=False).eval()(batch())
     sharded = fully_shard(model.eval())
-    with pytest.raises(
-        RuntimeError, match=r"LoRAEmbedding\(11, 12.*call train\(\) on the model first"
-    ):
-        sharded(batch())
+    assert torch.equal(sharded(batch()), expected)
+    assert not any(m.merged for m in sharded.modules() if isinstance(m, lora.LoRALayer))
+    assert_same(sharded.state_dict(), before)
     assert_same(sharded.train().state_dict(), before)
 
 

@@ -401,19 +401,20 @@ def test_merged_output_is_the_unmerged_one(dtype, dimensions, kernel_size, optio
     unmerged = layer(x)
     merged = layer.eval()(x)
     assert layer.merged
-    assert not torch.equal(layer.weight, base)
+    assert not torch.equal(layer.complete_weight(), base)
+    assert torch.equal(layer.weight, base)
     assert_same_up_to_rounding(merged, unmerged)
     assert torch.equal(layer.train().weight, base)
 
 
 def test_train_restores_a_bf16_base_bit_for_bit_after_a_thousand_cycles(seed, device):
     layer = make(2, 3, device, dtype=torch.bfloat16)
-    base, merged = layer.weight.clone(), layer.eval().weight.clone()
+    base, merged = layer.weight.clone(), layer.eval().complete_weight()
     for _ in range(1000):
         layer.train()
         assert torch.equal(layer.weight, base)
         layer.eval()
-    assert torch.equal(layer.weight, merged)
+    assert torch.equal(layer.complete_weight(), merged)
     assert torch.equal(layer.train().weight, base)
 
 
@@ -452,7 +453,7 @@ def test_eval_under_autocast_merges_a_full_precision_delta(seed, device):
     expected = layer.merged_weight()
     with torch.autocast(device.type, dtype=torch.bfloat16):
         layer.eval()
-    assert torch.equal(layer.weight, expected)
+    assert torch.equal(layer.complete_weight(), expected)
 
 
 def test_tied_weight_is_left_alone_and_both_are_right(seed, device):
@@ -461,10 +462,28 @@ def test_tied_weight_is_left_alone_and_both_are_right(seed, device):
     base, x = model[1].weight.clone(), make_input(model[0])
     outputs = [module(x) for module in model]
     model.eval()
-    assert not model[0].merged
+    assert model[0].merged
     assert torch.equal(model[1].weight, base)
-    for module, y in zip(model, outputs, strict=True):
-        assert torch.equal(module(x), y)
+    assert model[0].weight is model[1].weight
+    assert_same_up_to_rounding(model[0](x), outputs[0])
+    assert torch.equal(model[1](x), outputs[1])
+
+
+@pytest.mark.parametrize("r", [0, R])
+@pytest.mark.parametrize("moved", ["before", "after"])
+def test_offloaded_convolution_computes_on_the_fly(moved, r, seed, device):
+    accelerate = pytest.importorskip("accelerate")
+    layer = make(2, 3, device) if r else LoRAConv2d(CIN, COUT, 3, device=device)
+    model, x = nn.Sequential(layer), make_input(layer)
+    y = model(x)
+    if moved == "after":
+        model.eval()
+    accelerate.cpu_offload(model, device)
+    model.eval()
+    for _ in range(2):
+        with torch.no_grad():
+            assert_same_up_to_rounding(model(x), y)
+        assert layer.merged == (r == 0)
 
 
 # ---- state dicts ----
@@ -611,7 +630,7 @@ def test_cast_while_merged_casts_the_base(seed, device):
     base = layer.weight.clone()
     layer.eval().to(torch.bfloat16)
     assert layer.merged
-    assert torch.equal(layer.weight, layer.merged_weight())
+    assert torch.equal(layer.complete_weight(), layer.merged_weight())
     assert torch.equal(layer.train().weight, base.to(torch.bfloat16))
 
 

@@ -146,7 +146,7 @@ def test_apply_lora_gives_16_bit_weights_float32_adapters_as_peft_does(base, aut
     )
     for layer in layers_of(model).values():
         assert layer.lora_A.dtype == layer.lora_B.dtype == expected
-        assert layer._weight().dtype == base
+        assert layer.base_weight().dtype == base
     found = {p.dtype for name, p in theirs.named_parameters() if "lora_" in name}
     assert found == {expected}
 
@@ -186,14 +186,20 @@ def test_apply_lora_keeps_hooks_and_their_handles():
 def test_apply_lora_leaves_merging_to_the_next_eval():
     model = Net().eval()
     before = model.head.weight.clone()
-    apply_lora(model, r=2, lora_alpha=4)
+    apply_lora(model, r=2, lora_alpha=4, merge_weights=True)
     assert not model.head.merged
     nn.init.normal_(model.head.lora_B)
     model.eval()
     assert model.head.merged
-    assert not torch.equal(model.head.weight, before)
+    assert not torch.equal(model.head.complete_weight(), before)
     model.train()
+    assert not model.head.merged
     assert torch.equal(model.head.weight, before)
+
+
+def test_apply_lora_merges_only_if_asked():
+    model = apply_lora(Net(), r=2, lora_alpha=4).eval()
+    assert not any(layer.merged or layer.merge_weights for layer in layers_of(model).values())
 
 
 @pytest.mark.filterwarnings("ignore")

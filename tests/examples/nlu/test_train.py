@@ -81,7 +81,7 @@ def test_checkpoints_behind_an_evaluation_hold_the_adapter_and_no_base_weight(
     )  # fmt: skip
     trainer.train()
 
-    assert merged == [{True}, {True}]  # so a plain state dict of the weights would be a wrong one
+    assert merged == [{True}, {True}]
     folders = list(tmp_path.glob("checkpoint-*"))
     assert folders
     factors = {f"{PEFT}{path}.lora_{x}.weight" for path in layers for x in "AB"}
