@@ -228,8 +228,9 @@ def _read_layer(
     for entry, factor, shape in zip(entries, (a, b), expected, strict=True):
         if list(factor.shape) != shape:
             raise ValueError(
-                f"{source.place(entry)}: shape must be {shape} for a {base.kind} of r={spec.r}, as "
-                f"r and rank_pattern in {source.config.name} say, got {list(factor.shape)}"
+                f"{source.place(entry)}: shape must be {shape} for a {base.kind} of rank {spec.r} "
+                f"(r={spec.r} by r and rank_pattern in {source.config.name}), "
+                f"got {list(factor.shape)}"
             )
     layer = AdapterLayer(path, base, spec, a, b)
     with naming(source.place(entries[0])):
