@@ -26,11 +26,11 @@ TILES = Tiles(
     ],
     sm_90=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=3)),
-        (When(), SkinnyConfig(32, 128, num_warps=4, num_stages=3)),
+        (When(), SkinnyConfig(32, 128, num_warps=8, num_stages=3)),
     ],
     sm_100=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=3)),
-        (When(), SkinnyConfig(32, 128, num_warps=4, num_stages=3)),
+        (When(), SkinnyConfig(32, 128, num_warps=8, num_stages=3)),
     ],
     hip=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),

@@ -24,7 +24,7 @@ from lora_kernels.kernels.launch import (
     tma_operand,
 )
 from lora_kernels.kernels.numerics import Numerics, bits_of
-from lora_kernels.kernels.tile import add_low_rank, halves, matmul, store_tile, swizzle
+from lora_kernels.kernels.tile import Matrix, add_low_rank, halves, matmul, store_tile, swizzle
 
 TILES = Tiles(
     interpreter=[(When(), GemmConfig(64, 64, 64, num_warps=4, num_stages=1))],
@@ -90,13 +90,14 @@ def _finish(
 
 @triton.jit(do_not_specialize=["M"])
 def _gemm_bwd_kernel(
-    dy, w, dh, a, mask, dx,
+    dy, w, dh_ptr, a, mask, dx,
     M, N, K, R,
     W_T: tl.constexpr, NUMERICS: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr,
     EPILOGUE_SUBTILE: tl.constexpr, BAND_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    dh = Matrix(dh_ptr, R)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_k = tl.cdiv(K, BLOCK_N)
     if mask is not None:
@@ -176,7 +177,7 @@ def gemm_bwd(
         (num_programs(tiles, config, dy.device),),
         dy=tma_operand(dy, block_m, block_k, tma),
         w=tma_operand(stored, *((block_n, block_k) if w_t else (block_k, block_n)), tma),
-        dh=matrix(dh),
+        dh_ptr=dh,
         a=matrix(a),
         mask=mask(seed, dropout_p),
         dx=tma_operand(dx, block_m, block_n // subtiles, tma_store),
