@@ -94,7 +94,7 @@ class MergesOnEval:
     def weight_owner(self) -> nn.Module:
         """The module that holds the base weight and the bias: the layer, or one inside it."""
         path, _, _ = self.weight_name.rpartition(".")
-        return self.get_submodule(path)
+        return self.get_submodule(path) if path else self
 
     def base_weight(self) -> Tensor:
         """The base weight, which has no update in it in any mode."""
@@ -174,10 +174,11 @@ class MergesOnEval:
             self._parameters.get("lora_A"),
             self._parameters.get("lora_B"),
         )
-        if distributed.is_managed(owner) or any(map(distributed.is_dtensor, sources)):
+        if distributed.is_managed(owner):
             return "its weight is sharded"
         if not {type(weight), type(a), type(b)} <= {nn.Parameter, Tensor}:
-            return "weight, lora_A or lora_B is computed, or not a plain tensor"
+            sharded = any(map(distributed.is_dtensor, sources))
+            return "its weight is sharded" if sharded else "its tensors are computed, or not plain"
         if weight.is_meta or a.is_meta or b.is_meta:
             return "it is on the meta device"
         whole = weight.dim() > 1 and weight.numel() > 0 and a.dim() == b.dim() == 2
@@ -199,15 +200,12 @@ class MergesOnEval:
             self._keep(None, True)
             return
         sources, merged = (self.base_weight(), self.lora_A, self.lora_B), self._merged_weight
-        if (
-            merged is not None
-            and merged.is_of(sources)
-            and merged.is_current(sources, self.scaling)
-        ):
-            self._keep(merged, True)
-            return
-        merged = None
-        self._keep(MergedWeight(), True)  # frees the old one first
+        if merged is not None:
+            if merged.is_of(sources) and merged.is_current(sources, self.scaling):
+                self._keep(merged, True)
+                return
+            merged = None
+            self._keep(MergedWeight(), True)  # frees the old one first
         self._keep(MergedWeight.of(self, sources), True)
 
     def _unmerge(self) -> None:
