@@ -147,11 +147,9 @@ def check_operands(
 ) -> None:
     """lora_A, lora_B, bias and splits fit weight [N, K]. Raises: TypeError, ValueError."""
     (n, k), device = weight.shape, weight.device
-    if splits.enabled != (True,) or splits.sizes[0] != n:
-        sizes, count = splits.sizes, len(splits.enabled)
-        if len(sizes) != count or sum(sizes) != n or min(sizes) < 1:
-            expected = f"be {count} integers >= 1 that sum to the {n} output columns"
-            _fail(layer, "out_splits", expected, list(sizes))
+    one_group = splits.enabled == (True,) and splits.sizes == (n,)  # nearly always
+    if not (one_group or splits.fits(n)):
+        OutputSplits.of(n, splits.enabled, splits.sizes, owner=layer_name(layer))  # raises
     check_tensor(layer, "lora_A", a)
     check_tensor(layer, "lora_B", b)
     if b.dim() != 2 or b.shape[1] < 1:

@@ -77,18 +77,22 @@ class OutputSplits:
                     f"got {flags}={list(enabled)}; give {parts} for groups of unequal size"
                 )
             return cls((columns // count,) * count, tuple(enabled))
-        fits = (
-            isinstance(sizes, (list, tuple))
-            and len(sizes) == count
-            and all(_is_size(size) for size in sizes)
-            and sum(sizes) == columns
+        if isinstance(sizes, (list, tuple)):
+            splits = cls(tuple(sizes), tuple(enabled))
+            if splits.fits(columns):
+                return splits
+        raise ValueError(
+            f"{owner}: {parts} must be a list of {count} integers >= 1, one for each entry of "
+            f"{flags}, that sum to the {columns} output columns, got {sizes!r}"
         )
-        if not fits:
-            raise ValueError(
-                f"{owner}: {parts} must be a list of {count} integers >= 1, one for each entry of "
-                f"{flags}, that sum to the {columns} output columns, got {sizes!r}"
-            )
-        return cls(tuple(sizes), tuple(enabled))
+
+    def fits(self, columns: int) -> bool:
+        """Whether the groups are as many as the flags, of sizes >= 1 that sum to columns."""
+        return (
+            len(self.sizes) == len(self.enabled)
+            and all(map(_is_size, self.sizes))
+            and sum(self.sizes) == columns
+        )
 
     @property
     def columns(self) -> int:

@@ -105,10 +105,11 @@ def _gemm_fwd_kernel(
 
 def config_for(x: Tensor, w: Tensor, r: int, spec: LoraSpec, numerics: Numerics) -> GemmConfig:
     """The entry of TILES that serves x [M, K], w [N, K] and rank r."""
-    # A group's first tile of a w stored [K, N] begins with the group; TMA wants 16-byte alignment.
-    starts = itertools.accumulate(spec.splits.sizes[:-1])
     tma = is_tma_compliant(x, w) and rows_fit_tma(w.shape[0], x)
-    tma = tma and (w.stride(1) == 1 or all(rows_fit_tma(start, x) for start in starts))
+    if tma and w.stride(1) != 1:
+        # The first tile of a group begins with it, and TMA wants 16-byte alignment.
+        starts = itertools.accumulate(spec.splits.sizes[:-1])
+        tma = all(rows_fit_tma(start, x) for start in starts)
     return select(
         TILES, target_of(x.device), bits_of(numerics.main), min(x.shape[0], SMALL_M + 1), r, tma
     )

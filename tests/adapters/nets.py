@@ -92,6 +92,7 @@ def load_in_peft(base, directory):
 
 
 def assert_same(actual, expected, dtype=torch.float64):
+    """Equal but for the order in which PEFT adds the same products: some tens of roundings."""
     torch.testing.assert_close(actual, expected, rtol=64 * torch.finfo(dtype).eps,
                                atol=64 * torch.finfo(dtype).eps)  # fmt: skip
 

@@ -131,6 +131,7 @@ def test_merged_state_dict_is_right_on_both_sides_of_a_tie(seed):
     assert not torch.equal(merged["transformer.wte.weight"], merged["lm_head.weight"])
     untied.load_state_dict(merged)
     ids = torch.randint(0, 13, (2, 5))
+    # One model adds the update to the weights, the other to the activations, through all layers.
     torch.testing.assert_close(untied(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-6)
 
 

@@ -216,9 +216,8 @@ def test_bad_groups_name_argument_value_and_layer(options, match, r):
 def test_forward_names_out_splits_that_were_changed(algorithm, sizes, device):
     layer = LoRAMergedLinear(12, 24, r=2, enable_lora=[True, False, True], device=device)
     layer.out_splits = sizes
-    with pytest.raises(
-        ValueError, match=r"^LoRAMergedLinear\(.*: out_splits must be 3 .* to the 24"
-    ):
+    expected = r"^LoRAMergedLinear\(.*: out_splits must be a list of 3 integers >= 1, .* to the 24 "
+    with pytest.raises(ValueError, match=expected):
         layer(torch.randn(3, 12, device=device))
 
 
