@@ -73,21 +73,6 @@ TILES = Tiles(
 )
 
 
-@triton.jit
-def _finish(
-    acc, dh, a, dx, seed, threshold, row, col, M, K, R,
-    NUMERICS: tl.constexpr, TMA_STORE: tl.constexpr,
-    BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Adds mask∘(dh·a) to a part of dy·w and stores it."""
-    update = tl.zeros([acc.shape[0], acc.shape[1]], tl.float32)
-    update = add_low_rank(
-        update, dh, a, row, col, 1.0, M, K, R, False, NUMERICS, BLOCK_R, RANK_BLOCKS
-    )
-    keep = keep_tile(seed, threshold, row, col, acc.shape[0], acc.shape[1])
-    store_tile(dx, acc + tl.where(keep, update, 0.0), row, col, M, K, TMA_STORE)
-
-
 @triton.jit(do_not_specialize=["M"])
 def _gemm_bwd_kernel(
     dy, w, dh_ptr, a, mask, dx,
@@ -120,23 +105,27 @@ def _gemm_bwd_kernel(
             if EPILOGUE_SUBTILE >= 4:
                 parts = halves(parts[0]) + halves(parts[1])
             for i in tl.static_range(EPILOGUE_SUBTILE):
-                _finish(
-                    parts[i],
+                # Adds mask∘(dh·a) to a part of dy·w and stores it.
+                part_col = col + i * width
+                update = tl.zeros([BLOCK_M, width], tl.float32)
+                update = add_low_rank(
+                    update,
                     dh,
                     a,
-                    dx,
-                    seed,
-                    mask.threshold,
                     row,
-                    col + i * width,
+                    part_col,
+                    1.0,
                     M,
                     K,
                     R,
+                    False,
                     NUMERICS,
-                    TMA_STORE,
                     BLOCK_R,
                     RANK_BLOCKS,
                 )
+                keep = keep_tile(seed, mask.threshold, row, part_col, BLOCK_M, width)
+                finished = parts[i] + tl.where(keep, update, 0.0)
+                store_tile(dx, finished, row, part_col, M, K, TMA_STORE)
 
 
 def config_for(dy: Tensor, w: Tensor, r: int, numerics: Numerics) -> GemmConfig:
