@@ -15,6 +15,7 @@ from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block
 from lora_kernels.kernels.numerics import Numerics, bits_of
 from lora_kernels.kernels.tile import (
+    Matrix,
     add_bias,
     add_low_rank,
     count_tiles,
@@ -54,12 +55,13 @@ TILES = Tiles(
 
 @triton.jit(do_not_specialize=["M"])
 def _expand_kernel(
-    left, right, bias, mask, out,
-    M, R, sizes, scale,
+    left_ptr, right, bias, mask, out,
+    M, R, rank_total, sizes, scale,
     LAYERS: tl.constexpr, ENABLED: tl.constexpr, RIGHT_T: tl.constexpr, NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    left = Matrix(left_ptr, rank_total)
     tiles_n = count_tiles(sizes, ENABLED, BLOCK_N)
     tile_m, tile_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, 8)
     row = tl.cast(tile_m, tl.int64) * BLOCK_M
@@ -118,23 +120,8 @@ def expand_y(
     m, r, splits = h.shape[0], b.shape[1], spec.splits
     config = config or config_for(h.device, r, numerics)
     y = torch.empty((m, splits.columns), dtype=dtype, device=h.device)
-    launch(
-        _expand_kernel,
-        _grid(y, splits, config),
-        left=matrix(h),
-        right=matrix(b),
-        bias=bias,
-        mask=None,
-        out=matrix(y),
-        M=m,
-        R=r,
-        sizes=splits.sizes,
-        scale=spec.scaling,
-        LAYERS=1,
-        ENABLED=splits.enabled,
-        RIGHT_T=True,
-        **_constants(r, numerics, config),
-    )
+    own = {"bias": bias, "mask": None, "scale": spec.scaling, "RIGHT_T": True}
+    _launch(h, b, y, r, splits, numerics, config, **own)
     return y
 
 
@@ -155,39 +142,41 @@ def expand_dx(
     config = config or config_for(dh.device, r, numerics)
     splits = OutputSplits.whole(k)
     dx = torch.empty((m, k), dtype=dtype, device=dh.device)
-    launch(
-        _expand_kernel,
-        _grid(dx, splits, config),
-        left=matrix(dh),
-        right=matrix(a),
-        bias=None,
-        mask=mask(seed, dropout_p),
-        out=matrix(dx),
-        M=m,
-        R=r,
-        sizes=splits.sizes,
-        scale=1.0,
-        LAYERS=dh.shape[:-2].numel(),
-        ENABLED=splits.enabled,
-        RIGHT_T=False,
-        **_constants(r, numerics, config),
-    )
+    own = {"bias": None, "mask": mask(seed, dropout_p), "scale": 1.0, "RIGHT_T": False}
+    _launch(dh, a, dx, r, splits, numerics, config, **own)
     return dx
 
 
-def _grid(out: Tensor, splits: OutputSplits, config: SkinnyConfig) -> tuple[int]:
+def _launch(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    r: int,
+    splits: OutputSplits,
+    numerics: Numerics,
+    config: SkinnyConfig,
+    **own,
+) -> None:
+    m, block_r = len(out), rank_block(r, numerics.update)
     columns = sum(cdiv(size, config.BLOCK_COLS) for size in splits.sizes)
-    return (cdiv(len(out), config.BLOCK_ROWS) * columns,)
-
-
-def _constants(r: int, numerics: Numerics, config: SkinnyConfig) -> dict:
-    block_r = rank_block(r, numerics.update)
-    return {
-        "NUMERICS": numerics,
-        "BLOCK_M": config.BLOCK_ROWS,
-        "BLOCK_N": config.BLOCK_COLS,
-        "BLOCK_R": block_r,
-        "RANK_BLOCKS": cdiv(r, block_r),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    launch(
+        _expand_kernel,
+        (cdiv(m, config.BLOCK_ROWS) * columns,),
+        left_ptr=left,
+        right=matrix(right),
+        out=matrix(out),
+        M=m,
+        R=r,
+        rank_total=left.shape[-1],
+        sizes=splits.sizes,
+        LAYERS=left.shape[:-2].numel(),
+        ENABLED=splits.enabled,
+        NUMERICS=numerics,
+        BLOCK_M=config.BLOCK_ROWS,
+        BLOCK_N=config.BLOCK_COLS,
+        BLOCK_R=block_r,
+        RANK_BLOCKS=cdiv(r, block_r),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **own,
+    )

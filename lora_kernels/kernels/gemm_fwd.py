@@ -24,6 +24,7 @@ from lora_kernels.kernels.launch import (
 )
 from lora_kernels.kernels.numerics import Numerics, bits_of
 from lora_kernels.kernels.tile import (
+    Matrix,
     add_bias,
     add_low_rank,
     count_tiles,
@@ -69,13 +70,14 @@ TILES = Tiles(
 
 @triton.jit(do_not_specialize=["M"])
 def _gemm_fwd_kernel(
-    x, w, h, b, bias, y,
-    M, N, K, R, sizes, scaling,
+    x, w, h_ptr, b, bias, y,
+    M, N, K, R, rank_total, sizes, scaling,
     ENABLED: tl.constexpr, W_T: tl.constexpr, NUMERICS: tl.constexpr,
     TMA: tl.constexpr, TMA_STORE: tl.constexpr, BAND_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    h = Matrix(h_ptr, rank_total)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = count_tiles(sizes, ENABLED, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -146,7 +148,7 @@ def gemm_fwd(
         (num_programs(tiles, config, x.device),),
         x=tma_operand(x, block_m, block_k, tma),
         w=tma_operand(stored, *((block_n, block_k) if w_t else (block_k, block_n)), tma),
-        h=matrix(h),
+        h_ptr=h,
         b=matrix(b),
         bias=bias,
         y=tma_operand(y, block_m, block_n, tma_store),
@@ -154,6 +156,7 @@ def gemm_fwd(
         N=n,
         K=k,
         R=r,
+        rank_total=h.shape[1],
         sizes=splits.sizes,
         scaling=spec.scaling,
         ENABLED=splits.enabled,

@@ -20,7 +20,7 @@ from lora_kernels.kernels.grad_a import grad_a
 from lora_kernels.kernels.launch import cdiv, launch, matrix, rank_block, split
 from lora_kernels.kernels.numerics import Numerics, bits_of
 from lora_kernels.kernels.split_k_reduce import split_k_reduce, split_k_reduce_both
-from lora_kernels.kernels.tile import load_tile, part_of
+from lora_kernels.kernels.tile import Matrix, load_tile, part_of
 from lora_kernels.spec import LoraSpec
 
 TILES = Tiles(
@@ -51,7 +51,7 @@ TILES = Tiles(
 
 @triton.jit(do_not_specialize=["M", "parts"])
 def _grad_b_kernel(
-    dy, b, h, dh_ptr, db_ptr,
+    dy, b, h_ptr, dh_ptr, db_ptr,
     M, R, rank_total, b_rows, sizes, parts, scale_dh, scale_db,
     ENABLED: tl.constexpr, NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -81,6 +81,7 @@ def _grad_b_kernel(
     offs_r = r + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     if db_ptr is not None:
+        h = Matrix(h_ptr, rank_total)
         h_tile = load_tile(part_of(h, 0, group * R), row, r, M, R, BLOCK_M, BLOCK_R)
         h_tile = h_tile.to(NUMERICS.rank)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
@@ -125,6 +126,7 @@ def grad_b(
     db like b. dh is None if needs_dh is False, db is None if h is None.
     """
     m, (b_rows, r), splits = dy.shape[0], b.shape, spec.splits
+    groups = splits.count
     config = config or config_for(dy.device, r, numerics)
     db, needs_db = None, h is not None
     if needs_db and 4 * r > config.BLOCK_ROWS:
@@ -134,23 +136,23 @@ def grad_b(
     block_r = rank_block(r, numerics.rank)
     rows, ranks = cdiv(m, config.BLOCK_ROWS), cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(dy.device)
-    parts, _ = split(max(splits.sizes), config.BLOCK_COLS, rows * ranks * splits.count, wanted)
+    parts, _ = split(max(splits.sizes), config.BLOCK_COLS, rows * ranks * groups, wanted)
     dh_parts = db_parts = None
     if needs_dh:
-        dh_parts = torch.empty((parts, m, splits.count * r), dtype=torch.float32, device=dy.device)
+        dh_parts = torch.empty((parts, m, groups * r), dtype=torch.float32, device=dy.device)
     if needs_db:
         db_parts = torch.empty((rows, b_rows, r), dtype=torch.float32, device=dy.device)
     launch(
         _grad_b_kernel,
-        (rows * ranks, splits.count * parts),
+        (rows * ranks, groups * parts),
         dy=matrix(dy),
         b=matrix(b),
-        h=matrix(h) if needs_db else None,
+        h_ptr=h if needs_db else None,
         dh_ptr=dh_parts,
         db_ptr=db_parts,
         M=m,
         R=r,
-        rank_total=splits.count * r,
+        rank_total=groups * r,
         b_rows=b_rows,
         sizes=splits.sizes,
         parts=parts,
