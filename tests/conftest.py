@@ -2,6 +2,7 @@
 
 import os
 import random
+import zlib
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of one worker would wait for cores that another's hold. Read when torch is imported.
@@ -35,9 +36,13 @@ def algorithm(monkeypatch, request) -> str:
 
 
 @pytest.fixture
-def seed() -> int:
-    """A fresh seed for this test, set in torch; LORA_KERNELS_TEST_SEED repeats a printed one."""
-    value = int(os.environ.get("LORA_KERNELS_TEST_SEED", random.randrange(2**31)))
+def seed(request) -> int:
+    """The seed of this test, set in torch: one of its name, which no run changes.
+
+    LORA_KERNELS_TEST_SEED=fresh draws another; a number repeats a printed one.
+    """
+    chosen = os.environ.get("LORA_KERNELS_TEST_SEED", zlib.crc32(request.node.nodeid.encode()))
+    value = random.randrange(2**31) if chosen == "fresh" else int(chosen)
     print(f"seed: LORA_KERNELS_TEST_SEED={value}")
     torch.manual_seed(value)
     return value
