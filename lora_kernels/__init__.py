@@ -23,7 +23,7 @@ from lora_kernels.layers import (
     share_inputs,
 )
 from lora_kernels.model.apply import apply_lora
-from lora_kernels.model.merge import merge_lora, unmerge_lora
+from lora_kernels.model.merge import merge_lora, unmerge_lora, use_merged_state_dicts
 from lora_kernels.model.trainable import mark_only_lora_as_trainable
 from lora_kernels.report import report
 
@@ -59,4 +59,5 @@ __all__ = [
     "share_inputs",
     "unmerge_lora",
     "unpatch_peft",
+    "use_merged_state_dicts",
 ]

@@ -26,6 +26,7 @@ PUBLIC = [
     "mark_only_lora_as_trainable", "lora_state_dict",
     "lora_linear", "lora_merged_linear", "lora_shared_linear", "share_inputs",
     "apply_lora", "save_adapter", "load_adapter", "merged_state_dict", "merge_lora", "unmerge_lora",
+    "use_merged_state_dicts",
     "patch_peft", "unpatch_peft", "report",
 ]  # fmt: skip
 
@@ -47,6 +48,7 @@ LEVELS = {
     "adapters": 7,
     "integrations": 8,
     "report": 8,
+    "utils": 8,
     "": 9,  # lora_kernels/__init__.py
     "tuning": 10,
     "cli": 11,

@@ -64,7 +64,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     tied weight has LoRA on one side, or another LoRA on each, its entries differ: load it into an
     untied model.
     Parameters that fully_shard has sharded are DTensors. Every rank has to call this then.
-    Raises: ValueError for an embedding with max_norm, which would limit the merged rows anew.
+    Raises: ValueError for an embedding with max_norm, which would limit the merged rows anew, and
+    for a layer without the parameter that its class names as the base weight.
     """
     renamed, dropped, merged = {}, set(), {}
     copies: dict[int, Tensor] = {}
@@ -77,9 +78,16 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if layer.has_lora:
             if getattr(layer, "max_norm", None) is not None:
                 raise ValueError(f"{path}: an embedding with max_norm cannot be merged for good")
+            key = join(path, layer.weight_name)
+            if key not in state:
+                raise ValueError(
+                    f"{path}: {type(layer).__name__} has no parameter {layer.weight_name!r}: set "
+                    f"weight_name in the class to the name of its base weight, and define "
+                    f"delta_weight()"
+                )
             if id(layer) not in copies:
                 copies[id(layer)] = layer.merged_weight()
-            merged[join(path, layer.weight_name)] = copies[id(layer)]
+            merged[key] = copies[id(layer)]
             dropped |= {join(path, "lora_A"), join(path, "lora_B")}
     return {
         renamed.get(key, key): merged.get(key, value)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_kernels import distributed
 from lora_kernels.checks import check_alpha, check_dropout, check_rank
+from lora_kernels.layers.merged_state_dict import STATE_DICT_VERSION, notice_merged_weight
 from lora_kernels.layers.merging import MergesOnEval
 
 __all__ = ["LoRALayer"]
@@ -43,8 +44,14 @@ class LoRALayer(MergesOnEval):
     own. The same holds after something else than the layer has moved or replaced its weights, until
     the next ``eval()``.
 
+    Loading. A state dict that does not come from a layer of this package may hold merged weights,
+    as loralib saves them in eval mode; see ``use_merged_state_dicts``. If it is seen that it does,
+    the base weight stays, with a warning.
+
     Raises: ValueError for a bad r, lora_alpha or lora_dropout.
     """
+
+    _version = STATE_DICT_VERSION
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool):
         layer = type(self).__name__
@@ -68,6 +75,23 @@ class LoRALayer(MergesOnEval):
         """Draws lora_A and lora_B anew; does nothing to a layer without them."""
         raise NotImplementedError(f"{type(self).__name__} does not define reset_lora_parameters")
 
+    # ---- factors that a library left undrawn ----
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return self.__dict__.get("_drawn_by_transformers", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        """Set by Transformers' from_pretrained when it has drawn what no file held.
+
+        It makes models on the meta device and knows base weights alone, so the factors hold what
+        was in memory. Those that a file held are marked, and its guard on nn.init leaves them.
+        """
+        self.__dict__["_drawn_by_transformers"] = value
+        if value and self.__dict__.pop("_undrawn", False):
+            self.reset_lora_parameters()
+
     # ---- the adapter ----
 
     @property
@@ -86,6 +110,16 @@ class LoRALayer(MergesOnEval):
         self.lora_A = nn.Parameter(weight.new_zeros(a_shape))
         self.lora_B = nn.Parameter(weight.new_zeros(b_shape))
         weight.requires_grad = False
+        if weight.is_meta:
+            self._undrawn = True
+
+    def _apply(self, fn, recurse=True):
+        self.__dict__.pop("_undrawn", None)  # to_empty() leaves drawing to its caller
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        notice_merged_weight(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """lora_A and lora_B, gathered from all ranks if they are sharded."""

@@ -98,7 +98,7 @@ class MergesOnEval:
 
     def base_weight(self) -> Tensor:
         """The base weight, which has no update in it in any mode."""
-        return self.weight_owner().weight
+        return getattr(self.weight_owner(), self.weight_name.rpartition(".")[2])
 
     def merged_weight(self) -> Tensor:
         """base + delta, rounded once to the weight's dtype. A copy, not differentiable."""

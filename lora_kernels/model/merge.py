@@ -1,13 +1,14 @@
-"""merge_lora and unmerge_lora: a whole model with merged weights, and back."""
+"""A whole model with merged weights, and back; state dicts with merged weights, as loralib's."""
 
 import warnings
 
 from torch import nn
 
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.merged_state_dict import use_merged_state_dict
 from lora_kernels.model.paths import adapted_layers, lora_layers
 
-__all__ = ["merge_lora", "unmerge_lora"]
+__all__ = ["merge_lora", "unmerge_lora", "use_merged_state_dicts"]
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
@@ -45,6 +46,27 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     for layer in _layers(model, "unmerge_lora"):
         layer.merge_weights = False
         layer._unmerge()
+    return model
+
+
+def use_merged_state_dicts(model: nn.Module, enabled: bool = True) -> nn.Module:
+    """State dicts of model as loralib's: merged weights while layers are merged; returns model.
+
+    For scripts that rely on what loralib does in eval mode. While a layer is merged,
+
+    * ``state_dict()`` gives its merged weight, a copy, so that the dict loads into the plain
+      network with the same outputs (``lora_A`` and ``lora_B`` are in it as well);
+    * ``load_state_dict()`` takes the weight as merged: the base weight becomes the loaded weight
+      minus the update of the loaded factors, rounded to its dtype.
+
+    A layer that is not merged, as in train mode, gives and takes its base weight. So a dict has to
+    be loaded in the mode in which it was saved. ``parameters()`` are the base weights as ever.
+    With enabled=False state dicts hold base weights again. ``merged_state_dict(model)`` gives the
+    plain network's state dict in any mode, without this.
+    Raises: ValueError if model has no LoRA layer.
+    """
+    for layer in _layers(model, "use_merged_state_dicts"):
+        use_merged_state_dict(layer, enabled)
     return model
 
 

@@ -14,6 +14,7 @@ from lora_kernels import (
     lora_state_dict,
     merged_state_dict,
 )
+from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA, LoRAConv2d
 from lora_kernels.layers.embedding import LoRAEmbedding
 from lora_kernels.layers.linear import LoRALinear
@@ -165,3 +166,41 @@ def test_state_dicts_of_a_checkpointed_model_are_the_plain_models(wrap, seed):
         assert actual.requires_grad == reference.requires_grad
         if reference.requires_grad:
             assert torch.equal(actual.grad, reference.grad)
+
+
+class InProjection(nn.Module, LoRALayer):
+    """A user's own layer: q, k and v of nn.MultiheadAttention, in a weight of another name."""
+
+    def __init__(self, width, r):
+        nn.Module.__init__(self)
+        LoRALayer.__init__(self, r=r, lora_alpha=1, lora_dropout=0.0, merge_weights=False)
+        self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width), requires_grad=False)
+        self.lora_A = nn.Parameter(torch.randn(r, width))
+        self.lora_B = nn.Parameter(torch.randn(3 * width, r))
+
+    def forward(self, x):
+        weight = self.in_proj_weight + self.lora_B @ self.lora_A * self.scaling
+        return nn.functional.linear(x, weight)
+
+
+class NamedInProjection(InProjection):
+    weight_name = "in_proj_weight"
+
+    def delta_weight(self):
+        return self.lora_B @ self.lora_A * self.scaling
+
+
+def test_merged_state_dict_of_a_layer_that_names_its_base_weight(seed):
+    layer = NamedInProjection(4, 2).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    state = merged_state_dict(nn.Sequential(layer))
+    assert list(state) == ["0.in_proj_weight"]
+    actual = nn.functional.linear(x, state["0.in_proj_weight"])
+    torch.testing.assert_close(actual, layer(x), rtol=0, atol=1e-12)  # of numbers near ten
+
+
+def test_merged_state_dict_of_a_layer_that_does_not_is_an_error_with_its_path():
+    model = nn.Sequential(InProjection(4, 2))
+    with pytest.raises(ValueError, match="0: InProjection has no parameter 'weight': set weight_n"):
+        merged_state_dict(model)
+    assert list(lora_state_dict(model)) == ["0.lora_A", "0.lora_B"]

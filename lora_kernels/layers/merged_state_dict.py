@@ -1,0 +1,127 @@
+"""State dicts with merged weights, which loralib saves in eval mode: giving them and taking them.
+
+A layer's own state dict holds the base weight in both modes. Whether a file holds a base weight or
+a merged one is not written in it, so the layer compares: with its own base weight, and with what
+the update in the file would make of that.
+"""
+
+import copy
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.layers.merging import MergesOnEval, undisturbed
+
+__all__ = ["STATE_DICT_VERSION", "notice_merged_weight", "use_merged_state_dict"]
+
+# nn.Module's _version of a LoRA layer, which PyTorch writes into a state dict: the weight in it is
+# the base weight. loralib's layers have version 1.
+STATE_DICT_VERSION = 2
+
+
+def use_merged_state_dict(layer: MergesOnEval, enabled: bool) -> None:
+    """While layer is merged, its entries in state dicts hold the merged weight; or no longer."""
+    for handle in layer.__dict__.pop("_merged_state_dict_hooks", ()):
+        handle.remove()
+    if enabled:
+        layer._merged_state_dict_hooks = (
+            layer.register_state_dict_post_hook(_give_merged_weight),
+            layer.register_load_state_dict_pre_hook(_take_merged_weight),
+        )
+
+
+def _give_merged_weight(layer, state_dict: dict[str, Tensor], prefix: str, local_metadata) -> None:
+    key = prefix + layer.weight_name
+    if layer.merged and layer.has_lora and key in state_dict:
+        state_dict[key] = layer.merged_weight()
+        local_metadata.pop("version", None)
+
+
+def _take_merged_weight(layer, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    if not (layer.merged and layer.has_lora):
+        return
+    entries = _entries(layer, state_dict, prefix)
+    if entries is not None:
+        weight, a, b = entries
+        with undisturbed(weight):
+            base = weight.detach() - _delta(layer, a, b).to(weight.device)
+            state_dict[prefix + layer.weight_name] = base.to(weight.dtype)
+
+
+def notice_merged_weight(
+    layer, state_dict: dict[str, Tensor], prefix: str, local_metadata: Mapping
+) -> None:
+    """Before a load: a merged weight beside its factors does not become a base weight unsaid.
+
+    If the weight is the layer's base weight with the update of the factors in it, the base weight
+    stays, and a warning says so. If the layer is merged, and nothing tells what the weight is, a
+    warning asks.
+    """
+    if not (layer.has_lora and prefix + "lora_A" in state_dict and prefix + "lora_B" in state_dict):
+        return
+    if local_metadata.get("version", 0) >= STATE_DICT_VERSION:
+        return
+    if layer.merged and "_merged_state_dict_hooks" in layer.__dict__:
+        return
+    entries = _entries(layer, state_dict, prefix)
+    if entries is None:
+        return
+    base = layer.base_weight()
+    with undisturbed(base):
+        weight, a, b = (entry.detach().to(base.device) for entry in entries)
+        if torch.equal(weight.to(base.dtype), base):
+            return
+        delta = _delta(layer, a, b)
+        off, *sizes = (
+            torch.linalg.vector_norm(tensor.to(delta.dtype))
+            for tensor in (weight - base.to(delta.dtype) - delta, delta, weight, base)
+        )
+    # Whoever merged has rounded the update, the sum, or both, in the dtypes of the entries.
+    rounding = max(torch.finfo(tensor.dtype).eps for tensor in (weight, a, b, base)) * sum(sizes)
+    size = sizes[0]
+    if off <= rounding and off < size / 2:
+        state_dict[prefix + layer.weight_name] = base.detach()
+        warnings.warn(
+            "load_state_dict: weights of this state dict have the update of its lora_A and lora_B "
+            "in them, as loralib saves them in eval mode. The model keeps its base weights, which "
+            "are the same without it.",
+            stacklevel=2,
+        )
+    elif layer.merged and size > 0:
+        warnings.warn(
+            "load_state_dict: the model is in eval mode with merged weights, and the state dict "
+            "does not say whether its weights have the update in them. They are taken as base "
+            "weights. If loralib saved them in eval mode, call "
+            "lora_kernels.use_merged_state_dicts(model) before you load them.",
+            stacklevel=2,
+        )
+
+
+def _entries(layer, state_dict: Mapping[str, Tensor], prefix: str) -> list[Tensor] | None:
+    """weight, lora_A and lora_B of a state dict, or the layer's own factors if it has none.
+
+    None if there is no weight, or if one of them is not plain and whole or does not fit.
+    """
+    if prefix + layer.weight_name not in state_dict:
+        return None
+    own = {layer.weight_name: layer.base_weight(), "lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    entries = [state_dict.get(prefix + name, tensor) for name, tensor in own.items()]
+    fit = all(
+        entry.shape == tensor.shape and _is_plain(entry) and _is_plain(tensor)
+        for entry, tensor in zip(entries, own.values(), strict=True)
+    )
+    return entries if fit else None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    kind = type(tensor) in (Tensor, nn.Parameter)
+    return kind and tensor.is_floating_point() and not tensor.is_meta
+
+
+def _delta(layer, a: Tensor, b: Tensor) -> Tensor:
+    """layer.delta_weight() if these were its factors."""
+    other = copy.copy(layer)
+    other._parameters = {**layer._parameters, "lora_A": a, "lora_B": b}
+    return other.delta_weight()
