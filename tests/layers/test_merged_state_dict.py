@@ -150,7 +150,7 @@ def test_shapes_that_do_not_fit_keep_their_error(seed):
     model, other = build(make, seed).eval(), build(lambda lib: lib.Linear(8, 6, r=4), seed)
     for asked in (False, True):
         use_merged_state_dicts(model, asked)
-        with pytest.raises(RuntimeError, match="size mismatch for 0.lora_A"):
+        with pytest.raises(RuntimeError, match=r"size mismatch for 0\.lora_A"):
             model.load_state_dict(dict(other.state_dict()))
 
 
