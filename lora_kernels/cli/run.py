@@ -2,12 +2,11 @@
 
 PEFT takes seconds to import, so nothing is imported for a program that does not use it. A finder
 in front of sys.meta_path waits for ``import peft`` and calls patch_peft() right after it, in this
-process and in those that multiprocessing spawns.
+process and in the Python processes that it starts.
 """
 
 import builtins
 import importlib.util
-import multiprocessing.spawn
 import os
 import runpy
 import sys
@@ -16,8 +15,9 @@ from collections.abc import Sequence
 from importlib.machinery import SourceFileLoader
 
 from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.startup.sitecustomize import patch_on_import
 
-__all__ = ["patch_on_import", "run_module", "run_script"]
+__all__ = ["run_module", "run_script"]
 
 
 def run_script(path: str, arguments: Sequence[str]) -> int:
@@ -81,72 +81,3 @@ def _outcome(run) -> int:
         sys.excepthook(type(error), error.with_traceback(traceback), traceback)
         return 1
     return 0
-
-
-# ---- patching PEFT when it is imported ----
-
-
-def patch_on_import() -> None:
-    """Makes the import of peft call patch_peft(), here and in processes spawned from here.
-
-    A second call changes nothing.
-    """
-    if "peft" in sys.modules:
-        _patch()
-    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _PeftFinder())
-    if not isinstance(multiprocessing.spawn.get_preparation_data, _PreparationOfChildren):
-        multiprocessing.spawn.get_preparation_data = _PreparationOfChildren(
-            multiprocessing.spawn.get_preparation_data
-        )
-
-
-def _patch() -> None:
-    if not hasattr(sys.modules["peft"], "__path__"):
-        return  # not the package, but a file of the program's own with its name
-    from lora_kernels.integrations import patch_peft
-
-    patch_peft()
-
-
-class _PeftFinder:
-    """Finds peft as the other finders do, and patches it when it has been executed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name != "peft":
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        specs = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((spec for spec in specs if spec is not None), None)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            _patch()
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-class _PreparationOfChildren:
-    """multiprocessing.spawn.get_preparation_data, whose result calls patch_on_import() when it is
-    unpickled: the first thing that a spawned process does, before it imports the main module.
-    """
-
-    def __init__(self, get_preparation_data):
-        self.get_preparation_data = get_preparation_data
-
-    def __call__(self, name):
-        return _Preparation(self.get_preparation_data(name))
-
-
-class _Preparation(dict):
-    def __reduce__(self):
-        return _prepare_child, (dict(self),)
-
-
-def _prepare_child(data: dict) -> dict:
-    patch_on_import()
-    return data

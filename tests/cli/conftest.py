@@ -1,6 +1,6 @@
 """main() in this process, as a new one would have it."""
 
-import multiprocessing.spawn
+import os
 import sys
 
 import pytest
@@ -16,11 +16,7 @@ def in_process(monkeypatch):
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # torch.distributed leaves its own
-    monkeypatch.setattr(
-        multiprocessing.spawn,
-        "get_preparation_data",
-        multiprocessing.spawn.get_preparation_data,
-    )
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     yield main
     unpatch_peft()

@@ -1,17 +1,18 @@
 """lora-kernels run: a script or a module as Python runs it, with PEFT patched on its import."""
 
 import json
-import multiprocessing.spawn
 import os
-import pickle
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import lora_kernels
-from lora_kernels import unpatch_peft
+from lora_kernels.cli import startup
+
+STARTUP = Path(startup.__file__).parent
 
 # What a program can see of how it was started.
 FACTS = """
@@ -118,18 +119,73 @@ def test_patch_leaves_a_module_of_ones_own_called_peft_alone(tmp_path):
     assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
 
 
-def test_patch_comes_with_what_a_spawned_process_unpickles(tmp_path, in_process):
-    from peft.tuners.lora.layer import Linear
+# A stand-in for the package PEFT and for this package's patch: their import takes seconds.
+STAND_INS = {
+    "peft/__init__.py": "patched = False",
+    "lora_kernels/__init__.py": "",
+    "lora_kernels/integrations.py": "def patch_peft():\n    import peft\n    peft.patched = True",
+}
+CHILDREN = {
+    "subprocess": "import subprocess\nsubprocess.run([sys.executable, 'child.py'], check=True)",
+    "grandchild": "import subprocess\nsubprocess.run([sys.executable, '-c', "
+    "\"import subprocess, sys; subprocess.run([sys.executable, 'child.py'], check=True)\"])",
+    "spawn": "import multiprocessing\nfrom child import tell\n"
+    "process = multiprocessing.get_context('spawn').Process(target=tell)\n"
+    "process.start(), process.join()",
+    "forkserver": "import multiprocessing\nfrom child import tell\n"
+    "process = multiprocessing.get_context('forkserver').Process(target=tell)\n"
+    "process.start(), process.join()",
+}
 
-    (tmp_path / "script.py").touch()
-    assert in_process(["run", str(tmp_path / "script.py")]) == 0
-    unpatch_peft()
-    data = multiprocessing.spawn.get_preparation_data("child")
-    del data["authkey"]  # which is pickled only while a process starts
-    pickled = pickle.dumps(data)
-    assert not hasattr(Linear.forward, "__wrapped__")
-    assert pickle.loads(pickled) == dict(data)
-    assert hasattr(Linear.forward, "__wrapped__")
+
+@pytest.mark.parametrize("how", CHILDREN)
+def test_processes_that_the_program_starts_are_patched(how, tmp_path):
+    for name, text in STAND_INS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "sitecustomize.py").write_text("import builtins\nbuiltins.own = 'own'")
+    (tmp_path / "child.py").write_text(
+        "def tell():\n    import peft\n    print(peft.patched, own)\n"
+        "if __name__ == '__main__':\n    tell()"
+    )
+    main = f"import sys\nif __name__ == '__main__':\n{textwrap.indent(CHILDREN[how], '    ')}"
+    (tmp_path / "script.py").write_text(main)
+    (tmp_path / "start.py").write_text(
+        # What `run` does, without this package's own import.
+        f"import runpy, sys\nsys.path.insert(0, {str(STARTUP)!r})\n"
+        "sys.modules.pop('sitecustomize', None)\nimport sitecustomize\n"
+        "runpy.run_path('script.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "start.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("True own\n", "")
+
+
+def test_run_starts_children_that_patch_peft_on_its_import(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import subprocess, sys\n"
+        "code = 'import sys; print(type(sys.meta_path[0]).__name__, \"torch\" in sys.modules)'\n"
+        "subprocess.run([sys.executable, '-c', code])\n"
+    )
+    done = python("-m", "lora_kernels", "run", "script.py", cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("_PeftFinder False\n", "")
+
+
+def test_a_child_without_this_package_goes_on_with_plain_peft(tmp_path):
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "__init__.py").touch()
+    (tmp_path / "child.py").write_text(
+        "import sys\nsys.modules['lora_kernels'] = None\nimport peft"
+    )
+    done = subprocess.run(
+        [sys.executable, "child.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(STARTUP)},
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert done.stderr.startswith("lora-kernels run: PEFT is not patched in ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

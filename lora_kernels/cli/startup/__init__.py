@@ -1,0 +1,1 @@
+"""A folder that ``lora-kernels run`` puts in front of PYTHONPATH: see sitecustomize.py."""
