@@ -155,7 +155,25 @@ def _peft() -> tuple[str, list[Missing]]:
     if not row.fused:
         reason = f"lora.Linear of peft is not fused: {row.reason}"
         return reason, [Missing(reason, "pip install --upgrade peft")]
-    return "; ".join(["lora.Linear of peft is fused", *(str(w.message) for w in caught)]), []
+    found = ["lora.Linear of peft is fused", *(str(w.message) for w in caught)]
+    return "; ".join(found + _refused_by_transformers()), []
+
+
+def _refused_by_transformers() -> list[str]:
+    """What the installed transformers says of the installed PEFT in model.add_adapter()."""
+    try:
+        from transformers.integrations.peft import MIN_PEFT_VERSION
+        from transformers.utils.peft_utils import check_peft_version
+    except ImportError:
+        return []  # no transformers, or one that does not ask
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:
+        return [
+            f"model.add_adapter() of transformers {_version('transformers')} refuses peft "
+            f"{_version('peft')}, peft.get_peft_model() takes it: {error}"
+        ]
+    return []
 
 
 def _gpu(index: int) -> dict[str, str]:

@@ -9,6 +9,7 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers
 from peft.tuners.lora.layer import Linear as PeftLinear
 
 import lora_kernels
@@ -62,8 +63,21 @@ def test_doctor_without_a_gpu_says_so(capsys):
 
 def test_peft_is_fused_under_the_patch_which_is_undone(capsys):
     _, findings = found(capsys)
-    assert findings["peft"] == "lora.Linear of peft is fused"
+    assert findings["peft"].split("; ")[0] == "lora.Linear of peft is fused"
     assert PeftLinear.forward is FORWARD
+
+
+@pytest.mark.parametrize("needed", ["0.0.1", "99.0"])
+def test_peft_that_transformers_refuses_is_named(monkeypatch, needed):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", needed)
+    refused = doctor.examine().peft.split("; ")[1:]
+    if needed == "0.0.1":
+        assert refused == []
+    else:
+        (said,) = refused
+        assert said.startswith(f"model.add_adapter() of transformers {transformers.__version__} ")
+        assert f"refuses peft {peft.__version__}" in said
+        assert said.endswith("please use a version >= 99.0")
 
 
 def test_patch_that_was_there_stays():

@@ -10,13 +10,16 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from functorch.compile import make_boxed_func
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.peft_utils import check_peft_version
 
 from lora_kernels import patch_peft, report, unpatch_peft
 from lora_kernels.testing.tolerance import assert_close
@@ -333,6 +336,10 @@ def test_bfloat16_adapters_of_a_float32_base(family, seed, device):
 @both_models
 def test_adapters_that_transformers_adds(family, seed, device):
     model = BASES[family]()
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
     model.add_adapter(config(family))
     assert_as_without(randomise(model).to(device), step, fused=LAYERS[family])
 
