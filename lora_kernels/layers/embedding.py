@@ -26,6 +26,10 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     * sparse=True: the gradient of lora_A is a sparse [r, num] tensor, that of lora_B dense;
     * scale_grad_by_freq acts on lora_A as on weight.
 
+    PEFT's create_loraplus_optimizer knows embeddings by PEFT's own class: it would give lora_B here
+    the high rate of a linear layer's. Freeze both factors for that call, set requires_grad
+    again, and pass them to ``optimizer.add_param_group`` with the rate of embeddings.
+
     Raises: ValueError as LoRALayer does, and if x is on another device than weight; TypeError if x
     is not a dense tensor of ids. An id out of range fails as in nn.Embedding.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's Embedding.
