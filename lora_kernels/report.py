@@ -15,6 +15,7 @@ from lora_kernels.integrations.peft.guard import NotFused, misfit, operands_of
 from lora_kernels.integrations.peft.patch import unreached
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LinearLayer
+from lora_kernels.model.paths import named_modules
 
 __all__ = ["Report", "Row", "report"]
 
@@ -69,7 +70,7 @@ def report(model: nn.Module, tokens: int = 4096) -> Report:
     # If peft was never imported, the model has no layer of it.
     upstream = sys.modules.get("peft.tuners.lora.layer")
     rows = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, LoRALayer):
             rows.append(_own_row(name, module, tokens))
         elif upstream is not None and isinstance(module, upstream.LoraLayer):

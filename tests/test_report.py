@@ -308,6 +308,13 @@ def test_report_of_what_fully_shard_gathers_is_fused_in_the_forward(tmp_path, de
         dist.destroy_process_group()
 
 
+def test_report_names_layers_without_wrappers():
+    model = own_model()
+    names = [row.name for row in report(model)]
+    model.lin = torch.compile(model.lin, backend="eager")
+    assert [row.name for row in report(torch.compile(model, backend="eager"))] == names
+
+
 def test_report_of_a_model_without_lora():
     rows = report(nn.Linear(2, 2))
     assert isinstance(rows, Report)

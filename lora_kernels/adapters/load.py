@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from lora_kernels.adapters.formats.adapter import (
     BaseModule,
     Source,
     own_factors,
+    renamed,
 )
 from lora_kernels.adapters.state_dict import entry_keys
 from lora_kernels.layers.base import LoRALayer
@@ -27,7 +28,9 @@ from lora_kernels.model.paths import (
     adapted_layers,
     is_inside,
     join,
+    load_plain_state,
     named_modules,
+    plain_state,
     split,
     unwrapped,
 )
@@ -47,33 +50,31 @@ def load_adapter(
     merge_weights: whether eval() merges; a plain model in eval mode is merged at once. It trains
     what the adapter trained. Modules that the adapter holds as a whole are untied as by apply_lora.
     A model that has LoRA layers must have exactly those of the adapter, with the same ranks. It
-    takes over values, lora_alpha and scaling, and keeps its dropout and requires_grad. model may be
-    wrapped as for save_adapter. A model that fully_shard has sharded must have its LoRA layers
-    already, and every rank has to call this.
+    takes over values, lora_alpha and scaling, and keeps its dropout and requires_grad. Wrappers
+    around model and in it are looked through as by save_adapter. A model that fully_shard or FSDP
+    has sharded must have its LoRA layers already, and every rank has to call this.
     Raises: FileNotFoundError for a missing directory or file; ValueError, naming file and key, for
     all that is damaged, does not fit together or does not fit the model, for pickles (never read)
     and for what PEFT offers beyond LoRA (DoRA, lora_bias, layer_replication, ...). After an error
     model is unchanged.
     """
-    adapter = peft.read(Path(directory))
-    wrapper, model = model, unwrapped(model)
-    fitted = _fit(model, adapter)
+    fitted = _fit(model, adapter := _aligned(peft.read(Path(directory)), model))
     state, layers = fitted.state, adapted_layers(model)
     if layers:
         for path, spec in fitted.specs.items():
             layers[path].lora_alpha, layers[path].scaling = spec.lora_alpha, spec.scaling
         record_trained(model, adapter.bias, fitted.saved)
-        state = _distributed(state, model.state_dict())
+        state = _distributed(state, plain_state(model))
     else:
         wrap_modules(model, fitted.specs, merge_weights)
         untie(model, fitted.saved)
         mark_only_lora_as_trainable(model, adapter.bias, fitted.saved)
         layers = adapted_layers(model)
-    model.load_state_dict(state, strict=False)
+    load_plain_state(model, state)
     for path in fitted.specs:
         if not layers[path].training:
             layers[path].eval()  # merged, if it is to be
-    return wrapper
+    return model
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ class _Fitted:
 
 def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
     """How adapter fits model, after every check that needs both; this changes nothing."""
-    source, adapted, own = adapter.source, adapted_layers(model), model.state_dict()
+    source, adapted, own = adapter.source, adapted_layers(model), plain_state(model)
 
     def takes_part(path: str) -> bool:
         # What a LoRA layer has besides its factors is not that of a saved module.
@@ -110,7 +111,7 @@ def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
         _check_base(layer, module, source)
         a, b = own_factors(layer)
         if isinstance(module, LoRALayer):
-            _check_agrees(layer, a, module, source)
+            _check_agrees(layer, own[join(path, "lora_A")].shape == a.shape, module, source)
         specs[path] = layer.spec
         state |= {join(path, "lora_A"): a, join(path, "lora_B"): b}
     for key, own_key in keys.items():
@@ -120,6 +121,24 @@ def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
     if adapted:
         _check_ties(source, model, state, saved)
     return _Fitted(specs, state, saved)
+
+
+# What may lie in front of the paths in a model, or in an adapter, that the other does not know of.
+_FRONTS = ("module.", "model.")
+
+
+def _aligned(adapter: Adapter, model: nn.Module) -> Adapter:
+    """adapter under model's paths, if they differ by what DDP or Lightning puts in front."""
+    paths = {path for path, _ in named_modules(model, remove_duplicate=False)}
+    for front in _FRONTS:
+        if paths.issuperset(adapter.layers):
+            break
+        if all(path.startswith(front) and path[len(front) :] in paths for path in adapter.layers):
+            return renamed(adapter, lambda entry, front=front: entry.removeprefix(front))
+        if paths.issuperset(front + path for path in adapter.layers):
+            longer = renamed(adapter, lambda entry, front=front: front + entry)
+            return replace(longer, modules_to_save=adapter.modules_to_save)  # ends of paths
+    return adapter
 
 
 def _targets(model: nn.Module, adapter: Adapter, adapted: Collection[str]) -> dict[str, nn.Module]:
@@ -139,14 +158,14 @@ def _targets(model: nn.Module, adapter: Adapter, adapted: Collection[str]) -> di
 
 
 def _embedding_keys(model: nn.Module) -> dict[str, str]:
-    """Key in the plain model -> key in model.state_dict(), of weights that PEFT may store too.
+    """Key in the plain model -> key in plain_state(model), of weights that PEFT may store too.
 
     PEFT does so if the input embedding or the output head is wrapped, or has a new vocabulary.
     """
     keys = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(AttributeError, NotImplementedError):
-            module = getattr(model, getter)()
+            module = getattr(unwrapped(model), getter)()
             keys |= {
                 join(path, "weight"): join(path, "weight")
                 for path, candidate in named_modules(model)
@@ -213,8 +232,8 @@ def _check_base(layer: AdapterLayer, module: nn.Module, source: Source) -> None:
         )
 
 
-def _check_agrees(layer: AdapterLayer, a: Tensor, module: LoRALayer, source: Source) -> None:
-    """module has layer's groups and rank, and a's shape. Raises: ValueError that names both."""
+def _check_agrees(layer: AdapterLayer, fits: bool, module: LoRALayer, source: Source) -> None:
+    """module has layer's groups and rank, and lora_A fits. Raises: ValueError that names both."""
     place = source.place(join(layer.path, "lora_A"))
     splits = module.output_splits if isinstance(module, LoRAMergedLinear) else None
     if splits != layer.spec.splits:
@@ -222,7 +241,7 @@ def _check_agrees(layer: AdapterLayer, a: Tensor, module: LoRALayer, source: Sou
             f"{place}: the model has {type(module).__name__} with {_words(splits)}, the adapter "
             f"one with {_words(layer.spec.splits)}"
         )
-    if module.r != layer.spec.r or module.lora_A.shape != a.shape:
+    if module.r != layer.spec.r or not fits:
         raise ValueError(
             f"{place}: the model has LoRA of rank {module.r} here, the adapter {layer.spec.r}"
         )

@@ -1,15 +1,15 @@
 """save_adapter: from a model to an Adapter, and from that to PEFT's two files."""
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels import distributed
 from lora_kernels.adapters.formats import peft
-from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer, BaseModule
+from lora_kernels.adapters.formats.adapter import FACTORS, Adapter, AdapterLayer, BaseModule
 from lora_kernels.adapters.state_dict import entry_keys
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
@@ -17,8 +17,10 @@ from lora_kernels.model.paths import (
     adapted_layers,
     as_names,
     is_inside,
+    join,
     lora_layers,
     named_modules,
+    plain_state,
     split,
     unwrapped,
 )
@@ -40,13 +42,13 @@ def save_adapter(
     modules_to_save, and those that are tied to them, because PEFT and load_adapter untie them.
     LoRAMergedLinear and convolutions become PEFT layers of a higher rank with the same update;
     load_adapter gives back the original ones. Both files are complete before either replaces an
-    older one. model may be inside DistributedDataParallel or torch.compile, and may hold PyTorch's
-    checkpoint_wrapper. One rank or all of them may call this. If fully_shard has sharded model,
-    every rank has to call it: all gather, rank 0 writes, and all return when it has written.
+    older one. Wrappers around model and in it, such as DistributedDataParallel, FSDP, torch.compile
+    and checkpoint_wrapper, leave no trace in the names. One rank or all of them may call this. If
+    fully_shard or FSDP has sharded model, every rank has to call it: all gather; for fully_shard
+    rank 0 writes, and all return when it has written.
     Raises: ValueError for a model without LoRA, a value that is not finite, a LoRA layer inside a
     saved module, and a convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
     """
-    model = unwrapped(model)
     encoded = peft.encode(adapter_of(model, as_names("modules_to_save", modules_to_save)))
     if not any(map(distributed.is_dtensor, model.state_dict().values())):
         encoded.write(Path(directory))
@@ -64,7 +66,7 @@ def adapter_of(model: nn.Module, modules_to_save: Collection[str]) -> Adapter:
     Raises: ValueError for a model that has no LoRA layer or is one itself, and for a name that no
     module has.
     """
-    state = model.state_dict()  # first, because this makes FSDP shard its parameters again
+    state = plain_state(model)  # first, because this makes FSDP shard its parameters again
     layers = adapted_layers(model)
     if not layers or "" in layers:
         what = "has no LoRA layer" if not layers else "is itself a LoRA layer: put it in a module"
@@ -77,9 +79,9 @@ def adapter_of(model: nn.Module, modules_to_save: Collection[str]) -> Adapter:
     saved = peft.saved_modules(paths, saved_paths(model, modules_to_save), takes_part)
     saved = with_tied(model, saved)
     bias = recorded_biases(model)
-    base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
+    base_model = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
     return Adapter(
-        layers={path: _layer(path, layer) for path, layer in layers.items()},
+        layers={path: _layer(path, layer, state) for path, layer in layers.items()},
         entries={
             key: distributed.full_tensor(state[own])
             for key, own in entry_keys(model, layers, bias, saved).items()
@@ -91,7 +93,7 @@ def adapter_of(model: nn.Module, modules_to_save: Collection[str]) -> Adapter:
     )
 
 
-def _layer(path: str, layer: LoRALayer) -> AdapterLayer:
+def _layer(path: str, layer: LoRALayer, state: Mapping[str, Tensor]) -> AdapterLayer:
     base = BaseModule.of(layer)
     spec = LayerSpec(
         r=layer.r,
@@ -100,7 +102,9 @@ def _layer(path: str, layer: LoRALayer) -> AdapterLayer:
         lora_dropout=0.0 if base.kind == "embedding" else layer.lora_dropout.p,
         splits=layer.output_splits if isinstance(layer, LoRAMergedLinear) else None,
     )
-    a, b = (distributed.full_tensor(factor.detach()) for factor in (layer.lora_A, layer.lora_B))
+    # FSDP gives whole factors in the state dict alone; a parametrized layer has none there.
+    factors = (state.get(join(path, name), getattr(layer, name)) for name in FACTORS)
+    a, b = (distributed.full_tensor(factor.detach()) for factor in factors)
     return AdapterLayer(path, base, spec, a, b)
 
 

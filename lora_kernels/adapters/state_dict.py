@@ -12,7 +12,9 @@ from lora_kernels.model.paths import (
     join,
     lora_layers,
     named_modules,
+    plain_state,
     split,
+    wrapper_prefix,
 )
 from lora_kernels.model.trainable import bias_names, check_bias, saved_paths
 
@@ -24,6 +26,9 @@ def lora_state_dict(
 ) -> dict[str, Tensor]:
     """The entries of model.state_dict() that LoRA trains, under loralib's keys, unmerged.
 
+    Wrappers inside model, such as compiled blocks, leave no trace in the keys: they load into the
+    plain model, and into one with wrappers that mark_only_lora_as_trainable has seen. What wraps
+    the whole model (DDP, torch.compile) gives its prefix to every key, as in model.state_dict().
     Keys whose last part starts with "lora_"; biases as in mark_only_lora_as_trainable; the whole
     of each module in modules_to_save and of those recorded by mark_only_lora_as_trainable. As in
     model.state_dict(), parameters that fully_shard has sharded are DTensors: ``full_tensor()``, on
@@ -34,15 +39,16 @@ def lora_state_dict(
     check_bias(bias)
     saved = saved_paths(model, as_names("modules_to_save", modules_to_save))
     wanted = _bias_keys(model, bias)
+    prefix = wrapper_prefix(model)
     return {
-        key: value
-        for key, value in model.state_dict().items()
+        prefix + key: value
+        for key, value in plain_state(model).items()
         if key in wanted or split(key)[1].startswith("lora_") or is_inside(key, saved)
     }
 
 
 def _bias_keys(model: nn.Module, bias: str) -> set[str]:
-    """Keys in model.state_dict() of the biases that mark_only_lora_as_trainable(bias) trains."""
+    """Keys in plain_state(model) of the biases that mark_only_lora_as_trainable(bias) trains."""
     owners = set()
     if bias == "all":
         owners = {id(module) for module in model.modules()}
@@ -69,7 +75,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     renamed, dropped, merged = {}, set(), {}
     copies: dict[int, Tensor] = {}
-    state = model.state_dict()  # first, because this makes FSDP shard its parameters again
+    state = plain_state(model)  # first, because this makes FSDP shard its parameters again
     for path, layer in named_modules(model, remove_duplicate=False):
         if not isinstance(layer, LoRALayer):
             continue
@@ -99,12 +105,12 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def entry_keys(
     model: nn.Module, targets: Mapping[str, nn.Module], bias: str, saved: Collection[str]
 ) -> dict[str, str]:
-    """Key in the plain model -> key in model.state_dict(), of what trains besides the factors.
+    """Key in the plain model -> key in plain_state(model), of what trains besides the factors.
 
     targets: the modules that have LoRA or are to get it. saved: the paths of the modules that train
     as a whole.
     """
-    keys = {key: key for key in model.state_dict() if is_inside(key, saved)}
+    keys = {key: key for key in plain_state(model) if is_inside(key, saved)}
     for path, module in named_modules(model):
         if bias == "none" or is_inside(path, saved):
             continue

@@ -133,6 +133,13 @@ def _add_convert(commands) -> None:
         metavar="NAME",
         help="NAME was trained as a whole, as a new head is",
     )
+    to_peft.add_argument(
+        "--drop-prefix",
+        default="",
+        metavar="PREFIX",
+        help="what the file has in front of every key and the model has not, such as model. of a "
+        "LightningModule; names of other wrappers are taken off unasked",
+    )
     convert.set_defaults(command=_convert)
 
 

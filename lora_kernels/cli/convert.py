@@ -24,7 +24,7 @@ def convert(options: argparse.Namespace) -> list[str]:
         found = formats.recognise(source)
         wanted = "loralib" if found == "peft" else "peft"
         adapter = formats.FORMATS[found].read(source, _hints(options))
-        return formats.FORMATS[wanted].write(adapter, destination)
+        return [*formats.FORMATS[wanted].write(adapter, destination), *adapter.notes]
     except (ValueError, OSError) as error:
         raise UsageError(f"convert: {' '.join(str(error).split())}") from error
 
@@ -38,6 +38,7 @@ def _hints(options: argparse.Namespace) -> Hints:
         out_splits=tuple(_numbers("--out-splits", options.out_splits)),
         embedding=tuple(options.embedding),
         modules_to_save=tuple(options.modules_to_save),
+        drop_prefix=options.drop_prefix,
     )
 
 

@@ -8,7 +8,13 @@ from torch import nn
 from lora_kernels.checks import check_dropout
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
-from lora_kernels.model.paths import as_names, check_names_exist, lora_layers, named_modules
+from lora_kernels.model.paths import (
+    as_names,
+    check_names_exist,
+    lora_layers,
+    named_modules,
+    unwrapped,
+)
 from lora_kernels.model.targets import (
     Hyperparameters,
     LayerSpec,
@@ -74,10 +80,11 @@ def apply_lora(
     dropout = check_dropout(lora_dropout, "apply_lora")
     saved = as_names("modules_to_save", modules_to_save)
     check_names_exist(model, saved)
-    construct = constructor_of(model)
+    inside = unwrapped(model)
+    construct = constructor_of(inside)
     if construct is not None:
         raise ValueError(
-            f"apply_lora: model is itself an nn.{type(model).__name__}, which cannot be replaced "
+            f"apply_lora: model is itself an nn.{type(inside).__name__}, which cannot be replaced "
             f"in place: use {construct.__self__.__name__}.{construct.__name__}(model, r, ...)"
         )
     targets = match_targets(model, target_modules, saved)
@@ -119,6 +126,8 @@ def wrap_modules(
         for name, child in list(parent._modules.items()):
             if id(child) in layers:
                 setattr(parent, name, layers[id(child)])
+                if isinstance(parent, torch._dynamo.OptimizedModule):
+                    parent._initialize()  # it holds the call of the module that it was made for
     for module in model.modules():
         # PyTorch's fast path for inference of these reads the weights without calling the layers.
         if isinstance(module, nn.TransformerEncoderLayer) and any(lora_layers(module)):

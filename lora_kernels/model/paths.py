@@ -1,17 +1,27 @@
 """Paths: what a module is called in its model, under wrappers and without them."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels.layers.base import LoRALayer
 
 __all__ = [
-    "adapted_layers", "as_names", "check_names_exist", "in_model_order", "is_inside", "is_named",
-    "join", "lora_layers", "named_modules", "split", "unwrapped",
+    "accept_plain_keys", "adapted_layers", "as_names", "check_names_exist", "in_model_order",
+    "is_inside", "is_named", "join", "load_plain_state", "lora_layers", "named_modules",
+    "plain_state", "split", "unwrapped", "without_wrappers", "wrapper_prefix",
 ]  # fmt: skip
 
-_CHECKPOINTED = "_checkpoint_wrapped_module"
+# What these wrappers call the module inside: torch.compile, FSDP, checkpoint_wrapper, Fabric.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+            "_forward_module", "_original_module")  # fmt: skip
+# Of these, state_dict() does not show any.
+_HIDDEN = _WRAPPED[1:]
+# And what classes of these libraries call it. In any other class it is the model's own name.
+_WRAPPED_BY = {
+    "module": ("torch.nn.parallel", "torch.optim.swa_utils", "deepspeed"),
+    "model": ("lightning", "pytorch_lightning"),
+}
 
 
 # ---- paths as text ----
@@ -63,30 +73,106 @@ def as_names(argument: str, names: str | Iterable[str] | None) -> list[str]:
     return listed
 
 
+# ---- wrappers ----
+
+
+def without_wrappers(path: str, model: nn.Module | None = None) -> str:
+    """path, or a key of a state dict, as it is in the model without wrappers.
+
+    Every part of it that a wrapper has added is taken off: by torch.compile, FSDP and
+    checkpoint_wrapper in any case; by DDP, DataParallel, AveragedModel and DeepSpeed ("module") and
+    Lightning ("model") if model has such a wrapper there, because a model may use these names. A
+    LightningModule counts as one if all of its parameters are in "model".
+    """
+    module, kept = model, []
+    for part in path.split("."):
+        consumed = part in _WRAPPED
+        while module is not None and (name := _wrapped_name(module)) is not None:
+            module = module._modules[name]
+            if part == name:
+                consumed = True
+                break
+        if not consumed:
+            kept.append(part)
+            module = None if module is None else module._modules.get(part)
+    return ".".join(kept)
+
+
+def _wrapped_name(module: nn.Module) -> str | None:
+    """What a wrapper calls the module inside; None if module is not a wrapper."""
+    children = module._modules
+    for name in _WRAPPED:
+        if children.get(name) is not None:
+            return name
+    for name, libraries in _WRAPPED_BY.items():
+        if children.get(name) is not None and any(
+            f"{cls.__module__}.".startswith(f"{library}.")
+            for cls in type(module).__mro__
+            for library in libraries
+        ):
+            beside = (child for key, child in children.items() if key != name and child is not None)
+            held = any(next(child.parameters(), None) is not None for child in beside)
+            return None if held or module._parameters else name
+    return None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of all wrappers around model."""
+    while (name := _wrapped_name(model)) is not None:
+        model = model._modules[name]
+    return model
+
+
+def wrapper_prefix(model: nn.Module) -> str:
+    """What the wrappers around model put in front of every key of model.state_dict()."""
+    prefix = ""
+    while (name := _wrapped_name(model)) is not None:
+        if name not in _HIDDEN:
+            prefix += f"{name}."
+        model = model._modules[name]
+    return prefix
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """model.state_dict() under the keys that it has without wrappers."""
+    return {without_wrappers(key, model): value for key, value in model.state_dict().items()}
+
+
+def accept_plain_keys(model: nn.Module) -> None:
+    """Has model.load_state_dict() take keys without the names of wrappers inside model as well."""
+    if _add_wrappers not in [hook.hook for hook in model._load_state_dict_pre_hooks.values()]:
+        model.register_load_state_dict_pre_hook(_add_wrappers)
+
+
+def _add_wrappers(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+    for path, module in model.named_modules(remove_duplicate=False):
+        shown = ".".join(part for part in path.split(".") if part not in _HIDDEN)
+        plain = without_wrappers(shown, model)
+        if plain == shown:
+            continue
+        for name in (*module._parameters, *module._buffers):
+            own, given = prefix + join(shown, name), prefix + join(plain, name)
+            if own not in state and given in state:
+                state[own] = state.pop(given)
+
+
+def load_plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads entries of plain_state(model), not necessarily all; modules may know others, too."""
+    keys = {without_wrappers(key, model): key for key in model.state_dict()}
+    state = {keys.get(key, key): value for key, value in state.items()}
+    model.load_state_dict(state, strict=False)
+
+
 # ---- modules by their paths ----
 
 
 def named_modules(
     model: nn.Module, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
-    """model.named_modules() under the paths that model.state_dict() has.
-
-    PyTorch's checkpoint_wrapper adds a part to the paths of model.named_modules() only.
-    """
+    """model.named_modules() without wrappers, neither as modules nor in the paths."""
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
-        if _CHECKPOINTED not in module._modules:
-            yield ".".join(part for part in path.split(".") if part != _CHECKPOINTED), module
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """model without DistributedDataParallel and torch.compile, which add a prefix to its paths."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return model
+        if _wrapped_name(module) is None:
+            yield without_wrappers(path, model) if path else path, module
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:

@@ -14,7 +14,14 @@ from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_kernels.layers.embedding import LoRAEmbedding
 from lora_kernels.layers.linear import LoRALinear, is_hf_conv1d
-from lora_kernels.model.paths import as_names, is_inside, is_named, named_modules, split
+from lora_kernels.model.paths import (
+    as_names,
+    is_inside,
+    is_named,
+    named_modules,
+    split,
+    unwrapped,
+)
 from lora_kernels.spec import OutputSplits
 
 __all__ = [
@@ -112,7 +119,7 @@ def _matching_paths(model, modules: dict[str, nn.Module], target_modules) -> lis
 
 def _linear_paths(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     try:
-        head = model.get_output_embeddings()
+        head = unwrapped(model).get_output_embeddings()
     except (AttributeError, NotImplementedError):
         head = None
     paths, skipped = [], []
@@ -183,7 +190,7 @@ def check_wrappable(targets: Mapping[str, nn.Module]) -> None:
         elif distributed.is_managed(module) or any(
             map(distributed.is_dtensor, module._parameters.values())
         ):
-            reason = "its weight is sharded: call apply_lora before fully_shard"
+            reason = "its weight is sharded: call apply_lora before fully_shard or FSDP"
         elif "weight" not in module._parameters:
             reason = "its weight is computed, not a parameter"
         elif "forward" in module.__dict__:

@@ -6,6 +6,7 @@ from torch import nn
 
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.model.paths import (
+    accept_plain_keys,
     adapted_layers,
     as_names,
     check_names_exist,
@@ -49,6 +50,7 @@ def mark_only_lora_as_trainable(
             elif name.startswith("lora_"):
                 left_alone.add(id(parameter))
     record_trained(model, bias, names)
+    accept_plain_keys(model)
     for module in model.modules():
         kind = module.__dict__.get(_RECORD)
         if kind == "module":

@@ -12,15 +12,18 @@ import lora_kernels
 from lora_kernels import (
     apply_lora,
     load_adapter,
+    lora_state_dict,
     save_adapter,
 )
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.model.paths import adapted_layers
 from tests.adapters.nets import (
     OPTIONS,
     adapted,
     assert_equal_states,
     assert_same,
     assert_same_files,
+    with_peft,
 )
 from tests.adapters.tied import LORA, SAVED, trained
 from tests.model import wrapped
@@ -125,3 +128,63 @@ def test_name_of_a_lora_layer_may_end_with_that_of_a_saved_module(bias, seed, tm
     loaded = lora_kernels.load_adapter(plain(), tmp_path)
     for key, value in lora_kernels.lora_state_dict(model, bias).items():
         assert torch.equal(loaded.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("sides", ["saved", "loaded", "both"])
+def test_adapters_travel_between_fsdp_and_the_plain_model(sides, seed, tmp_path):
+    """FSDP's first version, which hides its names in the state dict and only there."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        base, x = wrapped.Net(), torch.randn(5, 6)
+        model = wrapped.adapted(base)
+        expected = model(x)
+        save_adapter(wrapped.in_fsdp(model) if sides != "loaded" else model, tmp_path / "adapter")
+        again = wrapped.adapted(base)
+        again = wrapped.in_fsdp(again) if sides != "saved" else again
+        assert torch.equal(load_adapter(again, tmp_path / "adapter")(x), expected)
+        assert torch.equal(load_adapter(base, tmp_path / "adapter")(x), expected)
+        with pytest.raises(ValueError, match=r"blocks.0.up \(Linear\) .* before .* FSDP"):
+            load_adapter(wrapped.in_fsdp(wrapped.Net()), tmp_path / "adapter")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Own(nn.Module):
+    """A model of the user's that calls a part of itself as DDP calls what it wraps."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.add_module(name, wrapped.Net())
+
+
+@pytest.mark.parametrize("name", ["module", "model"])
+def test_load_adapter_takes_what_is_in_front_of_all_paths_off_or_adds_it(name, seed, tmp_path):
+    own = Own(name)
+    plain = own.get_submodule(name)
+    apply_lora(own, r=2, lora_alpha=4, modules_to_save=["head"])
+    save_adapter(own, tmp_path / "own")
+    for adapter, target in (
+        ("own", wrapped.Net()), ("own", Own(name)), ("plain", Own(name)), ("plain", wrapped.Net()),
+    ):  # fmt: skip
+        if adapter == "plain":
+            save_adapter(plain, tmp_path / "plain", ["head"])
+        load_adapter(target, tmp_path / adapter)
+        loaded = target.get_submodule(name) if isinstance(target, Own) else target
+        wrapped.assert_same(lora_state_dict(loaded), lora_state_dict(plain))
+
+
+def test_load_adapter_takes_the_names_of_wrappers_in_a_file_of_peft(seed, tmp_path):
+    base, x = wrapped.Net(), torch.randn(5, 6)
+    theirs = with_peft(
+        wrapped.with_compiled_parts(copy.deepcopy(base)),
+        target_modules=["up", "blocks.0.down"], rank_pattern={"_orig_mod.up": 3},
+        modules_to_save=["head"],
+    )  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    assert any("_orig_mod" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    ours = load_adapter(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert {p: layer.r for p, layer in adapted_layers(ours).items()} == {
+        "blocks.0.up": 2, "blocks.0.down": 2, "blocks.1.up": 3,
+    }  # fmt: skip

@@ -19,6 +19,7 @@ from lora_kernels.layers.conv import ConvLoRA, LoRAConv2d
 from lora_kernels.layers.embedding import LoRAEmbedding
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
+from lora_kernels.model.paths import plain_state, wrapper_prefix
 from tests.adapters.nets import (
     KINDS,
     adapted,
@@ -149,14 +150,16 @@ def test_merged_state_dict_refuses_an_embedding_that_would_limit_its_rows():
         merged_state_dict(model)
 
 
-@pytest.mark.parametrize("wrap", [wrapped.checkpointed, checkpoint_wrapper])
-def test_state_dicts_of_a_checkpointed_model_are_the_plain_models(wrap, seed):
+@pytest.mark.parametrize(
+    "wrap", [wrapped.checkpointed, checkpoint_wrapper, wrapped.with_compiled_parts]
+)
+def test_state_dicts_of_a_model_with_wrappers_are_the_plain_models(wrap, seed):
     base = wrapped.Net()
     torch.manual_seed(0)
     expected = wrapped.adapted(base)
     torch.manual_seed(0)
     model = wrapped.adapted(wrap(copy.deepcopy(base)))
-    wrapped.assert_same(model.state_dict(), expected.state_dict())
+    wrapped.assert_same(plain_state(model), expected.state_dict())
     wrapped.assert_same(merged_state_dict(model), merged_state_dict(expected))
     wrapped.assert_same(lora_state_dict(model, "all"), lora_state_dict(expected, "all"))
     x = torch.randn(5, 6)
@@ -204,3 +207,20 @@ def test_merged_state_dict_of_a_layer_that_does_not_is_an_error_with_its_path():
     with pytest.raises(ValueError, match="0: InProjection has no parameter 'weight': set weight_n"):
         merged_state_dict(model)
     assert list(lora_state_dict(model)) == ["0.lora_A", "0.lora_B"]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("around", [lambda model: model, wrapped.compiled, nn.DataParallel])
+def test_lora_state_dict_loads_into_compiled_parts_and_out_of_them(around, strict, seed):
+    """By PyTorch's own load_state_dict, also if something is wrapped around the model."""
+    base = wrapped.Net()
+    model = wrapped.adapted(base, bias="all")
+    other = around(wrapped.with_compiled_parts(wrapped.adapted(base, bias="all")))
+    state = model.state_dict() if strict else lora_state_dict(model, "all")
+    other.load_state_dict({wrapper_prefix(other) + k: v for k, v in state.items()}, strict=strict)
+    wrapped.assert_same(plain_state(other), model.state_dict())
+    saved = lora_state_dict(other, "all")
+    assert not any("_orig_mod" in key.removeprefix("_orig_mod.") for key in saved)
+    again = around(wrapped.with_compiled_parts(wrapped.adapted(base, bias="all")))
+    again.load_state_dict(saved, strict=False)
+    wrapped.assert_same(plain_state(again), model.state_dict())

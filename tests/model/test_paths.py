@@ -16,10 +16,13 @@ from lora_kernels.model.paths import (
     is_inside,
     is_named,
     join,
+    load_plain_state,
     lora_layers,
     named_modules,
+    plain_state,
     split,
     unwrapped,
+    without_wrappers,
 )
 from tests.model import wrapped
 
@@ -67,13 +70,42 @@ def test_in_model_order_is_that_of_a_model_built_so():
     assert in_model_order(paths) == [path for path, _ in model.named_modules() if path]
 
 
-@pytest.mark.parametrize("wrap", [wrapped.checkpointed, lambda model: model])
-def test_named_modules_has_the_paths_of_the_state_dict(wrap):
+@wrapped.each_way
+def test_named_modules_and_plain_state_are_those_of_the_plain_model(wrap):
+    plain = wrapped.Net()
+    model = wrap(copy.deepcopy(plain))
+    paths = [path for path, _ in named_modules(model) if path != "loss"]  # beside the model
+    assert paths == [path for path, _ in plain.named_modules()]
+    state = plain_state(model)
+    state.pop("n_averaged", None)  # of AveragedModel itself
+    wrapped.assert_same(state, plain.state_dict())
+    assert type(unwrapped(model)) is wrapped.Net
+
+
+@wrapped.each_way
+def test_load_plain_state_loads_what_has_no_wrappers(wrap):
+    plain = wrapped.Net()
     model = wrap(wrapped.Net())
-    keys = {
-        join(path, name) for path, module in named_modules(model) for name in module._parameters
-    }
-    assert keys == set(model.state_dict()) == set(wrapped.Net().state_dict())
+    load_plain_state(model, plain.state_dict())
+    x = torch.randn(3, 6)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_without_wrappers_leaves_the_models_own_names_alone():
+    class Outer(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.module, self.model = inner, nn.ModuleDict({"module": nn.Linear(2, 2)})
+
+    model = Outer(wrapped.compiled(nn.Linear(2, 2)))
+    ddp = nn.DataParallel(model)
+    keys = {without_wrappers(key, ddp) for key in ddp.state_dict()}
+    assert keys == {"module.weight", "module.bias", "model.module.weight", "model.module.bias"}
+    assert without_wrappers("module.model.base_layer._orig_mod.x") == "module.model.base_layer.x"
+    lightning = wrapped.in_lightning(model)
+    assert without_wrappers("model.module.weight", lightning) == "module.weight"
+    lightning.head = nn.Linear(2, 2)  # the model is more than what is called model
+    assert without_wrappers("model.module.weight", lightning) == "model.module.weight"
 
 
 def test_unwrapped_looks_through_wrappers_around_wrappers():

@@ -1,6 +1,7 @@
 """Models that checkpoint_wrapper or torch.compile has put a module into or around."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -9,8 +10,18 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lora_kernels import apply_lora
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
 
 
 class Net(nn.Module):
@@ -18,15 +29,13 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"up": nn.Linear(6, 8), "down": nn.Linear(8, 6)}) for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.single = nn.Linear(6, 6)
         self.head = nn.Linear(6, 3)
 
     def forward(self, x):
         for block in self.blocks:
-            x = x + block["down"](torch.relu(block["up"](x)))
+            x = block(x)
         return self.head(self.single(x))
 
 
@@ -41,7 +50,37 @@ def compiled(model):
     return torch.compile(model, backend="eager")
 
 
+def with_compiled_parts(model):
+    """A block and a single layer, each compiled by itself, as regional compilation does."""
+    model.blocks[1] = compiled(model.blocks[1])
+    model.single = compiled(model.single)
+    return model
+
+
+def in_fsdp(model):
+    """FSDP around a layer and around all; needs a process group."""
+    options = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process shards nothing
+        model.blocks[0].up = FullyShardedDataParallel(model.blocks[0].up, **options)
+        return FullyShardedDataParallel(model, **options)
+
+
+def in_lightning(model):
+    """What Lightning calls a model in a user's LightningModule."""
+    kind = type("LightningModule", (nn.Module,), {"__module__": "lightning.pytorch.core.module"})
+    training = type("Training", (kind,), {"forward": lambda self, x: self.model(x)})()
+    training.model, training.loss = model, nn.MSELoss()
+    return training
+
+
 WRAPPERS = {
+    "parts compiled": with_compiled_parts,
+    "compiled in compiled": lambda model: compiled(with_compiled_parts(model)),
+    "checkpointed in compiled": lambda model: with_compiled_parts(checkpointed(model)),
+    "in Lightning": in_lightning,
+    "data parallel": nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
     "checkpointed": checkpointed,
     "root checkpointed": checkpoint_wrapper,
     "compiled": compiled,

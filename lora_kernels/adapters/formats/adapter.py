@@ -11,8 +11,8 @@ Other entries have the keys that the plain model's state_dict() has.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.layers.conv import ConvLoRA
+from lora_kernels.model.paths import join
 from lora_kernels.model.targets import LayerSpec
 
 __all__ = [
     "FACTORS", "Adapter", "AdapterLayer", "BaseModule", "Convolution", "Hints", "Kind", "Source",
-    "own_factors", "rank_of_two_convolutions",
+    "own_factors", "rank_of_two_convolutions", "renamed",
 ]  # fmt: skip
 
 Kind = Literal["linear", "embedding", "convolution"]
@@ -81,9 +82,11 @@ class BaseModule:
         if isinstance(module, nn.Embedding):
             return cls("embedding", module.num_embeddings, module.embedding_dim)
         # The one linear that is not an nn.Linear, Hugging Face's Conv1D, stores [in, out].
-        transposed = getattr(module, "fan_in_fan_out", not isinstance(module, nn.Linear))
-        rows, columns = reversed(module.weight.shape) if transposed else module.weight.shape
-        return cls("linear", columns, rows, transposed)
+        if isinstance(module, nn.Linear):
+            transposed = getattr(module, "fan_in_fan_out", False)
+            return cls("linear", module.in_features, module.out_features, transposed)
+        columns, rows = module.weight.shape
+        return cls("linear", columns, rows, True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +158,8 @@ class Adapter:
     of mark_only_lora_as_trainable that made the biases trainable. modules_to_save: paths, or ends
     of paths. target_modules: which modules of the model get the layers, as in apply_lora.
     restricted: whether target_modules may match further modules, which get no layer. base_model:
-    the model's name. source: the files; None if the adapter comes from a model.
+    the model's name. source: the files; None if the adapter comes from a model. notes: what reading
+    them had to assume, in sentences for the user.
     """
 
     layers: Mapping[str, AdapterLayer]
@@ -166,6 +170,30 @@ class Adapter:
     restricted: bool = False
     base_model: str | None = None
     source: Source | None = None
+    notes: Sequence[str] = ()
+
+
+def renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
+    """adapter with rename(entry) for every path and entry; its layers are the targets then.
+
+    Raises: ValueError if two get the same name.
+    """
+    source, old = adapter.source, {}
+    for entry in (*adapter.layers, *adapter.entries):
+        if old.setdefault(rename(entry), entry) != entry:
+            raise ValueError(f"{entry} and {old[rename(entry)]} are both {rename(entry)!r}")
+    factors = {join(new, name): join(path, name) for new, path in old.items() for name in FACTORS}
+    keys = factors | old
+    return replace(
+        adapter,
+        layers={rename(p): replace(layer, path=rename(p)) for p, layer in adapter.layers.items()},
+        entries={rename(entry): value for entry, value in adapter.entries.items()},
+        modules_to_save=[rename(name) for name in adapter.modules_to_save],
+        target_modules=[rename(path) for path in adapter.layers],
+        restricted=True,
+        source=source
+        and Source(source.config, source.weights, lambda new: source.key(keys.get(new, new))),
+    )
 
 
 @dataclass(frozen=True)
@@ -173,7 +201,8 @@ class Hints:
     """What a file may lack about its adapter: the options of ``lora-kernels convert``.
 
     enable_lora, out_splits: pairs of the name of a module, or the end of its path, and the numbers
-    for it; "" stands for all modules. embedding, modules_to_save: names.
+    for it; "" stands for all modules. embedding, modules_to_save: names. drop_prefix: what no
+    key of the model begins with.
     """
 
     lora_alpha: float | None = None
@@ -183,3 +212,4 @@ class Hints:
     out_splits: tuple[tuple[str, tuple[int, ...]], ...] = ()
     embedding: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
+    drop_prefix: str = ""

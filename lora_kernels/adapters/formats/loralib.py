@@ -20,6 +20,7 @@ from lora_kernels.adapters.formats.adapter import (
     Hints,
     Source,
 )
+from lora_kernels.adapters.formats.keys import plain_keys
 from lora_kernels.checks import check_alpha, check_dropout
 from lora_kernels.model.paths import in_model_order, is_inside, is_named, join, split
 from lora_kernels.model.targets import LayerSpec, name_targets
@@ -28,10 +29,10 @@ from lora_kernels.spec import OutputSplits
 
 __all__ = ["read", "recognises", "write"]
 
-# The keys under which scripts, such as loralib's own example, keep a state dict in a larger dict,
-# and the prefix that DDP gives to every key.
+# The keys under which scripts, such as loralib's own example, keep a state dict in a larger dict.
 _ENVELOPES = ("model_state_dict", "state_dict", "model")
-_DDP = "module."
+# The key beside a state dict that tells Lightning's file, and what Lightning puts before its keys.
+_LIGHTNING, _LIGHTNING_FRONT = "pytorch-lightning_version", "model."
 
 
 def recognises(path: Path) -> bool:
@@ -50,7 +51,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     """
     if hints.lora_alpha is None:
         raise ValueError(f"{file}: the file does not hold lora_alpha: give --lora-alpha")
-    state = _read_state(file)
+    state, notes = _read_state(file, hints)
     with files.naming(file):
         check_alpha(hints.lora_alpha, "--lora-alpha")
         check_dropout(hints.lora_dropout, "--lora-dropout")
@@ -74,13 +75,18 @@ def read(file: Path, hints: Hints) -> Adapter:
         modules_to_save=[p for p in modules if p in saved and not is_inside(split(p)[0], saved)],
         target_modules=name_targets(layers, others),
         source=Source(file, file, str),
+        notes=notes,
     )
 
 
-def _read_state(file: Path) -> dict[str, Tensor]:
-    """The state dict in a file, without what scripts and DDP put around it."""
+def _read_state(file: Path, hints: Hints) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in a file, without what scripts and wrappers put around it; notes on that."""
     state = files.read_pickle(file)
+    dropped = f"{hints.drop_prefix.rstrip('.')}." if hints.drop_prefix else ""
+    fronts = [dropped] if dropped else []
     for name in _ENVELOPES:
+        if isinstance(state, dict) and _LIGHTNING in state:
+            fronts.append(_LIGHTNING_FRONT)
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
     if not isinstance(state, dict) or not state:
@@ -88,9 +94,17 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"{file}: {key}: must be a tensor, got {type(value).__name__}")
-    if all(key.startswith(_DDP) for key in state):
-        state = {key.removeprefix(_DDP): value for key, value in state.items()}
-    return state
+    with files.naming(file):
+        plain, taken = plain_keys(state, fronts)
+        if dropped and not any(dropped in part for part in taken):
+            raise ValueError(f"--drop-prefix: not every key begins with {dropped!r}")
+    notes = [f"{file}: left out of the keys: {part!r}, as a wrapper's" for part in taken]
+    if not notes and all(key.startswith(_LIGHTNING_FRONT) for key in plain.values()):
+        notes.append(
+            f"{file}: every key begins with {_LIGHTNING_FRONT!r}: if that is of a LightningModule "
+            f"and not of the model, give --drop-prefix {_LIGHTNING_FRONT}"
+        )
+    return {plain[key]: value for key, value in state.items()}, notes
 
 
 def _check_keys(keys: Iterable[str], modules: Collection[str]) -> None:

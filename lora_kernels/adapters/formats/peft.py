@@ -22,7 +22,9 @@ from lora_kernels.adapters.formats.adapter import (
     Hints,
     Kind,
     Source,
+    renamed,
 )
+from lora_kernels.adapters.formats.keys import stripped
 from lora_kernels.adapters.formats.peft_config import AdapterConfig, make_config, parse_config
 from lora_kernels.adapters.formats.peft_factors import (
     METADATA,
@@ -130,7 +132,7 @@ def read(directory: Path, hints: Hints | None = None) -> Adapter:
     if not kinds:
         raise ValueError(f"{weights_path}: holds no factors of LoRA")
     factors = {join(path, name) for path in kinds for name in FACTORS}
-    return Adapter(
+    adapter = Adapter(
         layers={
             path: _read_layer(path, kind, tensors, config, records.get(path), source)
             for path, kind in kinds.items()
@@ -143,6 +145,11 @@ def read(directory: Path, hints: Hints | None = None) -> Adapter:
         base_model=config.base_model,
         source=source,
     )
+    strip, _ = stripped(keys)
+    if all(strip(entry) == entry for entry in keys):
+        return adapter
+    with naming(weights_path):
+        return renamed(adapter, strip)
 
 
 def _read_keys(
