@@ -47,3 +47,23 @@ def randomise(model):
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.4)
     return model
+
+
+def tiny_moe(family):
+    """A mixture of experts with a dense block and, for glm4_moe, shared experts."""
+    sizes = {
+        "vocab_size": 13, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 9,
+    }  # fmt: skip
+    experts = {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "head_dim": 8}
+    if family == "mixtral":
+        config = transformers.MixtralConfig(**sizes, num_local_experts=4)
+        return transformers.MixtralForCausalLM(config)
+    if family == "qwen3_moe":
+        config = transformers.Qwen3MoeConfig(**sizes, **experts, num_experts=4, mlp_only_layers=[0])
+        return transformers.Qwen3MoeForCausalLM(config)
+    config = transformers.Glm4MoeConfig(
+        **sizes, **experts, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1,
+        n_group=1, topk_group=1,
+    )  # fmt: skip
+    return transformers.Glm4MoeForCausalLM(config)

@@ -1,6 +1,7 @@
 """save_adapter: from a model to an Adapter, and from that to PEFT's two files."""
 
 import os
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from lora_kernels import distributed
 from lora_kernels.adapters.formats import peft
 from lora_kernels.adapters.formats.adapter import FACTORS, Adapter, AdapterLayer, BaseModule
+from lora_kernels.adapters.formats.peft_moe import rewritten
 from lora_kernels.adapters.state_dict import entry_keys
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
@@ -46,10 +48,15 @@ def save_adapter(
     and checkpoint_wrapper, leave no trace in the names. One rank or all of them may call this. If
     fully_shard or FSDP has sharded model, every rank has to call it: all gather; for fully_shard
     rank 0 writes, and all return when it has written.
+    Warns: if PEFT would take some of the layers for others, as in some mixtures of experts.
     Raises: ValueError for a model without LoRA, a value that is not finite, a LoRA layer inside a
     saved module, and a convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
     """
-    encoded = peft.encode(adapter_of(model, as_names("modules_to_save", modules_to_save)))
+    adapter = adapter_of(model, as_names("modules_to_save", modules_to_save))
+    encoded = peft.encode(adapter)
+    problem = rewritten(unwrapped(model), adapter.layers)
+    if problem is not None:
+        warnings.warn(f"save_adapter: {problem}", stacklevel=2)
     if not any(map(distributed.is_dtensor, model.state_dict().values())):
         encoded.write(Path(directory))
         return

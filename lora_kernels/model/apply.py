@@ -58,7 +58,8 @@ def apply_lora(
       as in a list;
     * "all-linear": every nn.Linear and Conv1D except ``model.get_output_embeddings()``. Subclasses
       of nn.Linear stay as they are, with a warning: their owner may read the weight without
-      calling them, as nn.MultiheadAttention does.
+      calling them, as nn.MultiheadAttention does. So do weights of experts that are stacked in one
+      parameter, as in transformers 5.
 
     Nothing inside a module of modules_to_save is wrapped. rank_pattern and alpha_pattern map a
     regular expression for the path or its end to another r or lora_alpha; the first match counts.

@@ -18,6 +18,7 @@ from lora_kernels.model.paths import (
     as_names,
     is_inside,
     is_named,
+    join,
     named_modules,
     split,
     unwrapped,
@@ -134,7 +135,27 @@ def _linear_paths(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
             f"{', '.join(f'{path} ({type(modules[path]).__name__})' for path in skipped)}",
             stacklevel=5,
         )
+    stacked = _stacked_weights(modules)
+    if stacked:
+        warnings.warn(
+            f"target_modules='all-linear' leaves out stacks of matrices that are parameters "
+            f"and no modules, such as the weights of experts: {', '.join(stacked)}. LoRA "
+            f"goes into the other linear modules alone",
+            stacklevel=5,
+        )
     return paths
+
+
+def _stacked_weights(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Parameters [stack, rows, columns] outside of torch's own modules, with * for all numbers."""
+    found = {}
+    for path, module in modules.items():
+        if type(module).__module__.startswith("torch.nn.") or isinstance(module, LoRALayer):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 3 and 1 not in parameter.shape:
+                found[re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{join(path, name)}")[1:]] = None
+    return list(found)
 
 
 def name_targets(paths: Iterable[str], others: Collection[str]) -> list[str] | str:

@@ -364,3 +364,11 @@ def test_convert_refuses_two_adapters_of_a_layer_and_a_prefix_that_is_not_there(
     assert "q.loras.a.lora_A" in refused("lora.pt", "peft", *ALPHA)
     torch.save(FACTORS, "lora.pt")
     assert "--drop-prefix" in refused("lora.pt", "peft", *ALPHA, "--drop-prefix", "model")
+
+
+def test_convert_warns_if_peft_may_rewrite_the_targets(convert):
+    path = "layers.0.mlp.shared_experts.up_proj"
+    torch.save({f"{path}.lora_A": A, f"{path}.lora_B": B}, "lora.pt")
+    code, lines, _ = convert("lora.pt", "peft", *ALPHA)
+    assert code == 0
+    assert any(line.startswith("warning: PEFT 0.19") and path in line for line in lines)

@@ -4,11 +4,13 @@ import math
 import warnings
 
 import pytest
+import torch
 from torch import nn
 
 from lora_kernels import apply_lora
 from lora_kernels.model.targets import Hyperparameters, LayerSpec, name_targets
 from tests.model.nets import Net, layers_of
+from tests.tiny_models import tiny_moe
 
 
 def test_target_modules_as_one_name_means_the_modules_of_that_name():
@@ -78,3 +80,25 @@ def test_hyperparameters_are_looked_up_by_path():
     assert numbers.of("up.gate") == LayerSpec(4, 8, 4.0, 0.1)
     with pytest.raises(ValueError, match=r"LoRA on 'up': r must be an integer >= 0, got 2\.5"):
         Hyperparameters(4, 8, rank_pattern={"up": 2.5}).of("up")
+
+
+def test_all_linear_names_the_stacked_experts_that_it_leaves_out():
+    model = tiny_moe("qwen3_moe")
+    with pytest.warns(UserWarning, match="stacks of matrices") as caught:
+        apply_lora(model, r=2, lora_alpha=4)
+    (message,) = {str(w.message) for w in caught}
+    assert (
+        "model.layers.*.mlp.experts.gate_up_proj, model.layers.*.mlp.experts.down_proj" in message
+    )
+    assert len(caught) == 1
+
+
+def test_all_linear_is_silent_about_other_parameters_of_three_dimensions(recwarn):
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions = nn.Parameter(torch.zeros(1, 4, 8))
+            self.conv, self.lin = nn.Conv1d(4, 4, 3), nn.Linear(8, 8)
+
+    apply_lora(Patches(), r=2, lora_alpha=4)
+    assert not recwarn.list

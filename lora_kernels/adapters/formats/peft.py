@@ -33,6 +33,7 @@ from lora_kernels.adapters.formats.peft_factors import (
     parse_records,
     to_peft,
 )
+from lora_kernels.adapters.formats.peft_moe import rewritten_by_name
 from lora_kernels.model.paths import in_model_order, is_inside, is_named, join, split
 
 __all__ = ["Encoded", "encode", "read", "recognises", "saved_modules", "write"]
@@ -265,12 +266,14 @@ class Encoded(NamedTuple):
 
 
 def write(adapter: Adapter, directory: Path) -> list[str]:
-    """Writes the two files; returns a line about them. Raises: as encode, and OSError."""
+    """Writes the two files; returns lines about them. Raises: as encode, and OSError."""
     encode(adapter).write(directory)
-    return [
+    problem = rewritten_by_name(adapter.layers)
+    lines = [
         f"{directory}: LoRA on {len(adapter.layers)} modules, bias={adapter.bias}, "
         f"modules_to_save={sorted(adapter.modules_to_save)}"
     ]
+    return lines if problem is None else [*lines, f"warning: {problem}"]
 
 
 def encode(adapter: Adapter) -> Encoded:
