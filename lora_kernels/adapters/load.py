@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,12 @@ from lora_kernels.model.paths import (
     unwrapped,
 )
 from lora_kernels.model.targets import LayerSpec, check_wrappable, match_targets
-from lora_kernels.model.trainable import mark_only_lora_as_trainable, record_trained, untie
+from lora_kernels.model.trainable import (
+    mark_only_lora_as_trainable,
+    record_trained,
+    untie,
+    with_tied,
+)
 from lora_kernels.spec import OutputSplits
 
 __all__ = ["load_adapter"]
@@ -48,7 +54,8 @@ def load_adapter(
 
     A plain model is wrapped as by apply_lora, with float32 adapters over 16-bit weights.
     merge_weights: whether eval() merges; a plain model in eval mode is merged at once. It trains
-    what the adapter trained. Modules that the adapter holds as a whole are untied as by apply_lora.
+    what the adapter trained. Modules that the adapter holds as a whole are untied as by apply_lora,
+    unless PEFT's ensure_weight_tying kept them tied.
     A model that has LoRA layers must have exactly those of the adapter, with the same ranks. It
     takes over values, lora_alpha and scaling, and keeps its dropout and requires_grad. Wrappers
     around model and in it are looked through as by save_adapter. A model that fully_shard or FSDP
@@ -67,9 +74,12 @@ def load_adapter(
         state = _distributed(state, plain_state(model))
     else:
         wrap_modules(model, fitted.specs, merge_weights)
-        untie(model, fitted.saved)
+        if not adapter.keeps_ties:
+            untie(model, fitted.saved)
         mark_only_lora_as_trainable(model, adapter.bias, fitted.saved)
         layers = adapted_layers(model)
+        for layer in layers.values():
+            layer.lora_B.requires_grad &= adapter.trains_b
     load_plain_state(model, state)
     for path in fitted.specs:
         if not layers[path].training:
@@ -100,6 +110,7 @@ def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
 
     paths = [path for path, _ in named_modules(model)]
     saved = peft.saved_modules(paths, adapter.modules_to_save, takes_part)
+    saved = with_tied(model, saved) if adapter.keeps_ties else saved
     with naming(f"{source.config}: target_modules"):
         targets = _targets(model, adapter, adapted)
     trained = entry_keys(model, targets, adapter.bias, saved)
@@ -118,7 +129,7 @@ def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
         if key in adapter.entries:
             _check_like(source.place(key), adapter.entries[key], own[own_key])
             state[own_key] = adapter.entries[key]
-    if adapted:
+    if adapted or adapter.keeps_ties:
         _check_ties(source, model, state, saved)
     return _Fitted(specs, state, saved)
 
@@ -144,6 +155,8 @@ def _aligned(adapter: Adapter, model: nn.Module) -> Adapter:
 def _targets(model: nn.Module, adapter: Adapter, adapted: Collection[str]) -> dict[str, nn.Module]:
     """The modules that the adapter means: the LoRA layers, if model has some."""
     targets = match_targets(model, adapter.target_modules, adapter.modules_to_save)
+    if adapter.keeps_ties:
+        targets |= _tied_targets(model, adapter, targets)
     if adapter.restricted:
         targets = {path: module for path, module in targets.items() if path in adapter.layers}
     if not targets:
@@ -155,6 +168,22 @@ def _targets(model: nn.Module, adapter: Adapter, adapted: Collection[str]) -> di
         has, lacks = ("model", "adapter") if path in adapted else ("adapter", "model")
         raise ValueError(f"the {has} has LoRA on {path!r}, the {lacks} does not")
     return targets
+
+
+def _tied_targets(
+    model: nn.Module, adapter: Adapter, targets: Collection[str]
+) -> dict[str, nn.Module]:
+    """Further modules that the adapter has factors for, because they are tied to targets."""
+    modules = dict(named_modules(model))
+    found = [path for path in with_tied(model, list(targets)) if path not in targets]
+    tied = {path: modules[path] for path in found if path in adapter.layers}
+    if tied:
+        warnings.warn(
+            f"load_adapter: the factors of {', '.join(tied)} are tied to others in PEFT "
+            f"(ensure_weight_tying); here they have the same values, and train by themselves",
+            stacklevel=5,
+        )
+    return tied
 
 
 def _embedding_keys(model: nn.Module) -> dict[str, str]:

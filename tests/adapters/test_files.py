@@ -233,7 +233,6 @@ def test_config_with_a_wrong_value_raises(key, value, model, adapter):
         ("kasa_config", {"x": 1}),
         ("velora_config", {"scale": 2.0}),
         ("megatron_config", {"x": 1}),
-        ("ensure_weight_tying", True),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", ["pissa"]),
@@ -256,7 +255,7 @@ def test_config_with_defaults_and_remarks_is_fine(model, adapter):
     change_config(
         adapter, use_dora=False, layer_replication=None, loftq_config={}, revision="main",
         peft_version="9.9", task_type="SEQ_CLS", a_switch_of_tomorrow=None,
-        init_lora_weights="gaussian",
+        init_lora_weights="gaussian", ensure_weight_tying=True,
     )  # fmt: skip
     load_adapter(model, adapter)
 

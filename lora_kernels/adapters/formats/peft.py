@@ -144,6 +144,8 @@ def read(directory: Path, hints: Hints | None = None) -> Adapter:
         target_modules=config.target_modules,
         restricted=config.restricted,
         base_model=config.base_model,
+        keeps_ties=config.keeps_ties,
+        trains_b=config.trains_b,
         source=source,
     )
     strip, _ = stripped(keys)

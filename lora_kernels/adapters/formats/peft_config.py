@@ -20,14 +20,17 @@ _INFORMATION = {
     "revision", "runtime_config", "task_type",
 }  # fmt: skip
 # Initialisations that leave the base weight as it was; PiSSA, OLoRA, LoftQ and others do not.
-_HARMLESS_INIT = (True, False, "gaussian", "eva", "orthogonal")
+# MiCA never trains lora_B.
+_MICA = "mica"
+_HARMLESS_INIT = (True, False, "gaussian", "eva", "orthogonal", _MICA)
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """What adapter_config.json says, with PEFT's names and defaults.
 
-    restricted: exclude_modules or layers_to_transform leave out some of target_modules.
+    restricted: exclude_modules or layers_to_transform leave out some of target_modules. keeps_ties:
+    ensure_weight_tying. trains_b: whether lora_B trains.
     """
 
     numbers: Hyperparameters
@@ -37,6 +40,8 @@ class AdapterConfig:
     restricted: bool
     fan_in_fan_out: bool
     base_model: str | None
+    keeps_ties: bool = False
+    trains_b: bool = True
 
 
 def parse_config(raw) -> AdapterConfig:
@@ -61,6 +66,8 @@ def parse_config(raw) -> AdapterConfig:
     if take("peft_type", (str,)) != "LORA":
         raise ValueError("peft_type: only 'LORA' can be loaded")
     initialisation = raw.pop("init_lora_weights", True)
+    if isinstance(initialisation, str):
+        initialisation = initialisation.lower()
     if initialisation not in _HARMLESS_INIT:
         raise ValueError(
             f"init_lora_weights: only an initialisation that keeps the base weights can be loaded, "
@@ -94,6 +101,8 @@ def parse_config(raw) -> AdapterConfig:
         restricted=any(value not in (None, [], "") for value in restricted),
         fan_in_fan_out=fan_in_fan_out,
         base_model=base_model if isinstance(base_model, str) else None,
+        keeps_ties=take("ensure_weight_tying", (bool,), False),
+        trains_b=initialisation != _MICA,
     )
     for key, value in raw.items():
         if key not in _INFORMATION and value not in (None, False, "", [], {}):
