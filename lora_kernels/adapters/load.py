@@ -65,7 +65,10 @@ def load_adapter(
     and for what PEFT offers beyond LoRA (DoRA, lora_bias, layer_replication, ...). After an error
     model is unchanged.
     """
-    fitted = _fit(model, adapter := _aligned(peft.read(Path(directory)), model))
+    adapter = _aligned(peft.read(Path(directory)), model)
+    fitted = _fit(model, adapter)
+    for note in adapter.notes:
+        warnings.warn(f"load_adapter: {note}", RuntimeWarning, stacklevel=2)
     state, layers = fitted.state, adapted_layers(model)
     if layers:
         for path, spec in fitted.specs.items():
@@ -149,7 +152,22 @@ def _aligned(adapter: Adapter, model: nn.Module) -> Adapter:
         if paths.issuperset(front + path for path in adapter.layers):
             longer = renamed(adapter, lambda entry, front=front: front + entry)
             return replace(longer, modules_to_save=adapter.modules_to_save)  # ends of paths
+    if not paths.issuperset(adapter.layers):
+        _check_not_inside(adapter, paths)
     return adapter
+
+
+def _check_not_inside(adapter: Adapter, paths: Collection[str]) -> None:
+    """adapter is not for a module in the model. Raises: ValueError that says for which one."""
+    first = next(iter(adapter.layers))
+    for path in paths:
+        front = path.removesuffix(first)
+        if path.endswith(f".{first}") and all(front + p in paths for p in adapter.layers):
+            raise ValueError(
+                f"{adapter.source.weights}: the adapter is for a module inside of the model: load "
+                f"it into model.get_submodule({front[:-1]!r}) (for sentence-transformers that is "
+                f"model[0].auto_model)"
+            )
 
 
 def _targets(model: nn.Module, adapter: Adapter, adapted: Collection[str]) -> dict[str, nn.Module]:

@@ -1,6 +1,7 @@
 """save_adapter: from a model to an Adapter, and from that to PEFT's two files."""
 
 import os
+import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -86,7 +87,8 @@ def adapter_of(model: nn.Module, modules_to_save: Collection[str]) -> Adapter:
     saved = peft.saved_modules(paths, saved_paths(model, modules_to_save), takes_part)
     saved = with_tied(model, saved)
     bias = recorded_biases(model)
-    base_model = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
+    plain = unwrapped(model)
+    base_model = getattr(getattr(plain, "config", None), "_name_or_path", None)
     return Adapter(
         layers={path: _layer(path, layer, state) for path, layer in layers.items()},
         entries={
@@ -97,7 +99,17 @@ def adapter_of(model: nn.Module, modules_to_save: Collection[str]) -> Adapter:
         modules_to_save=saved,
         target_modules=name_targets(layers, _beside(model, layers.values())),
         base_model=base_model if isinstance(base_model, str) and base_model else None,
+        base_class=_library_class(plain) if hasattr(plain, "config") else None,
     )
+
+
+def _library_class(model: nn.Module) -> type | None:
+    """The class of model that can be imported: fully_shard and parametrizations make others."""
+    for kind in type(model).__mro__:
+        home = sys.modules.get(kind.__module__)
+        if issubclass(kind, nn.Module) and getattr(home, kind.__name__, None) is kind:
+            return kind
+    return None
 
 
 def _layer(path: str, layer: LoRALayer, state: Mapping[str, Tensor]) -> AdapterLayer:

@@ -1,5 +1,6 @@
 """apply_lora puts LoRA layers into a model."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -62,7 +63,8 @@ def apply_lora(
       parameter, as in transformers 5.
 
     Nothing inside a module of modules_to_save is wrapped. rank_pattern and alpha_pattern map a
-    regular expression for the path or its end to another r or lora_alpha; the first match counts.
+    regular expression for the path or its end to another r or lora_alpha; the first match counts,
+    and one that matches nothing has a warning.
     scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. autocast_adapter_dtype:
     whether adapters over 16-bit weights are float32. A module of modules_to_save whose parameters
     are tied to others', such as an output head to the input embedding, gets its own copies of them,
@@ -97,6 +99,9 @@ def apply_lora(
             f"{candidates(model)}"
         )
     check_wrappable(targets)
+    unmatched = numbers.unmatched(specs)
+    if unmatched is not None:
+        warnings.warn(f"apply_lora: {unmatched}", RuntimeWarning, stacklevel=2)
     wrap_modules(model, specs, merge_weights, autocast_adapter_dtype)
     untie(model, saved_paths(model, saved))
     mark_only_lora_as_trainable(model, bias, saved)

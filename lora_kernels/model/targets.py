@@ -67,12 +67,33 @@ class Hyperparameters:
         scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank)
         return LayerSpec(rank, alpha, scaling, self.lora_dropout)
 
+    def unmatched(self, paths: Collection[str]) -> str | None:
+        """A sentence about patterns that match none of paths; None if there are none."""
+        unused = {
+            argument: [
+                pattern
+                for pattern in patterns or ()
+                if not any(_match(argument, pattern, path) for path in paths)
+            ]
+            for argument, patterns in (
+                ("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern),
+            )
+        }  # fmt: skip
+        told = [f"{argument}: {patterns}" for argument, patterns in unused.items() if patterns]
+        if not told:
+            return None
+        return f"these keys match no module that gets LoRA, and are ignored: {'; '.join(told)}"
+
+
+def _match(argument: str, pattern: str, path: str) -> re.Match | None:
+    return _compile(argument, rf"(.*\.)?({pattern})$").match(path)
+
 
 def _look_up(argument: str, patterns: Mapping | None, path: str, default):
     if patterns is not None and not isinstance(patterns, Mapping):
         raise ValueError(f"{argument} must map patterns to numbers, got {patterns!r}")
     for pattern, value in (patterns or {}).items():
-        if _compile(argument, rf"(.*\.)?({pattern})$").match(path):
+        if _match(argument, pattern, path):
             return value
     return default
 

@@ -27,6 +27,7 @@ from tests.adapters.nets import (
 )
 from tests.adapters.tied import LORA, SAVED, trained
 from tests.model import wrapped
+from tests.tiny_models import tiny_bert
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -188,3 +189,26 @@ def test_load_adapter_takes_the_names_of_wrappers_in_a_file_of_peft(seed, tmp_pa
     assert {p: layer.r for p, layer in adapted_layers(ours).items()} == {
         "blocks.0.up": 2, "blocks.0.down": 2, "blocks.1.up": 3,
     }  # fmt: skip
+
+
+def test_load_adapter_warns_of_pattern_keys_that_match_nothing(base, tmp_path):
+    with_peft(base, rank_pattern={"typo": 3, "lin": 1}).save_pretrained(tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"adapter_config\.json: .*rank_pattern: \['typo'\]"):
+        ours = load_adapter(base, tmp_path)
+    assert ours.lin.r == 1
+
+
+def test_load_adapter_names_the_module_that_the_adapter_is_for(seed, tmp_path):
+    """sentence-transformers saves the adapter of the module auto_model of its first module."""
+    inner = tiny_bert().bert
+    save_adapter(
+        apply_lora(copy.deepcopy(inner), target_modules=["query"], **LORA), tmp_path / "inner"
+    )
+    outer = nn.Sequential(nn.ModuleDict({"auto_model": inner}))
+    before = copy.deepcopy(outer.state_dict())
+    with pytest.raises(
+        ValueError, match=r"get_submodule\('0\.auto_model'\).*model\[0\]\.auto_model"
+    ):
+        load_adapter(outer, tmp_path / "inner")
+    wrapped.assert_same(outer.state_dict(), before)
+    load_adapter(outer.get_submodule("0.auto_model"), tmp_path / "inner")

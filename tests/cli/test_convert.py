@@ -1,5 +1,6 @@
 """lora-kernels convert: loralib's file and PEFT's directory, both ways, and what is refused."""
 
+import collections
 import copy
 import json
 import os
@@ -176,6 +177,53 @@ def test_convert_tells_alphas_to_their_last_digit(convert, seed):
     _, lines, _ = convert("peft", "lora.pt")
     (told,) = {float(alpha) for line in lines for alpha in re.findall(r"lora_alpha=([\d.]+)", line)}
     assert told == pytest.approx(3 * 3**0.5, rel=1e-14)
+
+
+SCALINGS = {
+    "rslora": {"use_rslora": True},
+    "alpha_pattern": {"alpha_pattern": {"out": 7, "qkv": 2.5}},
+    "both": {"use_rslora": True, "alpha_pattern": {"out": 7}, "rank_pattern": {"qkv": 3}},
+}
+
+
+@pytest.mark.parametrize("options", SCALINGS.values(), ids=SCALINGS)
+def test_convert_there_and_back_keeps_every_scaling(convert, refused, options, seed):
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["out", "qkv"], **options)
+    theirs = trained(peft.get_peft_model(plain().double(), config))
+    base = copy.deepcopy(theirs).unload()
+    theirs.save_pretrained("peft")
+    assert convert("peft", "lora.pt")[0] == 0
+    assert nn.Module().load_state_dict(torch.load("lora.pt"), strict=False).unexpected_keys
+    assert "leave --lora-alpha out" in refused("lora.pt", "again", "--lora-alpha", "6")
+    assert convert("lora.pt", "again")[0] == 0
+    x = torch.randn(5, 8).double()
+    torch.testing.assert_close(load_adapter(copy.deepcopy(base), "again")(x), theirs(x))
+
+
+@pytest.mark.parametrize("alpha", ["much", float("nan"), [1]])
+def test_convert_refuses_a_forged_alpha(refused, alpha):
+    state = collections.OrderedDict(FACTORS)
+    state._metadata = {"out": {"lora_alpha": alpha}}
+    torch.save(state, "lora.pt")
+    assert "out: lora_alpha" in refused("lora.pt", "peft")
+
+
+def test_convert_passes_over_other_metadata(convert):
+    model = nn.ModuleDict({"out": loralib.Linear(8, 8, r=4)})
+    state = model.state_dict()
+    state.pop("out.weight")
+    state._metadata["out"], state._metadata[""] = 3, None
+    torch.save(state, "lora.pt")
+    assert convert("lora.pt", "peft", *ALPHA)[0] == 0
+
+
+def test_convert_tells_keys_of_patterns_that_match_nothing(convert):
+    config = peft.LoraConfig(r=4, target_modules=["out"], alpha_pattern={"typo": 3, "out": 5})
+    with pytest.warns(RuntimeWarning, match="typo"):
+        peft.get_peft_model(plain(), config).save_pretrained("peft")
+    code, lines, _ = convert("peft", "lora.pt")
+    assert code == 0
+    assert "alpha_pattern: ['typo']" in lines[-1]
 
 
 def test_convert_takes_biases_heads_and_embeddings_along(convert, seed):

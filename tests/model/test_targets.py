@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -71,6 +72,24 @@ def test_target_modules_cannot_mean_a_module_with_a_replaced_forward():
 )
 def test_name_targets_means_its_paths_and_no_others(others, expected):
     assert name_targets(["up.lin", "lin"], others) == expected
+
+
+def test_pattern_keys_that_match_nothing_have_the_warning_of_peft(recwarn):
+    options = {
+        "rank_pattern": {"query": 3, "blocks.9.query": 2},
+        "alpha_pattern": {"value": 5, "typo": 1, ".*query": 2},
+    }
+    model = apply_lora(Net(), r=2, lora_alpha=4, target_modules=["query", "value"], **options)
+    (ours,) = (str(w.message) for w in recwarn if w.category is RuntimeWarning)
+    assert ours.endswith("rank_pattern: ['blocks.9.query']; alpha_pattern: ['typo']")
+    assert {layer.r for layer in layers_of(model).values()} == {2, 3}
+    recwarn.clear()
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], **options)
+    peft.get_peft_model(Net(), config)
+    theirs = " ".join(str(w.message) for w in recwarn if "did not match" in str(w.message))
+    if theirs:  # versions before 0.21 are silent
+        assert "['blocks.9.query']" in theirs
+        assert "['typo']" in theirs
 
 
 def test_hyperparameters_are_looked_up_by_path():

@@ -158,10 +158,10 @@ class Adapter:
     of mark_only_lora_as_trainable that made the biases trainable. modules_to_save: paths, or ends
     of paths. target_modules: which modules of the model get the layers, as in apply_lora.
     restricted: whether target_modules may match further modules, which get no layer. base_model:
-    the model's name. keeps_ties: whether modules that are tied to modules_to_save stay so, and LoRA
-    of modules that are tied to target_modules is in layers, too. trains_b: whether lora_B trains.
-    source: the files; None if the adapter comes from a model. notes: what reading
-    them had to assume, in sentences for the user.
+    the model's name. base_class: what a library makes of that name. keeps_ties: whether modules
+    that are tied to modules_to_save stay so, and LoRA of those tied to target_modules is in layers,
+    too. trains_b: whether lora_B trains. source: the files; None if the adapter comes from a model.
+    notes: what reading them had to assume, in sentences for the user.
     """
 
     layers: Mapping[str, AdapterLayer]
@@ -171,6 +171,7 @@ class Adapter:
     target_modules: str | list[str]
     restricted: bool = False
     base_model: str | None = None
+    base_class: type | None = None
     keeps_ties: bool = False
     trains_b: bool = True
     source: Source | None = None

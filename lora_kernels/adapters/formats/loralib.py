@@ -1,10 +1,13 @@
 """loralib's file: the dict of its lora_state_dict, as torch.save writes it.
 
 It holds factors, biases and modules trained as a whole, under the keys of the model, and nothing
-else. The user has to say lora_alpha, and which groups of a MergedLinear are enabled.
+else. The user has to say lora_alpha, and which groups of a MergedLinear are enabled. A file that
+write has made tells lora_alpha of every layer: it is in the metadata that PyTorch keeps beside a
+state dict, by the paths of modules, and that load_state_dict() passes over.
 """
 
-from collections import defaultdict
+import math
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -32,6 +35,7 @@ __all__ = ["read", "recognises", "write"]
 # The keys under which scripts, such as loralib's own example, keep a state dict in a larger dict.
 _ENVELOPES = ("model_state_dict", "state_dict", "model")
 # The key beside a state dict that tells Lightning's file, and what Lightning puts before its keys.
+_ALPHA = "lora_alpha"  # what the metadata calls it
 _LIGHTNING, _LIGHTNING_FRONT = "pytorch-lightning_version", "model."
 
 
@@ -49,11 +53,8 @@ def read(file: Path, hints: Hints) -> Adapter:
     Raises: ValueError, naming file and key, for what cannot be read or understood without further
     hints; OSError.
     """
-    if hints.lora_alpha is None:
-        raise ValueError(f"{file}: the file does not hold lora_alpha: give --lora-alpha")
-    state, notes = _read_state(file, hints)
+    state, alphas, notes = _read_state(file, hints)
     with files.naming(file):
-        check_alpha(hints.lora_alpha, "--lora-alpha")
         check_dropout(hints.lora_dropout, "--lora-dropout")
         paths = sorted({split(key)[0] for key in state if split(key)[1] in FACTORS})
         if not paths:
@@ -65,7 +66,7 @@ def read(file: Path, hints: Hints) -> Adapter:
             )
         modules = in_model_order([*paths, *(split(key)[0] for key in state)])
         _check_keys(state, set(modules))
-        layers = _read_layers(paths, state, hints)
+        layers = _read_layers(paths, state, _alphas(paths, alphas, hints.lora_alpha), hints)
         entries, bias, saved = _read_others(state, layers, hints.modules_to_save)
     others = [path for path in modules if not is_inside(path, layers)]
     return Adapter(
@@ -79,8 +80,11 @@ def read(file: Path, hints: Hints) -> Adapter:
     )
 
 
-def _read_state(file: Path, hints: Hints) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in a file, without what scripts and wrappers put around it; notes on that."""
+def _read_state(file: Path, hints: Hints) -> tuple[dict[str, Tensor], dict[str, float], list[str]]:
+    """The state dict in a file, without what scripts and wrappers put around it.
+
+    Then lora_alpha by path, as far as the file tells, and notes on what was around it.
+    """
     state = files.read_pickle(file)
     dropped = f"{hints.drop_prefix.rstrip('.')}." if hints.drop_prefix else ""
     fronts = [dropped] if dropped else []
@@ -104,7 +108,33 @@ def _read_state(file: Path, hints: Hints) -> tuple[dict[str, Tensor], list[str]]
             f"{file}: every key begins with {_LIGHTNING_FRONT!r}: if that is of a LightningModule "
             f"and not of the model, give --drop-prefix {_LIGHTNING_FRONT}"
         )
-    return {plain[key]: value for key, value in state.items()}, notes
+    told = getattr(state, "_metadata", None)
+    alphas = {}
+    for key in state:
+        about = told.get(split(key)[0]) if isinstance(told, dict) else None
+        if isinstance(about, dict) and _ALPHA in about:
+            alphas[split(plain[key])[0]] = about[_ALPHA]
+    return {plain[key]: value for key, value in state.items()}, alphas, notes
+
+
+def _alphas(
+    paths: Iterable[str], told: Mapping[str, float], hint: float | None
+) -> dict[str, float]:
+    """lora_alpha of the layers at paths: the file's, else the hint."""
+    if hint is not None:
+        check_alpha(hint, "--lora-alpha")
+    found = {}
+    for path in paths:
+        found[path] = told.get(path, hint)
+        if found[path] is None:
+            raise ValueError("the file does not hold lora_alpha: give --lora-alpha")
+        check_alpha(found[path], f"{path}: {_ALPHA}")
+        if hint is not None and not math.isclose(hint, found[path], rel_tol=1e-12):
+            raise ValueError(
+                f"{path}: the file says lora_alpha={found[path]:.15g}, --lora-alpha {hint:.15g}: "
+                f"leave --lora-alpha out"
+            )
+    return found
 
 
 def _check_keys(keys: Iterable[str], modules: Collection[str]) -> None:
@@ -124,7 +154,7 @@ def _check_keys(keys: Iterable[str], modules: Collection[str]) -> None:
 
 
 def _read_layers(
-    paths: Collection[str], state: Mapping[str, Tensor], hints: Hints
+    paths: Collection[str], state: Mapping[str, Tensor], alphas: Mapping[str, float], hints: Hints
 ) -> dict[str, AdapterLayer]:
     """The layers at paths, each of a pair of factors."""
     enabled = _by_path("--enable-lora", hints.enable_lora, paths)
@@ -150,7 +180,7 @@ def _read_layers(
                 outputs = splits.columns
             base = BaseModule("linear", a.shape[1], outputs, hints.fan_in_fan_out)
         dropout = 0.0 if path in embeddings else hints.lora_dropout
-        spec = LayerSpec(r, hints.lora_alpha, hints.lora_alpha / r, dropout, splits)
+        spec = LayerSpec(r, alphas[path], alphas[path] / r, dropout, splits)
         layers[path] = AdapterLayer(path, base, spec, a, b)
     return layers
 
@@ -272,17 +302,25 @@ def write(adapter: Adapter, file: Path) -> list[str]:
             )
         state |= {join(path, "lora_A"): layer.lora_A, join(path, "lora_B"): layer.lora_B}
         calls[_call(layer)].append(path)
-    state = {key: value.contiguous() for key, value in state.items()}
+    state = OrderedDict((key, value.contiguous()) for key, value in state.items())
+    state._metadata = OrderedDict(
+        (path, {_ALPHA: _alpha(layer.spec)}) for path, layer in adapter.layers.items()
+    )
     with files.replacing(file.parent, [file.name]) as scratch:
         torch.save(state, scratch / file.name)
     lines = [f"{file}: LoRA on {len(adapter.layers)} modules; the layers it fits:"]
     return lines + [f"  {call}: {', '.join(paths)}" for call, paths in calls.items()]
 
 
+def _alpha(spec: LayerSpec) -> float:
+    """lora_alpha of a layer of loralib, which divides it by r."""
+    return spec.lora_alpha if spec.scaling == spec.lora_alpha / spec.r else spec.scaling * spec.r
+
+
 def _call(layer: AdapterLayer) -> str:
     """The call of loralib that makes the layer."""
     spec, name = layer.spec, layer.base.kind.capitalize()
-    arguments = f"r={spec.r}, lora_alpha={spec.scaling * spec.r:.15g}"
+    arguments = f"r={spec.r}, lora_alpha={_alpha(spec):.15g}"
     if spec.splits is not None:
         name = "MergedLinear"
         arguments += f", enable_lora={list(spec.splits.enabled)}"

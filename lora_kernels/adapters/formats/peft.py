@@ -133,6 +133,8 @@ def read(directory: Path, hints: Hints | None = None) -> Adapter:
     if not kinds:
         raise ValueError(f"{weights_path}: holds no factors of LoRA")
     factors = {join(path, name) for path in kinds for name in FACTORS}
+    with naming(config_path):
+        unmatched = config.numbers.unmatched(kinds)
     adapter = Adapter(
         layers={
             path: _read_layer(path, kind, tensors, config, records.get(path), source)
@@ -147,6 +149,7 @@ def read(directory: Path, hints: Hints | None = None) -> Adapter:
         keeps_ties=config.keeps_ties,
         trains_b=config.trains_b,
         source=source,
+        notes=[] if unmatched is None else [f"{config_path}: {unmatched}"],
     )
     strip, _ = stripped(keys)
     if all(strip(entry) == entry for entry in keys):

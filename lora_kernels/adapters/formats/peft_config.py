@@ -131,11 +131,14 @@ def make_config(adapter: Adapter, ranks: Mapping[str, int], modules_to_save: lis
         else:
             alpha = spec.scaling * divisor(ranks[path], use_rslora)
         alphas[path] = int(alpha) if float(alpha).is_integer() else float(alpha)
+    # From this PEFT's AutoPeftModel classes know what to make the base model of.
+    base = adapter.base_class
+    mapping = base and {"base_model_class": base.__name__, "parent_library": base.__module__}
     r, lora_alpha = _most_common(ranks.values()), _most_common(alphas.values())
     dropouts = [layer.spec.lora_dropout for layer in layers if layer.base.kind != "embedding"]
     return {
         "alpha_pattern": {f"^{re.escape(p)}": a for p, a in alphas.items() if a != lora_alpha},
-        "auto_mapping": None,
+        "auto_mapping": mapping,
         "base_model_name_or_path": adapter.base_model,
         "bias": adapter.bias,
         "fan_in_fan_out": any(layer.base.fan_in_fan_out for layer in layers),

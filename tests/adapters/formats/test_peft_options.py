@@ -1,11 +1,13 @@
 """Options of PEFT that change how an adapter trains, not what its layers compute."""
 
 import copy
+import json
 import warnings
 
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from lora_kernels import apply_lora, load_adapter, save_adapter
@@ -100,3 +102,29 @@ def test_mica_loads_and_leaves_lora_b_frozen(seed, tmp_path):
         assert (layer.lora_A.requires_grad, layer.lora_B.requires_grad) == (True, False)
     again = load_adapter(adapted(base, r=2, target_modules=["lin", "embed"]).eval(), tmp_path)
     torch.testing.assert_close(again(ids), theirs(ids))
+
+
+# ---- AutoPeftModel ----
+
+
+@pytest.mark.parametrize("auto", [peft.AutoPeftModel, peft.AutoPeftModelForCausalLM])
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile])
+def test_auto_classes_of_peft_open_what_is_saved_here(auto, wrap, seed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    trained(apply_lora(model, target_modules=["q_proj"], **LORA))
+    save_adapter(wrap(model), tmp_path / "adapter")
+    theirs = auto.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(theirs), logits(model))
+
+
+def test_class_of_a_model_is_told_by_the_name_that_imports_it(seed, tmp_path):
+    model = apply_lora(tiny_llama(), target_modules=["q_proj"], **LORA)
+    model.__class__ = type("FSDPLlama", (type(model),), {})  # as fully_shard does
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["auto_mapping"] == {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+    }
