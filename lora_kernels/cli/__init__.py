@@ -90,7 +90,9 @@ def _add_convert(commands) -> None:
         description="If SOURCE is a directory with adapter_config.json and "
         "adapter_model.safetensors, as PEFT and save_adapter write it, DESTINATION becomes a file "
         "of torch.save with the keys of loralib's lora_state_dict. If SOURCE is such a file, "
-        "DESTINATION becomes such a directory. Nothing pickled is executed.",
+        "DESTINATION becomes such a directory. Nothing pickled is executed. Factors in loralib's "
+        "file do not tell a convolution from a Linear: the command prints what it took each module "
+        "for. For convolutions load the file into the model and call lora_kernels.save_adapter.",
     )
     convert.add_argument("source", metavar="SOURCE")
     convert.add_argument("destination", metavar="DESTINATION")

@@ -20,3 +20,40 @@ def in_process(monkeypatch):
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     yield main
     unpatch_peft()
+
+
+@pytest.fixture
+def convert(tmp_path, monkeypatch, capsys):
+    """Runs convert in tmp_path: exit code, lines of stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            code = main(["convert", *arguments])
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return run
+
+
+@pytest.fixture
+def refused(convert, tmp_path):
+    """Runs convert, which must end with 2 and one line, and leave every file as it was."""
+
+    def files():
+        return {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    def run(*arguments):
+        before = files()
+        code, lines, err = convert(*arguments)
+        assert code == 2
+        assert lines == []
+        assert err.startswith("lora-kernels")
+        assert err.count("\n") == 1
+        assert files() == before
+        return err
+
+    return run

@@ -21,7 +21,6 @@ from lora_kernels import (
     lora_state_dict,
     save_adapter,
 )
-from lora_kernels.cli import main
 from lora_kernels.testing.tolerance import assert_close
 
 ALPHA = ["--lora-alpha", "6"]
@@ -66,43 +65,6 @@ def base_of(model):
     state = {k: v for k, v in model.state_dict().items() if "lora_" not in k}
     base.load_state_dict(state)
     return base
-
-
-@pytest.fixture
-def convert(tmp_path, monkeypatch, capsys):
-    """Runs convert in tmp_path: exit code, lines of stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        capsys.readouterr()
-        try:
-            code = main(["convert", *arguments])
-        except SystemExit as exit:
-            code = exit.code
-        out, err = capsys.readouterr()
-        return code, out.splitlines(), err
-
-    return run
-
-
-@pytest.fixture
-def refused(convert, tmp_path):
-    """Runs convert, which must end with 2 and one line, and leave every file as it was."""
-
-    def files():
-        return {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-
-    def run(*arguments):
-        before = files()
-        code, lines, err = convert(*arguments)
-        assert code == 2
-        assert lines == []
-        assert err.startswith("lora-kernels")
-        assert err.count("\n") == 1
-        assert files() == before
-        return err
-
-    return run
 
 
 def assert_same(actual, expected):
@@ -350,73 +312,43 @@ def test_convert_refuses_places_that_cannot_be_read_or_written(refused, director
     assert "DESTINATION" in refused("lora.pt")
 
 
-# ---- keys with the names of wrappers ----
-
-
-def compiled_blocks(model):
-    for name in ("qkv", "out"):
-        setattr(model, name, torch.compile(getattr(model, name), backend="eager"))
-    return model
-
-
-def in_adapterhub(state):
-    return {re.sub(r"\.(lora_[AB])", r".loras.task.\1", key): value for key, value in state.items()}
-
-
-def under(front):
-    return lambda state: {f"{front}{key}": value for key, value in state.items()}
-
-
-def of_lightning(state):
-    return {"state_dict": under("model.")(state), "pytorch-lightning_version": "2.6.0", "epoch": 1}
-
-
-@pytest.mark.parametrize(
-    ("wrap", "options", "told"),
-    [
-        (lambda state: {k.replace(".", "._orig_mod."): v for k, v in state.items()}, [], None),
-        (lambda state: {f"_fsdp_wrapped_module.{k}": v for k, v in state.items()}, [], None),
-        (in_adapterhub, [], ".loras.task"),
-        (under("module._orig_mod."), [], "'module.'"),
-        (under("base_model.model."), [], "'base_model.model.'"),
-        (of_lightning, [], "'model.'"),
-        (under("model."), ["--drop-prefix", "model"], "'model.'"),
-    ],
-)
-def test_convert_takes_the_names_of_wrappers_off(convert, wrap, options, told, seed):
-    model = trained(adapted())
-    base, x = base_of(model).double(), torch.randn(5, 8).double()
-    model.double()
-    state = wrap(loralib.lora_state_dict(model))
-    torch.save(state, "lora.pt")
-    code, lines, err = convert("lora.pt", "peft", *ALPHA, "--enable-lora", "1,0,1", *options)
-    assert (code, err) == (0, "")
-    assert told is None or told in lines[-1]
-    assert "_orig_mod" not in str(load_file("peft/adapter_model.safetensors").keys())
-    expected = model.train()(x)
-    torch.testing.assert_close(load_adapter(copy.deepcopy(base), "peft")(x), expected)
-    torch.testing.assert_close(load_adapter(compiled_blocks(base), "peft")(x), expected)
-
-
-def test_convert_tells_how_to_take_off_what_may_be_lightnings(convert, seed):
-    torch.save({"model.out.lora_A": A, "model.out.lora_B": B}, "lora.pt")
-    code, lines, _ = convert("lora.pt", "peft", *ALPHA)
-    assert code == 0
-    assert "--drop-prefix model." in lines[-1]
-    assert "base_model.model.model.out.lora_A.weight" in load_file("peft/adapter_model.safetensors")
-
-
-def test_convert_refuses_two_adapters_of_a_layer_and_a_prefix_that_is_not_there(refused):
-    torch.save({f"q.loras.{n}.{k}": v for n in "ab" for k, v in
-                (("lora_A", A), ("lora_B", B))}, "lora.pt")  # fmt: skip
-    assert "q.loras.a.lora_A" in refused("lora.pt", "peft", *ALPHA)
-    torch.save(FACTORS, "lora.pt")
-    assert "--drop-prefix" in refused("lora.pt", "peft", *ALPHA, "--drop-prefix", "model")
-
-
 def test_convert_warns_if_peft_may_rewrite_the_targets(convert):
     path = "layers.0.mlp.shared_experts.up_proj"
     torch.save({f"{path}.lora_A": A, f"{path}.lora_B": B}, "lora.pt")
     code, lines, _ = convert("lora.pt", "peft", *ALPHA)
     assert code == 0
     assert any(line.startswith("warning: PEFT 0.19") and path in line for line in lines)
+
+
+def test_convert_says_what_each_module_was_taken_for(convert, seed):
+    model = nn.ModuleDict({"conv": loralib.Conv2d(8, 16, 3, r=4), "attention": adapted()})
+    state = loralib.lora_state_dict(trained(model))
+    state |= lora_state_dict(nn.ModuleDict({"emb": LoRAEmbedding(10, 8, 4, 6)}))
+    torch.save(state, "lora.pt")
+    code, lines, _ = convert(
+        "lora.pt", "peft", *ALPHA, "--embedding", "emb", "--enable-lora", "1,0,1"
+    )
+    assert code == 0
+    assert {line.removeprefix("lora.pt: taken for ") for line in lines if "taken for" in line} == {
+        "Linear(24, 48, r=12): conv",
+        "Linear(24, 8, r=4): attention.out",
+        "MergedLinear(8, 24, r=4): attention.qkv",
+        "Embedding(10, 8, r=4): emb",
+    }
+    assert any("a convolution from a Linear" in line and "save_adapter" in line for line in lines)
+
+
+@pytest.mark.parametrize("entry", ["bias", "conv.bias", "conv.weight"])
+def test_convert_refuses_a_convolution_that_its_bias_or_weight_gives_away(refused, entry):
+    conv = loralib.Conv2d(8, 16, 3, r=4)
+    value = conv.conv.weight if entry == "conv.weight" else conv.conv.bias
+    state = {"c.lora_A": conv.lora_A, "c.lora_B": conv.lora_B, f"c.{entry}": value}
+    torch.save({key: value.detach() for key, value in state.items()}, "lora.pt")
+    err = refused("lora.pt", "peft", *ALPHA)
+    assert "save_adapter" in err
+
+
+def test_convert_says_in_its_help_what_it_cannot_tell(convert):
+    code, lines, _ = convert("--help")
+    assert code == 0
+    assert "do not tell a convolution from a Linear" in " ".join(" ".join(lines).split())

@@ -32,6 +32,9 @@ from lora_kernels.spec import OutputSplits
 
 __all__ = ["read", "recognises", "write"]
 
+_IF_CONVOLUTION = (
+    "if it is one, load the file into the model and call lora_kernels.save_adapter instead"
+)
 # The keys under which scripts, such as loralib's own example, keep a state dict in a larger dict.
 _ENVELOPES = ("model_state_dict", "state_dict", "model")
 # The key beside a state dict that tells Lightning's file, and what Lightning puts before its keys.
@@ -76,7 +79,7 @@ def read(file: Path, hints: Hints) -> Adapter:
         modules_to_save=[p for p in modules if p in saved and not is_inside(split(p)[0], saved)],
         target_modules=name_targets(layers, others),
         source=Source(file, file, str),
-        notes=notes,
+        notes=[*_taken_for(file, layers), *notes],
     )
 
 
@@ -179,10 +182,35 @@ def _read_layers(
                 splits = _splits(path, flags, sizes.get(path, sizes.get("")), groups, outputs)
                 outputs = splits.columns
             base = BaseModule("linear", a.shape[1], outputs, hints.fan_in_fan_out)
+        _check_bias(path, state, outputs)
         dropout = 0.0 if path in embeddings else hints.lora_dropout
         spec = LayerSpec(r, alphas[path], alphas[path] / r, dropout, splits)
         layers[path] = AdapterLayer(path, base, spec, a, b)
     return layers
+
+
+def _check_bias(path: str, state: Mapping[str, Tensor], outputs: int) -> None:
+    """The bias at path, if there is one, is of so many outputs. Raises: ValueError if it is not."""
+    bias = state.get(join(path, "bias"))
+    if bias is not None and list(bias.shape) != [outputs]:
+        raise ValueError(
+            f"{join(path, 'bias')}: shape must be [{outputs}], as lora_B has it, got "
+            f"{list(bias.shape)}: {_IF_CONVOLUTION}"
+        )
+
+
+def _taken_for(file: Path, layers: Mapping[str, AdapterLayer]) -> list[str]:
+    """Lines that say what the factors of each module were taken for."""
+    kinds = defaultdict(list)
+    for path, layer in layers.items():
+        name = layer.base.kind if layer.spec.splits is None else "MergedLinear"
+        name = name[0].upper() + name[1:]
+        sizes = f"{layer.base.inputs}, {layer.base.outputs}"
+        kinds[f"{name}({sizes}, r={layer.spec.r})"].append(path)
+    lines = [f"{file}: taken for {kind}: {', '.join(paths)}" for kind, paths in kinds.items()]
+    if any(layer.base.kind == "linear" for layer in layers.values()):
+        lines.append(f"{file}: factors do not tell a convolution from a Linear: {_IF_CONVOLUTION}")
+    return lines
 
 
 def _factors(path: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
