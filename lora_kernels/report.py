@@ -79,7 +79,7 @@ def report(model: nn.Module, tokens: int = 4096) -> Report:
 
 
 def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
-    weight = layer.base_weight()
+    weight = getattr(layer.weight_owner(), "weight", None)
     taken, reason = None, ""
     if not layer.has_lora:
         reason = "it has no adapter (r = 0)"
@@ -96,16 +96,18 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
         if len(joined) > 1:
             others = f"{len(joined) - 1} other layer{'s' * (len(joined) > 2)}"
             taken = taken._replace(reason=f"{taken.reason}; in one call with {others}")
-    shape = layer.oriented(weight).shape if isinstance(layer, LinearLayer) else weight.shape
+    if isinstance(layer, LinearLayer):
+        weight = layer.oriented(weight)
     ranks = (layer.r,) if layer.has_lora else ()
-    return _row(name, type(layer).__name__, shape, ranks, weight.dtype, taken, reason)
+    return _row(name, type(layer).__name__, *_outline(weight), ranks, taken, reason)
 
 
 def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
     base = layer.get_base_layer()
-    weight = getattr(base, "weight", None)
-    shape, dtype = (weight.shape, weight.dtype) if isinstance(weight, torch.Tensor) else ((), None)
-    ranks = tuple(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.r)
+    shape, dtype = _outline(getattr(base, "weight", None))
+    if len(shape) < 3 and hasattr(base, "in_features") and hasattr(base, "out_features"):
+        shape = (base.out_features, base.in_features)  # a quantised weight is packed
+    ranks = tuple(_rank(layer, name) for name in layer.active_adapters if name in layer.r)
     taken, reason = None, ""
     operands = unreached(layer) or operands_of(layer)
     if not isinstance(operands, NotFused):
@@ -118,10 +120,24 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
     else:
         taken = _algorithm([operands.weight], operands.a.shape[0], operands.dropout_p, tokens)
     kind = f"peft {type(layer).__name__}({type(base).__name__})"
-    return _row(name, kind, shape, ranks, dtype, taken, reason)
+    return _row(name, kind, shape, dtype, ranks, taken, reason)
 
 
-def _row(name, kind, shape, ranks, dtype, taken: Algorithm | None, reason: str) -> Row:
+def _outline(weight) -> tuple[tuple[int, ...], torch.dtype | None]:
+    """Shape and dtype of a weight; (), None if a layer has none of this name."""
+    if not isinstance(weight, torch.Tensor):
+        return (), None
+    return tuple(weight.shape), weight.dtype
+
+
+def _rank(layer: nn.Module, adapter: str) -> int:
+    """The rank of an adapter of a PEFT layer. Padding for hotswapping leaves layer.r as it was."""
+    a = layer.lora_A[adapter] if adapter in layer.lora_A else None  # noqa: SIM401, a ModuleDict
+    rows = getattr(a, "out_features", getattr(a, "out_channels", None))
+    return layer.r[adapter] if rows is None else rows // getattr(layer, "num_experts", 1)
+
+
+def _row(name, kind, shape, dtype, ranks, taken: Algorithm | None, reason: str) -> Row:
     chosen, why = (None, reason) if taken is None else taken
     return Row(name, kind, tuple(shape), ranks, dtype, taken is not None, chosen, why)
 

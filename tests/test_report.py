@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.hooks import ModelHook, add_hook_to_module
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -122,6 +123,62 @@ def test_report_of_a_llama_and_a_gpt2():
     gpt2 = report(peft_model(tiny_gpt2(), target_modules=["c_attn"], fan_in_fan_out=True))
     assert {(row.kind, row.weight) for row in gpt2} == {("peft Linear(Conv1D)", (24, 8))}
     assert all(row.fused for row in gpt2)
+
+
+def test_report_of_a_rank_that_is_padded_for_hotswapping():
+    model = peft_model()
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    patch_peft()
+    assert [row.ranks for row in report(model)] == [(2,), (6,), (2,)]
+
+
+class Packed(nn.Linear):
+    """A linear whose weight is stored as bitsandbytes stores 4-bit weights."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        packed = torch.zeros((self.weight.numel() // 2, 1), dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+
+def test_report_of_a_packed_weight_has_the_shape_that_it_stands_for():
+    model = peft_model()
+    lin = model.base_model.model.lin
+    lin.base_layer = Packed(16, 8)
+    (row,) = [row for row in report(model) if row.name.endswith("lin")]
+    assert (row.weight, row.dtype, row.fused) == ((8, 16), torch.uint8, False)
+    del lin.base_layer.weight  # some libraries call it qweight
+    (row,) = [row for row in report(model) if row.name.endswith("lin")]
+    assert (row.weight, row.dtype) == ((8, 16), None)
+
+
+class InProjection(nn.Module, lora.LoRALayer):
+    """A user's layer on the mixin, with a base weight of another name."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        lora.LoRALayer.__init__(self, r=2, lora_alpha=1, lora_dropout=0.0, merge_weights=False)
+        self.in_proj_weight = nn.Parameter(torch.randn(12, 4), requires_grad=False)
+        self.lora_A, self.lora_B = nn.Parameter(torch.ones(2, 4)), nn.Parameter(torch.ones(12, 2))
+
+    def forward(self, x):
+        return x @ (self.in_proj_weight + self.lora_B @ self.lora_A * self.scaling).T
+
+
+def test_report_and_merged_state_dict_of_a_users_own_layer(tmp_path):
+    model = nn.Sequential(InProjection(), lora.Linear(12, 4, r=2))
+    nn.init.ones_(model[1].lora_B)
+    first, second = report(model)
+    assert (first.kind, first.weight, first.ranks, first.fused) == ("InProjection", (), (2,), False)
+    assert second.weight == (4, 12)
+    assert "InProjection" in str(report(model))
+    with pytest.warns(UserWarning, match=r"0 \(InProjection\)"):
+        merged = lora.merged_state_dict(model)
+    assert list(merged) == ["0.in_proj_weight", "0.lora_A", "0.lora_B", "1.weight", "1.bias"]
+    assert torch.equal(merged["1.weight"], model[1].merged_weight())
+    with pytest.raises(ValueError, match=r"0 \(InProjection\) .* lora_state_dict"):
+        lora.save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_report_of_active_adapters():

@@ -15,6 +15,7 @@ from lora_kernels.adapters.formats.adapter import FACTORS, Adapter, AdapterLayer
 from lora_kernels.adapters.formats.peft_moe import rewritten
 from lora_kernels.adapters.state_dict import entry_keys
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
 from lora_kernels.model.paths import (
     adapted_layers,
@@ -51,7 +52,8 @@ def save_adapter(
     rank 0 writes, and all return when it has written.
     Warns: if PEFT would take some of the layers for others, as in some mixtures of experts.
     Raises: ValueError for a model without LoRA, a value that is not finite, a LoRA layer inside a
-    saved module, and a convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
+    saved module, a layer of a user's own kind, and a convolution that PEFT cannot express: groups
+    > 1, dilation, padding_mode.
     """
     adapter = adapter_of(model, as_names("modules_to_save", modules_to_save))
     encoded = peft.encode(adapter)
@@ -113,6 +115,11 @@ def _library_class(model: nn.Module) -> type | None:
 
 
 def _layer(path: str, layer: LoRALayer, state: Mapping[str, Tensor]) -> AdapterLayer:
+    if not isinstance(layer, (nn.Linear, nn.Embedding, ConvLoRA)):
+        raise ValueError(
+            f"save_adapter: {path} ({type(layer).__name__}) is no linear, embedding or "
+            f"convolution, and PEFT has no layer like it: save lora_state_dict(model)"
+        )
     base = BaseModule.of(layer)
     spec = LayerSpec(
         r=layer.r,

@@ -1,5 +1,6 @@
 """State dicts of a model with LoRA: loralib's, the merged plain model's, and an adapter's part."""
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, nn
@@ -68,12 +69,13 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Loads strictly into the original architecture and gives the outputs of model in eval mode.
     Weights that LoRA changes are copies, the rest is shared with model as in state_dict(). If a
     tied weight has LoRA on one side, or another LoRA on each, its entries differ: load it into an
-    untied model.
+    untied model. Layers of a user's own class that do not tell their base weight or their update
+    stay as they are, with a warning.
     Parameters that fully_shard has sharded are DTensors. Every rank has to call this then.
     Raises: ValueError for an embedding with max_norm, which would limit the merged rows anew, and
     for a layer without the parameter that its class names as the base weight.
     """
-    renamed, dropped, merged = {}, set(), {}
+    renamed, dropped, merged, left = {}, set(), {}, {}
     copies: dict[int, Tensor] = {}
     state = plain_state(model)  # first, because this makes FSDP shard its parameters again
     for path, layer in named_modules(model, remove_duplicate=False):
@@ -81,7 +83,12 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             continue
         if isinstance(layer, ConvLoRA):
             renamed |= {join(path, f"conv.{name}"): join(path, name) for name in ("weight", "bias")}
-        if layer.has_lora:
+        if layer.has_lora and (
+            getattr(layer.weight_owner(), "weight", None) is None
+            or type(layer).delta_weight is LoRALayer.delta_weight
+        ):
+            left[path] = type(layer).__name__
+        elif layer.has_lora:
             if getattr(layer, "max_norm", None) is not None:
                 raise ValueError(f"{path}: an embedding with max_norm cannot be merged for good")
             key = join(path, layer.weight_name)
@@ -95,6 +102,13 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 copies[id(layer)] = layer.merged_weight()
             merged[key] = copies[id(layer)]
             dropped |= {join(path, "lora_A"), join(path, "lora_B")}
+    if left:
+        warnings.warn(
+            "merged_state_dict: the entries of these layers stay as they are, lora_A and lora_B "
+            "among them, because their classes define no base weight or no delta_weight(): "
+            + ", ".join(f"{path} ({kind})" for path, kind in left.items()),
+            stacklevel=2,
+        )
     return {
         renamed.get(key, key): merged.get(key, value)
         for key, value in state.items()
