@@ -132,8 +132,8 @@ def wrap_modules(
         for name, child in list(parent._modules.items()):
             if id(child) in layers:
                 setattr(parent, name, layers[id(child)])
-                if isinstance(parent, torch._dynamo.OptimizedModule):
-                    parent._initialize()  # it holds the call of the module that it was made for
+                if name == "_orig_mod":  # torch.compile holds the call of the module before
+                    parent._initialize()
     for module in model.modules():
         # PyTorch's fast path for inference of these reads the weights without calling the layers.
         if isinstance(module, nn.TransformerEncoderLayer) and any(lora_layers(module)):

@@ -140,7 +140,8 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 def accept_plain_keys(model: nn.Module) -> None:
     """Has model.load_state_dict() take keys without the names of wrappers inside model as well."""
-    if _add_wrappers not in [hook.hook for hook in model._load_state_dict_pre_hooks.values()]:
+    hooks = model._load_state_dict_pre_hooks.values()
+    if _add_wrappers not in [getattr(hook, "hook", hook) for hook in hooks]:
         model.register_load_state_dict_pre_hook(_add_wrappers)
 
 

@@ -168,10 +168,11 @@ def _linear_paths(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _stacked_weights(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Parameters [stack, rows, columns] outside of torch's own modules, with * for all numbers."""
+    """Parameters [stack, rows, columns] of modules that are no kind of torch's; * for numbers."""
     found = {}
     for path, module in modules.items():
-        if type(module).__module__.startswith("torch.nn.") or isinstance(module, LoRALayer):
+        kinds = set(type(module).__mro__) - {nn.Module}
+        if any(kind.__module__.startswith("torch.nn.") for kind in kinds):
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() == 3 and 1 not in parameter.shape:

@@ -117,7 +117,8 @@ def test_all_linear_is_silent_about_other_parameters_of_three_dimensions(recwarn
         def __init__(self):
             super().__init__()
             self.positions = nn.Parameter(torch.zeros(1, 4, 8))
-            self.conv, self.lin = nn.Conv1d(4, 4, 3), nn.Linear(8, 8)
+            own_conv = type("OwnConv1d", (nn.Conv1d,), {})
+            self.conv, self.lin = own_conv(4, 4, 3), nn.Linear(8, 8)
 
     apply_lora(Patches(), r=2, lora_alpha=4)
     assert not recwarn.list
