@@ -73,7 +73,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     stay as they are, with a warning.
     Parameters that fully_shard has sharded are DTensors. Every rank has to call this then.
     Raises: ValueError for an embedding with max_norm, which would limit the merged rows anew, and
-    for a layer without the parameter that its class names as the base weight.
+    for weights that FSDP (not fully_shard) has sharded.
     """
     renamed, dropped, merged, left = {}, set(), {}, {}
     copies: dict[int, Tensor] = {}
@@ -84,23 +84,22 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(layer, ConvLoRA):
             renamed |= {join(path, f"conv.{name}"): join(path, name) for name in ("weight", "bias")}
         if layer.has_lora and (
-            getattr(layer.weight_owner(), "weight", None) is None
+            not layer.has_base_weight
             or type(layer).delta_weight is LoRALayer.delta_weight
         ):
             left[path] = type(layer).__name__
         elif layer.has_lora:
             if getattr(layer, "max_norm", None) is not None:
                 raise ValueError(f"{path}: an embedding with max_norm cannot be merged for good")
-            key = join(path, layer.weight_name)
-            if key not in state:
+            base = join(path, layer.weight_name)
+            if layer.base_weight().shape != state.get(base, layer.base_weight()).shape:
                 raise ValueError(
-                    f"{path}: {type(layer).__name__} has no parameter {layer.weight_name!r}: set "
-                    f"weight_name in the class to the name of its base weight, and define "
-                    f"delta_weight()"
+                    f"{base}: FSDP has sharded it: call merged_state_dict in "
+                    f"FullyShardedDataParallel.summon_full_params(model)"
                 )
             if id(layer) not in copies:
                 copies[id(layer)] = layer.merged_weight()
-            merged[key] = copies[id(layer)]
+            merged[base] = copies[id(layer)]
             dropped |= {join(path, "lora_A"), join(path, "lora_B")}
     if left:
         warnings.warn(

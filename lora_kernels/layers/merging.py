@@ -96,6 +96,11 @@ class MergesOnEval:
         path, _, _ = self.weight_name.rpartition(".")
         return self.get_submodule(path) if path else self
 
+    @property
+    def has_base_weight(self) -> bool:
+        """Whether there is a base weight of that name: a user's own layer may have none."""
+        return hasattr(self.weight_owner(), self.weight_name.rpartition(".")[2])
+
     def base_weight(self) -> Tensor:
         """The base weight, which has no update in it in any mode."""
         return getattr(self.weight_owner(), self.weight_name.rpartition(".")[2])

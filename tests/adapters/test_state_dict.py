@@ -202,13 +202,6 @@ def test_merged_state_dict_of_a_layer_that_names_its_base_weight(seed):
     torch.testing.assert_close(actual, layer(x), rtol=0, atol=1e-12)  # of numbers near ten
 
 
-def test_merged_state_dict_of_a_layer_that_does_not_is_an_error_with_its_path():
-    model = nn.Sequential(InProjection(4, 2))
-    with pytest.raises(ValueError, match="0: InProjection has no parameter 'weight': set weight_n"):
-        merged_state_dict(model)
-    assert list(lora_state_dict(model)) == ["0.lora_A", "0.lora_B"]
-
-
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("around", [lambda model: model, wrapped.compiled, nn.DataParallel])
 def test_lora_state_dict_loads_into_compiled_parts_and_out_of_them(around, strict, seed):

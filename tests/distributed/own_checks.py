@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import lora_kernels as lora
 from lora_kernels.testing.tolerance import assert_close
@@ -28,6 +28,7 @@ from tests.distributed.engines import (
     whole,
     wrap,
 )
+from tests.model import wrapped
 
 CHECKS = {}
 SHARDED = ENGINES[1:]
@@ -313,3 +314,24 @@ def lora_goes_into_a_model_before_it_is_sharded(directory):
         with pytest.raises(ValueError, match="call apply_lora before fully_shard"):
             lora.apply_lora(sharded, r=2, lora_alpha=2, target_modules=["down"])
         sharded(batch())  # leaves the weights of the root gathered
+
+
+@check()
+def adapters_travel_between_the_first_fsdp_and_the_plain_model(directory):
+    base, x = wrapped.Net(), torch.randn(5, 6)
+    model = wrapped.adapted(base)
+    sharded = wrapped.in_fsdp(copy.deepcopy(model))
+    assert sharded.blocks[0].up.lora_A.dim() == 1  # this rank's part of it
+    lora.save_adapter(sharded, directory)
+    dist.barrier()
+    assert torch.equal(lora.load_adapter(copy.deepcopy(base), directory)(x), model(x))
+    again = wrapped.in_fsdp(wrapped.adapted(base))
+    assert torch.equal(lora.load_adapter(again, directory)(x), model(x))
+    wrapped.assert_same(lora.lora_state_dict(again), lora.lora_state_dict(model))
+    with pytest.raises(ValueError, match=r"before .* FSDP"):
+        lora.load_adapter(wrapped.in_fsdp(copy.deepcopy(base)), directory)
+    with pytest.raises(ValueError, match="summon_full_params"):
+        lora.merged_state_dict(again)
+    with FullyShardedDataParallel.summon_full_params(again, writeback=False):
+        merged = lora.merged_state_dict(again)
+    wrapped.assert_same(merged, lora.merged_state_dict(model))
