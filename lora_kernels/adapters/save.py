@@ -55,7 +55,7 @@ def save_adapter(
     saved module, a layer of a user's own kind, and a convolution that PEFT cannot express: groups
     > 1, dilation, padding_mode.
     """
-    adapter = adapter_of(model, as_names("modules_to_save", modules_to_save))
+    adapter = adapter_of(model, as_names("modules_to_save", modules_to_save, model))
     encoded = peft.encode(adapter)
     problem = rewritten(unwrapped(model), adapter.layers)
     if problem is not None:

@@ -38,7 +38,7 @@ def lora_state_dict(
     Source: loralib's function, which also looks at names in the middle of a path.
     """
     check_bias(bias)
-    saved = saved_paths(model, as_names("modules_to_save", modules_to_save))
+    saved = saved_paths(model, as_names("modules_to_save", modules_to_save, model))
     wanted = _bias_keys(model, bias)
     prefix = wrapper_prefix(model)
     return {

@@ -23,6 +23,7 @@ from lora_kernels.model.targets import (
     check_wrappable,
     constructor_of,
     match_targets,
+    plain_patterns,
 )
 from lora_kernels.model.trainable import (
     check_bias,
@@ -81,7 +82,7 @@ def apply_lora(
     """
     check_bias(bias)
     dropout = check_dropout(lora_dropout, "apply_lora")
-    saved = as_names("modules_to_save", modules_to_save)
+    saved = as_names("modules_to_save", modules_to_save, model)
     check_names_exist(model, saved)
     inside = unwrapped(model)
     construct = constructor_of(inside)
@@ -91,7 +92,8 @@ def apply_lora(
             f"in place: use {construct.__self__.__name__}.{construct.__name__}(model, r, ...)"
         )
     targets = match_targets(model, target_modules, saved)
-    numbers = Hyperparameters(r, lora_alpha, dropout, rank_pattern, alpha_pattern, use_rslora)
+    ranks, alphas = plain_patterns(rank_pattern), plain_patterns(alpha_pattern)
+    numbers = Hyperparameters(r, lora_alpha, dropout, ranks, alphas, use_rslora)
     specs = {path: numbers.of(path) for path in targets}
     if not specs:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Paths: what a module is called in its model, under wrappers and without them."""
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
@@ -9,7 +10,8 @@ from lora_kernels.layers.base import LoRALayer
 __all__ = [
     "accept_plain_keys", "adapted_layers", "as_names", "check_names_exist", "in_model_order",
     "is_inside", "is_named", "join", "load_plain_state", "lora_layers", "named_modules",
-    "plain_state", "split", "unwrapped", "without_wrappers", "wrapper_prefix",
+    "pattern_without_wrappers", "plain_state", "split", "unwrapped", "without_wrappers",
+    "wrapper_prefix",
 ]  # fmt: skip
 
 # What these wrappers call the module inside: torch.compile, FSDP, checkpoint_wrapper, Fabric.
@@ -64,13 +66,17 @@ def is_named(path: str, names: Iterable[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def as_names(argument: str, names: str | Iterable[str] | None) -> list[str]:
-    """names as a list of strings. Raises: ValueError that names the argument."""
+def as_names(argument: str, names: str | Iterable[str] | None, model: nn.Module) -> list[str]:
+    """names, of modules of model, as a list of strings without wrappers.
+
+    Raises: ValueError that names the argument.
+    """
     listed = [] if names is None else [names] if isinstance(names, str) else names
     listed = list(listed) if isinstance(listed, Iterable) else [None]
     if not all(isinstance(name, str) and name for name in listed):
         raise ValueError(f"{argument} must be a name or a list of names, got {names!r}")
-    return listed
+    plain = {path: without_wrappers(path, model) for path, _ in model.named_modules()}
+    return [plain.get(name) or without_wrappers(name) for name in listed]
 
 
 # ---- wrappers ----
@@ -114,6 +120,12 @@ def _wrapped_name(module: nn.Module) -> str | None:
             held = any(next(child.parameters(), None) is not None for child in beside)
             return None if held or module._parameters else name
     return None
+
+
+def pattern_without_wrappers(pattern: str) -> str:
+    """A regular expression for paths without the parts that only wrappers are called."""
+    parts = "|".join(_WRAPPED)
+    return re.sub(rf"(?<![\w])(?:{parts})(?:\\?\.|$)|\\?\.(?:{parts})(?!\w)", "", pattern)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from lora_kernels.model.paths import (
     is_named,
     join,
     named_modules,
+    pattern_without_wrappers,
     split,
     unwrapped,
 )
@@ -27,7 +28,7 @@ from lora_kernels.spec import OutputSplits
 
 __all__ = [
     "Hyperparameters", "LayerSpec", "candidates", "check_wrappable", "constructor_of",
-    "match_targets", "name_targets",
+    "match_targets", "name_targets", "plain_patterns",
 ]  # fmt: skip
 
 
@@ -85,6 +86,16 @@ class Hyperparameters:
         return f"these keys match no module that gets LoRA, and are ignored: {'; '.join(told)}"
 
 
+def plain_patterns(patterns: Mapping | None) -> Mapping | None:
+    """rank_pattern or alpha_pattern without the names of wrappers; the first of two counts."""
+    if not isinstance(patterns, Mapping):
+        return patterns
+    plain: dict = {}
+    for pattern, value in patterns.items():
+        plain.setdefault(pattern_without_wrappers(str(pattern)), value)
+    return plain
+
+
 def _match(argument: str, pattern: str, path: str) -> re.Match | None:
     return _compile(argument, rf"(.*\.)?({pattern})$").match(path)
 
@@ -132,11 +143,12 @@ def _matching_paths(model, modules: dict[str, nn.Module], target_modules) -> lis
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         return _linear_paths(model, modules)
     if not isinstance(target_modules, str):
-        names = as_names("target_modules", target_modules)
+        names = as_names("target_modules", target_modules, model)
         return [path for path in modules if is_named(path, names)]
-    pattern = _compile("target_modules", target_modules)
+    pattern = _compile("target_modules", pattern_without_wrappers(target_modules))
     matches = [path for path in modules if pattern.fullmatch(path)]
-    return matches or [path for path in modules if is_named(path, [target_modules])]
+    names = as_names("target_modules", target_modules, model)
+    return matches or [path for path in modules if is_named(path, names)]
 
 
 def _linear_paths(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:

@@ -40,7 +40,7 @@ def mark_only_lora_as_trainable(
     Source: loralib's function, which also looks at names in the middle of a path.
     """
     check_bias(bias)
-    names = as_names("modules_to_save", modules_to_save)
+    names = as_names("modules_to_save", modules_to_save, model)
     check_names_exist(model, names)
     trainable, left_alone = set(), set()
     for module in model.modules():

@@ -19,6 +19,7 @@ from lora_kernels.model.paths import (
     load_plain_state,
     lora_layers,
     named_modules,
+    pattern_without_wrappers,
     plain_state,
     split,
     unwrapped,
@@ -49,13 +50,36 @@ def test_is_inside_and_is_named_go_by_whole_names():
     ("names", "expected"), [(None, []), ("a", ["a"]), (("a", "b.c"), ["a", "b.c"])]
 )
 def test_as_names_gives_a_list(names, expected):
-    assert as_names("modules_to_save", names) == expected
+    assert as_names("modules_to_save", names, nn.Linear(2, 2)) == expected
 
 
 @pytest.mark.parametrize("names", [3, "", ["a", None], [""]])
 def test_as_names_raises_for_what_is_not_a_name(names):
     with pytest.raises(ValueError, match="modules_to_save must be a name or a list of names"):
-        as_names("modules_to_save", names)
+        as_names("modules_to_save", names, nn.Linear(2, 2))
+
+
+def test_as_names_takes_wrappers_off():
+    names = ["module.blocks.1._orig_mod.up", "_orig_mod.down", "module.head", "own.module"]
+    model = nn.DataParallel(wrapped.with_compiled_parts(wrapped.Net()))
+    assert as_names("x", names, model) == ["blocks.1.up", "down", "head", "own.module"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "plain"),
+    [
+        (r"blocks\.\d\._orig_mod\.up", r"blocks\.\d\.up"),
+        (r".*_orig_mod.up", r".*up"),
+        (
+            r"(single\._orig_mod|blocks\.0\._checkpoint_wrapped_module\.up)",
+            r"(single|blocks\.0\.up)",
+        ),
+        (r"^_fsdp_wrapped_module\.head$", "^head$"),
+        (r"my_orig_mod\.up|_orig_models", r"my_orig_mod\.up|_orig_models"),
+    ],
+)
+def test_pattern_without_wrappers(pattern, plain):
+    assert pattern_without_wrappers(pattern) == plain
 
 
 def test_in_model_order_is_that_of_a_model_built_so():

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from lora_kernels import apply_lora
+from lora_kernels.model.paths import adapted_layers
 from lora_kernels.model.targets import Hyperparameters, LayerSpec, name_targets
+from tests.model import wrapped
 from tests.model.nets import Net, layers_of
 from tests.tiny_models import tiny_moe
 
@@ -122,3 +124,18 @@ def test_all_linear_is_silent_about_other_parameters_of_three_dimensions(recwarn
 
     apply_lora(Patches(), r=2, lora_alpha=4)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "targets", [["blocks.1._orig_mod.up", "single._orig_mod"], ["up", "single"],
+                r"(blocks\.1\._orig_mod\.up|single\._orig_mod)", "blocks.1._orig_mod.up"],
+)  # fmt: skip
+def test_names_with_and_without_wrappers_mean_the_same_modules(targets):
+    model = wrapped.with_compiled_parts(wrapped.Net())
+    patterns = {"rank_pattern": {"blocks.1._orig_mod.up": 3}, "modules_to_save": ["head"]}
+    apply_lora(model, r=2, lora_alpha=4, target_modules=targets, **patterns)
+    layers = adapted_layers(model)
+    expected = {"blocks.0.up", "blocks.1.up", "single"} if targets == ["up", "single"] else (
+        {"blocks.1.up", "single"} if "single" in str(targets) else {"blocks.1.up"})  # fmt: skip
+    assert set(layers) == expected
+    assert layers["blocks.1.up"].r == 3
