@@ -75,7 +75,8 @@ def as_names(argument: str, names: str | Iterable[str] | None, model: nn.Module)
     listed = list(listed) if isinstance(listed, Iterable) else [None]
     if not all(isinstance(name, str) and name for name in listed):
         raise ValueError(f"{argument} must be a name or a list of names, got {names!r}")
-    plain = {path: without_wrappers(path, model) for path, _ in model.named_modules()}
+    paths = [path for path, _ in model.named_modules()] if _has_wrappers(model) else []
+    plain = {path: without_wrappers(path, model) for path in paths}
     return [plain.get(name) or without_wrappers(name) for name in listed]
 
 
@@ -145,9 +146,16 @@ def wrapper_prefix(model: nn.Module) -> str:
     return prefix
 
 
+def _has_wrappers(model: nn.Module) -> bool:
+    return any(_wrapped_name(module) is not None for module in model.modules())
+
+
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """model.state_dict() under the keys that it has without wrappers."""
-    return {without_wrappers(key, model): value for key, value in model.state_dict().items()}
+    state = model.state_dict()
+    if not _has_wrappers(model):
+        return dict(state)
+    return {without_wrappers(key, model): value for key, value in state.items()}
 
 
 def accept_plain_keys(model: nn.Module) -> None:
@@ -158,6 +166,8 @@ def accept_plain_keys(model: nn.Module) -> None:
 
 
 def _add_wrappers(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+    if not _has_wrappers(model):
+        return
     for path, module in model.named_modules(remove_duplicate=False):
         shown = ".".join(part for part in path.split(".") if part not in _HIDDEN)
         plain = without_wrappers(shown, model)
@@ -171,8 +181,9 @@ def _add_wrappers(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -
 
 def load_plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Loads entries of plain_state(model), not necessarily all; modules may know others, too."""
-    keys = {without_wrappers(key, model): key for key in model.state_dict()}
-    state = {keys.get(key, key): value for key, value in state.items()}
+    if _has_wrappers(model):
+        keys = {without_wrappers(key, model): key for key in model.state_dict()}
+        state = {keys.get(key, key): value for key, value in state.items()}
     model.load_state_dict(state, strict=False)
 
 
@@ -183,9 +194,21 @@ def named_modules(
     model: nn.Module, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
     """model.named_modules() without wrappers, neither as modules nor in the paths."""
-    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
-        if _wrapped_name(module) is None:
-            yield without_wrappers(path, model) if path else path, module
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        if remove_duplicate:
+            seen.add(id(module))
+        wrapped = _wrapped_name(module)
+        if wrapped is None:
+            yield path, module
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from walk(child, path if name in (wrapped, *_WRAPPED) else join(path, name))
+
+    yield from walk(model, "")
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
