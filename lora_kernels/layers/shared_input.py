@@ -1,5 +1,7 @@
 """share_inputs: LoRALinear layers of a block that take the same x compute in one call."""
 
+import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
@@ -28,6 +30,9 @@ CROSS_ATTENTION = (
 )  # fmt: skip
 
 
+_PLAIN = {Tensor, nn.Parameter}
+
+
 def share_inputs(
     model: nn.Module,
     groups: Iterable[Collection[str]] = GROUPS,
@@ -42,13 +47,21 @@ def share_inputs(
     others fetch their part, as long as x is the same and nothing has changed since. So x is read
     once for all low-rank products and the layers add to one dx in place, see lora_shared_linear.
     Each layer has its own dropout mask.
+    Joined layers fall apart for good at the first call that finds an output which it cannot take,
+    because x is another tensor or has changed, or because gradients, autocast, dropout or weights
+    have. From then on each computes alone, as if it had never been joined. Another share_inputs
+    joins them anew. Its groups can name those alone that do share: ``("k_proj", "v_proj")``.
     exclude: names of modules inside which nothing is joined. In cross-attention keys and values get
-    another x than queries. Joined layers would give the right results there, but each would throw
-    away what it has computed for the others.
-    Merged layers compute alone. So do layers on tensors of torch.inference_mode, and layers whose
-    weights FSDP or a parametrization replaces.
-    In a model under torch.compile x must not change in place between the calls, because traced code
-    cannot notice it. In other models such a change is noticed, and the layer computes anew.
+    another x than queries. Joined layers would give the right results there and fall apart, but
+    the first call would compute in vain.
+    Each thread has its own outputs to fetch. The last fetch leaves nothing behind. An output that
+    nobody fetches is freed by the next call with another x, and before that if x is freed, or the
+    graph behind the output that was asked for first.
+    Merged layers compute alone. So do layers on tensors of torch.inference_mode or of subclasses of
+    torch.Tensor, layers under a transform of torch.func, replicas of nn.DataParallel, and layers
+    whose weights FSDP or a parametrization replaces.
+    Under torch.compile outputs are fetched within one graph, and x must not change in place between
+    the calls, because traced code cannot notice it.
     A layer that is copied on its own takes along copies of the layers it is joined with.
     Joined layers have one backward. A second backward, through another layer's output, needs
     retain_graph=True in the first, as for any outputs of one operation.
@@ -84,13 +97,10 @@ def _kind(layer: LoRALinear) -> tuple:
 
 
 class SharedInput:
-    """The layers that share their input, and the outputs that some of them have not fetched yet."""
+    """The layers that share their input, and for each thread the outputs still to be fetched."""
 
     def __init__(self, layers: Iterable[LoRALinear]):
-        self.layers = tuple(layers)
-        self._x: Tensor | None = None
-        self._state: tuple = ()
-        self._outputs: dict[int, Tensor] = {}
+        self.__setstate__({"layers": tuple(layers)})
         for layer in self.layers:
             layer._shared_input = self
 
@@ -99,73 +109,186 @@ class SharedInput:
         index = next((i for i, member in enumerate(self.layers) if member is layer), None)
         if index is None or not isinstance(x, Tensor):
             return None
-        if not torch.compiler.is_compiling() and x.is_inference():
-            return None  # it has no version that tells of changes
-        if x is self._x and index in self._outputs and self._state == self._state_for(x):
-            y = self._outputs.pop(index)
-        elif self.together():
-            checks.check_input(layer, x, layer.oriented(layer.weight))
-            ys = self._compute(x)
-            self._x, self._state = x, self._state_for(x)
-            self._outputs = {i: y for i, y in enumerate(ys) if i != index}
-            y = ys[index]
-        else:
-            self._outputs, y = {}, None
-        if not self._outputs:
-            self._x = None
-        return y
+        waiting = self._waiting
+        if waiting is not None:
+            if index in waiting.states:
+                same, y = waiting.fetch(index, layer, x)
+                if not waiting.states:
+                    self._waiting = None
+                if y is not None:
+                    return y
+                if not same or torch.compiler.is_dynamo_compiling():  # or behind the traced graph
+                    self._part(waiting)
+                    return None
+            waiting.drop()
+            self._waiting = None
+        if self._parted_by is not None and not (index == self._parted_by and _in_backward()):
+            if index == self._parted_by:
+                self._fall_apart()
+            return None
+        if not (_can_wait_for(x) and self.together()):
+            return None
+        ys = self._compute(layer, x)
+        outputs = _Outputs({i: y for i, y in enumerate(ys) if i != index})
+        states = {i: _state_for(self.layers[i], x) for i in outputs.by_index}
+        self._waiting = waiting = _Waiting(x, index, states, outputs)
+        if torch.compiler.is_dynamo_compiling():
+            return ys[index]
+        return waiting.owned_by(ys[index])
 
     def together(self) -> bool:
-        """Whether every layer runs its adapter, on plain weights, with one dropout.
+        """Whether all layers run their adapters, on plain weights in one place, with one dropout.
 
         The answer is the same each time that a step runs a layer. That includes the second forward
         of activation checkpointing, in which weights that fully_shard gathers layer by layer are
         gathered already.
         """
-        return (
-            len({layer.active_dropout_p() for layer in self.layers}) == 1
-            and not any(map(distributed.is_sharded_alone, self.layers))
-            and not any(
-                layer.merged or type(tensor) not in (nn.Parameter, Tensor)
-                for layer in self.layers
-                for tensor in (layer.weight, layer.lora_A, layer.lora_B)
-            )
-        )
+        if self._parted_by is not None and not _in_backward():
+            return False
+        p, device = self.layers[0].active_dropout_p(), self.layers[0].weight.device
+        for layer in self.layers:
+            if layer._shared_input is not self or layer.merged or layer.active_dropout_p() != p:
+                return False
+            weight = layer.weight
+            if not {type(weight), type(layer.lora_A), type(layer.lora_B)} <= _PLAIN:
+                return False
+            if weight.device != device:  # offloaded until its own call
+                return False
+        return not any(map(distributed.is_sharded_alone, self.layers))
 
-    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+    @property
+    def _waiting(self) -> "_Waiting | None":
+        if torch.compiler.is_dynamo_compiling():
+            return self._traced
+        return getattr(self._threads, "waiting", None)
+
+    @_waiting.setter
+    def _waiting(self, waiting: "_Waiting | None") -> None:
+        if torch.compiler.is_dynamo_compiling():
+            self._traced = waiting
+        else:
+            self._threads.waiting = waiting
+
+    def _part(self, waiting: "_Waiting") -> None:
+        """Lets the layers fall apart when the one that has computed in vain is called again.
+
+        Not before, and not by the second forward of activation checkpointing, which comes in the
+        backward: it has to save the same tensors and to draw the same seeds as the first.
+        """
+        waiting.drop()
+        self._waiting, self._parted_by = None, waiting.first
+        if torch.compiler.is_compiling():
+            self._fall_apart()
+
+    def _fall_apart(self) -> None:
+        for layer in self.layers:
+            if layer._shared_input is self:
+                layer._shared_input = None
+
+    def _compute(self, layer: LoRALinear, x: Tensor) -> tuple[Tensor, ...]:
+        checks.check_input(layer, x, layer.oriented(layer.weight))
         layers = self.layers
-        for layer in layers:
-            checks.check_shape(layer, x, layer.oriented(layer.weight))
+        weights = [layer.oriented(layer.weight) for layer in layers]
+        for member, weight in zip(layers, weights, strict=True):
+            checks.check_shape(member, x, weight)
         return lora_shared_linear(
             x,
-            [layer.oriented(layer.weight) for layer in layers],
+            weights,
             [layer.lora_A for layer in layers],
             [layer.lora_B for layer in layers],
             [layer.bias for layer in layers],
             scalings=[layer.scaling for layer in layers],
-            dropout_p=layers[0].active_dropout_p(),
-        )
-
-    def _state_for(self, x: Tensor) -> tuple:
-        """What must not have changed between the computation and the fetching of an output."""
-        state = (
-            torch.is_grad_enabled(),
-            checks.autocast_dtype(x),
-            *((layer.scaling, layer.active_dropout_p()) for layer in self.layers),
-        )
-        if torch.compiler.is_compiling():
-            return state
-        tensors = (
-            t
-            for layer in self.layers
-            for t in (layer.weight, layer.bias, layer.lora_A, layer.lora_B)
-            if t is not None
-        )
-        return (
-            *state,
-            x._version,
-            *((id(t), 0 if t.is_inference() else t._version) for t in tensors),
+            dropout_p=layer.active_dropout_p(),
         )
 
     def __getstate__(self) -> dict:
-        return {"layers": self.layers, "_x": None, "_state": (), "_outputs": {}}
+        return {"layers": self.layers, "parted_by": self._parted_by}
+
+    def __setstate__(self, state: dict) -> None:
+        self.layers = state["layers"]
+        self._threads = threading.local()
+        self._parted_by: int | None = state.get("parted_by")  # computed what others could not take
+        self._traced: _Waiting | None = None  # while TorchDynamo traces, which knows no threads
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _can_wait_for(x: Tensor) -> bool:
+    """Whether outputs for x can wait: x counts its changes, and outlives the current transform."""
+    if torch.compiler.is_compiling():
+        return True
+    plain = type(x) in _PLAIN and not x.is_inference()
+    return plain and not torch._C._are_functorch_transforms_active()
+
+
+def _state_for(layer: LoRALinear, x: Tensor) -> tuple:
+    """What must not have changed between the computation and the fetching of layer's output."""
+    state = (
+        torch.is_grad_enabled(),
+        checks.autocast_dtype(x),
+        layer.scaling,
+        layer.active_dropout_p(),
+    )
+    if torch.compiler.is_compiling():
+        return state
+    tensors = [layer.weight, layer.lora_A, layer.lora_B]
+    if layer.bias is not None:
+        tensors.append(layer.bias)
+    # Inference tensors do not count how often they were changed.
+    versions = [0 if t.is_inference() else t._version for t in tensors]
+    return *state, x._version, *map(id, tensors), *versions
+
+
+class _Outputs:
+    """Outputs by the index of their layer; unlike a dict, it can be referred to weakly."""
+
+    def __init__(self, by_index: dict[int, Tensor]):
+        self.by_index = by_index
+
+
+class _Waiting:
+    """Outputs over x that their layers have not fetched yet. It keeps neither x nor a graph alive.
+
+    Outputs hold their graph, and the graph holds x. So the graph behind the output that was asked
+    for first owns the others, and they are freed with it. Without a graph they live as long as x.
+    While TorchDynamo traces nothing owns them: none is left when the traced graph ends.
+    """
+
+    def __init__(self, x: Tensor, first: int, states: dict[int, tuple], outputs: _Outputs):
+        self.first = first  # the layer that computed them
+        self.states = states  # of the layers whose outputs wait
+        self._outputs = weakref.ref(outputs)
+        self._owned = None if torch.compiler.is_dynamo_compiling() else outputs
+        if torch.compiler.is_dynamo_compiling():
+            self._x = weakref.ref(x)
+        else:
+            self._x = weakref.ref(x, lambda _, outputs=self._outputs: _clear(outputs))
+
+    def owned_by(self, first: Tensor) -> Tensor:
+        """first, the output that is handed out at once, as the owner of the others if it can be."""
+        if first.grad_fn is None:
+            return first
+        # A node in front of the one that made them all: there they would hold each other.
+        first = torch.ops.aten._unsafe_view(first, first.shape)
+        first.grad_fn.metadata["lora_kernels.share_inputs"] = self._owned
+        self._owned = None
+        return first
+
+    def fetch(self, index: int, layer: LoRALinear, x: Tensor) -> tuple[bool, Tensor | None]:
+        """Whether layer would compute what waits for it, and that output if it is there still."""
+        same = self._x() is x and self.states[index] == _state_for(layer, x)
+        del self.states[index]
+        outputs = self._outputs()
+        y = None if outputs is None else outputs.by_index.pop(index, None)
+        return same, y if same else None
+
+    def drop(self) -> None:
+        _clear(self._outputs)
+
+
+def _clear(waiting: weakref.ref) -> None:
+    outputs = waiting()
+    if outputs is not None:
+        outputs.by_index.clear()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.table import GemmShape
-from lora_kernels.ops.library import compute, define, tma_if_asked
+from lora_kernels.ops.library import binds_positionally, compute, define, tma_if_asked
 from lora_kernels.reference import shared_input as reference
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import LoraSpec, Needs, OutputSplits
@@ -101,7 +101,7 @@ def lora_shared_linear(
     recorded = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *operands)
     )
-    if torch.compiler.is_compiling() and not recorded:
+    if not recorded:
         # TorchDynamo traces a Function with a variable number of arguments only with its backward.
         *ys, _ = _compute(x, seeds, specs, *operands)
     else:
@@ -115,6 +115,7 @@ def _compute(x, seeds, specs, *operands) -> tuple[Tensor, ...]:
     return tuple(_forward_op(x, ws, torch.stack(factors), bs, biases, seeds, scalings, dropout_p))
 
 
+@binds_positionally
 class _LoraSharedLinear(torch.autograd.Function):
     """Saves the seeds and parameters, and of x and h what the backward will read."""
 

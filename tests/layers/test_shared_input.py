@@ -9,37 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lora
-from lora_kernels.layers.shared_input import SharedInput
 from lora_kernels.testing.tolerance import assert_close
-from tests.op_calls import Calls
-
-NAMES = ("q_proj", "k_proj", "v_proj")
-SHARED, ALONE = "lora_shared_linear_forward", "lora_linear_forward"
-
-
-class Attention(nn.Module):
-    """Three linears over one input, or keys and values of another, and one on top."""
-
-    def __init__(self, width=12, kv=8, dropout=0.0, **options):
-        super().__init__()
-        options = {"r": 3, "lora_alpha": 6, "lora_dropout": dropout, **options}
-        self.q_proj = lora.LoRALinear(width, width, **options)
-        self.k_proj = lora.LoRALinear(width, kv, **options)
-        self.v_proj = lora.LoRALinear(width, kv, **options)
-        self.o_proj = lora.LoRALinear(width + 2 * kv, width, **options)
-        for layer in self.children():
-            nn.init.normal_(layer.lora_B)
-
-    def forward(self, x, context=None):
-        context = x if context is None else context
-        joined = torch.cat([self.q_proj(x), self.k_proj(context), self.v_proj(context)], -1)
-        return self.o_proj(joined)
-
-
-def make(device, **options):
-    model = Attention(**options).to(device)
-    lora.mark_only_lora_as_trainable(model)
-    return model, torch.randn(2, 5, 12, device=device)
+from tests.layers.attention import ALONE, NAMES, SHARED, calls_of, make
 
 
 def solve(model, x, *context):
@@ -48,12 +19,6 @@ def solve(model, x, *context):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(y.square().sum(), [x, *trained.values()])
     return {"y": y.detach(), **dict(zip(["x", *trained], grads, strict=True))}
-
-
-def calls_of(function, *args):
-    with Calls() as calls:
-        function(*args)
-    return [name for name in calls.names if name.endswith("forward")]
 
 
 def assert_same(model, shared, x, *context):
@@ -201,15 +166,6 @@ def test_share_inputs_with_nothing_to_join_is_an_error(groups, seed, device):
     model, _ = make(device)
     with pytest.raises(ValueError, match="share_inputs: no module has two LoRALinear children"):
         lora.share_inputs(model, groups)
-
-
-def test_outputs_are_not_kept_once_all_have_fetched(seed, device):
-    model, x = make(device)
-    lora.share_inputs(model)
-    model(x)
-    sharing: SharedInput = model.q_proj._shared_input
-    assert sharing._outputs == {}
-    assert sharing._x is None
 
 
 def test_compiles_as_one_graph(seed, device):
