@@ -79,7 +79,7 @@ def report(model: nn.Module, tokens: int = 4096) -> Report:
 
 
 def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
-    weight = getattr(layer.weight_owner(), "weight", None)
+    weight = layer.base_weight() if layer.has_base_weight else None
     taken, reason = None, ""
     if not layer.has_lora:
         reason = "it has no adapter (r = 0)"

@@ -84,8 +84,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(layer, ConvLoRA):
             renamed |= {join(path, f"conv.{name}"): join(path, name) for name in ("weight", "bias")}
         if layer.has_lora and (
-            not layer.has_base_weight
-            or type(layer).delta_weight is LoRALayer.delta_weight
+            not layer.has_base_weight or type(layer).delta_weight is LoRALayer.delta_weight
         ):
             left[path] = type(layer).__name__
         elif layer.has_lora:
