@@ -3,6 +3,7 @@
 An error names the layer or the function, the argument, what it must be and what it is.
 """
 
+import contextlib
 import math
 import operator
 import sys
@@ -15,10 +16,11 @@ from lora_kernels.spec import LoraSpec, OutputSplits
 __all__ = [
     "DTYPES", "autocast_dtype", "check_alpha", "check_device_and_dtype", "check_dropout",
     "check_input", "check_operands", "check_rank", "check_shape", "check_spec", "check_tensor",
-    "check_weight", "layer_name",
+    "check_weight", "layer_name", "without_autocast",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_OF_X = (torch.strided, torch.jagged)
 _LARGEST = sys.float_info.max
 
 
@@ -29,12 +31,24 @@ def layer_name(layer: str | nn.Module) -> str:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast casts x, weight and bias to, or None. It never casts adapters."""
-    device_type = x.device.type
-    if device_type == "meta" or x.dtype == torch.float64:
+    device = x.device
+    if x.dtype == torch.float64 or not _is_autocast(device):
         return None
-    if not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_dtype(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which autocast casts nothing on device."""
+    if not _is_autocast(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _is_autocast(device: torch.device) -> bool:
+    kind = device.type
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
+        return False
+    return torch.is_autocast_enabled(kind)
 
 
 # ---- hyperparameters ----
@@ -88,11 +102,13 @@ def check_spec(layer: str | nn.Module, spec: LoraSpec) -> None:
 # ---- tensors ----
 
 
-def check_tensor(layer: str | nn.Module, name: str, value) -> None:
-    """value is a dense floating-point tensor. Raises: TypeError."""
+def check_tensor(
+    layer: str | nn.Module, name: str, value, layouts: tuple[torch.layout, ...] = (torch.strided,)
+) -> None:
+    """value is a floating-point tensor of one of these layouts. Raises: TypeError."""
     if not isinstance(value, Tensor):
         problem = f"be a torch.Tensor, got {type(value).__name__}"
-    elif value.layout is not torch.strided:
+    elif value.layout not in layouts:
         problem = f"be dense, got {value.layout}"
     elif value.dtype not in DTYPES:
         problem = f"be float32, float16, bfloat16 or float64, got {value.dtype}"
@@ -111,8 +127,11 @@ def check_weight(layer: str | nn.Module, weight) -> None:
 
 
 def check_shape(layer: str | nn.Module, x, weight: Tensor) -> None:
-    """x is a dense tensor of floats [..., K] for weight [N, K]. Raises: TypeError, ValueError."""
-    check_tensor(layer, "x", x)
+    """x is a dense or jagged tensor of floats [..., K] for weight [N, K].
+
+    Raises: TypeError, ValueError.
+    """
+    check_tensor(layer, "x", x, _OF_X)
     in_features = weight.shape[1]
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(

@@ -3,19 +3,39 @@
 This file documents them, checks arguments, and sees to autocast and seeds; ops/ computes.
 """
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn import functional as F
 
 from lora_kernels import checks
 from lora_kernels.ops import shared_input
 from lora_kernels.ops.linear import LoraLinear
+from lora_kernels.ops.obstacle import is_jagged, is_opaque, is_plain, obstacle
+from lora_kernels.reference import formula
+from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import LoraSpec, OutputSplits
 
 __all__ = ["lora_forward", "lora_linear", "lora_merged_linear", "lora_shared_linear"]
 
 
+def _recorded_by_fx(function: Callable) -> Callable:
+    """function as one node of the graph if torch.fx.symbolic_trace records a call of it."""
+
+    @functools.wraps(function)
+    def wrapper(x, *args, **kwargs):
+        if isinstance(x, Proxy):
+            return x.tracer.create_proxy("call_function", wrapper, (x, *args), kwargs)
+        return function(x, *args, **kwargs)
+
+    return wrapper
+
+
+@_recorded_by_fx
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -49,6 +69,7 @@ def lora_linear(
     return lora_forward(name, x, weight, lora_A, lora_B, bias, spec, seed)
 
 
+@_recorded_by_fx
 def lora_merged_linear(
     x: Tensor,
     weight: Tensor,
@@ -86,6 +107,7 @@ def lora_merged_linear(
     return lora_forward(name, x, weight, lora_A, lora_B, bias, spec, seed)
 
 
+@_recorded_by_fx
 def lora_shared_linear(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -125,13 +147,17 @@ def lora_shared_linear(
     ranks = [a.shape[0] if isinstance(a, Tensor) and a.dim() else None for a in lora_As]
     if len(set(ranks)) > 1:
         raise ValueError(f"{name}: all lora_As must have the same number of rows, got {ranks}")
-    specs, prepared = [], []
-    for weight, a, b, bias, scaling in zip(
-        weights, lora_As, lora_Bs, biases, scalings, strict=True
-    ):
+    layers, specs = list(zip(weights, lora_As, lora_Bs, biases, strict=True)), []
+    for weight, scaling in zip(weights, scalings, strict=True):
         checks.check_weight(name, weight)
         specs.append(LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0])))
-        prepared.append(_prepare(name, x, weight, a, b, bias, specs[-1]))
+    if any(obstacle(x, *layer) is not None for layer in layers):
+        if seed is not None:
+            seed = _seeds_for(name, x, dropout_p, seed, count)
+        seeds = [None] * count if seed is None else seed.split(1)
+        alone = zip(layers, specs, seeds, strict=True)
+        return tuple(lora_forward(name, x, *layer, spec, own) for layer, spec, own in alone)
+    prepared = [_prepare(name, x, *layer, spec) for layer, spec in zip(layers, specs, strict=True)]
     xs, weights, biases = zip(*prepared, strict=True)
     seeds = _seeds_for(name, xs[0], dropout_p, seed, count)
     operands = (*weights, *lora_As, *lora_Bs, *biases)
@@ -149,10 +175,56 @@ def lora_forward(
     seed: Tensor | None = None,
 ) -> Tensor:
     """lora_linear and lora_merged_linear for a layer, which names itself in errors."""
+    if obstacle(x, weight, a, b, bias) is not None:
+        return _without_op(layer, x, weight, a, b, bias, spec, seed)
     x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
     seed = _seeds_for(layer, x, spec.dropout_p, seed)
     y, _ = LoraLinear.apply(x, weight, a, b, bias, seed, spec)
     return y
+
+
+def _without_op(
+    layer: str | nn.Module,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    spec: LoraSpec,
+    seed: Tensor | None,
+) -> Tensor:
+    """lora_forward if there is an obstacle: the formula in differentiable PyTorch."""
+    if is_jagged(x):  # one matrix in memory, which the op can take
+        checks.check_shape(layer, x, weight)
+        y = lora_forward(layer, x.values(), weight, a, b, bias, spec, seed)
+        return torch.nested.nested_tensor_from_jagged(
+            y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
+        )
+    if is_opaque(x):
+        # While torch.fx records a layer, x has no dtype to look at.
+        known = x if isinstance(x, Tensor) else layer.held_weight()
+        dtype = accumulate_dtype(known.dtype)
+        x_hat = _own_dropout(layer, x, spec.dropout_p, seed)
+    else:
+        x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
+        dtype = accumulate_dtype(x.dtype)
+        seed = _seeds_for(layer, x, spec.dropout_p, seed)
+        x_hat = formula.dropped(x, seed, spec.dropout_p, dtype)
+    y = F.linear(x, weight, bias)
+    with checks.without_autocast(x.device) if isinstance(x, Tensor) else contextlib.nullcontext():
+        return formula.with_update(y, x_hat, a, b, spec, dtype)[0]
+
+
+def _own_dropout(layer: str | nn.Module, x, dropout_p: float, seed: Tensor | None):
+    """dropout(x) by PyTorch's dropout, which knows how to be recorded, and nested tensors.
+
+    A layer's own module goes into the record, so that train() and eval() still act on it.
+    """
+    if seed is not None and dropout_p > 0:
+        return formula.dropped(x, seed, dropout_p, accumulate_dtype(x.dtype))
+    if isinstance(layer, nn.Module):
+        return layer.lora_dropout(x)
+    return F.dropout(x, dropout_p) if dropout_p > 0 else x
 
 
 def _prepare(
@@ -170,7 +242,7 @@ def _prepare(
     if bias is not None:
         checks.check_tensor(layer, "bias", bias)
     dtype = checks.autocast_dtype(x)
-    if dtype is not None:
+    if dtype is not None and is_plain(type(weight)):  # other classes cast in their own way
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     checks.check_device_and_dtype(layer, x, weight)

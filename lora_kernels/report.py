@@ -16,6 +16,7 @@ from lora_kernels.integrations.peft.patch import unreached
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LinearLayer
 from lora_kernels.model.paths import named_modules
+from lora_kernels.ops.obstacle import obstacle
 
 __all__ = ["Report", "Row", "report"]
 
@@ -89,6 +90,8 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
         reason = "there are no kernels for it: it runs PyTorch's operators"
     elif type(layer).forward is not LinearLayer.forward or "forward" in layer.__dict__:
         reason = "it has a forward of its own"
+    elif (why := _own_obstacle(layer)) is not None:
+        reason = f"it runs PyTorch's operators: {why}"
     else:
         joined = layer.computed_together
         weights = [member.oriented(member.base_weight()) for member in joined]
@@ -100,6 +103,11 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
         weight = layer.oriented(weight)
     ranks = (layer.r,) if layer.has_lora else ()
     return _row(name, type(layer).__name__, *_outline(weight), ranks, taken, reason)
+
+
+def _own_obstacle(layer: LinearLayer) -> str | None:
+    weight = layer.oriented(layer.weight)
+    return obstacle(_example(weight), weight, layer.lora_A, layer.lora_B, layer.bias)
 
 
 def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from lora_kernels import checks, distributed
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merging import takes_merged_weight
+from lora_kernels.ops.obstacle import is_opaque, is_plain
 
 __all__ = ["ConvLoRA", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d"]
 
@@ -146,7 +147,7 @@ class ConvLoRA(LoRALayer, nn.Module):
             nn.init.zeros_(self.lora_B)
 
     def delta_weight(self) -> Tensor:
-        weight = self.conv.weight
+        weight = self.held_weight()
         acc = torch.promote_types(weight.dtype, torch.float32)
         a, b = self._factors()
         return (b.to(acc) @ a.to(acc) * self.scaling).view(weight.shape)
@@ -160,15 +161,19 @@ class ConvLoRA(LoRALayer, nn.Module):
         if complete is not None:
             return self.conv._conv_forward(x, complete, self.conv.bias)
         weight, bias = self.conv.weight, self.conv.bias
-        twice = self.active_dropout_p() > 0 or self._is_hooked
-        device_type = "cpu" if x.is_meta else x.device.type
-        with torch.autocast(device_type, enabled=False):
+        held = self.held_weight()
+        twice = self._drops(x) or self._is_hooked or not is_plain(type(held))
+        with checks.without_autocast(held.device):
             delta = self.delta_weight()
-            kernel = (delta if twice else weight + delta).to(weight.dtype)
+            kernel = (delta if twice else weight + delta).to(held.dtype)
         if not twice:
             return self.conv._conv_forward(x, kernel, bias)
         y = self.conv(x) if self._is_hooked else self.conv._conv_forward(x, weight, bias)
         return y + self.conv._conv_forward(self.lora_dropout(x), kernel, None)
+
+    def _drops(self, x) -> bool:
+        """Whether dropout acts; if torch.fx records, whether it would in training mode."""
+        return self.active_dropout_p() > 0 or (is_opaque(x) and self.lora_dropout.p > 0)
 
     @property
     def _is_hooked(self) -> bool:
@@ -176,6 +181,8 @@ class ConvLoRA(LoRALayer, nn.Module):
         return "forward" in self.conv.__dict__
 
     def _check_input(self, x) -> None:
+        if is_opaque(x):
+            return
         checks.check_tensor(self, "x", x)
         weight, channels = self.conv.weight, self.conv.in_channels
         unbatched = weight.dim() - 1

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from lora_kernels import checks, distributed
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merging import takes_merged_weight, undisturbed
+from lora_kernels.ops.obstacle import is_opaque, obstacle
 
 __all__ = ["LoRAEmbedding"]
 
@@ -31,7 +32,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     again, and pass them to ``optimizer.add_param_group`` with the rate of embeddings.
 
     Raises: ValueError as LoRALayer does, and if x is on another device than weight; TypeError if x
-    is not a dense tensor of ids. An id out of range fails as in nn.Embedding.
+    is not a dense or jagged tensor of ids. An id out of range fails as in nn.Embedding.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's Embedding.
     """
 
@@ -131,10 +132,11 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         complete = self.complete_weight()
         if complete is not None:
             return self._look_up(complete, x)
+        if obstacle(x, self.weight, self.lora_A, self.lora_B, None) is not None:
+            return self._by_formula(x)
         ids = x.reshape(-1)
         acc = torch.promote_types(self.weight.dtype, torch.float32)
-        device_type = "cpu" if self.weight.is_meta else self.weight.device.type
-        with torch.autocast(device_type, enabled=False):
+        with checks.without_autocast(self.weight.device):
             rows = self._limit(self._look_up(self.weight, ids).to(acc))
             h = self._look_up_a(ids).to(acc) * self.scaling
             y = torch.addmm(rows, h, self.lora_B.to(acc).T)
@@ -142,13 +144,22 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         shape = (*x.shape, self.embedding_dim)
         return torch.ops.aten._unsafe_view.default(y.to(self.weight.dtype), shape)
 
-    def _look_up(self, table: Tensor, ids: Tensor) -> Tensor:
+    def _by_formula(self, x: Tensor) -> Tensor:
+        """The forward for x of any class, and under transforms. No gradient is sparse."""
+        weight = self.held_weight()
+        acc = torch.promote_types(weight.dtype, torch.float32)
+        with checks.without_autocast(weight.device):
+            rows = self._limit(self._look_up(self.weight, x, sparse=False).to(acc))
+            h = self._look_up(self.lora_A.T, x, sparse=False).to(acc)
+            return (rows + F.linear(h, self.lora_B.to(acc)) * self.scaling).to(weight.dtype)
+
+    def _look_up(self, table: Tensor, ids: Tensor, sparse: bool | None = None) -> Tensor:
         return F.embedding(
             ids,
             table,
             self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
-            sparse=self.sparse,
+            sparse=self.sparse if sparse is None else sparse,
         )
 
     def _look_up_a(self, ids: Tensor) -> Tensor:
@@ -158,15 +169,19 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         return self._look_up(self.lora_A.T, ids)
 
     def _limit(self, rows: Tensor) -> Tensor:
-        """Rows whose norm exceeds max_norm, scaled down to it. Shapes: [T, dim] -> [T, dim]."""
+        """Rows whose norm exceeds max_norm, scaled down to it. Shapes: [..., dim] -> [..., dim]."""
         if self.max_norm is None:
             return rows
-        return torch.renorm(rows, self.norm_type, 0, self.max_norm)
+        norm = torch.linalg.vector_norm(rows, self.norm_type, -1, keepdim=True)
+        scale = self.max_norm / (norm + 1e-7)  # as torch.renorm, which takes matrices alone
+        return rows * torch.where(norm > self.max_norm, scale, 1.0)
 
     def _check_ids(self, x) -> None:
         if not isinstance(x, Tensor):
+            if is_opaque(x):
+                return
             got = type(x).__name__
-        elif x.layout is not torch.strided:
+        elif x.layout not in (torch.strided, torch.jagged):
             got = x.layout
         elif x.dtype not in (torch.int32, torch.int64):
             got = x.dtype
@@ -178,8 +193,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         else:
             return
         raise TypeError(
-            f"{checks.layer_name(self)}: x must be a dense torch.Tensor of int32 or int64, "
-            f"got {got}"
+            f"{checks.layer_name(self)}: x must be a dense or jagged torch.Tensor of int32 or "
+            f"int64, got {got}"
         )
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from lora_kernels import checks, functional
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merging import takes_merged_weight
+from lora_kernels.ops.obstacle import is_opaque, obstacle
 from lora_kernels.spec import LoraSpec, OutputSplits
 
 __all__ = ["LinearLayer", "LoRALinear", "is_hf_conv1d"]
@@ -90,16 +91,18 @@ class LinearLayer(LoRALayer, nn.Linear):
         complete = self.complete_weight()
         if complete is not None:
             weight = self.oriented(complete)
-            checks.check_weight(self, weight)
-            checks.check_input(self, x, weight)
+            if not is_opaque(x):
+                checks.check_weight(self, weight)
+                checks.check_input(self, x, weight)
             return F.linear(x, weight, self.bias)
-        if self._shared_input is not None:
+        weight = self.oriented(self.weight)
+        operands = (weight, self.lora_A, self.lora_B, self.bias)
+        if self._shared_input is not None and obstacle(x, *operands) is None:
             y = self._shared_input.output(self, x)
             if y is not None:
                 return y
-        weight = self.oriented(self.weight)
         spec = LoraSpec(self.scaling, self.active_dropout_p(), self.output_splits)
-        return functional.lora_forward(self, x, weight, self.lora_A, self.lora_B, self.bias, spec)
+        return functional.lora_forward(self, x, *operands, spec)
 
     def extra_repr(self) -> str:
         text = f"{nn.Linear.extra_repr(self)}, r={self.r}"

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import distributed
+from lora_kernels import checks, distributed
+from lora_kernels.ops.obstacle import is_plain
 
 __all__ = ["MergedWeight", "MergesOnEval", "takes_merged_weight", "undisturbed"]
 
@@ -105,14 +106,34 @@ class MergesOnEval:
         """The base weight, which has no update in it in any mode."""
         return getattr(self.weight_owner(), self.weight_name.rpartition(".")[2])
 
+    def held_weight(self) -> Tensor:
+        """The base weight, for its dtype, shape and device.
+
+        While torch.fx records, base_weight() is a stand-in without them.
+        """
+        held = self.weight_owner()._parameters.get("weight")
+        return self.base_weight() if held is None else held
+
     def merged_weight(self) -> Tensor:
-        """base + delta, rounded once to the weight's dtype. A copy, not differentiable."""
+        """base + delta, rounded once to the weight's dtype. A copy, not differentiable.
+
+        Raises: TypeError if the weight is of a class that knows no sum, such as a quantised one.
+        """
         weight = self.base_weight()
         with undisturbed(weight):
             if not self.has_lora:
                 return weight.detach().clone()
             base = weight.detach()
-            return (base + distributed.distribute_like(self.delta_weight(), base)).to(weight.dtype)
+            delta = distributed.distribute_like(self.delta_weight(), base)
+            try:
+                return (base + delta).to(weight.dtype)
+            except Exception as error:
+                if is_plain(type(base)):
+                    raise
+                raise TypeError(
+                    f"{checks.layer_name(self)}: weight is a {type(base).__name__}, to which the "
+                    f"update cannot be added: it has no merged weight"
+                ) from error
 
     def complete_weight(self) -> Tensor | None:
         """The weight that a forward needs alone, or None if it has to add the update itself.
@@ -130,6 +151,8 @@ class MergesOnEval:
         merged = self._merged_weight
         if merged is None:
             return weight
+        if not isinstance(weight, Tensor):
+            return self._merged_for_a_record(merged)
         if weight.requires_grad and torch.is_grad_enabled():
             return None
         sources = (weight, self.lora_A, self.lora_B)
@@ -151,6 +174,13 @@ class MergesOnEval:
         if self._merged_weight is merged:  # no other thread has called train() meanwhile
             self._merged_weight = renewed
         return renewed.weight
+
+    def _merged_for_a_record(self, merged: MergedWeight) -> Tensor | None:
+        """The merged weight while torch.fx records, which has stand-ins in parameters' places."""
+        factors = self._parameters.get("lora_A"), self._parameters.get("lora_B")
+        sources = (self.held_weight(), *factors)
+        current = merged.has_same(sources) and merged.is_current(sources, self.scaling)
+        return merged.weight if current else None
 
     # ---- when the merged weight is made and dropped ----
 

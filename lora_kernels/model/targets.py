@@ -248,6 +248,8 @@ def check_wrappable(targets: Mapping[str, nn.Module]) -> None:
             reason = "its weight is sharded: call apply_lora before fully_shard or FSDP"
         elif "weight" not in module._parameters:
             reason = "its weight is computed, not a parameter"
+        elif not module.weight.is_floating_point():
+            reason = f"its weight is {module.weight.dtype}, which no formula of LoRA can take"
         elif "forward" in module.__dict__:
             reason = "its forward has been replaced"
         else:

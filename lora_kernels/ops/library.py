@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.checks import without_autocast
 from lora_kernels.dispatch import algorithm, fallback
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.dispatch.tma import is_tma_compliant
@@ -24,11 +25,23 @@ __all__ = ["OP_LIBRARY", "binds_positionally", "compute", "define", "tma_if_aske
 OP_LIBRARY = torch.library.Library("lora_kernels", "DEF")
 
 
-def define(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
-    """Registers lora_kernels::name for CPU and CUDA, with fake for tracing; returns the op."""
+# Other devices; tensors with a batch dimension of torch.func.vmap, or of is_grads_batched.
+_FORMULAS = ("CompositeExplicitAutograd", "FuncTorchBatched", "Batched")
+
+
+def define(
+    name: str, schema: str, implementation: Callable, formula: Callable, fake: Callable
+) -> Callable:
+    """Registers lora_kernels::name and returns the op.
+
+    implementation is for CPU and CUDA, fake for tracing. formula computes the same in PyTorch's
+    operators, without a write in place, for all other devices and for batched tensors.
+    """
     OP_LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA"):
         OP_LIBRARY.impl(name, _without_autocast(implementation), key)
+    for key in _FORMULAS:
+        OP_LIBRARY.impl(name, _without_autocast(formula), key)
     torch.library.register_fake(f"lora_kernels::{name}", fake, lib=OP_LIBRARY)
     return getattr(torch.ops.lora_kernels, name).default
 
@@ -73,10 +86,8 @@ def _without_autocast(implementation: Callable) -> Callable:
 
     @functools.wraps(implementation)
     def wrapper(first, *args):
-        device_type = (first if isinstance(first, Tensor) else first[0]).device.type
-        if not torch.is_autocast_enabled(device_type):
-            return implementation(first, *args)
-        with torch.autocast(device_type, enabled=False):
+        device = (first if isinstance(first, Tensor) else first[0]).device
+        with without_autocast(device):
             return implementation(first, *args)
 
     return wrapper

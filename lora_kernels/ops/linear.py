@@ -7,10 +7,14 @@ from torch import Tensor
 
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.ops.library import binds_positionally, compute, define, tma_if_asked
+from lora_kernels.ops.obstacle import is_batched
+from lora_kernels.reference import formula
 from lora_kernels.reference import linear as reference
 from lora_kernels.spec import LoraSpec, Needs, OutputSplits
 
-__all__ = ["LoraLinear", "lora_linear_backward", "lora_linear_forward"]
+__all__ = [
+    "LoraLinear", "differentiable_backward", "lora_linear_backward", "lora_linear_forward",
+]  # fmt: skip
 
 
 def _forward(x, w, a, b, bias, seed, *constants):
@@ -49,6 +53,16 @@ def _backward(dy, x, h, w, a, b, seed, *constants):
     return compute(reference, "lora_linear_backward", shape, arguments, operands)
 
 
+def _forward_formula(x, w, a, b, bias, seed, *constants):
+    return formula.lora_linear_forward(x, w, a, b, bias, seed, _spec(*constants))
+
+
+def _backward_formula(dy, x, h, w, a, b, seed, *constants):
+    *constants, needs = constants
+    spec, needs = _spec(*constants), Needs(*needs)
+    return formula.lora_linear_backward(dy, x, h, w, a, b, seed, spec, needs)
+
+
 def _spec(
     scaling: float, dropout_p: float, sizes: Sequence[int], enabled: Sequence[bool]
 ) -> LoraSpec:
@@ -84,6 +98,7 @@ _forward_op = define(
     "(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? seed, float scaling, "
     "float dropout_p, SymInt[] out_splits, bool[] enable_lora) -> (Tensor, Tensor)",
     _forward,
+    _forward_formula,
     _forward_fake,
 )
 _backward_op = define(
@@ -92,6 +107,7 @@ _backward_op = define(
     "float scaling, float dropout_p, SymInt[] out_splits, bool[] enable_lora, bool[] needs) "
     "-> Tensor[]",
     _backward,
+    _backward_formula,
     _backward_fake,
 )
 
@@ -146,17 +162,24 @@ class LoraLinear(torch.autograd.Function):
             return (None,) * 7  # one for each argument of forward
         operands = (dy, *ctx.saved_tensors)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _LoraLinearBackward.apply(*operands, ctx.spec, needs)
+            grads = differentiable_backward(*operands, ctx.spec, needs)
         else:
             grads = lora_linear_backward(operands, ctx.spec, needs)
         return (*needs.spread(grads), None, None)
 
 
+def differentiable_backward(dy, x, h, w, a, b, seed, spec: LoraSpec, needs: Needs):
+    """lora_linear_backward for create_graph=True: its gradients can be differentiated again."""
+    if is_batched(dy):
+        _check_second_derivative(x, needs)
+        return _backward_of_all(dy, x, h, w, a, b, seed, spec, needs)
+    return _LoraLinearBackward.apply(dy, x, h, w, a, b, seed, spec, needs)
+
+
 class _LoraLinearBackward(torch.autograd.Function):
     """The backward as a function of its operands, for create_graph=True.
 
-    Its own derivative is that of the reference, in plain PyTorch, with h computed again from
-    x and a.
+    Its own derivative is that of the formula, in plain PyTorch.
     """
 
     @staticmethod
@@ -170,36 +193,35 @@ class _LoraLinearBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        dy, x, saved_h, w, a, b, seed = ctx.saved_tensors
-        spec, needs = ctx.spec, ctx.needs
-        if needs.x and needs.b and x is None:
-            raise RuntimeError(
-                "lora_linear: double backward through x and lora_B needs lora_A to require a "
-                "gradient too; without it x is not saved"
-            )
+        dy, x, h, w, a, b, seed = ctx.saved_tensors
+        _check_second_derivative(x, ctx.needs)
         operands = {"dy": dy, "x": x, "w": w, "a": a, "b": b}
         present = [name for name, operand in operands.items() if operand is not None]
 
         def backward(*tensors):
             given = dict.fromkeys(operands) | dict(zip(present, tensors, strict=True))
-            h = saved_h  # a constant, unless x or a needs a gradient: then both are saved
-            if needs.b and x is not None and a is not None:
-                h = reference.low_rank_input(given["x"], given["a"], seed, spec.dropout_p)
-            return tuple(
-                reference.lora_linear_backward(
-                    given["dy"],
-                    given["x"],
-                    h,
-                    given["w"],
-                    given["a"],
-                    given["b"],
-                    seed,
-                    spec,
-                    needs,
-                )
-            )
+            return tuple(_backward_of_all(**given, h=h, seed=seed, spec=ctx.spec, needs=ctx.needs))
 
         _, vjp = torch.func.vjp(backward, *(operands[name] for name in present))
         by_name = dict(zip(present, vjp(grads), strict=True))
         ordered = [by_name.get(name) for name in ("dy", "x", None, "w", "a", "b")]
         return (*ordered, None, None, None)
+
+
+def _backward_of_all(dy, x, h, w, a, b, seed, spec, needs) -> list[Tensor]:
+    """The formula's backward, with h as a function of x and a.
+
+    The saved h is a constant. It serves if neither x nor a needs a gradient: if one does, both are
+    saved.
+    """
+    if needs.b and x is not None and a is not None:
+        h = formula.low_rank_input(x, a, seed, spec.dropout_p)
+    return formula.lora_linear_backward(dy, x, h, w, a, b, seed, spec, needs)
+
+
+def _check_second_derivative(x: Tensor | None, needs: Needs) -> None:
+    if needs.x and needs.b and x is None:
+        raise RuntimeError(
+            "lora_linear: double backward through x and lora_B needs lora_A to require a gradient "
+            "too; without it x is not saved"
+        )

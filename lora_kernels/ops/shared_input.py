@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.ops.library import binds_positionally, compute, define, tma_if_asked
+from lora_kernels.ops.linear import differentiable_backward
+from lora_kernels.reference import formula
 from lora_kernels.reference import shared_input as reference
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import LoraSpec, Needs, OutputSplits
@@ -48,6 +50,21 @@ def _backward(dys, x, h, ws, a, bs, seeds, *constants):
     return compute(reference, "lora_shared_linear_backward", shape, arguments, (dy, a, *bs))
 
 
+def _forward_formula(x, ws, a, bs, biases, seeds, *constants):
+    specs = _specs(ws, *constants)
+    return reference.lora_shared_linear_forward(
+        x, ws, a, bs, biases, seeds, specs, formula.lora_linear_forward
+    )
+
+
+def _backward_formula(dys, x, h, ws, a, bs, seeds, *constants):
+    *constants, needs = constants
+    specs, needs = _specs(ws, *constants), Needs(*needs)
+    return reference.lora_shared_linear_backward(
+        dys, x, h, ws, a, bs, seeds, specs, needs, formula.lora_linear_backward
+    )
+
+
 def _specs(ws: Sequence[Tensor], scalings: Sequence[float], dropout_p: float) -> list[LoraSpec]:
     return [
         LoraSpec(scaling, dropout_p, OutputSplits.whole(w.shape[0]))
@@ -83,6 +100,7 @@ _forward_op = define(
     "(Tensor x, Tensor[] ws, Tensor a, Tensor[] bs, Tensor?[] biases, Tensor? seeds, "
     "float[] scalings, float dropout_p) -> Tensor[]",
     _forward,
+    _forward_formula,
     _forward_fake,
 )
 _backward_op = define(
@@ -90,6 +108,7 @@ _backward_op = define(
     "(Tensor[] dys, Tensor? x, Tensor? h, Tensor[] ws, Tensor a, Tensor[] bs, Tensor? seeds, "
     "float[] scalings, float dropout_p, bool[] needs) -> Tensor[]",
     _backward,
+    _backward_formula,
     _backward_fake,
 )
 
@@ -144,11 +163,6 @@ class _LoraSharedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dys):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "lora_shared_linear: has no second derivative; call lora_linear for each layer "
-                "if create_graph=True is needed"
-            )
         used = [dy is not None for dy in dys[:-1]]
         count = len(used)
         if not any(used):
@@ -160,13 +174,15 @@ class _LoraSharedLinear(torch.autograd.Function):
             like.new_zeros(*like.shape[:-1], w.shape[0]) if dy is None else dy
             for dy, w in zip(dys[:-1], ws, strict=True)
         ]
-        scalings, dropout_p = [spec.scaling for spec in ctx.specs], ctx.specs[0].dropout_p
-        grads = iter(
-            _backward_op(
-                full, x, h, ws, torch.stack(factors), bs, seeds, scalings, dropout_p, ctx.needs
+        specs, needs, a = ctx.specs, ctx.needs, torch.stack(factors)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = reference.lora_shared_linear_backward(
+                full, x, h, ws, a, bs, seeds, specs, needs, differentiable_backward
             )
-        )
-        needs = ctx.needs
+        else:
+            scalings, dropout_p = [spec.scaling for spec in specs], specs[0].dropout_p
+            grads = _backward_op(full, x, h, ws, a, bs, seeds, scalings, dropout_p, needs)
+        grads = iter(grads)
 
         def of_layers(needed: bool) -> list[Tensor | None]:
             return [next(grads) if needed else None for _ in range(count)]

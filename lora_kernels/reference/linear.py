@@ -15,7 +15,7 @@ from lora_kernels.spec import LoraSpec, Needs
 
 __all__ = [
     "accumulate_dtype", "lora_linear_backward", "lora_linear_forward", "low_rank_input",
-    "shaped_like",
+    "part", "shaped_like",
 ]  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def low_rank_input(x: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float) 
         return _as(acc, rows) @ _as(acc, a).T
     factor = _as(acc, a).T
     parts = [
-        _dropped(rows[some], mask) @ factor
+        mask.mul_(rows[some]) @ factor
         for some, mask in dropout.masks(seed, *rows.shape, dropout_p, acc)
     ]
     return _join(parts, dim=0) * dropout.keep_scale(dropout_p)
@@ -57,8 +57,8 @@ def lora_linear_forward(
     y = F.linear(rows, w, bias)
     h = low_rank_input(rows, a, seed, spec.dropout_p)
     for columns, b_rows, ranks in spec.splits.groups(b.shape[1]):
-        factor = _as(acc, _part(b, 0, b_rows)).T
-        _add_product_(_part(y, 1, columns), _part(h, 1, ranks), factor, spec.scaling)
+        factor = _as(acc, part(b, 0, b_rows)).T
+        _add_product_(part(y, 1, columns), part(h, 1, ranks), factor, spec.scaling)
     return shaped_like(x, y), h
 
 
@@ -92,8 +92,8 @@ def lora_linear_backward(
         dh = _join(
             [
                 F.linear(
-                    _as(acc, _part(dy_rows, 1, columns)),
-                    _as(acc, _part(b, 0, b_rows)).T.contiguous(),
+                    _as(acc, part(dy_rows, 1, columns)),
+                    _as(acc, part(b, 0, b_rows)).T.contiguous(),
                 )
                 for columns, b_rows, _ in enabled
             ],
@@ -107,8 +107,8 @@ def lora_linear_backward(
             if needs.x:
                 update[some].mul_(mask)
             if needs.a:
-                part = dh[some].T @ _dropped(rows[some], mask)
-                da = part if da is None else da.add_(part)
+                da_part = dh[some].T @ mask.mul_(rows[some])
+                da = da_part if da is None else da.add_(da_part)
     elif needs.a:
         da = dh.T @ _as(acc, rows)
     if needs.x:
@@ -127,7 +127,7 @@ def lora_linear_backward(
     if needs.b:
         db = _join(
             [
-                (_part(h, 1, ranks).T @ _as(acc, _part(dy_rows, 1, columns))).T * scaling
+                (part(h, 1, ranks).T @ _as(acc, part(dy_rows, 1, columns))).T * scaling
                 for columns, _, ranks in enabled
             ],
             dim=0,
@@ -162,17 +162,10 @@ def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _part(tensor: Tensor, dim: int, part: slice) -> Tensor:
-    """tensor's slice part along dim, without a call if that is all of it."""
-    size = part.stop - part.start
-    return tensor if size == tensor.shape[dim] else tensor.narrow(dim, part.start, size)
-
-
-def _dropped(rows: Tensor, mask: Tensor) -> Tensor:
-    """rows * mask, in mask's memory unless torch.func forbids that."""
-    if torch._C._are_functorch_transforms_active():
-        return rows * mask
-    return mask.mul_(rows)
+def part(tensor: Tensor, dim: int, some: slice) -> Tensor:
+    """tensor's slice some along dim, without a call if that is all of it."""
+    size = some.stop - some.start
+    return tensor if size == tensor.shape[dim] else tensor.narrow(dim, some.start, size)
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:

@@ -1,6 +1,7 @@
 """lora_shared_linear and its backward in plain PyTorch: L linears over one x."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,14 +20,16 @@ def lora_shared_linear_forward(
     biases: Sequence[Tensor | None],
     seeds: Tensor | None,
     specs: Sequence[LoraSpec],
+    of_one: Callable = lora_linear_forward,
 ) -> list[Tensor]:
     """lora_linear_forward of L layers that share x, each with its own mask: every y, then h.
 
     Shapes: x [..., K], ws L of [N_l, K], a [L, r, K], bs L of [N_l, r], seeds [L]
     -> L of y [..., N_l], and h [L, M, r]. specs: L, with one dropout_p.
+    of_one: what computes a layer.
     """
     results = [
-        lora_linear_forward(x, w, a[i], b, bias, _seed(seeds, i), spec)
+        of_one(x, w, a[i], b, bias, _seed(seeds, i), spec)
         for i, (w, b, bias, spec) in enumerate(zip(ws, bs, biases, specs, strict=True))
     ]
     ys, hs = zip(*results, strict=True)
@@ -43,27 +46,24 @@ def lora_shared_linear_backward(
     seeds: Tensor | None,
     specs: Sequence[LoraSpec],
     needs: Needs,
+    of_one: Callable = lora_linear_backward,
 ) -> list[Tensor]:
     """The gradients of lora_shared_linear_forward that needs asks for, of all layers.
 
     One dx, the sum over the layers; L of dw; da [L, r, K]; L of db; L of dbias; in that order.
-    x may be None if neither dw nor da is needed, h if db is not needed.
+    x may be None if neither dw nor da is needed, h if db is not needed. of_one: as in the forward.
     """
     of_layers = [
         needs.spread(
-            lora_linear_backward(
-                dy, x, None if h is None else h[i], w, a[i], b, _seed(seeds, i), spec, needs
-            )
+            of_one(dy, x, None if h is None else h[i], w, a[i], b, _seed(seeds, i), spec, needs)
         )
         for i, (dy, w, b, spec) in enumerate(zip(dys, ws, bs, specs, strict=True))
     ]
     dxs, dws, das, dbs, dbiases = (list(grads) for grads in zip(*of_layers, strict=True))
     grads: list[Tensor] = []
     if needs.x:
-        dx, *others = dxs
-        for other in others:
-            dx.add_(other)
-        grads.append(dx)
+        add = Tensor.add_ if of_one is lora_linear_backward else torch.add
+        grads.append(functools.reduce(add, dxs))
     if needs.w:
         grads += dws
     if needs.a:

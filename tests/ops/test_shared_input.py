@@ -264,13 +264,6 @@ def test_seeds_are_drawn_from_torchs_generator(seed, device):
     assert not torch.equal(again[0], results[0][0])
 
 
-def test_second_derivatives_are_refused_by_name(seed, device):
-    layers = problems(device, dropout_p=0.0)
-    x = layers[0].x.detach().requires_grad_()
-    with pytest.raises(RuntimeError, match="lora_shared_linear: has no second derivative"):
-        torch.autograd.grad(call(layers, x)[0].sum(), x, create_graph=True)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
