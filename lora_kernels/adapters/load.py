@@ -212,7 +212,7 @@ def _embedding_keys(model: nn.Module) -> dict[str, str]:
     keys = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(AttributeError, NotImplementedError):
-            module = getattr(unwrapped(model), getter)()
+            module = unwrapped(getattr(unwrapped(model), getter)())
             keys |= {
                 join(path, "weight"): join(path, "weight")
                 for path, candidate in named_modules(model)

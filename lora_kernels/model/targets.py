@@ -153,7 +153,7 @@ def _matching_paths(model, modules: dict[str, nn.Module], target_modules) -> lis
 
 def _linear_paths(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     try:
-        head = unwrapped(model).get_output_embeddings()
+        head = unwrapped(unwrapped(model).get_output_embeddings())
     except (AttributeError, NotImplementedError):
         head = None
     paths, skipped = [], []

@@ -27,7 +27,7 @@ from tests.adapters.nets import (
 )
 from tests.adapters.tied import LORA, SAVED, trained
 from tests.model import wrapped
-from tests.tiny_models import tiny_bert
+from tests.tiny_models import tiny_bert, tiny_llama
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -212,3 +212,19 @@ def test_load_adapter_names_the_module_that_the_adapter_is_for(seed, tmp_path):
         load_adapter(outer, tmp_path / "inner")
     wrapped.assert_same(outer.state_dict(), before)
     load_adapter(outer.get_submodule("0.auto_model"), tmp_path / "inner")
+
+
+def test_adapters_with_an_embedding_and_a_head_go_into_compiled_ones(seed, tmp_path):
+    base = tiny_llama().eval()
+    theirs = with_peft(base, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    theirs.eval().save_pretrained(tmp_path)
+    model = copy.deepcopy(base)
+    model.model.embed_tokens = torch.compile(model.model.embed_tokens, backend="eager")
+    model.lm_head = torch.compile(model.lm_head, backend="eager")
+    load_adapter(model, tmp_path)
+    ids = torch.arange(7)[None]
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits)
+    everything = apply_lora(copy.deepcopy(base), target_modules="all-linear", **LORA)
+    base.lm_head = torch.compile(base.lm_head, backend="eager")
+    apply_lora(base, target_modules="all-linear", **LORA)
+    assert list(adapted_layers(base)) == list(adapted_layers(everything))

@@ -66,6 +66,32 @@ def in_fsdp(model):
         return FullyShardedDataParallel(model, **options)
 
 
+class FabricModule(nn.Module):
+    """What Lightning Fabric puts around a model; the same keys, other paths."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._forward_module, self._original_module = model, model
+
+    def forward(self, x):
+        return self._forward_module(x)
+
+    def state_dict(self, *args, **kwargs):
+        return self._original_module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):
+        return self._original_module.load_state_dict(*args, **kwargs)
+
+
+def in_deepspeed(model):
+    """DeepSpeed's engine, as far as paths go."""
+    engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})
+    engine.forward = lambda self, x: self.module(x)
+    wrapper = engine()
+    wrapper.module = model
+    return wrapper
+
+
 def in_lightning(model):
     """What Lightning calls a model in a user's LightningModule."""
     kind = type("LightningModule", (nn.Module,), {"__module__": "lightning.pytorch.core.module"})
@@ -79,6 +105,8 @@ WRAPPERS = {
     "compiled in compiled": lambda model: compiled(with_compiled_parts(model)),
     "checkpointed in compiled": lambda model: with_compiled_parts(checkpointed(model)),
     "in Lightning": in_lightning,
+    "in Fabric": FabricModule,
+    "in DeepSpeed": in_deepspeed,
     "data parallel": nn.DataParallel,
     "averaged": torch.optim.swa_utils.AveragedModel,
     "checkpointed": checkpointed,
