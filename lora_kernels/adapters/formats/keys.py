@@ -19,12 +19,14 @@ def stripped(
     """What takes wrappers off a key or a path, if keys are all there is; and what was in front.
 
     Parts that only wrappers are called go anywhere (torch.compile, FSDP, checkpoint_wrapper). What
-    DDP and PEFT put in front, and fronts, goes if every key begins with it.
+    DDP and PEFT put in front, and fronts, goes once, in any order, if every key begins with it.
     """
     keys, found = [without_wrappers(key) for key in keys], []
-    while front := next((f for f in (_DDP, _PEFT, *fronts) if _all_begin_with(f, keys)), None):
+    left = list(dict.fromkeys((_DDP, _PEFT, *fronts)))
+    while front := next((f for f in left if _all_begin_with(f, keys)), None):
         keys = [key.removeprefix(front) for key in keys]
         found.append(front)
+        left.remove(front)
 
     def strip(key: str) -> str:
         key = without_wrappers(key)
@@ -44,7 +46,7 @@ def plain_keys(
 ) -> tuple[dict[str, str], list[str]]:
     """Every key -> the key without wrappers; and the parts taken off that a model may have, too.
 
-    fronts: further prefixes that go if every key begins with them.
+    fronts: further prefixes that go, once each, if every key begins with them.
     Raises: ValueError that names two keys that become the same.
     """
     strip, found = stripped(keys, fronts)
