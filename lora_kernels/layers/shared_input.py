@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_kernels import checks, distributed
 from lora_kernels.functional import lora_shared_linear
 from lora_kernels.layers.linear import LoRALinear
+from lora_kernels.ops.shared_input import is_transformed
 
 __all__ = ["SharedInput", "share_inputs"]
 
@@ -27,6 +28,8 @@ GROUPS = (
 # Names that they give to blocks whose keys and values come from another input.
 CROSS_ATTENTION = (
     "encoder_attn", "crossattention", "cross_attn", "cross_attention", "EncDecAttention",
+    "encoder_decoder_attention", "visual_attention", "cross_attn_token_to_image",
+    "cross_attn_image_to_token", "final_attn_token_to_image",
 )  # fmt: skip
 
 
@@ -47,21 +50,25 @@ def share_inputs(
     others fetch their part, as long as x is the same and nothing has changed since. So x is read
     once for all low-rank products and the layers add to one dx in place, see lora_shared_linear.
     Each layer has its own dropout mask.
-    Joined layers fall apart for good at the first call that finds an output which it cannot take,
-    because x is another tensor or has changed, or because gradients, autocast, dropout or weights
-    have. From then on each computes alone, as if it had never been joined. Another share_inputs
-    joins them anew. Its groups can name those alone that do share: ``("k_proj", "v_proj")``.
+    Joined layers fall apart for good once one finds an output that it cannot take, because x is
+    another tensor or has changed, or because gradients, autocast, dropout or weights have. From the
+    next call on each computes alone, as if it had never been joined. Another share_inputs joins
+    them anew. Its groups can name those alone that do share: ``("k_proj", "v_proj")``.
+    Under activation checkpointing the backward of the call that finds it has to come before the
+    next call, as in plain training; name the layers in exclude or groups if it does not.
     exclude: names of modules inside which nothing is joined. In cross-attention keys and values get
-    another x than queries. Joined layers would give the right results there and fall apart, but
-    the first call would compute in vain.
+    another x than queries. Joined layers would give the right results there, but the first call
+    would compute in vain before they fall apart.
     Each thread has its own outputs to fetch. The last fetch leaves nothing behind. An output that
     nobody fetches is freed by the next call with another x, and before that if x is freed, or the
     graph behind the output that was asked for first.
     Merged layers compute alone. So do layers on tensors of torch.inference_mode or of subclasses of
-    torch.Tensor, layers under a transform of torch.func, replicas of nn.DataParallel, and layers
-    whose weights FSDP or a parametrization replaces.
-    Under torch.compile outputs are fetched within one graph, and x must not change in place between
-    the calls, because traced code cannot notice it.
+    torch.Tensor, layers under a transform of torch.func, forward-mode differentiation or
+    torch.jit.trace, replicas of nn.DataParallel, and layers whose weights FSDP or a parametrization
+    replaces.
+    Under torch.compile outputs are fetched within one graph, and layers that cannot fetch compute
+    alone in that call, but do not fall apart: exclude those. x must not change in place between the
+    calls, because traced code cannot notice it.
     A layer that is copied on its own takes along copies of the layers it is joined with.
     Joined layers have one backward. A second backward, through another layer's output, needs
     retain_graph=True in the first, as for any outputs of one operation.
@@ -117,7 +124,9 @@ class SharedInput:
                     self._waiting = None
                 if y is not None:
                     return y
-                if not same or torch.compiler.is_dynamo_compiling():  # or behind the traced graph
+                if torch.compiler.is_dynamo_compiling():
+                    return None  # a graph of its own may be traced for the second forward
+                if not same:
                     self._part(waiting)
                     return None
             waiting.drop()
@@ -177,8 +186,6 @@ class SharedInput:
         """
         waiting.drop()
         self._waiting, self._parted_by = None, waiting.first
-        if torch.compiler.is_compiling():
-            self._fall_apart()
 
     def _fall_apart(self) -> None:
         for layer in self.layers:
@@ -216,11 +223,11 @@ def _in_backward() -> bool:
 
 
 def _can_wait_for(x: Tensor) -> bool:
-    """Whether outputs for x can wait: x counts its changes, and outlives the current transform."""
+    """Whether outputs for x can wait: x counts its changes, and no transform or trace sees them."""
     if torch.compiler.is_compiling():
         return True
     plain = type(x) in _PLAIN and not x.is_inference()
-    return plain and not torch._C._are_functorch_transforms_active()
+    return plain and not is_transformed() and not torch.jit.is_tracing()
 
 
 def _state_for(layer: LoRALinear, x: Tensor) -> tuple:

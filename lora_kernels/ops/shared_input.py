@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.ops.library import binds_positionally, compute, define, tma_if_asked
@@ -13,7 +14,7 @@ from lora_kernels.reference import shared_input as reference
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import LoraSpec, Needs, OutputSplits
 
-__all__ = ["lora_shared_linear"]
+__all__ = ["is_transformed", "lora_shared_linear"]
 
 
 def _forward(x, ws, a, bs, biases, seeds, *constants):
@@ -120,12 +121,18 @@ def lora_shared_linear(
     recorded = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *operands)
     )
-    if not recorded:
-        # TorchDynamo traces a Function with a variable number of arguments only with its backward.
+    # TorchDynamo traces a Function with a variable number of arguments only with its backward. In
+    # other code apply() costs as much as a small product, but it is what transforms know of.
+    if not recorded and (torch.compiler.is_compiling() or not is_transformed()):
         *ys, _ = _compute(x, seeds, specs, *operands)
     else:
         *ys, _ = _LoraSharedLinear.apply(x, seeds, specs, *operands)
     return ys
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is running."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _compute(x, seeds, specs, *operands) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from torch import nn
 import lora_kernels as lora
 from lora_kernels.layers import shared_input
 from lora_kernels.testing.tolerance import assert_close
-from tests.layers.attention import ALONE, calls_of
+from tests.layers.attention import ALONE, SHARED, calls_of
 
 WIDTH = 16
 SIZES = {"d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 24,
@@ -170,6 +170,18 @@ def test_no_layer_is_computed_in_vain_behind_the_first_call(name, grad, computed
             assert_no_layer_is_computed_in_vain(
                 shared, computed, lambda: first_output(shared, inputs)
             )
+
+
+@pytest.mark.parametrize("name", ["sam", "pix2struct", "lxmert", "bart", "t5", "whisper"])
+def test_cross_attention_of_known_names_is_left_out(name, seed, device):
+    model, inputs = family(name, device)
+    everything = set(lora.share_inputs(copy.deepcopy(model), exclude=()))
+    groups = lora.share_inputs(model)
+    assert set(groups) < everything
+    assert calls_of(first_output, model, inputs).count(SHARED)
+    for paths in groups:
+        block = model.get_submodule(paths[0].rpartition(".")[0])
+        assert "ross" not in type(block).__name__ + paths[0]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

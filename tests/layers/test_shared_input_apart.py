@@ -111,24 +111,36 @@ def test_layers_fallen_apart_can_be_joined_anew_and_in_other_groups(seed, device
         assert calls_of(model, x, context) == [ALONE, SHARED, ALONE]
 
 
-def test_compiled_layers_over_different_inputs_fall_apart(seed, device):
+@pytest.mark.parametrize("way", ["call", "checkpoint", "reentrant checkpoint"])
+def test_compiled_layers_over_different_inputs(way, seed, device):
     model, x = make(device)
     shared, context = copy.deepcopy(model), torch.randn_like(x)
     lora.share_inputs(shared)
-    compiled = torch.compile(shared, fullgraph=True, backend="aot_eager")
-    baseline, exact = model(x, context), copy.deepcopy(model).double()(x.double(), context.double())
+    shared.compile(fullgraph=True, backend="aot_eager")
+    run = call if way == "call" else checkpointed(use_reentrant="reentrant" in way)
     for _ in range(3):
-        assert_close(compiled(x, context), exact, baseline, "y")
-        assert shared.q_proj._shared_input is None
+        assert_same_gradient(run, shared, model, x, context)
 
 
-def test_layers_in_graphs_of_their_own_fall_apart(seed, device):
+def test_layers_in_graphs_of_their_own(seed, device):
     model, x = make(device)
     shared = copy.deepcopy(model)
     lora.share_inputs(shared)
     for layer in shared.children():
         layer.compile(fullgraph=True, backend="aot_eager")
-    baseline, exact = model(x), copy.deepcopy(model).double()(x.double())
-    for _ in range(2):
-        assert_close(shared(x), exact, baseline, "y")
-        assert shared.q_proj._shared_input is None
+    for run in (call, checkpointed(use_reentrant=False), call):
+        assert_same_gradient(run, shared, model, x, x)
+
+
+def assert_same_gradient(run, shared, model, x, context):
+    def solve(run, model, dtype):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        other = leaf if context is x else context.to(dtype)
+        y = run(model, leaf, other)
+        y.square().sum().backward()
+        return y, leaf.grad
+
+    exact = solve(call, copy.deepcopy(model).double(), torch.float64)
+    results = solve(run, shared, x.dtype), exact, solve(call, model, x.dtype)
+    for actual, reference, baseline in zip(*results, strict=True):
+        assert_close(actual, reference, baseline, "compiled")
