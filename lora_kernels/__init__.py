@@ -3,7 +3,12 @@
 from lora_kernels.adapters.load import load_adapter
 from lora_kernels.adapters.save import save_adapter
 from lora_kernels.adapters.state_dict import lora_state_dict, merged_state_dict
-from lora_kernels.functional import lora_linear, lora_merged_linear, lora_shared_linear
+from lora_kernels.functional import (
+    lora_grouped_linear,
+    lora_linear,
+    lora_merged_linear,
+    lora_shared_linear,
+)
 from lora_kernels.integrations import patch_peft, unpatch_peft
 from lora_kernels.layers import (
     Conv1d,
@@ -46,6 +51,7 @@ __all__ = [
     "MergedLinear",
     "apply_lora",
     "load_adapter",
+    "lora_grouped_linear",
     "lora_linear",
     "lora_merged_linear",
     "lora_shared_linear",

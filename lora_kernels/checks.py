@@ -15,8 +15,8 @@ from lora_kernels.spec import LoraSpec, OutputSplits
 
 __all__ = [
     "DTYPES", "autocast_dtype", "check_alpha", "check_device_and_dtype", "check_dropout",
-    "check_input", "check_operands", "check_rank", "check_shape", "check_spec", "check_tensor",
-    "check_weight", "layer_name", "without_autocast",
+    "check_dropout_p", "check_input", "check_operands", "check_rank", "check_scaling",
+    "check_shape", "check_spec", "check_tensor", "check_weight", "layer_name", "without_autocast",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -89,14 +89,27 @@ def check_dropout(lora_dropout, layer: str) -> float:
 
 def check_spec(layer: str | nn.Module, spec: LoraSpec) -> None:
     """scaling is finite and dropout_p in [0, 1). Raises: TypeError, ValueError."""
-    scaling, dropout_p = spec.scaling, spec.dropout_p
-    for name, value in (("dropout_p", dropout_p), ("scaling", scaling)):
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"{layer_name(layer)}: {name} must be a number, got {value!r}")
+    check_dropout_p(layer, spec.dropout_p)
+    check_scaling(layer, spec.scaling)
+
+
+def check_dropout_p(layer: str | nn.Module, dropout_p) -> None:
+    """dropout_p is a number in [0, 1). Raises: TypeError, ValueError."""
+    _check_number(layer, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{layer_name(layer)}: dropout_p must be in [0, 1), got {dropout_p!r}")
+
+
+def check_scaling(layer: str | nn.Module, scaling) -> None:
+    """scaling is a finite number. Raises: TypeError, ValueError."""
+    _check_number(layer, "scaling", scaling)
     if not -_LARGEST <= scaling <= _LARGEST:
         raise ValueError(f"{layer_name(layer)}: scaling must be finite, got {scaling!r}")
+
+
+def _check_number(layer: str | nn.Module, name: str, value) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{layer_name(layer)}: {name} must be a number, got {value!r}")
 
 
 # ---- tensors ----

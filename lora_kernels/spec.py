@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Group", "LoraSpec", "Needs", "OutputSplits"]
+__all__ = ["Group", "GroupedSpec", "LoraSpec", "Needs", "OutputSplits"]
 
 
 class Group(NamedTuple):
@@ -139,6 +139,31 @@ class LoraSpec:
     scaling: float
     dropout_p: float
     splits: OutputSplits
+
+
+@dataclass(frozen=True)
+class GroupedSpec:
+    """The values of G updates that are not tensors: one for each, or a single one for all.
+
+    scalings: the factor of h·b_gᵀ. dropout_ps: the probability in [0, 1) that an element of x is
+    dropped before a_g.
+    """
+
+    scalings: tuple[float, ...]
+    dropout_ps: tuple[float, ...]
+
+    def scaling(self, group: int) -> float:
+        """That of one group."""
+        return self.scalings[group if len(self.scalings) > 1 else 0]
+
+    def dropout_p(self, group: int) -> float:
+        """That of one group."""
+        return self.dropout_ps[group if len(self.dropout_ps) > 1 else 0]
+
+    @property
+    def drops(self) -> bool:
+        """Whether a group has dropout."""
+        return any(self.dropout_ps)
 
 
 class Needs(NamedTuple):

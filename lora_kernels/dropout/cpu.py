@@ -41,17 +41,18 @@ def keep_mask(
 
 
 def masks(
-    seed: Tensor, rows: int, cols: int, dropout_p: float, dtype: torch.dtype
+    seed: Tensor, rows: int, cols: int, dropout_p: float, dtype: torch.dtype, first_row: int = 0
 ) -> Iterator[tuple[slice, Tensor]]:
     """keep_mask, a slice of rows at a time: fresh memory for all of it costs more than the draws.
 
-    The caller may write to a slice's mask. The next slice overwrites it.
+    The slices count from 0, the draws from first_row. The caller may write to a slice's mask. The
+    next slice overwrites it.
     """
     octets = -(-cols // LANES)
     for some in _slices(rows, octets):
         count = some.stop - some.start
         mask = _scratch(count * octets * LANES, dtype, seed.device).view(count, octets * LANES)
-        _draw(mask, seed, some.start, threshold(dropout_p))
+        _draw(mask, seed, first_row + some.start, threshold(dropout_p))
         yield some, mask if cols == mask.shape[1] else mask[:, :cols]
 
 

@@ -30,18 +30,19 @@ _FORMULAS = ("CompositeExplicitAutograd", "FuncTorchBatched", "Batched")
 
 
 def define(
-    name: str, schema: str, implementation: Callable, formula: Callable, fake: Callable
+    name: str, schema: str, implementation: Callable, formula: Callable | None, fake: Callable
 ) -> Callable:
     """Registers lora_kernels::name and returns the op.
 
     implementation is for CPU and CUDA, fake for tracing. formula computes the same in PyTorch's
-    operators, without a write in place, for all other devices and for batched tensors.
+    operators, without a write in place, for all other devices and for batched tensors. None: the
+    implementation serves all devices, and batched tensors are not taken.
     """
     OP_LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA"):
         OP_LIBRARY.impl(name, _without_autocast(implementation), key)
-    for key in _FORMULAS:
-        OP_LIBRARY.impl(name, _without_autocast(formula), key)
+    for key in _FORMULAS if formula else _FORMULAS[:1]:
+        OP_LIBRARY.impl(name, _without_autocast(formula or implementation), key)
     torch.library.register_fake(f"lora_kernels::{name}", fake, lib=OP_LIBRARY)
     return getattr(torch.ops.lora_kernels, name).default
 

@@ -1,4 +1,4 @@
-"""The functions: lora_linear, lora_merged_linear, lora_shared_linear.
+"""lora_linear, lora_merged_linear and lora_shared_linear.
 
 This file documents them, checks arguments, and sees to autocast and seeds; ops/ computes.
 """
@@ -20,7 +20,7 @@ from lora_kernels.reference import formula
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import LoraSpec, OutputSplits
 
-__all__ = ["lora_forward", "lora_linear", "lora_merged_linear", "lora_shared_linear"]
+__all__ = ["lora_forward", "lora_linear", "lora_merged_linear", "lora_shared_linear", "seeds_for"]
 
 
 def _recorded_by_fx(function: Callable) -> Callable:
@@ -153,13 +153,13 @@ def lora_shared_linear(
         specs.append(LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0])))
     if any(obstacle(x, *layer) is not None for layer in layers):
         if seed is not None:
-            seed = _seeds_for(name, x, dropout_p, seed, count)
+            seed = seeds_for(name, x, dropout_p, seed, count)
         seeds = [None] * count if seed is None else seed.split(1)
         alone = zip(layers, specs, seeds, strict=True)
         return tuple(lora_forward(name, x, *layer, spec, own) for layer, spec, own in alone)
     prepared = [_prepare(name, x, *layer, spec) for layer, spec in zip(layers, specs, strict=True)]
     xs, weights, biases = zip(*prepared, strict=True)
-    seeds = _seeds_for(name, xs[0], dropout_p, seed, count)
+    seeds = seeds_for(name, xs[0], dropout_p, seed, count)
     operands = (*weights, *lora_As, *lora_Bs, *biases)
     return tuple(shared_input.lora_shared_linear(xs[0], seeds, tuple(specs), *operands))
 
@@ -178,7 +178,7 @@ def lora_forward(
     if obstacle(x, weight, a, b, bias) is not None:
         return _without_op(layer, x, weight, a, b, bias, spec, seed)
     x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
-    seed = _seeds_for(layer, x, spec.dropout_p, seed)
+    seed = seeds_for(layer, x, spec.dropout_p, seed)
     y, _ = LoraLinear.apply(x, weight, a, b, bias, seed, spec)
     return y
 
@@ -208,7 +208,7 @@ def _without_op(
     else:
         x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
         dtype = accumulate_dtype(x.dtype)
-        seed = _seeds_for(layer, x, spec.dropout_p, seed)
+        seed = seeds_for(layer, x, spec.dropout_p, seed)
         x_hat = formula.dropped(x, seed, spec.dropout_p, dtype)
     y = F.linear(x, weight, bias)
     with checks.without_autocast(x.device) if isinstance(x, Tensor) else contextlib.nullcontext():
@@ -251,7 +251,7 @@ def _prepare(
     return x, weight, bias
 
 
-def _seeds_for(
+def seeds_for(
     layer: str | nn.Module, x: Tensor, dropout_p: float, seed: Tensor | None, count: int = 1
 ) -> Tensor | None:
     """The seeds of count masks: seed, or drawn ones if it is None; None without dropout."""

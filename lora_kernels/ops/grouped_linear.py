@@ -1,0 +1,123 @@
+"""The op behind lora_grouped_linear: low-rank products by segments of rows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.library import define
+from lora_kernels.reference import grouped_linear as reference
+from lora_kernels.reference.linear import accumulate_dtype
+from lora_kernels.spec import GroupedSpec, Needs
+
+__all__ = ["lora_grouped_linear"]
+
+
+def _forward(x, w, a, b, bias, ends, groups, index, seeds, scalings, dropout_ps):
+    spec = GroupedSpec(tuple(scalings), tuple(dropout_ps))
+    return reference.lora_grouped_linear_forward(x, w, a, b, bias, ends, groups, index, seeds, spec)
+
+
+def _backward(dy, x, h, w, a, b, ends, groups, index, seeds, sources, scalings, dropout_ps, needs):
+    spec = GroupedSpec(tuple(scalings), tuple(dropout_ps))
+    return reference.lora_grouped_linear_backward(
+        dy, x, h, w, a, b, ends, groups, index, seeds, sources, spec, Needs(*needs)
+    )
+
+
+def _forward_fake(x, w, a, b, bias, ends, groups, index, *_):
+    count = x.shape[0] if index is None else index.shape[0]
+    y = x.new_empty((count, w.shape[-2]))
+    return y, x.new_empty((count, a.shape[1]), dtype=accumulate_dtype(x.dtype))
+
+
+def _backward_fake(dy, x, h, w, a, b, ends, groups, index, seeds, sources, *others):
+    *_, needs = others
+    needs = Needs(*needs)
+    grads = []
+    if needs.x:
+        grads.append(dy.new_empty((sources, w.shape[-1])))
+    if needs.w:
+        grads.append(dy.new_empty(w.shape))
+    if needs.a:
+        grads.append(a.new_empty(a.shape))
+    if needs.b:
+        grads.append(b.new_empty(b.shape))
+    if needs.bias:
+        grads.append(dy.new_empty(w.shape[:-1]))
+    return grads
+
+
+_forward_op = define(
+    "lora_grouped_linear_forward",
+    "(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor ends, Tensor? groups, "
+    "Tensor? index, Tensor? seeds, float[] scalings, float[] dropout_ps) -> (Tensor, Tensor)",
+    _forward,
+    None,
+    _forward_fake,
+)
+_backward_op = define(
+    "lora_grouped_linear_backward",
+    "(Tensor dy, Tensor? x, Tensor? h, Tensor w, Tensor a, Tensor b, Tensor ends, "
+    "Tensor? groups, Tensor? index, Tensor? seeds, SymInt sources, float[] scalings, "
+    "float[] dropout_ps, bool[] needs) -> Tensor[]",
+    _backward,
+    None,
+    _backward_fake,
+)
+
+
+def lora_grouped_linear(
+    operands: Sequence[Tensor | None],
+    routing: Sequence[Tensor | None],
+    seeds: Tensor | None,
+    spec: GroupedSpec,
+) -> Tensor:
+    """y, as reference.grouped_linear specifies it.
+
+    operands: x, w, a, b and bias; routing: ends, groups and index.
+    """
+    y, _ = _LoraGroupedLinear.apply(*operands, *routing, seeds, spec)
+    return y
+
+
+class _LoraGroupedLinear(torch.autograd.Function):
+    """Saves what the backward will read: of x and h no copy that the caller does not hold."""
+
+    @staticmethod
+    def forward(x, w, a, b, bias, ends, groups, index, seeds, spec):
+        return _forward_op(
+            x, w, a, b, bias, ends, groups, index, seeds, spec.scalings, spec.dropout_ps
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, a, b, _, *routing, seeds, ctx.spec = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.needs = needs = Needs(*ctx.needs_input_grad[:5])
+        ctx.sources = x.shape[0]
+        ctx.save_for_backward(
+            x if needs.w or needs.a else None,
+            output[1] if needs.b else None,
+            w,
+            a,
+            b,
+            *routing,
+            seeds,
+        )
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "lora_grouped_linear: has no second derivative; call lora_linear for the rows of "
+                "each group if create_graph=True is needed"
+            )
+        needs, spec = ctx.needs, ctx.spec
+        if dy is None or not any(needs):
+            return (None,) * 10  # one for each argument of forward
+        grads = _backward_op(
+            dy, *ctx.saved_tensors, ctx.sources, spec.scalings, spec.dropout_ps, needs
+        )
+        return (*needs.spread(grads), *(None,) * 5)
