@@ -52,6 +52,9 @@ def lora_grouped_linear(
       device; None draws them. The dropout mask of a group counts its own rows, so it is the same
       whatever else is in the batch.
 
+    There are no kernels for it yet: on a GPU it runs PyTorch's operators segment by segment, and
+    waits for ends on the host.
+
     Dtypes: as lora_linear. Gradients: of x, weight, lora_A, lora_B and bias; those of a group
     without rows are zero.
     Raises: TypeError, ValueError for operands that do not fit, as lora_linear; ValueError if ends
