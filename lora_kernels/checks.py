@@ -16,10 +16,12 @@ from lora_kernels.spec import LoraSpec, OutputSplits
 __all__ = [
     "DTYPES", "autocast_dtype", "check_alpha", "check_device_and_dtype", "check_dropout",
     "check_dropout_p", "check_input", "check_operands", "check_rank", "check_scaling",
-    "check_shape", "check_spec", "check_tensor", "check_weight", "layer_name", "without_autocast",
+    "check_shape", "check_spec", "check_tensor", "check_weight", "is_autocast", "layer_name",
+    "without_autocast",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_COMMON = ("cpu", "cuda")  # devices that surely have autocast
 _OF_X = (torch.strided, torch.jagged)
 _LARGEST = sys.float_info.max
 
@@ -31,24 +33,26 @@ def layer_name(layer: str | nn.Module) -> str:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast casts x, weight and bias to, or None. It never casts adapters."""
-    device = x.device
-    if x.dtype == torch.float64 or not _is_autocast(device):
+    device_type = x.device.type
+    if device_type not in _COMMON and not torch.amp.is_autocast_available(device_type):
         return None
-    return torch.get_autocast_dtype(device.type)
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """A context in which autocast casts nothing on device."""
-    if not _is_autocast(device):
+    if not is_autocast(device):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
-def _is_autocast(device: torch.device) -> bool:
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is enabled on device, which may have none."""
     kind = device.type
-    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
-        return False
-    return torch.is_autocast_enabled(kind)
+    available = kind in _COMMON or torch.amp.is_autocast_available(kind)
+    return available and torch.is_autocast_enabled(kind)
 
 
 # ---- hyperparameters ----

@@ -1,6 +1,7 @@
 """lora_linear, lora_merged_linear and lora_shared_linear.
 
-This file documents them, checks arguments, and sees to autocast and seeds; ops/ computes.
+This file documents them, checks arguments, and sees to autocast and seeds; ops/ computes, or the
+formula of reference/ if an op cannot.
 """
 
 import contextlib
@@ -58,6 +59,11 @@ def lora_linear(
     every call: a layer passes 0 in eval mode. The mask is a pure function of seed, row and column,
     see dropout/mask.py. seed: int64 tensor of one element on x's device; None draws one from
     PyTorch's generator of that device. Under torch.distributed no other rank draws the same one.
+    x may be a nested tensor of layout torch.jagged. Wherever an op cannot compute, the formula runs
+    in differentiable PyTorch: under the transforms of torch.func and forward-mode AD, while
+    torch.jit.trace or torch.onnx.export records, for operands of another tensor class, and on
+    devices other than CPU and CUDA. torch.fx records a call as one node. Under vmap the argument
+    randomness says whether the samples share a seed that is drawn.
     Raises: TypeError if an operand is not a dense floating-point tensor; ValueError if shapes,
     dtypes, devices or values do not fit; RuntimeError for a double backward through x and lora_B
     if lora_A does not require a gradient.
@@ -127,8 +133,7 @@ def lora_shared_linear(
     Shapes: x [..., K]; for each of L layers weight [N_l, K], lora_A [R, K] with one R for all,
     lora_B [N_l, R], bias [N_l] -> L tensors [..., N_l].
     Dtypes, dropout_p, errors: as lora_linear; ValueError also if the lists are empty or differ in
-    length, or if R differs; RuntimeError for a double backward, because the second derivative is
-    not implemented.
+    length, or if R differs.
     scalings: None means 1 for each. seed: int64 tensor of L elements on x's device; None draws
     them.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; for the sharing, the fused QKV of
@@ -221,6 +226,11 @@ def _own_dropout(layer: str | nn.Module, x, dropout_p: float, seed: Tensor | Non
     A layer's own module goes into the record, so that train() and eval() still act on it.
     """
     if seed is not None and dropout_p > 0:
+        if x.is_nested:
+            raise TypeError(
+                f"{checks.layer_name(layer)}: x must be dense or nested with layout=torch.jagged "
+                f"if seed is given, got a nested tensor of layout torch.strided"
+            )
         return formula.dropped(x, seed, dropout_p, accumulate_dtype(x.dtype))
     if isinstance(layer, nn.Module):
         return layer.lora_dropout(x)

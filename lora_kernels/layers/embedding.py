@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from lora_kernels import checks, distributed
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merging import takes_merged_weight, undisturbed
-from lora_kernels.ops.obstacle import is_opaque, obstacle
+from lora_kernels.ops.obstacle import is_batched, is_opaque, obstacle
 
 __all__ = ["LoRAEmbedding"]
 
@@ -24,7 +24,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     * padding_idx: neither its row of weight nor its column of lora_A receives a gradient;
     * max_norm limits W[x] before the update is added, merged or not. With r > 0 the rows are
       limited as they are read, while nn.Embedding overwrites them in weight;
-    * sparse=True: the gradient of lora_A is a sparse [r, num] tensor, that of lora_B dense;
+    * sparse=True: the gradient of lora_A is a sparse [r, num] tensor, that of lora_B dense; under
+      transforms of torch.func both are dense;
     * scale_grad_by_freq acts on lora_A as on weight.
 
     PEFT's create_loraplus_optimizer knows embeddings by PEFT's own class: it would give lora_B here
@@ -132,7 +133,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         complete = self.complete_weight()
         if complete is not None:
             return self._look_up(complete, x)
-        if obstacle(x, self.weight, self.lora_A, self.lora_B, None) is not None:
+        dense = self.sparse and torch._C._are_functorch_transforms_active()
+        if dense or obstacle(x, self.weight, self.lora_A, self.lora_B, None) is not None:
             return self._by_formula(x)
         ids = x.reshape(-1)
         acc = torch.promote_types(self.weight.dtype, torch.float32)
@@ -221,6 +223,11 @@ class _SparseLookUp(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        if is_batched(dy):
+            raise RuntimeError(
+                "LoRAEmbedding: with sparse=True there is no batch of gradients (is_grads_batched, "
+                "vectorize=True); make the layer with sparse=False, or use torch.func"
+            )
         (ids,) = ctx.saved_tensors
         if ctx.padding_idx is not None:
             kept = ids != ctx.padding_idx

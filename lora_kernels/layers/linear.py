@@ -95,14 +95,13 @@ class LinearLayer(LoRALayer, nn.Linear):
                 checks.check_weight(self, weight)
                 checks.check_input(self, x, weight)
             return F.linear(x, weight, self.bias)
-        weight = self.oriented(self.weight)
-        operands = (weight, self.lora_A, self.lora_B, self.bias)
-        if self._shared_input is not None and obstacle(x, *operands) is None:
+        weight, a, b, bias = self.oriented(self.weight), self.lora_A, self.lora_B, self.bias
+        if self._shared_input is not None and obstacle(x, weight, a, b, bias) is None:
             y = self._shared_input.output(self, x)
             if y is not None:
                 return y
         spec = LoraSpec(self.scaling, self.active_dropout_p(), self.output_splits)
-        return functional.lora_forward(self, x, *operands, spec)
+        return functional.lora_forward(self, x, weight, a, b, bias, spec)
 
     def extra_repr(self) -> str:
         text = f"{nn.Linear.extra_repr(self)}, r={self.r}"

@@ -112,10 +112,12 @@ class LoRAMergedLinear(LinearLayer):
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
         a, b = (factor.to(acc) for factor in self._factors())
-        delta = a.new_zeros((self.out_features, self.in_features))
+        parts, end = [], 0
         for columns, rows, ranks in self.output_splits.groups(self.r):
-            delta[columns] = b[rows] @ a[ranks]
-        return self.oriented(delta) * self.scaling
+            parts += [a.new_zeros((columns.start - end, a.shape[1])), b[rows] @ a[ranks]]
+            end = columns.stop
+        parts.append(a.new_zeros((self.out_features - end, a.shape[1])))
+        return self.oriented(torch.cat(parts)) * self.scaling
 
     def extra_repr(self) -> str:
         return (

@@ -262,12 +262,11 @@ class MergesOnEval:
 def undisturbed(weight: Tensor):
     """Arithmetic on weight without gradients, autocast, or the caller's inference_mode."""
     # What is so already is not entered again: eval() comes here for each layer.
-    inference, kind = weight.is_inference(), weight.device.type
+    inference = weight.is_inference()
     entered = torch.is_inference_mode_enabled() == inference
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     with (
         contextlib.nullcontext() if entered else torch.inference_mode(inference),
         torch.no_grad(),
-        torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext(),
+        checks.without_autocast(weight.device),
     ):
         yield

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.checks import without_autocast
+from lora_kernels.checks import is_autocast
 from lora_kernels.dispatch import algorithm, fallback
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.dispatch.tma import is_tma_compliant
@@ -88,7 +88,9 @@ def _without_autocast(implementation: Callable) -> Callable:
     @functools.wraps(implementation)
     def wrapper(first, *args):
         device = (first if isinstance(first, Tensor) else first[0]).device
-        with without_autocast(device):
+        if not is_autocast(device):
+            return implementation(first, *args)
+        with torch.autocast(device.type, enabled=False):
             return implementation(first, *args)
 
     return wrapper
