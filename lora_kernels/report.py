@@ -12,7 +12,7 @@ from lora_kernels.dispatch import algorithm
 from lora_kernels.dispatch.algorithm import Algorithm, GemmShape
 from lora_kernels.dispatch.tma import is_tma_compliant
 from lora_kernels.integrations.peft.guard import NotFused, misfit, operands_of
-from lora_kernels.integrations.peft.patch import unreached
+from lora_kernels.integrations.peft.patch import patched_experts, unreached
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LinearLayer
 from lora_kernels.model.paths import named_modules
@@ -70,12 +70,17 @@ def report(model: nn.Module, tokens: int = 4096) -> Report:
         raise ValueError(f"report: tokens must be an integer >= 1, got {tokens!r}")
     # If peft was never imported, the model has no layer of it.
     upstream = sys.modules.get("peft.tuners.lora.layer")
-    rows = []
+    rows, outermost = [], {}
     for name, module in named_modules(model):
         if isinstance(module, LoRALayer):
             rows.append(_own_row(name, module, tokens))
         elif upstream is not None and isinstance(module, upstream.LoraLayer):
-            rows.append(_peft_row(name, module, tokens))
+            if not hasattr(module, "parameter_name"):
+                rows.append(_peft_row(name, module, tokens))
+                continue
+            outermost.setdefault(module, module)
+            outermost[module.base_layer] = outermost[module]
+            rows.append(_experts_row(name, module, outermost[module], tokens))
     return Report(rows, tokens)
 
 
@@ -108,6 +113,23 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
 def _own_obstacle(layer: LinearLayer) -> str | None:
     weight = layer.oriented(layer.weight)
     return obstacle(_example(weight), weight, layer.lora_A, layer.lora_B, layer.bias)
+
+
+def _experts_row(name: str, layer: nn.Module, outermost: nn.Module, tokens: int) -> Row:
+    """A wrapper of PEFT around one parameter of a module; the outermost computes them all."""
+    base, found = layer.get_base_layer(), patched_experts(outermost)
+    shape, dtype = _outline(getattr(base, layer.parameter_name, None))
+    ranks = tuple(_rank(layer, name) for name in layer.active_adapters if name in layer.r)
+    taken, reason = None, ""
+    if isinstance(found, NotFused):
+        reason = found.reason
+    else:
+        weight, update = found.weight(layer.parameter_name), found.updates[layer.parameter_name]
+        shape = weight.shape
+        taken = _algorithm([weight[0]], update.a.shape[1], 0.0, tokens)
+        taken = taken._replace(reason=f"{shape[0]} experts in one call; {taken.reason}")
+    kind = f"peft {type(layer).__name__}({type(base).__name__}.{layer.parameter_name})"
+    return _row(name, kind, shape, dtype, ranks, taken, reason)
 
 
 def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:

@@ -9,6 +9,9 @@ counts its own rows: it does not depend on which others are in the batch.
 
 h [S, R] and dh [S, R] are as in linear.py, by segment. Rows behind the last end have no update, and
 with experts no product: their y and dx are zero. Low-rank products run in float32 at least.
+
+The update comes first, and the large product is added to it: matrix products add in float32 even
+if they store 16 bits. The other way round, an update below half a bit of y would be rounded off.
 """
 
 from collections.abc import Iterator
@@ -79,27 +82,26 @@ def lora_grouped_linear_forward(
     """
     acc = accumulate_dtype(x.dtype)
     count = x.shape[0] if index is None else index.shape[0]
-    found = segments(ends, groups, w)
-    if w.dim() == 2:
-        y = F.linear(_rows(x, index, slice(0, count)), w, bias)
-    else:
-        y = _fresh(x, (count, w.shape[1]), found, count)
+    found, experts = segments(ends, groups, w), w.dim() == 3
+    y = x.new_zeros((count, w.shape[-2]))
     h = torch.zeros((count, a.shape[1]), dtype=acc, device=x.device)
     a, b_t = a.to(acc), b.to(acc).mT
     for segment in found:
-        rows, y_rows = _rows(x, index, segment.rows), y[segment.rows]
-        if w.dim() == 3:
-            torch.mm(rows, w[segment.expert].T, out=y_rows)
+        rows, y_rows, g = _rows(x, index, segment.rows), y[segment.rows], segment.group
+        if g >= 0:
+            h_rows = h[segment.rows]
+            for some, x_hat in _x_hat(rows, segment, seeds, spec, acc):
+                torch.mm(x_hat, a[g].T, out=h_rows[some])
+            h_rows *= dropout.keep_scale(spec.dropout_p(g))
+            _product_(y_rows, h_rows, b_t[g], spec.scaling(g))
+        if experts:
+            y_rows.addmm_(rows, w[segment.expert].T)
             if bias is not None:
                 y_rows += bias[segment.expert]
-        g = segment.group
-        if g < 0:
-            continue
-        h_rows = h[segment.rows]
-        for some, x_hat in _x_hat(rows, segment, seeds, spec, acc):
-            torch.mm(x_hat, a[g].T, out=h_rows[some])
-        h_rows *= dropout.keep_scale(spec.dropout_p(g))
-        _add_product_(y_rows, h_rows, b_t[g], spec.scaling(g))
+    if not experts:
+        y.addmm_(_rows(x, index, slice(0, count)), w.T)
+        if bias is not None:
+            y += bias
     return y, h
 
 
@@ -129,9 +131,7 @@ def lora_grouped_linear_backward(
     found, experts = segments(ends, groups, w), w.dim() == 3
     dx_rows = dw = da = db_t = dbias = dx = None
     if needs.x:
-        if index is not None:
-            dx = dy.new_zeros((sources, w.shape[-1]))
-        dx_rows = _fresh(dy, (count, w.shape[-1]), found, count) if experts else dy @ w
+        dx_rows = dy.new_zeros((count, w.shape[-1]))
     if needs.w:
         dw = dy.new_zeros(w.shape) if experts else dy.T @ _rows(x, index, slice(0, count))
     if needs.bias:
@@ -146,27 +146,30 @@ def lora_grouped_linear_backward(
         some, g, e = segment.rows, segment.group, segment.expert
         dy_rows = dy[some]
         rows = _rows(x, index, some) if needs.w or needs.a else None
+        if g >= 0:
+            p, scaling, dy_acc = spec.dropout_p(g), spec.scaling(g), dy_rows.to(acc)
+            if needs.x or needs.a:
+                dh = F.linear(dy_acc, b_t[g]).mul_(scaling * dropout.keep_scale(p))
+            if needs.a:
+                for part, x_hat in _x_hat(rows, segment, seeds, spec, acc):
+                    da[g].addmm_(dh[part].T, x_hat)
+            if needs.x:
+                _update_dx_(dx_rows[some], dh, a[g], segment, seeds, p)
+            if needs.b:
+                db_t[g].addmm_(h[some].T, dy_acc, alpha=scaling)
         if experts:
             if needs.x:
-                torch.mm(dy_rows, w[e], out=dx_rows[some])
+                dx_rows[some].addmm_(dy_rows, w[e])
             if needs.w:
                 dw[e].addmm_(dy_rows.T, rows)
             if needs.bias:
                 dbias[e] += dy_rows.sum(0)
-        if g < 0:
-            continue
-        p, scaling, dy_acc = spec.dropout_p(g), spec.scaling(g), dy_rows.to(acc)
-        if needs.x or needs.a:
-            dh = F.linear(dy_acc, b_t[g]).mul_(scaling * dropout.keep_scale(p))
-        if needs.a:
-            for part, x_hat in _x_hat(rows, segment, seeds, spec, acc):
-                da[g].addmm_(dh[part].T, x_hat)
-        if needs.x:
-            _add_dx_(dx_rows[some], dh, a[g], segment, seeds, p)
-        if needs.b:
-            db_t[g].addmm_(h[some].T, dy_acc, alpha=scaling)
     if needs.x:
-        dx = dx_rows if index is None else dx.index_add_(0, index, dx_rows)
+        if not experts:
+            dx_rows.addmm_(dy, w)
+        dx = dx_rows
+        if index is not None:
+            dx = dy.new_zeros((sources, w.shape[-1])).index_add_(0, index, dx_rows)
     da = None if da is None else da.to(of_a)
     db = None if db_t is None else db_t.mT.to(of_b).contiguous()
     return [grad for grad in (dx, dw, da, db, dbias) if grad is not None]
@@ -175,13 +178,6 @@ def lora_grouped_linear_backward(
 def _rows(x: Tensor, index: Tensor | None, some: slice) -> Tensor:
     """Rows of the batch: a view of x, or rows that index gathers."""
     return x[some] if index is None else x.index_select(0, index[some])
-
-
-def _fresh(like: Tensor, shape: tuple[int, int], found: list[Segment], count: int) -> Tensor:
-    """Memory that the segments fill; zeros in the rows behind them."""
-    out = like.new_empty(shape)
-    out[found[-1].stop if found else 0 :] = 0
-    return out
 
 
 def _x_hat(
@@ -196,15 +192,15 @@ def _x_hat(
         yield some, mask.mul_(rows[some])
 
 
-def _add_dx_(
+def _update_dx_(
     dx: Tensor, dh: Tensor, a: Tensor, segment: Segment, seeds: Tensor | None, p: float
 ) -> None:
-    """dx += mask∘(dh·a) in place."""
+    """dx = mask∘(dh·a) in place."""
     if p == 0:
-        _add_product_(dx, dh, a, 1.0)
+        _product_(dx, dh, a, 1.0)
         return
     for some, mask in _masks(segment, a.shape[1], seeds, p, dh.dtype):
-        dx[some] += mask.mul_(dh[some] @ a)
+        dx[some] = mask.mul_(dh[some] @ a)
 
 
 def _masks(
@@ -214,9 +210,9 @@ def _masks(
     return dropout.masks(seeds[g : g + 1], count, cols, p, acc, segment.first)
 
 
-def _add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """out += scale·left·right in place; out's dtype may have fewer bits than the product's."""
+def _product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """out = scale·left·right in place; out's dtype may have fewer bits than the product's."""
     if out.dtype == left.dtype:
-        out.addmm_(left, right, alpha=scale)
+        torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
     else:
-        out.add_((left @ right).mul_(scale))
+        out.copy_((left @ right).mul_(scale))

@@ -188,6 +188,20 @@ def test_shared_factors_and_transposed_experts_are_views(seed, device):
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("experts", [None, 2])
+def test_a_small_update_of_bfloat16_arrives(experts, seed, device):
+    """99 in 100 of one of 7e-4 of W, which rounding W + s·B·A to 8 bits loses for the most part."""
+    problem = make_grouped_problem(
+        (1000, 1000), 256, 256, 4, device=device, dtype=torch.bfloat16, experts=experts
+    )
+    problem.b *= 7e-4 / 2  # of scaling·b·a, which is as large as w
+    x, a, b = (t.double() for t in (problem.x, problem.a, problem.b))
+    update = torch.cat([2 * x[:1000] @ a[0].T @ b[0].T, 2 * x[1000:] @ a[1].T @ b[1].T])
+    base = call(problem, problem.operands() | {"b": torch.zeros_like(problem.b)}).double()
+    share = ((call(problem).double() - base) * update).sum() / update.square().sum()
+    assert abs(share - 1) < 0.01
+
+
 # ---- what is kept, and where the function goes ----
 
 

@@ -15,15 +15,18 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.checks import DTYPES, autocast_dtype
 
-__all__ = ["BASES", "NotFused", "Operands", "misfit", "operands_of"]
+__all__ = [
+    "BASES", "LINEAR", "NotFused", "Operands", "misfit", "not_plain_module", "not_plain_tensor",
+    "operands_of", "parameter",
+]  # fmt: skip
 
 _TENSORS = (Tensor, nn.Parameter)
 _DEVICES = ("cpu", "cuda", "meta")  # what the operators are registered for
 _CPU = torch.device("cpu")
 # The classes of modules that are taken, with the forwards that lora_linear replaces.
-_LINEAR = {nn.Linear: nn.Linear.forward}
+LINEAR = {nn.Linear: nn.Linear.forward}
 _DROPOUTS = {nn.Dropout: nn.Dropout.forward, nn.Identity: nn.Identity.forward}
-BASES: dict[type[nn.Module], Callable] = {**_LINEAR}  # of base layers; patch_peft() adds Conv1D
+BASES: dict[type[nn.Module], Callable] = {**LINEAR}  # of base layers; patch_peft() adds Conv1D
 
 
 class Operands(NamedTuple):
@@ -67,10 +70,10 @@ def operands_of(layer: nn.Module) -> Operands | NotFused:
     lora_b = children["lora_B"]._modules[name]
     dropout = children["lora_dropout"]._modules[name]
     problem = (
-        _not_plain_module(base, "base_layer", BASES)
-        or _not_plain_module(lora_a, "lora_A", _LINEAR)
-        or _not_plain_module(lora_b, "lora_B", _LINEAR)
-        or _not_plain_module(dropout, "lora_dropout", _DROPOUTS)
+        not_plain_module(base, "base_layer", BASES)
+        or not_plain_module(lora_a, "lora_A", LINEAR)
+        or not_plain_module(lora_b, "lora_B", LINEAR)
+        or not_plain_module(dropout, "lora_dropout", _DROPOUTS)
     )
     if problem:
         return problem
@@ -79,15 +82,15 @@ def operands_of(layer: nn.Module) -> Operands | NotFused:
         dropout_p = dropout.p
         if dropout.inplace or not 0.0 <= dropout_p < 1.0:
             return NotFused(f"lora_dropout is {dropout}")
-    if _parameter(lora_a, "bias") is not None or _parameter(lora_b, "bias") is not None:
+    if parameter(lora_a, "bias") is not None or parameter(lora_b, "bias") is not None:
         return NotFused("its adapter has a bias")
-    weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
-    a, b = _parameter(lora_a, "weight"), _parameter(lora_b, "weight")
+    weight, bias = parameter(base, "weight"), parameter(base, "bias")
+    a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
     problem = (
-        _not_plain_tensor(weight, "base_layer.weight", 2)
-        or _not_plain_tensor(a, "lora_A.weight", 2)
-        or _not_plain_tensor(b, "lora_B.weight", 2)
-        or (bias is not None and _not_plain_tensor(bias, "base_layer.bias", 1))
+        not_plain_tensor(weight, "base_layer.weight", 2)
+        or not_plain_tensor(a, "lora_A.weight", 2)
+        or not_plain_tensor(b, "lora_B.weight", 2)
+        or (bias is not None and not_plain_tensor(bias, "base_layer.bias", 1))
     )
     if problem:
         return problem
@@ -152,7 +155,7 @@ def _unfit(weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> NotFuse
     return None
 
 
-def _not_plain_module(module: nn.Module, name: str, forwards: dict) -> NotFused | None:
+def not_plain_module(module: nn.Module, name: str, forwards: dict) -> NotFused | None:
     """Why a call of module does more or other than one of these forwards on its weights."""
     kind = type(module)
     if kind not in forwards:
@@ -172,13 +175,13 @@ def _not_plain_module(module: nn.Module, name: str, forwards: dict) -> NotFused 
     return None
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor | None:
+def parameter(module: nn.Module, name: str) -> Tensor | None:
     """module.name, which may be a plain tensor (FSDP, replicas), past nn.Module's slow lookup."""
     held = module._parameters
     return held[name] if name in held else getattr(module, name)
 
 
-def _not_plain_tensor(tensor, name: str, dim: int) -> NotFused | None:
+def not_plain_tensor(tensor, name: str, dim: int) -> NotFused | None:
     """Why tensor is not a dense floating-point matrix or vector of PyTorch's own class."""
     if type(tensor) not in _TENSORS:
         return NotFused(f"{name} is a {type(tensor).__name__}")

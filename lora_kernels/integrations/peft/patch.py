@@ -1,7 +1,7 @@
-"""patch_peft() and unpatch_peft(): PEFT's lora.Linear.forward replaced, and given back.
+"""patch_peft() and unpatch_peft(): forwards of PEFT's LoRA layers replaced, and given back.
 
-The patch replaces one method of one class and stores nothing on modules. A call that the guard does
-not know runs PEFT's own forward.
+The patch replaces one method of two classes and stores nothing on modules. A call that the guard
+does not know runs PEFT's own forward.
 """
 
 import functools
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
+from lora_kernels.integrations.peft import experts
 from lora_kernels.integrations.peft.guard import BASES, NotFused, misfit, operands_of
 from lora_kernels.spec import LoraSpec, OutputSplits
 
-__all__ = ["patch_peft", "unpatch_peft", "unreached"]
+__all__ = ["patch_peft", "patched_experts", "unpatch_peft", "unreached"]
 
 # sha256 of the source of lora.Linear.forward in the versions of PEFT that the guard is written for.
 _KNOWN_FORWARDS = {
@@ -25,62 +26,66 @@ _KNOWN_FORWARDS = {
     "ec0a80f5c5ce05f5dd90027952bb5d29aaf910e9d2ab40486a90e8a03c7e1cd9",  # 0.18.0 to 0.21.2
 }
 
-_upstream: Callable | None = None  # PEFT's forward, while patched
+_upstream: dict[type[nn.Module], Callable] = {}  # PEFT's forwards, while patched
 
 
 def patch_peft() -> None:
-    """Has PEFT's LoRA layers over nn.Linear and Hugging Face's Conv1D run lora_linear.
+    """Has PEFT's LoRA layers run lora_linear, and its LoRA over experts lora_grouped_linear.
 
-    Replaces ``peft.tuners.lora.layer.Linear.forward``, for models that exist and models to come.
+    Replaces the forwards of ``lora.Linear``, over nn.Linear and Hugging Face's Conv1D, and of
+    ``lora.ParamWrapper`` (target_parameters), over experts of Transformers, in
+    ``peft.tuners.lora.layer``, for models that exist and models to come.
     If a call is not plain LoRA, PEFT's own forward runs; ``report(model)`` says which and why.
     Without dropout the results are PEFT's within rounding. With dropout the masks are others.
     Call it before a model is compiled. A second call changes nothing.
 
-    Warns: RuntimeWarning, once, if the forward of this version of PEFT is not a known one.
+    Warns: RuntimeWarning, once, if the forward of lora.Linear of this version of PEFT is not a
+    known one. Over experts an unknown version runs PEFT's own forward.
     Raises: ImportError if peft is not installed.
     """
-    global _upstream
-    from peft.tuners.lora.layer import Conv1D, Linear
+    from peft.tuners.lora import layer as peft
 
-    if _upstream is None:
-        _warn_unless_known(Linear.forward)
-        BASES.setdefault(Conv1D, Conv1D.forward)
-        _upstream, Linear.forward = Linear.forward, _patched(Linear.forward)
+    if _upstream:
+        return
+    _warn_unless_known(peft.Linear.forward)
+    BASES.setdefault(peft.Conv1D, peft.Conv1D.forward)
+    replacements = {peft.Linear: _patched}
+    if hasattr(peft, "ParamWrapper"):  # since 0.17
+        replacements[peft.ParamWrapper] = _patched_experts
+    for kind, patched in replacements.items():
+        _upstream[kind], kind.forward = kind.forward, patched(kind.forward)
 
 
 def unpatch_peft() -> None:
-    """Gives PEFT its own forward back; without a patch it changes nothing.
+    """Gives PEFT its own forwards back; without a patch it changes nothing.
 
-    Raises: RuntimeError if something else has replaced the forward since patch_peft().
+    Raises: RuntimeError if something else has replaced a forward since patch_peft().
     """
-    global _upstream
-    if _upstream is None:
-        return
-    from peft.tuners.lora.layer import Linear
-
-    if getattr(Linear.forward, "__wrapped__", None) is not _upstream:
-        raise RuntimeError(
-            "unpatch_peft: lora.Linear.forward has been replaced since patch_peft(); undo that "
-            f"first, it is now {Linear.forward!r}"
-        )
-    Linear.forward, _upstream = _upstream, None
+    for kind, upstream in _upstream.items():
+        if getattr(kind.forward, "__wrapped__", None) is not upstream:
+            raise RuntimeError(
+                f"unpatch_peft: lora.{kind.__name__}.forward has been replaced since patch_peft(); "
+                f"undo that first, it is now {kind.forward!r}"
+            )
+    while _upstream:
+        kind, kind_forward = _upstream.popitem()
+        kind.forward = kind_forward
 
 
 def unreached(layer: nn.Module) -> NotFused | None:
-    """Why a call of this PEFT LoRA layer does not reach the patched forward; None if it does.
+    """Why a call of this PEFT LoRA layer does not reach a patched forward; None if it does.
 
     If it does, the guard decides about the call.
     """
-    from peft.tuners.lora.layer import Linear
-
-    if _upstream is None:
+    if not _upstream:
         return NotFused("patch_peft() has not been called")
-    if type(layer).forward is not Linear.forward:
+    kind = next((kind for kind in _upstream if type(layer).forward is kind.forward), None)
+    if kind is None:
         return NotFused(f"{type(layer).__name__} of PEFT has a forward of its own")
     if "forward" in layer.__dict__:
         # A hook of Accelerate keeps the method that it replaces.
         replaced = getattr(layer.__dict__.get("_old_forward"), "__func__", None)
-        if replaced is not Linear.forward:
+        if replaced is not kind.forward:
             return NotFused("it has a forward of its own, such as a hook from before patch_peft()")
     return None
 
@@ -117,3 +122,26 @@ def _patched(upstream: Callable) -> Callable:
         return functional.lora_forward(self, x, weight, a, b, bias, spec)
 
     return forward
+
+
+def _patched_experts(upstream: Callable) -> Callable:
+    from peft.tuners.lora.layer import ParamWrapper
+
+    versions = experts.versions(ParamWrapper, upstream)
+
+    @functools.wraps(upstream)
+    def forward(self, x, *args, **kwargs):
+        if torch.jit.is_tracing():
+            return upstream(self, x, *args, **kwargs)
+        found = experts.experts_of(self, versions)
+        if isinstance(found, NotFused) or experts.misfit_of_experts(x, found, args, kwargs):
+            return upstream(self, x, *args, **kwargs)
+        return experts.compute(found, x, *args)
+
+    forward.versions = versions
+    return forward
+
+
+def patched_experts(layer: nn.Module) -> experts.Experts | NotFused:
+    """The experts that this outermost ParamWrapper computes under the patch, or why it does not."""
+    return unreached(layer) or experts.experts_of(layer, type(layer).forward.versions)

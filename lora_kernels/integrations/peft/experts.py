@@ -1,0 +1,297 @@
+"""PEFT's LoRA over experts (target_parameters) on lora_grouped_linear.
+
+PEFT wraps each parameter of an experts module in a ParamWrapper of its own, one around the other.
+Its forward folds W + s·B·A for the whole stack of experts and runs the module on that. Here the
+outermost wrapper computes what Transformers' experts compute, each product by lora_grouped_linear.
+"""
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from types import CodeType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from lora_kernels.integrations.peft.guard import (
+    LINEAR,
+    NotFused,
+    not_plain_module,
+    not_plain_tensor,
+    parameter,
+)
+from lora_kernels.ops.grouped_linear import lora_grouped_linear
+from lora_kernels.spec import GroupedSpec
+
+__all__ = [
+    "Experts", "Update", "Versions", "compute", "experts_of", "misfit_of_experts", "versions",
+]  # fmt: skip
+
+# sha256 of the sources that this file stands in for, in the versions that it is written for.
+_KNOWN = {
+    "ParamWrapper.forward": "704fb56e52604110a6d4c497d21b3c76f7195a572570e8ce20a016ae587a7069",
+    "ParamWrapper.get_delta_factors": (  # PEFT 0.21.2
+        "821452c621a3c41abc2de4aab511450851fa9b1b32744e9cb335f6d1b1fe092f"
+    ),
+    "grouped_mm_experts_forward": (  # Transformers 5.23 and 5.24
+        "54beecae8764c6e99e73d0a6c85f9120c9535d713647d099dd91da6c74e1f15e"
+    ),
+}
+_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # one formula, for many rows and for few
+_IDENTITY = {nn.Identity: nn.Identity.forward}
+
+
+class Update(NamedTuple):
+    """The factors of one stack of weights: a [E, R, K] and b [E, N, R], views of PEFT's."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+class Experts(NamedTuple):
+    """An experts module of Transformers, and the updates of its parameters by their names."""
+
+    module: nn.Module
+    updates: Mapping[str, Update]
+
+    def weight(self, name: str) -> Tensor:
+        """The stack of weights of this name, [E, N, K]."""
+        return _weight(self.module, name)
+
+
+# ---- which calls ----
+
+
+class Versions(NamedTuple):
+    """What patch_peft() has found of the installed PEFT and Transformers.
+
+    unknown: why they are not known ones. interface: the code of the forward that Transformers gives
+    every class of its experts interface.
+    """
+
+    unknown: NotFused | None
+    interface: CodeType | None = None
+
+
+def versions(kind: type[nn.Module], forward: Callable) -> Versions:
+    """Of the class ParamWrapper with PEFT's forward."""
+    try:
+        from transformers.integrations import moe
+
+        sources = (forward, kind.get_delta_factors, moe.grouped_mm_experts_forward)
+        texts = [inspect.getsource(source.__code__) for source in sources]
+    except (ImportError, AttributeError, OSError):
+        return Versions(NotFused("there is no source to know this PEFT and Transformers by"))
+    for (name, known), text in zip(_KNOWN.items(), texts, strict=True):
+        if hashlib.sha256(text.encode()).hexdigest() != known:
+            return Versions(NotFused(f"{name} is not that of a known version"))
+
+    class Probe(nn.Module):
+        def forward(self):
+            """Replaced."""
+
+    return Versions(None, moe.use_experts_implementation(Probe).forward.__code__)
+
+
+def experts_of(layer: nn.Module, versions: Versions) -> Experts | NotFused:
+    """The experts that an outermost ParamWrapper wraps, or why PEFT's own forward runs."""
+    if versions.unknown:
+        return versions.unknown
+    kind = type(layer)
+    updates, module = {}, layer
+    while type(module) is kind:
+        problem = None if module is layer else _hooked(module, "an inner wrapper")
+        update = problem or _update_of(module)
+        if isinstance(update, NotFused):
+            return update
+        updates[module.parameter_name] = update
+        module = module._modules["base_layer"]
+    problem = _not_plain_experts(module, versions.interface)
+    if problem:
+        return problem
+    for name, update in updates.items():
+        problem = _unfit(module, name, update)
+        if problem:
+            return problem
+    return Experts(module, updates)
+
+
+def misfit_of_experts(hidden, experts: Experts, args: tuple, kwargs: Mapping) -> NotFused | None:
+    """Why PEFT's own forward runs for this call; None if compute() takes it."""
+    weight = parameter(experts.module, "down_proj")
+    if kwargs or len(args) != 2:
+        return NotFused("it is not called with hidden_states, top_k_index and top_k_weights")
+    ids, weights = args
+    for name, tensor, dim in (
+        ("x", hidden, 2),
+        ("top_k_index", ids, 2),
+        ("top_k_weights", weights, 2),
+    ):
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.dim() != dim:
+            return NotFused(f"{name} is not a plain tensor of {dim} dimensions")
+        if tensor.device != weight.device:
+            return NotFused(f"{name} is on {tensor.device}, the experts on {weight.device}")
+    if ids.shape != weights.shape or ids.shape[0] != hidden.shape[0] or ids.is_floating_point():
+        return NotFused(f"top_k_index {list(ids.shape)} does not fit x {list(hidden.shape)}")
+    if _has_any_global_hook():
+        return NotFused("there are hooks on all modules")
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return NotFused("a transform of torch.func or forward-mode AD is active")
+    return None
+
+
+def _update_of(wrapper: nn.Module) -> Update | NotFused:
+    """The active adapter's factors of a ParamWrapper, seen as those of a product x·Wᵀ."""
+    if wrapper.disable_adapters:
+        return NotFused("its adapters are disabled")
+    if wrapper.merged:
+        return NotFused("its adapters are merged")
+    children = wrapper._modules
+    all_a = children["lora_A"]._modules
+    active = [name for name in wrapper.active_adapters if name in all_a]
+    if len(active) != 1:
+        return NotFused(f"{len(active)} of its adapters are active")
+    (name,) = active
+    if name in wrapper.lora_variant:
+        return NotFused(f"its adapter is a {type(wrapper.lora_variant[name]).__name__}")
+    if wrapper._param_ndim != 3:
+        return NotFused(f"{wrapper.parameter_name} has {wrapper._param_ndim} dimensions")
+    lora_a, lora_b = all_a[name], children["lora_B"]._modules[name]
+    dropout = children["lora_dropout"]._modules[name]
+    problem = (
+        not_plain_module(lora_a, "lora_A", LINEAR)
+        or not_plain_module(lora_b, "lora_B", LINEAR)
+        or not_plain_module(dropout, "lora_dropout", _IDENTITY)
+    )
+    if problem:
+        return problem
+    if parameter(lora_a, "bias") is not None or parameter(lora_b, "bias") is not None:
+        return NotFused("its adapter has a bias")
+    a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
+    problem = not_plain_tensor(a, "lora_A.weight", 2) or not_plain_tensor(b, "lora_B.weight", 2)
+    if problem:
+        return problem
+    scaling, count = wrapper.scaling[name], wrapper.num_experts
+    if not isinstance(scaling, (float, int)) or not abs(scaling) < math.inf:
+        return NotFused(f"scaling is {scaling!r}")
+    if a.shape[0] % count or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+        return NotFused(
+            f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit {count} experts"
+        )
+    # lora_A counts experts slowest, lora_B fastest.
+    return Update(
+        a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1), scaling
+    )
+
+
+def _not_plain_experts(module: nn.Module, interface: CodeType) -> NotFused | None:
+    """Why module is not experts of Transformers that compute what compute() computes."""
+    kind = type(module)
+    if getattr(kind.forward, "__code__", None) is not interface:
+        return NotFused(f"{kind.__name__} is not of Transformers' experts interface")
+    problem = _hooked(module, kind.__name__)
+    if problem:
+        return problem
+    if module._is_expert_parallel:
+        return NotFused("its experts are spread over processes")
+    if hasattr(module, "parametrizations"):
+        return NotFused("its parameters are parametrized")
+    chosen = module.config._experts_implementation
+    if chosen not in _IMPLEMENTATIONS:
+        return NotFused(f"its experts_implementation is {chosen!r}")
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    for name in names:
+        weight = parameter(module, name)
+        problem = not_plain_tensor(weight, name, 3)
+        if problem:
+            return problem
+        if weight.requires_grad:
+            return NotFused(f"{name} is trained itself")
+        if weight.device.type != "cpu":
+            return NotFused("there are no kernels for experts yet")
+    return None
+
+
+def _unfit(module: nn.Module, name: str, update: Update) -> NotFused | None:
+    """Why an update does not fit the parameter of this name."""
+    if name not in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        return NotFused(f"{name} is not a weight of its experts")
+    count, n, k = _weight(module, name).shape
+    a, b = update.a, update.b
+    if a.shape != (count, a.shape[1], k) or b.shape != (count, n, a.shape[1]):
+        shapes = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
+        return NotFused(f"{shapes} do not fit {name} [{count}, {n}, {k}]")
+    weight = parameter(module, name)
+    if not weight.device == a.device == b.device:
+        return NotFused("its weights are on several devices")
+    if a.dtype != b.dtype or (a.dtype == torch.float64 != weight.dtype):
+        return NotFused(f"lora_A is {a.dtype}, lora_B {b.dtype} and {name} {weight.dtype}")
+    return None
+
+
+def _hooked(module: nn.Module, name: str) -> NotFused | None:
+    return not_plain_module(module, name, {type(module): type(module).forward})
+
+
+# ---- what they compute ----
+
+
+def compute(experts: Experts, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """What the experts module computes, with the updates.
+
+    Shapes: hidden [T, H], ids and weights [T, top_k] -> [T, H].
+    Source: grouped_mm_experts_forward of Transformers 5.
+    """
+    module, updates = experts
+    top_k, tokens = ids.shape[1], hidden.shape[0]
+    sorted_ids, order = torch.sort(ids.reshape(-1))
+    rows = order // top_k  # the token of each row
+    counts = torch.histc(
+        sorted_ids.float(), bins=module.num_experts, min=0, max=module.num_experts - 1
+    )
+    ends = counts.cumsum(0, dtype=torch.int32)
+
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    y = _product(module, name, updates, hidden, ends, sorted_ids, rows)
+    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    y = _product(module, "down_proj", updates, y, ends, sorted_ids, None)
+    if module.has_post_expert_norm:
+        y = module.post_expert_norm(y)
+    y = y * weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return y[back].view(tokens, top_k, -1).sum(1).to(hidden.dtype)
+
+
+def _product(
+    module: nn.Module,
+    name: str,
+    updates: Mapping[str, Update],
+    x: Tensor,
+    ends: Tensor,
+    ids: Tensor,
+    index: Tensor | None,
+) -> Tensor:
+    """x·Wᵀ + bias by expert, with its update. Shapes: x [S, K], or [T, K] with index [S]."""
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    if name not in updates:
+        from transformers.integrations.moe import _grouped_linear
+
+        x = x if index is None else x[index]
+        bias = None if bias is None else bias[ids]
+        return _grouped_linear(x, getattr(module, name), ends, bias, module.is_transposed)
+    weight, update = _weight(module, name), updates[name]
+    spec = GroupedSpec((float(update.scaling),), (0.0,))
+    operands = (x.to(weight.dtype), weight, update.a, update.b, bias)
+    return lora_grouped_linear(operands, (ends, None, index), None, spec)
+
+
+def _weight(module: nn.Module, name: str) -> Tensor:
+    """The stack [E, N, K], a view if the module stores [E, K, N]."""
+    weight = parameter(module, name)
+    return weight.mT if module.is_transposed else weight
