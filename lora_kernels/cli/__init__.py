@@ -96,6 +96,12 @@ def _add_convert(commands) -> None:
     )
     convert.add_argument("source", metavar="SOURCE")
     convert.add_argument("destination", metavar="DESTINATION")
+    convert.add_argument(
+        "--merged",
+        action="store_true",
+        help="SOURCE is a whole state dict that loralib saved in eval mode, with the update in its "
+        "weights; DESTINATION becomes the same with base weights. Takes the options below",
+    )
     to_peft = convert.add_argument_group(
         "from loralib to PEFT: what a loralib file does not hold",
         "NAME is the path of a module in the model, or the end of one.",

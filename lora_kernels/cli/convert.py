@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_kernels.adapters import formats
 from lora_kernels.adapters.formats.adapter import Hints
+from lora_kernels.adapters.formats.loralib_merged import unmerge
 from lora_kernels.cli.errors import UsageError
 
 __all__ = ["convert"]
@@ -14,13 +15,16 @@ __all__ = ["convert"]
 def convert(options: argparse.Namespace) -> list[str]:
     """Does what the command line asks for; returns lines that say what was done.
 
-    PEFT's directory becomes loralib's file. Every other format becomes PEFT's directory.
+    PEFT's directory becomes loralib's file. Every other format becomes PEFT's directory. With
+    --merged a state dict with merged weights becomes one with base weights.
     Raises: UsageError, in one line, for all that cannot be read, converted or written.
     """
     source, destination = Path(options.source), Path(options.destination)
     if not source.exists():
         raise UsageError(f"convert: {source}: no such file or directory")
     try:
+        if options.merged:
+            return unmerge(source, destination, _hints(options))
         found = formats.recognise(source)
         wanted = "loralib" if found == "peft" else "peft"
         adapter = formats.FORMATS[found].read(source, _hints(options))

@@ -30,7 +30,10 @@ from lora_kernels.model.targets import LayerSpec, name_targets
 from lora_kernels.model.trainable import is_bias
 from lora_kernels.spec import OutputSplits
 
-__all__ = ["read", "recognises", "write"]
+__all__ = [
+    "alphas_of", "factor_paths", "read", "read_layers", "read_state", "recognises", "taken_for",
+    "write",
+]  # fmt: skip
 
 _IF_CONVOLUTION = (
     "if it is one, load the file into the model and call lora_kernels.save_adapter instead"
@@ -56,12 +59,10 @@ def read(file: Path, hints: Hints) -> Adapter:
     Raises: ValueError, naming file and key, for what cannot be read or understood without further
     hints; OSError.
     """
-    state, alphas, notes = _read_state(file, hints)
+    state, alphas, notes = read_state(file, hints)
     with files.naming(file):
         check_dropout(hints.lora_dropout, "--lora-dropout")
-        paths = sorted({split(key)[0] for key in state if split(key)[1] in FACTORS})
-        if not paths:
-            raise ValueError("no key ends with lora_A or lora_B")
+        paths = factor_paths(state)
         if "" in paths:
             raise ValueError(
                 "lora_A, lora_B: a LoRA layer that is the whole model has no name: put it in a "
@@ -69,7 +70,7 @@ def read(file: Path, hints: Hints) -> Adapter:
             )
         modules = in_model_order([*paths, *(split(key)[0] for key in state)])
         _check_keys(state, set(modules))
-        layers = _read_layers(paths, state, _alphas(paths, alphas, hints.lora_alpha), hints)
+        layers = read_layers(paths, state, alphas_of(paths, alphas, hints.lora_alpha), hints)
         entries, bias, saved = _read_others(state, layers, hints.modules_to_save)
     others = [path for path in modules if not is_inside(path, layers)]
     return Adapter(
@@ -79,11 +80,11 @@ def read(file: Path, hints: Hints) -> Adapter:
         modules_to_save=[p for p in modules if p in saved and not is_inside(split(p)[0], saved)],
         target_modules=name_targets(layers, others),
         source=Source(file, file, str),
-        notes=[*_taken_for(file, layers), *notes],
+        notes=[*taken_for(file, layers), *notes],
     )
 
 
-def _read_state(file: Path, hints: Hints) -> tuple[dict[str, Tensor], dict[str, float], list[str]]:
+def read_state(file: Path, hints: Hints) -> tuple[dict[str, Tensor], dict[str, float], list[str]]:
     """The state dict in a file, without what scripts and wrappers put around it.
 
     Then lora_alpha by path, as far as the file tells, and notes on what was around it.
@@ -120,7 +121,15 @@ def _read_state(file: Path, hints: Hints) -> tuple[dict[str, Tensor], dict[str, 
     return {plain[key]: value for key, value in state.items()}, alphas, notes
 
 
-def _alphas(
+def factor_paths(state: Iterable[str]) -> list[str]:
+    """The paths of the layers whose factors are in a state dict. Raises: ValueError for none."""
+    paths = sorted({split(key)[0] for key in state if split(key)[1] in FACTORS})
+    if not paths:
+        raise ValueError("no key ends with lora_A or lora_B")
+    return paths
+
+
+def alphas_of(
     paths: Iterable[str], told: Mapping[str, float], hint: float | None
 ) -> dict[str, float]:
     """lora_alpha of the layers at paths: the file's, else the hint."""
@@ -156,7 +165,7 @@ def _check_keys(keys: Iterable[str], modules: Collection[str]) -> None:
             raise ValueError(f"{key}: is a tensor and the path of other tensors")
 
 
-def _read_layers(
+def read_layers(
     paths: Collection[str], state: Mapping[str, Tensor], alphas: Mapping[str, float], hints: Hints
 ) -> dict[str, AdapterLayer]:
     """The layers at paths, each of a pair of factors."""
@@ -199,7 +208,7 @@ def _check_bias(path: str, state: Mapping[str, Tensor], outputs: int) -> None:
         )
 
 
-def _taken_for(file: Path, layers: Mapping[str, AdapterLayer]) -> list[str]:
+def taken_for(file: Path, layers: Mapping[str, AdapterLayer]) -> list[str]:
     """Lines that say what the factors of each module were taken for."""
     kinds = defaultdict(list)
     for path, layer in layers.items():
