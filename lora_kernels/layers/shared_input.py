@@ -113,9 +113,10 @@ class SharedInput:
 
     def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
         """layer's output for x, or None if it has to compute alone."""
-        index = next((i for i, member in enumerate(self.layers) if member is layer), None)
-        if index is None or not isinstance(x, Tensor):
+        own = [i for i, member in enumerate(self.layers) if member is layer]
+        if not own or not isinstance(x, Tensor):
             return None
+        index = own[0]
         waiting = self._waiting
         if waiting is not None:
             if index in waiting.states:

@@ -19,7 +19,7 @@ from torch.fx import Proxy
 
 __all__ = ["is_batched", "is_jagged", "is_opaque", "is_plain", "obstacle"]
 
-_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
+_PLAIN = (Tensor, nn.Parameter, type(None))
 # Classes for which tracing, or a collective that is under way, stands in for plain tensors.
 _STAND_INS = (
     "torch._subclasses.fake_tensor",

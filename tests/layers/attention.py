@@ -1,10 +1,16 @@
 """A tiny attention block whose layers share_inputs joins, and which operators a call reaches."""
 
+import pytest
 import torch
 from torch import nn
 
 import lora_kernels as lora
 from tests.op_calls import Calls
+
+# Elsewhere torch.compile breaks the graph there, and the numbers are the same.
+traces_joined_layers = pytest.mark.skipif(
+    torch.__version__.startswith("2.8."), reason="TorchDynamo of 2.8 cannot trace joined layers"
+)
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 SHARED, ALONE = "lora_shared_linear_forward", "lora_linear_forward"

@@ -10,7 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lora
 from lora_kernels.testing.tolerance import assert_close
-from tests.layers.attention import ALONE, NAMES, SHARED, calls_of, make
+from tests.layers.attention import (
+    ALONE,
+    NAMES,
+    SHARED,
+    calls_of,
+    make,
+    traces_joined_layers,
+)
 
 
 def solve(model, x, *context):
@@ -168,6 +175,7 @@ def test_share_inputs_with_nothing_to_join_is_an_error(groups, seed, device):
         lora.share_inputs(model, groups)
 
 
+@traces_joined_layers
 def test_compiles_as_one_graph(seed, device):
     model, x = make(device)
     lora.share_inputs(model)
@@ -180,6 +188,7 @@ def test_compiles_as_one_graph(seed, device):
     assert torch.equal(grad, eager["x"])
 
 
+@traces_joined_layers
 @pytest.mark.parametrize("frozen", [False, True], ids=["no_grad", "frozen"])
 def test_compiles_where_no_gradient_is_recorded(frozen, seed, device):
     model, x = make(device)

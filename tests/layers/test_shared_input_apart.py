@@ -8,7 +8,14 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lora
 from lora_kernels.testing.tolerance import assert_close
-from tests.layers.attention import ALONE, NAMES, SHARED, calls_of, make
+from tests.layers.attention import (
+    ALONE,
+    NAMES,
+    SHARED,
+    calls_of,
+    make,
+    traces_joined_layers,
+)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
@@ -111,6 +118,7 @@ def test_layers_fallen_apart_can_be_joined_anew_and_in_other_groups(seed, device
         assert calls_of(model, x, context) == [ALONE, SHARED, ALONE]
 
 
+@traces_joined_layers
 @pytest.mark.parametrize("way", ["call", "checkpoint", "reentrant checkpoint"])
 def test_compiled_layers_over_different_inputs(way, seed, device):
     model, x = make(device)
@@ -122,6 +130,7 @@ def test_compiled_layers_over_different_inputs(way, seed, device):
         assert_same_gradient(run, shared, model, x, context)
 
 
+@traces_joined_layers
 def test_layers_in_graphs_of_their_own(seed, device):
     model, x = make(device)
     shared = copy.deepcopy(model)
