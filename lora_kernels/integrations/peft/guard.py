@@ -46,8 +46,11 @@ class NotFused(NamedTuple):
     reason: str
 
 
-def operands_of(layer: nn.Module) -> Operands | NotFused:
-    """The operands of a PEFT lora.Linear as it is now, or why PEFT's own forward runs."""
+def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotFused:
+    """The operands of a PEFT lora.Linear as it is now, or why PEFT's own forward runs.
+
+    adapter: one of the layer's; None: the one that is active.
+    """
     if layer.disable_adapters:
         return NotFused("its adapters are disabled")
     if layer.merged:
@@ -56,10 +59,12 @@ def operands_of(layer: nn.Module) -> Operands | NotFused:
         return NotFused("casting of its input is disabled")
     children = layer._modules
     all_a = children["lora_A"]._modules
-    active = [name for name in layer.active_adapters if name in all_a]
-    if len(active) != 1:
-        return NotFused(f"{len(active)} of its adapters are active")
-    name = active[0]
+    name = adapter
+    if name is None:
+        active = [name for name in layer.active_adapters if name in all_a]
+        if len(active) != 1:
+            return NotFused(f"{len(active)} of its adapters are active")
+        (name,) = active
     variants = getattr(layer, "lora_variant", None)
     if variants is None:
         return NotFused("PEFT is older than 0.16")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
-from lora_kernels.integrations.peft import experts
+from lora_kernels.integrations.peft import experts, mixed
 from lora_kernels.integrations.peft.guard import BASES, NotFused, misfit, operands_of
 from lora_kernels.spec import LoraSpec, OutputSplits
 
@@ -35,6 +35,7 @@ def patch_peft() -> None:
     Replaces the forwards of ``lora.Linear``, over nn.Linear and Hugging Face's Conv1D, and of
     ``lora.ParamWrapper`` (target_parameters), over experts of Transformers, in
     ``peft.tuners.lora.layer``, for models that exist and models to come.
+    Samples with adapters of their own (``adapter_names``) take one call for all adapters.
     If a call is not plain LoRA, PEFT's own forward runs; ``report(model)`` says which and why.
     Without dropout the results are PEFT's within rounding. With dropout the masks are others.
     Call it before a model is compiled. A second call changes nothing.
@@ -111,6 +112,10 @@ def _patched(upstream: Callable) -> Callable:
     @functools.wraps(upstream)
     def forward(self, x, *args, **kwargs):
         if args or kwargs or torch.jit.is_tracing():
+            if kwargs.keys() == {"adapter_names"} and not args and not torch.jit.is_tracing():
+                found = mixed.mixed_of(self, x, kwargs["adapter_names"])
+                if not isinstance(found, NotFused):
+                    return mixed.compute_mixed(x, *found)
             return upstream(self, x, *args, **kwargs)
         operands = operands_of(self)
         if isinstance(operands, NotFused) or misfit(x, operands) is not None:
