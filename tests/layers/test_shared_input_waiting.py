@@ -15,7 +15,14 @@ from torch.utils.checkpoint import checkpoint
 import lora_kernels as lora
 from lora_kernels.layers import shared_input
 from lora_kernels.testing.tolerance import assert_close
-from tests.layers.attention import ALONE, NAMES, SHARED, calls_of, make
+from tests.layers.attention import (
+    ALONE,
+    NAMES,
+    SHARED,
+    calls_of,
+    make,
+    traces_joined_layers,
+)
 
 
 @pytest.fixture
@@ -192,6 +199,7 @@ def test_output_that_nobody_fetches_dies_with_the_next_x(grad, joined, outputs, 
     assert still_joined(model)
 
 
+@traces_joined_layers
 def test_compiled_layer_that_is_not_called_leaves_nothing(joined, without_gc):
     model, x = joined
 
