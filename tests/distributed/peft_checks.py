@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_kernels import patch_peft, unpatch_peft
 from lora_kernels.testing.tolerance import assert_close
@@ -27,6 +28,10 @@ CHECKS = {}
 PATCHED_FROM_OUTSIDE = hasattr(PeftLinear.forward, "__wrapped__")
 TARGETS = ["q_proj", "down_proj"]  # of a Llama with two blocks
 LAYERS = 4
+MIXTRAL = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 13,
+}  # fmt: skip
 
 
 def check(function, *case):
@@ -70,6 +75,39 @@ def losses_and_factors_are_those_of_one_unpatched_process(engine, mode, _):
     try:
         baseline = train_alone(peft_model(), loss_of, batch())
         reference = train_alone(peft_model().double(), loss_of, batch())
+    finally:
+        patch_peft()
+    for name, value in baseline.items():
+        assert_close(actual[name], reference[name], value, name)
+
+
+def moe_model(implementation="grouped_mm"):
+    """LoRA on the experts of a Mixtral with two blocks."""
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**MIXTRAL))
+    model.config._experts_implementation = implementation
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=targets)
+    return randomise(peft.get_peft_model(model, config))
+
+
+def experts(model):
+    """The outermost wrappers of PEFT, which have all of a block's experts inside."""
+    return [layer.mlp.experts for layer in layers(model)]
+
+
+def experts_give_losses_and_factors_of_one_unpatched_process(engine, mode, _):
+    recompute, blocks = mode == "checkpointed", experts if engine == "per experts" else layers
+    engine = engine.replace("per experts", "per layer")
+    wrapped = wrap(moe_model(), engine, blocks, recompute=recompute)
+    with Calls() as calls:
+        actual = train(wrapped, loss_of, batch())
+    expected = STEPS * 2 * 2 * (2 if recompute else 1)
+    assert calls.names.count("lora_grouped_linear_forward") == expected
+    unpatch_peft()
+    try:
+        baseline = train_alone(moe_model(), loss_of, batch())
+        reference = train_alone(moe_model("eager").double(), loss_of, batch())
     finally:
         patch_peft()
     for name, value in baseline.items():
@@ -123,4 +161,7 @@ for engine in ENGINES:
         if engine != "ddp":
             check(mixed_precision_is_that_of_one_process_with_cast_weights, engine, mode)
     check(a_trained_adapter_that_rank_0_saves_reloads, engine)
+for engine in ("ddp", "per layer", "per experts"):  # PEFT fails if factors are sharded alone
+    for mode in ("plain", "checkpointed"):
+        check(experts_give_losses_and_factors_of_one_unpatched_process, engine, mode)
 check(ranks_with_one_seed_drop_different_elements)

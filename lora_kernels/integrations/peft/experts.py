@@ -70,10 +70,11 @@ class Experts(NamedTuple):
 class Versions(NamedTuple):
     """What patch_peft() has found of the installed PEFT and Transformers.
 
-    unknown: why they are not known ones. interface: the code of the forward that Transformers gives
-    every class of its experts interface.
+    wrapper: the class ParamWrapper. unknown: why they are not known ones. interface: the code of
+    the forward that Transformers gives every class of its experts interface.
     """
 
+    wrapper: type[nn.Module]
     unknown: NotFused | None
     interface: CodeType | None = None
 
@@ -86,26 +87,28 @@ def versions(kind: type[nn.Module], forward: Callable) -> Versions:
         sources = (forward, kind.get_delta_factors, moe.grouped_mm_experts_forward)
         texts = [inspect.getsource(source.__code__) for source in sources]
     except (ImportError, AttributeError, OSError):
-        return Versions(NotFused("there is no source to know this PEFT and Transformers by"))
+        return Versions(kind, NotFused("there is no source to know this PEFT and Transformers by"))
     for (name, known), text in zip(_KNOWN.items(), texts, strict=True):
         if hashlib.sha256(text.encode()).hexdigest() != known:
-            return Versions(NotFused(f"{name} is not that of a known version"))
+            return Versions(kind, NotFused(f"{name} is not that of a known version"))
 
     class Probe(nn.Module):
         def forward(self):
             """Replaced."""
 
-    return Versions(None, moe.use_experts_implementation(Probe).forward.__code__)
+    return Versions(kind, None, moe.use_experts_implementation(Probe).forward.__code__)
 
 
 def experts_of(layer: nn.Module, versions: Versions) -> Experts | NotFused:
     """The experts that an outermost ParamWrapper wraps, or why PEFT's own forward runs."""
     if versions.unknown:
         return versions.unknown
-    kind = type(layer)
     updates, module = {}, layer
-    while type(module) is kind:
-        problem = None if module is layer else _hooked(module, "an inner wrapper")
+    while isinstance(module, versions.wrapper):  # fully_shard derives classes of its own
+        problem = None
+        if module is not layer:
+            known = {type(module): versions.wrapper.forward}
+            problem = not_plain_module(module, "an inner wrapper", known)
         update = problem or _update_of(module)
         if isinstance(update, NotFused):
             return update
