@@ -2,7 +2,7 @@
 
 PEFT wraps each parameter of an experts module in a ParamWrapper of its own, one around the other.
 Its forward folds W + s·B·A for the whole stack of experts and runs the module on that. Here the
-outermost wrapper computes what Transformers' experts compute, each product by lora_grouped_linear.
+outermost wrapper computes what Transformers' experts compute, by layers/mixture.py.
 """
 
 import hashlib
@@ -24,11 +24,10 @@ from lora_kernels.integrations.peft.guard import (
     not_plain_tensor,
     parameter,
 )
-from lora_kernels.ops.grouped_linear import lora_grouped_linear
-from lora_kernels.spec import GroupedSpec
+from lora_kernels.layers.mixture import Update, interface, stack_names, weight_of
 
 __all__ = [
-    "Experts", "Update", "Versions", "compute", "experts_of", "misfit_of_experts", "versions",
+    "Experts", "Versions", "experts_of", "misfit_of_experts", "versions",
 ]  # fmt: skip
 
 # sha256 of the sources that this file stands in for, in the versions that it is written for.
@@ -45,14 +44,6 @@ _IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # one formula, for many rows an
 _IDENTITY = {nn.Identity: nn.Identity.forward}
 
 
-class Update(NamedTuple):
-    """The factors of one stack of weights: a [E, R, K] and b [E, N, R], views of PEFT's."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-
 class Experts(NamedTuple):
     """An experts module of Transformers, and the updates of its parameters by their names."""
 
@@ -61,7 +52,7 @@ class Experts(NamedTuple):
 
     def weight(self, name: str) -> Tensor:
         """The stack of weights of this name, [E, N, K]."""
-        return _weight(self.module, name)
+        return weight_of(self.module, name)
 
 
 # ---- which calls ----
@@ -91,12 +82,7 @@ def versions(kind: type[nn.Module], forward: Callable) -> Versions:
     for (name, known), text in zip(_KNOWN.items(), texts, strict=True):
         if hashlib.sha256(text.encode()).hexdigest() != known:
             return Versions(kind, NotFused(f"{name} is not that of a known version"))
-
-    class Probe(nn.Module):
-        def forward(self):
-            """Replaced."""
-
-    return Versions(kind, None, moe.use_experts_implementation(Probe).forward.__code__)
+    return Versions(kind, None, interface())
 
 
 def experts_of(layer: nn.Module, versions: Versions) -> Experts | NotFused:
@@ -125,7 +111,7 @@ def experts_of(layer: nn.Module, versions: Versions) -> Experts | NotFused:
 
 
 def misfit_of_experts(hidden, experts: Experts, args: tuple, kwargs: Mapping) -> NotFused | None:
-    """Why PEFT's own forward runs for this call; None if compute() takes it."""
+    """Why PEFT's own forward runs for this call; None if mixture.compute() takes it."""
     weight = parameter(experts.module, "down_proj")
     if kwargs or len(args) != 2:
         return NotFused("it is not called with hidden_states, top_k_index and top_k_weights")
@@ -193,7 +179,7 @@ def _update_of(wrapper: nn.Module) -> Update | NotFused:
 
 
 def _not_plain_experts(module: nn.Module, interface: CodeType) -> NotFused | None:
-    """Why module is not experts of Transformers that compute what compute() computes."""
+    """Why module is not experts of Transformers that compute what mixture.compute() computes."""
     kind = type(module)
     if getattr(kind.forward, "__code__", None) is not interface:
         return NotFused(f"{kind.__name__} is not of Transformers' experts interface")
@@ -207,8 +193,7 @@ def _not_plain_experts(module: nn.Module, interface: CodeType) -> NotFused | Non
     chosen = module.config._experts_implementation
     if chosen not in _IMPLEMENTATIONS:
         return NotFused(f"its experts_implementation is {chosen!r}")
-    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
-    for name in names:
+    for name in stack_names(module):
         weight = parameter(module, name)
         problem = not_plain_tensor(weight, name, 3)
         if problem:
@@ -222,9 +207,9 @@ def _not_plain_experts(module: nn.Module, interface: CodeType) -> NotFused | Non
 
 def _unfit(module: nn.Module, name: str, update: Update) -> NotFused | None:
     """Why an update does not fit the parameter of this name."""
-    if name not in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+    if name not in stack_names(module):
         return NotFused(f"{name} is not a weight of its experts")
-    count, n, k = _weight(module, name).shape
+    count, n, k = weight_of(module, name).shape
     a, b = update.a, update.b
     if a.shape != (count, a.shape[1], k) or b.shape != (count, n, a.shape[1]):
         shapes = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
@@ -239,62 +224,3 @@ def _unfit(module: nn.Module, name: str, update: Update) -> NotFused | None:
 
 def _hooked(module: nn.Module, name: str) -> NotFused | None:
     return not_plain_module(module, name, {type(module): type(module).forward})
-
-
-# ---- what they compute ----
-
-
-def compute(experts: Experts, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """What the experts module computes, with the updates.
-
-    Shapes: hidden [T, H], ids and weights [T, top_k] -> [T, H].
-    Source: grouped_mm_experts_forward of Transformers 5.
-    """
-    module, updates = experts
-    top_k, tokens = ids.shape[1], hidden.shape[0]
-    sorted_ids, order = torch.sort(ids.reshape(-1))
-    rows = order // top_k  # the token of each row
-    counts = torch.histc(
-        sorted_ids.float(), bins=module.num_experts, min=0, max=module.num_experts - 1
-    )
-    ends = counts.cumsum(0, dtype=torch.int32)
-
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    y = _product(module, name, updates, hidden, ends, sorted_ids, rows)
-    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-    y = _product(module, "down_proj", updates, y, ends, sorted_ids, None)
-    if module.has_post_expert_norm:
-        y = module.post_expert_norm(y)
-    y = y * weights.reshape(-1)[order].unsqueeze(-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return y[back].view(tokens, top_k, -1).sum(1).to(hidden.dtype)
-
-
-def _product(
-    module: nn.Module,
-    name: str,
-    updates: Mapping[str, Update],
-    x: Tensor,
-    ends: Tensor,
-    ids: Tensor,
-    index: Tensor | None,
-) -> Tensor:
-    """x·Wᵀ + bias by expert, with its update. Shapes: x [S, K], or [T, K] with index [S]."""
-    bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    if name not in updates:
-        from transformers.integrations.moe import _grouped_linear
-
-        x = x if index is None else x[index]
-        bias = None if bias is None else bias[ids]
-        return _grouped_linear(x, getattr(module, name), ends, bias, module.is_transposed)
-    weight, update = _weight(module, name), updates[name]
-    spec = GroupedSpec((float(update.scaling),), (0.0,))
-    operands = (x.to(weight.dtype), weight, update.a, update.b, bias)
-    return lora_grouped_linear(operands, (ends, None, index), None, spec)
-
-
-def _weight(module: nn.Module, name: str) -> Tensor:
-    """The stack [E, N, K], a view if the module stores [E, K, N]."""
-    weight = parameter(module, name)
-    return weight.mT if module.is_transposed else weight

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_kernels import functional
 from lora_kernels.integrations.peft import experts, mixed
 from lora_kernels.integrations.peft.guard import BASES, NotFused, misfit, operands_of
+from lora_kernels.layers import mixture
 from lora_kernels.spec import LoraSpec, OutputSplits
 
 __all__ = ["patch_peft", "patched_experts", "unpatch_peft", "unreached"]
@@ -141,7 +142,7 @@ def _patched_experts(upstream: Callable) -> Callable:
         found = experts.experts_of(self, versions)
         if isinstance(found, NotFused) or experts.misfit_of_experts(x, found, args, kwargs):
             return upstream(self, x, *args, **kwargs)
-        return experts.compute(found, x, *args)
+        return mixture.compute(found.module, found.updates, x, *args)
 
     forward.versions = versions
     return forward
