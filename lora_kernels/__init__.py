@@ -25,10 +25,12 @@ from lora_kernels.layers import (
     LoRALinear,
     LoRAMergedLinear,
     MergedLinear,
+    MultiLoRALinear,
     share_inputs,
 )
 from lora_kernels.model.apply import apply_lora
 from lora_kernels.model.merge import merge_lora, unmerge_lora, use_merged_state_dicts
+from lora_kernels.model.route import adapter_parameters, route
 from lora_kernels.model.trainable import mark_only_lora_as_trainable
 from lora_kernels.report import report
 
@@ -49,6 +51,8 @@ __all__ = [
     "LoRALinear",
     "LoRAMergedLinear",
     "MergedLinear",
+    "MultiLoRALinear",
+    "adapter_parameters",
     "apply_lora",
     "load_adapter",
     "lora_grouped_linear",
@@ -61,6 +65,7 @@ __all__ = [
     "merged_state_dict",
     "patch_peft",
     "report",
+    "route",
     "save_adapter",
     "share_inputs",
     "unmerge_lora",

@@ -15,6 +15,7 @@ from lora_kernels.integrations.peft.guard import NotFused, misfit, operands_of
 from lora_kernels.integrations.peft.patch import patched_experts, unreached
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LinearLayer
+from lora_kernels.layers.multi_linear import MultiLoRALinear
 from lora_kernels.model.paths import named_modules
 from lora_kernels.ops.obstacle import obstacle
 
@@ -29,7 +30,7 @@ class Row(NamedTuple):
     weight: tuple[int, ...]  # shape of the base weight: [N, K] of a linear, else as stored
     ranks: tuple[int, ...]  # of the active adapters
     dtype: torch.dtype | None  # of the base weight
-    fused: bool  # whether the forward is lora_linear or lora_shared_linear
+    fused: bool  # whether the forward is lora_linear, lora_shared_linear or lora_grouped_linear
     algorithm: str | None  # of the forward: "fused", "addmm" or "reference"; None if not fused
     reason: str  # of the algorithm, and of the backward's if it is another; or why it is not fused
 
@@ -87,6 +88,8 @@ def report(model: nn.Module, tokens: int = 4096) -> Report:
 def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     weight = layer.base_weight() if layer.has_base_weight else None
     taken, reason = None, ""
+    if isinstance(layer, MultiLoRALinear):
+        return _multi_row(name, layer)
     if not layer.has_lora:
         reason = "it has no adapter (r = 0)"
     elif layer.merged:
@@ -108,6 +111,15 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
         weight = layer.oriented(weight)
     ranks = (layer.r,) if layer.has_lora else ()
     return _row(name, type(layer).__name__, *_outline(weight), ranks, taken, reason)
+
+
+def _multi_row(name: str, layer: MultiLoRALinear) -> Row:
+    """A layer of several adapters; which of them run depends on the route."""
+    ranks = tuple(spec.r for spec in layer.adapters.values())
+    named = ", ".join(f"{adapter} (r={spec.r})" for adapter, spec in layer.adapters.items())
+    taken = Algorithm("reference", f"adapters {named}; lora_grouped_linear has no kernels yet")
+    weight = layer.oriented(layer.base_weight())
+    return _row(name, type(layer).__name__, *_outline(weight), ranks, taken, "")
 
 
 def _own_obstacle(layer: LinearLayer) -> str | None:

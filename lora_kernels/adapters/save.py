@@ -28,6 +28,7 @@ from lora_kernels.model.paths import (
     split,
     unwrapped,
 )
+from lora_kernels.model.route import one_adapter
 from lora_kernels.model.targets import LayerSpec, name_targets
 from lora_kernels.model.trainable import recorded_biases, saved_paths, with_tied
 
@@ -38,6 +39,8 @@ def save_adapter(
     model: nn.Module,
     directory: str | os.PathLike,
     modules_to_save: str | Iterable[str] | None = None,
+    *,
+    adapter: str | None = None,
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT and load_adapter read.
 
@@ -50,14 +53,16 @@ def save_adapter(
     and checkpoint_wrapper, leave no trace in the names. One rank or all of them may call this. If
     fully_shard or FSDP has sharded model, every rank has to call it: all gather; for fully_shard
     rank 0 writes, and all return when it has written.
+    adapter: which of the adapters of a model with several; it becomes a directory like any other.
     Warns: if PEFT would take some of the layers for others, as in some mixtures of experts.
-    Raises: ValueError for a model without LoRA, a value that is not finite, a LoRA layer inside a
-    saved module, a layer of a user's own kind, and a convolution that PEFT cannot express: groups
-    > 1, dilation, padding_mode.
+    Raises: ValueError for a model without LoRA, a name that no adapter has, a value that is not
+    finite, a LoRA layer inside a saved module, a layer of a user's own kind, and a convolution that
+    PEFT cannot express: groups > 1, dilation, padding_mode.
     """
-    adapter = adapter_of(model, as_names("modules_to_save", modules_to_save, model))
-    encoded = peft.encode(adapter)
-    problem = rewritten(unwrapped(model), adapter.layers)
+    saved = as_names("modules_to_save", modules_to_save, model)
+    neutral = adapter_of(model, saved, adapter)
+    encoded = peft.encode(neutral)
+    problem = rewritten(unwrapped(model), neutral.layers)
     if problem is not None:
         warnings.warn(f"save_adapter: {problem}", stacklevel=2)
     if not any(map(distributed.is_dtensor, model.state_dict().values())):
@@ -70,14 +75,17 @@ def save_adapter(
         torch.distributed.barrier()
 
 
-def adapter_of(model: nn.Module, modules_to_save: Collection[str]) -> Adapter:
+def adapter_of(
+    model: nn.Module, modules_to_save: Collection[str], name: str | None = None
+) -> Adapter:
     """What LoRA has trained of model, with the whole of modules_to_save, gathered from all ranks.
 
+    name: which of several adapters.
     Raises: ValueError for a model that has no LoRA layer or is one itself, and for a name that no
     module has.
     """
     state = plain_state(model)  # first, because this makes FSDP shard its parameters again
-    layers = adapted_layers(model)
+    layers = one_adapter("save_adapter", model, name) or adapted_layers(model)
     if not layers or "" in layers:
         what = "has no LoRA layer" if not layers else "is itself a LoRA layer: put it in a module"
         raise ValueError(f"save_adapter: the model {what}")
@@ -99,7 +107,7 @@ def adapter_of(model: nn.Module, modules_to_save: Collection[str]) -> Adapter:
         },
         bias=bias,
         modules_to_save=saved,
-        target_modules=name_targets(layers, _beside(model, layers.values())),
+        target_modules=name_targets(layers, _beside(model, layers)),
         base_model=base_model if isinstance(base_model, str) and base_model else None,
         base_class=_library_class(plain) if hasattr(plain, "config") else None,
     )
@@ -134,9 +142,9 @@ def _layer(path: str, layer: LoRALayer, state: Mapping[str, Tensor]) -> AdapterL
     return AdapterLayer(path, base, spec, a, b)
 
 
-def _beside(model: nn.Module, layers: Iterable[LoRALayer]) -> list[str]:
-    """Paths that target_modules could mean and that are not those of layers."""
-    own = set(map(id, layers))
+def _beside(model: nn.Module, paths: Collection[str]) -> list[str]:
+    """Paths that target_modules could mean and that are not those of the layers at paths."""
+    own = {id(module) for path, module in named_modules(model) if path in paths}
     all_layers = [path for path, _ in lora_layers(model)]
     return [
         path

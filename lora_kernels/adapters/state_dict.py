@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
+from lora_kernels.layers.multi_linear import MultiLoRALinear
 from lora_kernels.model.paths import (
     as_names,
     is_inside,
@@ -17,6 +18,7 @@ from lora_kernels.model.paths import (
     split,
     wrapper_prefix,
 )
+from lora_kernels.model.route import one_adapter
 from lora_kernels.model.trainable import bias_names, check_bias, saved_paths
 
 __all__ = ["entry_keys", "lora_state_dict", "merged_state_dict"]
@@ -63,7 +65,7 @@ def _bias_keys(model: nn.Module, bias: str) -> set[str]:
     }
 
 
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[str, Tensor]:
     """The state dict of the model without LoRA: same keys, each weight with its delta folded in.
 
     Loads strictly into the original architecture and gives the outputs of model in eval mode.
@@ -72,15 +74,21 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     untied model. Layers of a user's own class that do not tell their base weight or their update
     stay as they are, with a warning.
     Parameters that fully_shard has sharded are DTensors. Every rank has to call this then.
-    Raises: ValueError for an embedding with max_norm, which would limit the merged rows anew, and
-    for weights that FSDP (not fully_shard) has sharded.
+    adapter: which of the adapters of a model with several.
+    Raises: ValueError for a name that no adapter has, for an embedding with max_norm, which would
+    limit the merged rows anew, and for weights that FSDP (not fully_shard) has sharded.
     """
+    one_adapter("merged_state_dict", model, adapter)  # raises
     renamed, dropped, merged, left = {}, set(), {}, {}
     copies: dict[int, Tensor] = {}
     state = plain_state(model)  # first, because this makes FSDP shard its parameters again
     for path, layer in named_modules(model, remove_duplicate=False):
         if not isinstance(layer, LoRALayer):
             continue
+        held = id(layer)
+        if isinstance(layer, MultiLoRALinear):
+            dropped |= {join(path, name) for name in layer.factor_names}
+            layer = layer.alone(adapter) if adapter in layer.adapters else layer
         if isinstance(layer, ConvLoRA):
             renamed |= {join(path, f"conv.{name}"): join(path, name) for name in ("weight", "bias")}
         if layer.has_lora and (
@@ -96,9 +104,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
                     f"{base}: FSDP has sharded it: call merged_state_dict in "
                     f"FullyShardedDataParallel.summon_full_params(model)"
                 )
-            if id(layer) not in copies:
-                copies[id(layer)] = layer.merged_weight()
-            merged[base] = copies[id(layer)]
+            if held not in copies:
+                copies[held] = layer.merged_weight()
+            merged[base] = copies[held]
             dropped |= {join(path, "lora_A"), join(path, "lora_B")}
     if left:
         warnings.warn(

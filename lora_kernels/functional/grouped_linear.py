@@ -116,13 +116,17 @@ def _stacked(name: str, factors: Tensor | Sequence[Tensor], rank_dim: int) -> Te
         if factor.dtype != first.dtype or factor.device != first.device:
             got = f"{factor.dtype} on {factor.device}"
             _fail(f"{name}[{g}]", f"be {first.dtype} on {first.device} like the first", got)
-    rank = max(factor.shape[rank_dim] for factor in factors)
-    padded = []
+    # As kernels multiply 16 ranks at once at least, and so that ranks of others change no bit.
+    rank = -(-max(factor.shape[rank_dim] for factor in factors) // 16) * 16
+    others = first.shape[1 - rank_dim]
+    parts = []
     for factor in factors:
+        parts.append(factor if rank_dim == 0 else factor.T)
         missing = rank - factor.shape[rank_dim]
-        padding = (0, 0, 0, missing) if rank_dim == 0 else (0, missing)
-        padded.append(torch.nn.functional.pad(factor, padding) if missing else factor)
-    return torch.stack(padded)
+        if missing:
+            parts.append(factor.new_zeros(()).expand(missing, others))
+    stacked = torch.cat(parts).view(len(factors), rank, others)
+    return stacked if rank_dim == 0 else stacked.mT
 
 
 def _check_weight(weight) -> None:

@@ -268,7 +268,7 @@ def seeds_for(
     if dropout_p == 0.0:
         return None
     if seed is None:
-        return _draw_seeds(count, x.device)
+        return draw_seeds(count, x.device)
     if not isinstance(seed, Tensor):
         raise TypeError(
             f"{checks.layer_name(layer)}: seed must be a torch.Tensor, got {type(seed).__name__}"
@@ -282,7 +282,7 @@ def seeds_for(
     return seed.reshape(count)
 
 
-def _draw_seeds(count: int, device: torch.device) -> Tensor:
+def draw_seeds(count: int, device: torch.device) -> Tensor:
     """Seeds from PyTorch's generator; under torch.distributed, out of this rank's share of int64.
 
     After set_seed(42) on every rank, all generators have the same state and draw the same numbers;

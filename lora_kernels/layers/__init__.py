@@ -5,6 +5,7 @@ from lora_kernels.layers.conv import ConvLoRA, LoRAConv1d, LoRAConv2d, LoRAConv3
 from lora_kernels.layers.embedding import LoRAEmbedding
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
+from lora_kernels.layers.multi_linear import MultiLoRALinear
 from lora_kernels.layers.shared_input import share_inputs
 
 # loralib's names
@@ -30,5 +31,6 @@ __all__ = [
     "LoRALinear",
     "LoRAMergedLinear",
     "MergedLinear",
+    "MultiLoRALinear",
     "share_inputs",
 ]

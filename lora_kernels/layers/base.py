@@ -99,6 +99,11 @@ class LoRALayer(MergesOnEval):
         """Whether the layer holds lora_A and lora_B."""
         return hasattr(self, "lora_A")  # also of parametrized, pruned and replicated layers
 
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """The names of the parameters that are its factors, if it holds them."""
+        return ("lora_A", "lora_B")
+
     def active_dropout_p(self) -> float:
         """p of lora_dropout now: 0 if it is in eval mode or is not a dropout at all."""
         dropout = self.lora_dropout

@@ -9,13 +9,9 @@ from torch import nn
 from lora_kernels.checks import check_dropout
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
-from lora_kernels.model.paths import (
-    as_names,
-    check_names_exist,
-    lora_layers,
-    named_modules,
-    unwrapped,
-)
+from lora_kernels.model.multi import add_adapters, check_no_named_adapters, check_only_adapters
+from lora_kernels.model.paths import as_names, check_names_exist, named_modules, unwrapped
+from lora_kernels.model.place import keep_hooks, replace_modules
 from lora_kernels.model.targets import (
     Hyperparameters,
     LayerSpec,
@@ -38,8 +34,8 @@ __all__ = ["apply_lora", "wrap_modules"]
 def apply_lora(
     model: nn.Module,
     *,
-    r: int,
-    lora_alpha: float,
+    r: int | None = None,
+    lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
     target_modules: str | Iterable[str] = "all-linear",
     rank_pattern: Mapping[str, int] | None = None,
@@ -49,6 +45,7 @@ def apply_lora(
     modules_to_save: str | Iterable[str] | None = None,
     merge_weights: bool = False,
     autocast_adapter_dtype: bool = True,
+    adapters: Mapping[str, Mapping] | None = None,
 ) -> nn.Module:
     """Replaces modules of model by LoRA layers around the same parameters; returns model.
 
@@ -74,12 +71,26 @@ def apply_lora(
     mode are kept. merge_weights: whether eval() merges; merge_lora(model) merges later. A model in
     eval mode is merged by its next eval().
 
-    Raises: ValueError (NotImplementedError for bias) before anything has changed: bad numbers, a
-    pattern that is not a regular expression, no match, a match that cannot be wrapped, a model that
-    is itself a linear, embedding or convolution (use the from_... constructor of its LoRA layer).
+    adapters: several adapters over the same weights, by name, as MultiLoRALinear has them:
+    ``{"a": dict(r=8, lora_alpha=16), "b": dict(r=4, lora_alpha=8, target_modules=["q_proj"])}``.
+    Each takes r, lora_alpha, lora_dropout, rank_pattern, alpha_pattern, use_rslora and its own
+    target_modules, or that of the call. They go into nn.Linear and Conv1D. A layer has factors for
+    the adapters that target it. A later call adds further adapters. ``route`` says which samples
+    take which. Of other arguments autocast_adapter_dtype is allowed.
+
+    Raises: ValueError (NotImplementedError for bias) before anything has changed: bad or missing
+    numbers, an adapter that is there already, a pattern that is not a regular expression, no match,
+    a match that cannot be wrapped, a model that is itself a linear, embedding or convolution (use
+    the from_... constructor of its LoRA layer).
     Source: Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; the
     meaning of the arguments: PEFT's LoraConfig.
     """
+    given = locals()
+    if adapters is not None:
+        check_only_adapters(apply_lora, given)
+        add_adapters(model, adapters, target_modules, autocast_adapter_dtype)
+        return model
+    check_no_named_adapters(model)
     check_bias(bias)
     dropout = check_dropout(lora_dropout, "apply_lora")
     saved = as_names("modules_to_save", modules_to_save, model)
@@ -130,18 +141,7 @@ def wrap_modules(
         for parameter, flag in flags:
             parameter.requires_grad = flag
         raise
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in layers:
-                setattr(parent, name, layers[id(child)])
-                if name == "_orig_mod":  # torch.compile holds the call of the module before
-                    parent._initialize()
-    for module in model.modules():
-        # PyTorch's fast path for inference of these reads the weights without calling the layers.
-        if isinstance(module, nn.TransformerEncoderLayer) and any(lora_layers(module)):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and any(lora_layers(module)):
-            module.use_nested_tensor = False
+    replace_modules(model, layers)
 
 
 def _wrap(
@@ -160,7 +160,5 @@ def _wrap(
         options |= {"enable_lora": spec.splits.enabled, "out_splits": spec.splits.sizes}
     layer = construct(module, spec.r, spec.lora_alpha, **options)
     layer.scaling, layer.merge_weights = spec.scaling, merge_weights
-    for name, hooks in vars(module).items():
-        if name.startswith(("_forward_", "_backward_", "_is_full_backward")):
-            setattr(layer, name, hooks)
+    keep_hooks(module, layer)
     return layer

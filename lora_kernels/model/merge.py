@@ -7,6 +7,7 @@ from torch import nn
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merged_state_dict import use_merged_state_dict
 from lora_kernels.model.paths import adapted_layers, lora_layers
+from lora_kernels.model.route import adapter_names
 
 __all__ = ["merge_lora", "unmerge_lora", "use_merged_state_dicts"]
 
@@ -72,6 +73,12 @@ def use_merged_state_dicts(model: nn.Module, enabled: bool = True) -> nn.Module:
 
 def _layers(model: nn.Module, function: str) -> list[LoRALayer]:
     layers = [layer for _, layer in lora_layers(model)]
+    names = adapter_names(model)
+    if names:
+        raise ValueError(
+            f"{function}: the model has several adapters, {', '.join(map(repr, names))}, and one "
+            f"weight for all: merged_state_dict(model, adapter=...) merges one of them"
+        )
     if not layers:
         raise ValueError(
             f"{function}: {type(model).__name__} has no LoRA layer of lora_kernels; PEFT's models "

@@ -45,7 +45,7 @@ def mark_only_lora_as_trainable(
     trainable, left_alone = set(), set()
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if isinstance(module, LoRALayer) and name in ("lora_A", "lora_B"):
+            if isinstance(module, LoRALayer) and name in module.factor_names:
                 trainable.add(id(parameter))
             elif name.startswith("lora_"):
                 left_alone.add(id(parameter))
