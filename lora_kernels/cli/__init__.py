@@ -62,8 +62,10 @@ def _add_run(commands) -> None:
         description="Runs a script as `python SCRIPT` does, or a module as `python -m MODULE` "
         "does, with PEFT patched as by lora_kernels.patch_peft() once the program imports PEFT. "
         "Works under launchers: torchrun -m lora_kernels run SCRIPT, accelerate launch -m "
-        "lora_kernels run SCRIPT. PyTorch is imported before the program starts: set environment "
-        "variables that it reads on import, such as OMP_NUM_THREADS, outside of the program.",
+        "lora_kernels run SCRIPT. Python processes that the program starts are patched as well, "
+        "but for those that ignore PYTHONPATH (python -E or -I, a new environment). PyTorch is "
+        "imported before the program starts: set environment variables that it reads on import, "
+        "such as OMP_NUM_THREADS, outside of the program.",
     )
     run.add_argument("-m", dest="as_module", action="store_true", help="run a module by its name")
     run.add_argument("target", metavar="SCRIPT_OR_MODULE")

@@ -74,14 +74,15 @@ def notice_merged_weight(
         if torch.equal(weight.to(base.dtype), base):
             return
         delta = _delta(layer, a, b)
-        off, *sizes = (
-            torch.linalg.vector_norm(tensor.to(delta.dtype))
-            for tensor in (weight - base.to(delta.dtype) - delta, delta, weight, base)
+        wide = weight.to(delta.dtype)
+        off, size, of_weight = (
+            torch.linalg.vector_norm(tensor)
+            for tensor in (wide - base.to(delta.dtype) - delta, delta, wide)
         )
-    # Whoever merged has rounded the update, the sum, or both, in the dtypes of the entries.
-    rounding = max(torch.finfo(tensor.dtype).eps for tensor in (weight, a, b, base)) * sum(sizes)
-    size = sizes[0]
-    if off <= rounding and off < size / 2:
+    # Whoever merged has rounded the sum to the weight's dtype, and the update to the factors'.
+    of_sum = max(torch.finfo(tensor.dtype).eps for tensor in (weight, base))
+    of_delta = max(torch.finfo(tensor.dtype).eps for tensor in (a, b))
+    if off <= 0.35 * of_sum * of_weight + 4 * of_delta * size and off < size / 2:
         state_dict[prefix + layer.weight_name] = base.detach()
         warnings.warn(
             "load_state_dict: weights of this state dict have the update of its lora_A and lora_B "

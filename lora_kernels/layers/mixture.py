@@ -97,10 +97,8 @@ def compute(
     top_k, tokens = ids.shape[1], hidden.shape[0]
     sorted_ids, order = torch.sort(ids.reshape(-1))
     rows = order // top_k  # the token of each row
-    counts = torch.histc(
-        sorted_ids.float(), bins=module.num_experts, min=0, max=module.num_experts - 1
-    )
-    ends = counts.cumsum(0, dtype=torch.int32)
+    numbers = torch.arange(module.num_experts, dtype=ids.dtype, device=ids.device)
+    ends = torch.searchsorted(sorted_ids, numbers, right=True, out_int32=True)
 
     up, down = stack_names(module)
     y = _product(module, up, updates, hidden, ends, sorted_ids, rows)
@@ -111,7 +109,7 @@ def compute(
     y = y * weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return y[back].view(tokens, top_k, -1).sum(1).to(hidden.dtype)
+    return y[back].view(tokens, top_k, y.shape[1]).sum(1).to(hidden.dtype)
 
 
 def _product(

@@ -238,6 +238,7 @@ def _state_for(layer: LoRALinear, x: Tensor) -> tuple:
         checks.autocast_dtype(x),
         layer.scaling,
         layer.active_dropout_p(),
+        x.requires_grad,
     )
     if torch.compiler.is_compiling():
         return state
@@ -246,7 +247,8 @@ def _state_for(layer: LoRALinear, x: Tensor) -> tuple:
         tensors.append(layer.bias)
     # Inference tensors do not count how often they were changed.
     versions = [0 if t.is_inference() else t._version for t in tensors]
-    return *state, x._version, *map(id, tensors), *versions
+    trained = [t.requires_grad for t in tensors]
+    return *state, x._version, *map(id, tensors), *versions, *trained
 
 
 class _Outputs:

@@ -14,15 +14,21 @@ __all__ = [
     "wrapper_prefix",
 ]  # fmt: skip
 
-# What these wrappers call the module inside: torch.compile, FSDP, checkpoint_wrapper, Fabric.
+# What wrappers call the module inside: torch.compile, FSDP, checkpoint_wrapper, Fabric.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
             "_forward_module", "_original_module")  # fmt: skip
 # Of these, state_dict() does not show any.
 _HIDDEN = _WRAPPED[1:]
-# And what classes of these libraries call it. In any other class it is the model's own name.
+# Classes of which libraries call it so. In any other class it is the model's own name.
+_LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
 _WRAPPED_BY = {
+    "_orig_mod": ("torch._dynamo",),
+    "_fsdp_wrapped_module": ("torch.distributed",),
+    "_checkpoint_wrapped_module": ("torch.distributed",),
+    "_forward_module": _LIGHTNING,
+    "_original_module": _LIGHTNING,
     "module": ("torch.nn.parallel", "torch.optim.swa_utils", "deepspeed"),
-    "model": ("lightning", "pytorch_lightning"),
+    "model": _LIGHTNING,
 }
 
 
@@ -86,37 +92,46 @@ def as_names(argument: str, names: str | Iterable[str] | None, model: nn.Module)
 def without_wrappers(path: str, model: nn.Module | None = None) -> str:
     """path, or a key of a state dict, as it is in the model without wrappers.
 
-    Every part of it that a wrapper has added is taken off: by torch.compile, FSDP and
-    checkpoint_wrapper in any case; by DDP, DataParallel, AveragedModel and DeepSpeed ("module") and
-    Lightning ("model") if model has such a wrapper there, because a model may use these names. A
-    LightningModule counts as one if all of its parameters are in "model".
+    Every part of it that a wrapper has added is taken off, if model has such a wrapper there,
+    because a model may use these names itself: torch.compile's, FSDP's, checkpoint_wrapper's,
+    Fabric's, "module" of DDP, DataParallel, AveragedModel and DeepSpeed, "model" of Lightning. A
+    LightningModule counts as one if all of its parameters are in "model". Without a model, the
+    names that hardly any model uses are taken off: all but "module" and "model".
     """
-    module, kept = model, []
+    return ".".join(part for part, wrapped, _ in _walk(path, model) if not wrapped)
+
+
+def _walk(path: str, model: nn.Module | None) -> Iterator[tuple[str, bool, nn.Module | None]]:
+    """Each part of path, whether a wrapper has added it, and the module that holds it.
+
+    The module is None if model has none there.
+    """
+    module = model
     for part in path.split("."):
-        consumed = part in _WRAPPED
+        wrapped = part in _WRAPPED
         while module is not None and (name := _wrapped_name(module)) is not None:
-            module = module._modules[name]
-            if part == name:
-                consumed = True
+            inside = module._modules[name]
+            wrapped = module._modules.get(part) is inside  # by this name or by another
+            if wrapped or part in module._parameters or part in module._buffers:
                 break
-        if not consumed:
-            kept.append(part)
-            module = None if module is None else module._modules.get(part)
-    return ".".join(kept)
+            module = inside  # state_dict() does not show the name
+        else:
+            wrapped = wrapped and module is None
+        yield part, wrapped, module
+        module = None if module is None else module._modules.get(part)
 
 
 def _wrapped_name(module: nn.Module) -> str | None:
     """What a wrapper calls the module inside; None if module is not a wrapper."""
     children = module._modules
-    for name in _WRAPPED:
-        if children.get(name) is not None:
-            return name
     for name, libraries in _WRAPPED_BY.items():
         if children.get(name) is not None and any(
             f"{cls.__module__}.".startswith(f"{library}.")
             for cls in type(module).__mro__
             for library in libraries
         ):
+            if name in _WRAPPED:
+                return name
             beside = (child for key, child in children.items() if key != name and child is not None)
             held = any(next(child.parameters(), None) is not None for child in beside)
             return None if held or module._parameters else name
@@ -151,11 +166,17 @@ def _has_wrappers(model: nn.Module) -> bool:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """model.state_dict() under the keys that it has without wrappers."""
+    """model.state_dict() as it is without wrappers: without their names, and their own tensors."""
     state = model.state_dict()
     if not _has_wrappers(model):
         return dict(state)
-    return {without_wrappers(key, model): value for key, value in state.items()}
+    return {without_wrappers(k, model): v for k, v in state.items() if not _is_wrappers(k, model)}
+
+
+def _is_wrappers(key: str, model: nn.Module) -> bool:
+    """Whether a tensor is a wrapper's own, such as n_averaged of an AveragedModel."""
+    *_, (_, _, holder) = _walk(key, model)
+    return holder is not None and _wrapped_name(holder) is not None
 
 
 def accept_plain_keys(model: nn.Module) -> None:
@@ -169,7 +190,8 @@ def _add_wrappers(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -
     if not _has_wrappers(model):
         return
     for path, module in model.named_modules(remove_duplicate=False):
-        shown = ".".join(part for part in path.split(".") if part not in _HIDDEN)
+        parts = _walk(path, model) if path else ()
+        shown = ".".join(part for part, wrapped, _ in parts if not (wrapped and part in _HIDDEN))
         plain = without_wrappers(shown, model)
         if plain == shown:
             continue

@@ -83,7 +83,12 @@ def lora_grouped_linear_forward(
     acc = accumulate_dtype(x.dtype)
     count = x.shape[0] if index is None else index.shape[0]
     found, experts = segments(ends, groups, w), w.dim() == 3
-    y = x.new_zeros((count, w.shape[-2]))
+    # Float32 and float64 lose nothing either way: rows without a group are those of F.linear.
+    wide = x.dtype == acc and not experts
+    if wide:
+        y = F.linear(_rows(x, index, slice(0, count)), w, bias)
+    else:
+        y = x.new_zeros((count, w.shape[-2]))
     h = torch.zeros((count, a.shape[1]), dtype=acc, device=x.device)
     a, b_t = a.to(acc), b.to(acc).mT
     for segment in found:
@@ -93,12 +98,12 @@ def lora_grouped_linear_forward(
             for some, x_hat in _x_hat(rows, segment, seeds, spec, acc):
                 torch.mm(x_hat, a[g].T, out=h_rows[some])
             h_rows *= dropout.keep_scale(spec.dropout_p(g))
-            _product_(y_rows, h_rows, b_t[g], spec.scaling(g))
+            _product_(y_rows, h_rows, b_t[g], spec.scaling(g), add=wide)
         if experts:
             y_rows.addmm_(rows, w[segment.expert].T)
             if bias is not None:
                 y_rows += bias[segment.expert]
-    if not experts:
+    if not experts and not wide:
         y.addmm_(_rows(x, index, slice(0, count)), w.T)
         if bias is not None:
             y += bias
@@ -210,9 +215,12 @@ def _masks(
     return dropout.masks(seeds[g : g + 1], count, cols, p, acc, segment.first)
 
 
-def _product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """out = scale·left·right in place; out's dtype may have fewer bits than the product's."""
+def _product_(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool = False) -> None:
+    """out = scale·left·right in place, plus what was there if add is set.
+
+    out's dtype may have fewer bits than the product's, unless add is set.
+    """
     if out.dtype == left.dtype:
-        torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
+        torch.addmm(out, left, right, beta=int(add), alpha=scale, out=out)
     else:
         out.copy_((left @ right).mul_(scale))

@@ -173,6 +173,24 @@ def test_run_starts_children_that_patch_peft_on_its_import(tmp_path):
     assert (done.stdout, done.stderr) == ("_PeftFinder False\n", "")
 
 
+@pytest.mark.parametrize("before", [None, "", ":elsewhere", "elsewhere:"], ids=repr)
+def test_what_was_in_pythonpath_stays(before, tmp_path):
+    """An empty entry is the current directory, which children may import from."""
+    code = "from lora_kernels.cli.startup import sitecustomize as s; s.patch_on_import()"
+    code += "; s.patch_on_import(); import os; print(os.environ['PYTHONPATH'])"
+    environment = dict(os.environ)
+    environment.pop("PYTHONPATH", None)
+    if before is not None:
+        environment["PYTHONPATH"] = before
+    root = Path(lora_kernels.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r}); {code}"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    expected = f"{STARTUP}:{before}" if before else str(STARTUP)
+    assert done.stdout == f"{expected}\n", done.stderr
+
+
 def test_a_child_without_this_package_goes_on_with_plain_peft(tmp_path):
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "__init__.py").touch()

@@ -104,6 +104,22 @@ def test_recognised_in_bfloat16(make, seed):
     assert torch.equal(model.state_dict()[key], before)
 
 
+@pytest.mark.parametrize("off", [0.8, 0.9, 1.1, 1.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_near_the_merged_one_is_not_taken_for_it(off, dtype, seed):
+    """A base that was trained along with 16-bit factors may move the same way."""
+    layer = LoRALinear(64, 64, r=8, lora_alpha=8, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.mul_(4)
+    layer.lora_A.data = layer.lora_A.data.bfloat16()
+    layer.lora_B.data = torch.randn(64, 8).mul_(0.1).bfloat16()
+    state = dict(layer.state_dict())
+    state["weight"] = (layer.weight.detach() + off * layer.delta_weight()).to(dtype)
+    again = copy.deepcopy(layer)
+    assert load(again, state) == []
+    assert torch.equal(again.weight, state["weight"])
+
+
 @in_both
 @pytest.mark.parametrize("training", [False, True])
 def test_base_weights_load_as_they_are_and_quietly(make, training, seed):

@@ -69,6 +69,8 @@ def in_fsdp(model):
 class FabricModule(nn.Module):
     """What Lightning Fabric puts around a model; the same keys, other paths."""
 
+    __module__ = "lightning.fabric.wrappers"
+
     def __init__(self, model):
         super().__init__()
         self._forward_module, self._original_module = model, model

@@ -2,7 +2,8 @@
 
 Python imports a module of this name when it starts. So a child of ``lora-kernels run`` is patched
 however it is started: by a launcher, as the training that a command such as trl starts, or by
-multiprocessing. Only the standard library is imported here: most processes never import PEFT.
+multiprocessing. It is not if it ignores PYTHONPATH (``python -E`` or ``-I``), or is given another
+environment. Only the standard library is imported here: most processes never import PEFT.
 """
 
 import importlib.machinery
@@ -24,9 +25,10 @@ def patch_on_import() -> None:
         _patch()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder())
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if _FOLDER not in paths:
-        os.environ["PYTHONPATH"] = os.pathsep.join([_FOLDER, *filter(None, paths)])
+    paths = os.environ.get("PYTHONPATH", "")
+    if _FOLDER not in paths.split(os.pathsep):
+        # An empty entry of what was there stands for the current directory, and stays.
+        os.environ["PYTHONPATH"] = os.pathsep.join([_FOLDER, paths] if paths else [_FOLDER])
 
 
 def _patch() -> None:

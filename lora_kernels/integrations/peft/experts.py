@@ -62,12 +62,15 @@ class Versions(NamedTuple):
     """What patch_peft() has found of the installed PEFT and Transformers.
 
     wrapper: the class ParamWrapper. unknown: why they are not known ones. interface: the code of
-    the forward that Transformers gives every class of its experts interface.
+    the forward that Transformers gives every class of its experts interface. registry: what that
+    asks for a forward by name. forwards: those that mixture.compute() stands in for.
     """
 
     wrapper: type[nn.Module]
     unknown: NotFused | None
     interface: CodeType | None = None
+    registry: Mapping[str, Callable] | None = None
+    forwards: Mapping[str, Callable] | None = None
 
 
 def versions(kind: type[nn.Module], forward: Callable) -> Versions:
@@ -82,7 +85,8 @@ def versions(kind: type[nn.Module], forward: Callable) -> Versions:
     for (name, known), text in zip(_KNOWN.items(), texts, strict=True):
         if hashlib.sha256(text.encode()).hexdigest() != known:
             return Versions(kind, NotFused(f"{name} is not that of a known version"))
-    return Versions(kind, None, interface())
+    forwards = {name: getattr(moe, f"{name}_experts_forward") for name in _IMPLEMENTATIONS}
+    return Versions(kind, None, interface(), moe.ALL_EXPERTS_FUNCTIONS, forwards)
 
 
 def experts_of(layer: nn.Module, versions: Versions) -> Experts | NotFused:
@@ -100,7 +104,7 @@ def experts_of(layer: nn.Module, versions: Versions) -> Experts | NotFused:
             return update
         updates[module.parameter_name] = update
         module = module._modules["base_layer"]
-    problem = _not_plain_experts(module, versions.interface)
+    problem = _not_plain_experts(module, versions)
     if problem:
         return problem
     for name, update in updates.items():
@@ -127,6 +131,12 @@ def misfit_of_experts(hidden, experts: Experts, args: tuple, kwargs: Mapping) ->
             return NotFused(f"{name} is on {tensor.device}, the experts on {weight.device}")
     if ids.shape != weights.shape or ids.shape[0] != hidden.shape[0] or ids.is_floating_point():
         return NotFused(f"top_k_index {list(ids.shape)} does not fit x {list(hidden.shape)}")
+    if ids.shape[1] == 0:
+        return NotFused("top_k_index has no expert for a token")
+    if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
+        low, high = ids.aminmax()
+        if low < 0 or high >= weight.shape[0]:
+            return NotFused(f"top_k_index has numbers that no expert has: {low} to {high}")
     if _has_any_global_hook():
         return NotFused("there are hooks on all modules")
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -178,10 +188,10 @@ def _update_of(wrapper: nn.Module) -> Update | NotFused:
     )
 
 
-def _not_plain_experts(module: nn.Module, interface: CodeType) -> NotFused | None:
+def _not_plain_experts(module: nn.Module, versions: Versions) -> NotFused | None:
     """Why module is not experts of Transformers that compute what mixture.compute() computes."""
     kind = type(module)
-    if getattr(kind.forward, "__code__", None) is not interface:
+    if getattr(kind.forward, "__code__", None) is not versions.interface:
         return NotFused(f"{kind.__name__} is not of Transformers' experts interface")
     problem = _hooked(module, kind.__name__)
     if problem:
@@ -193,6 +203,8 @@ def _not_plain_experts(module: nn.Module, interface: CodeType) -> NotFused | Non
     chosen = module.config._experts_implementation
     if chosen not in _IMPLEMENTATIONS:
         return NotFused(f"its experts_implementation is {chosen!r}")
+    if versions.registry.get(chosen) is not versions.forwards[chosen]:
+        return NotFused(f"its experts_implementation {chosen!r} is not that of Transformers")
     for name in stack_names(module):
         weight = parameter(module, name)
         problem = not_plain_tensor(weight, name, 3)

@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
@@ -412,6 +413,41 @@ def test_what_the_guard_does_not_know_runs_pefts_code(change, reason, seed):
     rows = report(model)
     assert rows
     assert {(row.fused, row.reason) for row in rows} == {(False, reason)}
+
+
+def zeros(module, hidden, ids, weights):
+    return hidden * 0
+
+
+def test_a_forward_that_a_user_registers_runs(seed, monkeypatch):
+    """In the place of Transformers' own, under its name."""
+    model = with_lora("qwen3_moe", dtype=torch.float32)
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, "grouped_mm", zeros)
+    patch_peft()
+    assert not model(*inputs(torch.float32)).any()
+    assert {row.reason for row in report(model)} == {
+        "its experts_implementation 'grouped_mm' is not that of Transformers"
+    }
+
+
+def test_no_tokens_give_no_rows(seed):
+    model = with_lora("qwen3_moe", dtype=torch.float32)
+    x, ids, weights = inputs(torch.float32)
+    patch_peft()
+    with Calls() as calls:
+        assert model(x[:0], ids[:0], weights[:0]).shape == (0, HIDDEN)
+    assert calls.names == ["lora_grouped_linear_forward"] * 2
+
+
+@pytest.mark.parametrize("number", [-1, EXPERTS])
+def test_numbers_that_no_expert_has_run_pefts_code(number, seed):
+    model = with_lora("qwen3_moe", dtype=torch.float32)
+    x, ids, weights = inputs(torch.float32)
+    ids[3, 0] = number
+    patch_peft()
+    with Calls() as calls:
+        model(x, ids, weights)
+    assert calls.names == []
 
 
 def test_arguments_by_keyword_run_pefts_code(seed):
