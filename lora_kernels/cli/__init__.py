@@ -102,7 +102,9 @@ def _add_convert(commands) -> None:
         "--merged",
         action="store_true",
         help="SOURCE is a whole state dict that loralib saved in eval mode, with the update in its "
-        "weights; DESTINATION becomes the same with base weights. Takes the options below",
+        "weights. DESTINATION becomes the same with base weights. No file tells its mode: one "
+        "that loralib saved in train mode would be damaged. Takes --lora-alpha, which holds for "
+        "all layers, --enable-lora, --out-splits, --embedding and --fan-in-fan-out",
     )
     to_peft = convert.add_argument_group(
         "from loralib to PEFT: what a loralib file does not hold",

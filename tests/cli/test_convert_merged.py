@@ -48,7 +48,7 @@ def test_the_weights_are_those_of_train_mode(files, capsys):
     flags = ["--lora-alpha", str(ALPHA), "--enable-lora", "1,0,1"]
     assert convert(*flags) == 0
     said = capsys.readouterr().out
-    assert "base.pt: 6 weights without the update that was in them" in said
+    assert "base.pt: 6 weights without the update that was in them, with lora_alpha 6" in said
     assert "taken for convolutions: conv" in said
     assert "square weights, taken as [out, in]: square;" in said
     written = torch.load("base.pt")
@@ -107,6 +107,21 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_written(
     assert named in line
     assert "merged.pt" in line
     assert not (tmp_path / "base.pt").exists()
+
+
+def test_a_file_of_this_package_is_refused(files, tmp_path, capsys):
+    """Its weights have no update in them in any mode."""
+    torch.save(layers(lora_kernels).eval().state_dict(), "merged.pt")
+    assert convert("--lora-alpha", "1", "--enable-lora", "1,0,1") == 2
+    assert "merged.pt: lora_kernels has saved it" in capsys.readouterr().err
+    assert not (tmp_path / "base.pt").exists()
+
+
+def test_a_directory_is_no_source(files, tmp_path, capsys):
+    (tmp_path / "merged.pt").unlink()
+    (tmp_path / "merged.pt").mkdir()
+    assert convert("--lora-alpha", "1") == 2
+    assert "merged.pt: is a directory" in capsys.readouterr().err
 
 
 def test_a_directory_is_no_destination(files, tmp_path, capsys):

@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from lora_kernels.adapters.formats.adapter import (
 )
 from lora_kernels.adapters.formats.keys import plain_keys
 from lora_kernels.checks import check_alpha, check_dropout
+from lora_kernels.layers.merged_state_dict import STATE_DICT_VERSION
 from lora_kernels.model.paths import in_model_order, is_inside, is_named, join, split
 from lora_kernels.model.targets import LayerSpec, name_targets
 from lora_kernels.model.trainable import is_bias
@@ -59,7 +61,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     Raises: ValueError, naming file and key, for what cannot be read or understood without further
     hints; OSError.
     """
-    state, alphas, notes = read_state(file, hints)
+    state, alphas, notes, _ = read_state(file, hints)
     with files.naming(file):
         check_dropout(hints.lora_dropout, "--lora-dropout")
         paths = factor_paths(state)
@@ -84,11 +86,21 @@ def read(file: Path, hints: Hints) -> Adapter:
     )
 
 
-def read_state(file: Path, hints: Hints) -> tuple[dict[str, Tensor], dict[str, float], list[str]]:
+class FileState(NamedTuple):
     """The state dict in a file, without what scripts and wrappers put around it.
 
-    Then lora_alpha by path, as far as the file tells, and notes on what was around it.
+    alphas: lora_alpha by path, as far as the file tells. notes: on what was around it. is_own:
+    whether this package's layers have saved it, whose weights never have the update in them.
     """
+
+    state: dict[str, Tensor]
+    alphas: dict[str, float]
+    notes: list[str]
+    is_own: bool
+
+
+def read_state(file: Path, hints: Hints) -> FileState:
+    """Raises: ValueError, naming the file, for anything but a state dict; OSError."""
     state = files.read_pickle(file)
     dropped = f"{hints.drop_prefix.rstrip('.')}." if hints.drop_prefix else ""
     fronts = [dropped] if dropped else []
@@ -113,12 +125,16 @@ def read_state(file: Path, hints: Hints) -> tuple[dict[str, Tensor], dict[str, f
             f"and not of the model, give --drop-prefix {_LIGHTNING_FRONT}"
         )
     told = getattr(state, "_metadata", None)
-    alphas = {}
+    alphas, is_own = {}, False
     for key in state:
         about = told.get(split(key)[0]) if isinstance(told, dict) else None
-        if isinstance(about, dict) and _ALPHA in about:
+        if not isinstance(about, dict):
+            continue
+        if _ALPHA in about:
             alphas[split(plain[key])[0]] = about[_ALPHA]
-    return {plain[key]: value for key, value in state.items()}, alphas, notes
+        if split(key)[1] in FACTORS:
+            is_own |= about.get("version") == STATE_DICT_VERSION
+    return FileState({plain[key]: v for key, v in state.items()}, alphas, notes, is_own)
 
 
 def factor_paths(state: Iterable[str]) -> list[str]:

@@ -25,13 +25,19 @@ def unmerge(source: Path, destination: Path, hints: Hints) -> list[str]:
 
     Every weight beside lora_A and lora_B becomes itself minus scaling·lora_B·lora_A in its own
     layout, computed in float32 at least and rounded once to its dtype. All else stays as it is.
+    The file does not tell merged weights from others: hints and mode have to be right.
     Raises: ValueError, naming file and key, for a file without such weights, for what cannot be
     understood without further hints, and if destination is a directory; OSError.
     """
-    if destination.is_dir():
-        raise ValueError(f"{destination}: is a directory, must be the file to write")
-    state, told, notes = read_state(source, hints)
+    for path, what in ((source, "read"), (destination, "write")):
+        if path.is_dir():
+            raise ValueError(f"{path}: is a directory, must be the file to {what}")
+    state, told, notes, is_own = read_state(source, hints)
     with files.naming(source):
+        if is_own:
+            raise ValueError(
+                "lora_kernels has saved it: its weights have no update in them, load it as it is"
+            )
         paths = factor_paths(state)
         keys = {path: _weight_key(path, state) for path in paths}
         alphas = alphas_of(paths, told, hints.lora_alpha)
@@ -45,7 +51,11 @@ def unmerge(source: Path, destination: Path, hints: Hints) -> list[str]:
             state[keys[path]] = (weight - update).to(weight.dtype)
     with files.replacing(destination.parent, [destination.name]) as scratch:
         torch.save(state, scratch / destination.name)
-    lines = [f"{destination}: {len(updates)} weights without the update that was in them"]
+    alphas = sorted({f"{alpha:.15g}" for alpha in alphas.values()})
+    lines = [
+        f"{destination}: {len(updates)} weights without the update that was in them, with "
+        f"lora_alpha {', '.join(alphas)}"
+    ]
     if convolutions:
         lines.append(f"{source}: taken for convolutions: {', '.join(convolutions)}")
     return [*lines, *taken_for(source, layers), *_square(source, layers), *notes]
