@@ -118,15 +118,14 @@ def _stacked(name: str, factors: Tensor | Sequence[Tensor], rank_dim: int) -> Te
             _fail(f"{name}[{g}]", f"be {first.dtype} on {first.device} like the first", got)
     # As kernels multiply 16 ranks at once at least, and so that ranks of others change no bit.
     rank = -(-max(factor.shape[rank_dim] for factor in factors) // 16) * 16
-    others = first.shape[1 - rank_dim]
-    parts = []
+    zero = factors[0].new_zeros(())
+    padded = []
     for factor in factors:
-        parts.append(factor if rank_dim == 0 else factor.T)
-        missing = rank - factor.shape[rank_dim]
-        if missing:
-            parts.append(factor.new_zeros(()).expand(missing, others))
-    stacked = torch.cat(parts).view(len(factors), rank, others)
-    return stacked if rank_dim == 0 else stacked.mT
+        shape = list(factor.shape)
+        shape[rank_dim] = rank - shape[rank_dim]
+        whole = shape[rank_dim] == 0
+        padded.append(factor if whole else torch.cat([factor, zero.expand(shape)], rank_dim))
+    return torch.stack(padded)
 
 
 def _check_weight(weight) -> None:

@@ -89,15 +89,19 @@ def lora_grouped_linear_forward(
         y = F.linear(_rows(x, index, slice(0, count)), w, bias)
     else:
         y = x.new_zeros((count, w.shape[-2]))
-    h = torch.zeros((count, a.shape[1]), dtype=acc, device=x.device)
-    a, b_t = a.to(acc), b.to(acc).mT
+    h = x.new_empty((count, a.shape[1]), dtype=acc)
+    h[found[-1].stop if found else 0 :] = 0
+    a_t, b_t = a.to(acc).mT.unbind(), b.to(acc).mT.unbind()
     for segment in found:
         rows, y_rows, g = _rows(x, index, segment.rows), y[segment.rows], segment.group
-        if g >= 0:
-            h_rows = h[segment.rows]
+        h_rows = h[segment.rows]
+        if g < 0:
+            h_rows.zero_()
+        else:
             for some, x_hat in _x_hat(rows, segment, seeds, spec, acc):
-                torch.mm(x_hat, a[g].T, out=h_rows[some])
-            h_rows *= dropout.keep_scale(spec.dropout_p(g))
+                torch.mm(x_hat, a_t[g], out=h_rows[some])
+            if spec.dropout_p(g):
+                h_rows *= dropout.keep_scale(spec.dropout_p(g))
             _product_(y_rows, h_rows, b_t[g], spec.scaling(g), add=wide)
         if experts:
             y_rows.addmm_(rows, w[segment.expert].T)
@@ -134,7 +138,7 @@ def lora_grouped_linear_backward(
     """
     acc, count = accumulate_dtype(dy.dtype), dy.shape[0]
     found, experts = segments(ends, groups, w), w.dim() == 3
-    dx_rows = dw = da = db_t = dbias = dx = None
+    dx_rows = dw = da = db = dbias = dx = None
     if needs.x:
         dx_rows = dy.new_zeros((count, w.shape[-1]))
     if needs.w:
@@ -142,10 +146,17 @@ def lora_grouped_linear_backward(
     if needs.bias:
         dbias = dy.new_zeros(w.shape[:-1]) if experts else dy.sum(0)
     if needs.a:
-        da = torch.zeros(a.shape, dtype=acc, device=dy.device)
+        da = torch.empty(a.shape, dtype=acc, device=dy.device)
     if needs.b:
-        db_t = torch.zeros(b.mT.shape, dtype=acc, device=dy.device)
-    a, b_t, of_a, of_b = a.to(acc), b.to(acc).mT.contiguous(), a.dtype, b.dtype
+        db = torch.empty(b.shape, dtype=acc, device=dy.device)
+    for g in set(range(a.shape[0])).difference(segment.group for segment in found):
+        for grad in (da, db):
+            if grad is not None:
+                grad[g].zero_()
+    of_a, of_b = a.dtype, b.dtype
+    a, b = a.to(acc).unbind(), b.to(acc).unbind()
+    da_of = da.unbind() if needs.a else ()
+    db_of = db.unbind() if needs.b else ()
 
     for segment in found:
         some, g, e = segment.rows, segment.group, segment.expert
@@ -154,14 +165,15 @@ def lora_grouped_linear_backward(
         if g >= 0:
             p, scaling, dy_acc = spec.dropout_p(g), spec.scaling(g), dy_rows.to(acc)
             if needs.x or needs.a:
-                dh = F.linear(dy_acc, b_t[g]).mul_(scaling * dropout.keep_scale(p))
+                dh = (dy_acc @ b[g]).mul_(scaling * dropout.keep_scale(p))
             if needs.a:
                 for part, x_hat in _x_hat(rows, segment, seeds, spec, acc):
-                    da[g].addmm_(dh[part].T, x_hat)
+                    begins = segment.first == part.start == 0  # what was there is not read
+                    da_of[g].addmm_(dh[part].T, x_hat, beta=0 if begins else 1)
             if needs.x:
                 _update_dx_(dx_rows[some], dh, a[g], segment, seeds, p)
             if needs.b:
-                db_t[g].addmm_(h[some].T, dy_acc, alpha=scaling)
+                db_of[g].addmm_(dy_acc.T, h[some], beta=segment.first != 0, alpha=scaling)
         if experts:
             if needs.x:
                 dx_rows[some].addmm_(dy_rows, w[e])
@@ -176,7 +188,7 @@ def lora_grouped_linear_backward(
         if index is not None:
             dx = dy.new_zeros((sources, w.shape[-1])).index_add_(0, index, dx_rows)
     da = None if da is None else da.to(of_a)
-    db = None if db_t is None else db_t.mT.to(of_b).contiguous()
+    db = None if db is None else db.to(of_b)
     return [grad for grad in (dx, dw, da, db, dbias) if grad is not None]
 
 
