@@ -25,17 +25,18 @@ def wrap(
     *,
     recompute: bool = False,
     dtype: torch.dtype | None = None,
+    unused: bool = False,
 ) -> nn.Module:
     """A copy of model under engine. layers(model): its blocks, which the backward may recompute.
 
-    dtype: in which FSDP2 computes.
+    dtype: in which FSDP2 computes. unused: whether DDP looks for parameters without gradients.
     """
     model = copy.deepcopy(model)
     for layer in layers(model) if recompute else ():
         forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         layer.forward = forward  # inside of what FSDP2 hooks
     if engine == "ddp":
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, find_unused_parameters=unused)
     options = {}
     if dtype is not None:
         options["mp_policy"] = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
