@@ -14,6 +14,7 @@ from lora_kernels import distributed
 from lora_kernels.adapters.files import naming
 from lora_kernels.adapters.formats import peft
 from lora_kernels.adapters.formats.adapter import (
+    FACTORS,
     Adapter,
     AdapterLayer,
     BaseModule,
@@ -24,7 +25,9 @@ from lora_kernels.adapters.formats.adapter import (
 from lora_kernels.adapters.state_dict import entry_keys
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
+from lora_kernels.layers.multi_linear import AdapterSpec, check_adapter_name
 from lora_kernels.model.apply import wrap_modules
+from lora_kernels.model.multi import put_adapters
 from lora_kernels.model.paths import (
     adapted_layers,
     is_inside,
@@ -35,6 +38,7 @@ from lora_kernels.model.paths import (
     split,
     unwrapped,
 )
+from lora_kernels.model.route import multi_layers
 from lora_kernels.model.targets import LayerSpec, check_wrappable, match_targets
 from lora_kernels.model.trainable import (
     mark_only_lora_as_trainable,
@@ -48,7 +52,11 @@ __all__ = ["load_adapter"]
 
 
 def load_adapter(
-    model: nn.Module, directory: str | os.PathLike, *, merge_weights: bool = False
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    merge_weights: bool = False,
+    adapter: str | None = None,
 ) -> nn.Module:
     """Puts an adapter, from files of save_adapter or PEFT, into model; returns model.
 
@@ -60,15 +68,21 @@ def load_adapter(
     takes over values, lora_alpha and scaling, and keeps its dropout and requires_grad. Wrappers
     around model and in it are looked through as by save_adapter. A model that fully_shard or FSDP
     has sharded must have its LoRA layers already, and every rank has to call this.
+    adapter: a name, for a model with several adapters or a plain one that becomes such a model. An
+    adapter of this name takes the values, and keeps its dropout; a new one joins the others. It may
+    have factors of linears alone.
     Raises: FileNotFoundError for a missing directory or file; ValueError, naming file and key, for
     all that is damaged, does not fit together or does not fit the model, for pickles (never read)
     and for what PEFT offers beyond LoRA (DoRA, lora_bias, layer_replication, ...). After an error
     model is unchanged.
     """
-    adapter = _aligned(peft.read(Path(directory)), model)
-    fitted = _fit(model, adapter)
+    name, adapter = adapter, _aligned(peft.read(Path(directory)), model)
+    fitted = _fit(model, adapter) if name is None else _fit_named(model, adapter, name)
     for note in adapter.notes:
         warnings.warn(f"load_adapter: {note}", RuntimeWarning, stacklevel=2)
+    if name is not None:
+        load_plain_state(model, _distributed(fitted.state, plain_state(model)))
+        return model
     state, layers = fitted.state, adapted_layers(model)
     if layers:
         for path, spec in fitted.specs.items():
@@ -135,6 +149,44 @@ def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
     if adapted or adapter.keeps_ties:
         _check_ties(source, model, state, saved)
     return _Fitted(specs, state, saved)
+
+
+def _fit_named(model: nn.Module, adapter: Adapter, name: str) -> _Fitted:
+    """Makes room for adapter under this name, after every check; its values are not loaded yet."""
+    source, modules = adapter.source, dict(named_modules(model))
+    targets = set(match_targets(model, adapter.target_modules))
+    if adapter.restricted:
+        targets &= set(adapter.layers)
+    _check_entries(adapter, targets, (), (), ())
+    held = {p: m for p, m in multi_layers(model).items() if name in m.adapters}
+    for path in sorted(set(held) ^ set(adapter.layers)) if held else ():
+        has, lacks = (name, "file") if path in held else ("file", name)
+        raise ValueError(f"{source.weights}: {has} has factors for {path!r}, {lacks} does not")
+    specs, state = {}, {}
+    for path, layer in adapter.layers.items():
+        _check_base(layer, modules[path], source)
+        spec = layer.spec
+        if layer.base.kind != "linear" or spec.splits is not None:
+            raise ValueError(f"{source.place(join(path, 'lora_A'))}: only a linear has several")
+        own = held[path].adapters[name] if held else None
+        if own is not None and own.r != spec.r:
+            place = source.place(join(path, "lora_A"))
+            raise ValueError(f"{place}: {name} has rank {own.r} here, the file {spec.r}")
+        dropout = spec.lora_dropout if own is None else own.lora_dropout
+        specs[path] = AdapterSpec(spec.r, spec.lora_alpha, dropout, spec.scaling)
+        for kind, factor in zip(FACTORS, own_factors(layer), strict=True):
+            state[join(path, f"{kind}_{name}")] = factor
+    if held:
+        for path, layer in held.items():
+            layer.adapters[name] = specs[path]
+    else:
+        check_adapter_name("load_adapter", name)
+        put_adapters(model, {path: {name: spec} for path, spec in specs.items()})
+        mark_only_lora_as_trainable(model)
+        for layer in multi_layers(model).values():
+            if name in layer.adapters:
+                layer.factors(name)[1].requires_grad &= adapter.trains_b
+    return _Fitted({}, state, [])
 
 
 # What may lie in front of the paths in a model, or in an adapter, that the other does not know of.

@@ -10,7 +10,7 @@ from torch import nn
 from lora_kernels.checks import check_dropout
 from lora_kernels.layers.linear import is_hf_conv1d
 from lora_kernels.layers.multi_linear import AdapterSpec, MultiLoRALinear, check_adapter_name
-from lora_kernels.model.paths import adapted_layers
+from lora_kernels.model.paths import adapted_layers, named_modules
 from lora_kernels.model.place import keep_hooks, replace_modules
 from lora_kernels.model.route import adapter_names
 from lora_kernels.model.targets import (
@@ -22,7 +22,7 @@ from lora_kernels.model.targets import (
 )
 from lora_kernels.model.trainable import mark_only_lora_as_trainable
 
-__all__ = ["add_adapters", "check_no_named_adapters", "check_only_adapters"]
+__all__ = ["add_adapters", "check_no_named_adapters", "check_only_adapters", "put_adapters"]
 
 _KEYS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern",
@@ -61,29 +61,48 @@ def add_adapters(
     model: nn.Module, adapters: Mapping[str, Mapping], target_modules, autocast_adapter_dtype: bool
 ) -> None:
     """What apply_lora does for adapters={...}, after the checks of its other arguments."""
-    if adapted_layers(model):
-        raise ValueError(
-            "apply_lora: the model has LoRA layers of one adapter: adapters go into a model without"
-        )
     if not isinstance(adapters, Mapping) or not adapters:
         raise ValueError(
             f"apply_lora: adapters must map at least one name to its options, got {adapters!r}"
         )
     there = adapter_names(model)
-    modules: dict[str, nn.Module] = {}
     specs: dict[str, dict[str, AdapterSpec]] = {}  # by path, then by adapter
     for name, options in adapters.items():
         if check_adapter_name("apply_lora", name) in there:
             raise ValueError(f"apply_lora: the model has an adapter {name!r} already")
-        for path, (module, spec) in _targets(model, name, options, target_modules).items():
-            modules[path] = module
+        for path, spec in _targets(model, name, options, target_modules).items():
             specs.setdefault(path, {})[name] = spec
+    put_adapters(model, specs, autocast_adapter_dtype)
+    mark_only_lora_as_trainable(model)
+
+
+def put_adapters(
+    model: nn.Module,
+    specs: Mapping[str, Mapping[str, AdapterSpec]],
+    autocast_adapter_dtype: bool = True,
+) -> None:
+    """Gives the modules at these paths adapters of these names, which they lack.
+
+    Raises: ValueError for a module that cannot have several; then model is unchanged.
+    """
+    if adapted_layers(model):
+        raise ValueError(
+            "the model has LoRA layers of one adapter: named adapters go into a model without"
+        )
+    modules = {path: m for path, m in named_modules(model, False) if path in specs}
+    plain = {path: m for path, m in modules.items() if not isinstance(m, MultiLoRALinear)}
+    check_wrappable(plain)
+    for path, module in plain.items():
+        if not (isinstance(module, nn.Linear) or is_hf_conv1d(module)):
+            raise ValueError(
+                f"{path} ({type(module).__name__}) cannot get several adapters: only nn.Linear and "
+                f"Hugging Face's Conv1D can"
+            )
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers = {}
     try:
-        for path, module in modules.items():
-            if not isinstance(module, MultiLoRALinear):
-                layers[id(module)] = _wrap(module, specs[path], autocast_adapter_dtype)
+        for path, module in plain.items():
+            layers[id(module)] = _wrap(module, specs[path], autocast_adapter_dtype)
     except BaseException:
         for parameter, flag in flags:
             parameter.requires_grad = flag
@@ -94,13 +113,10 @@ def add_adapters(
                 dtype = _dtype(module.weight, autocast_adapter_dtype)
                 module.add_adapter(name, spec, dtype)
     replace_modules(model, layers)
-    mark_only_lora_as_trainable(model)
 
 
-def _targets(
-    model: nn.Module, name: str, options, target_modules
-) -> dict[str, tuple[nn.Module, AdapterSpec]]:
-    """The modules that one adapter is for, with its values there."""
+def _targets(model: nn.Module, name: str, options, target_modules) -> dict[str, AdapterSpec]:
+    """The paths of the modules that one adapter is for, with its values there."""
     place = f"apply_lora: adapters[{name!r}]"
     if not isinstance(options, Mapping) or not {"r", "lora_alpha"} <= options.keys():
         raise ValueError(
@@ -117,14 +133,6 @@ def _targets(
             f"{place}: target_modules={chosen!r} matches no module; the model has "
             f"{candidates(model)}"
         )
-    plain = {path: m for path, m in targets.items() if not isinstance(m, MultiLoRALinear)}
-    check_wrappable(plain)
-    for path, module in plain.items():
-        if not (isinstance(module, nn.Linear) or is_hf_conv1d(module)):
-            raise ValueError(
-                f"{place}: {path} ({type(module).__name__}) cannot get several adapters: only "
-                f"nn.Linear and Hugging Face's Conv1D can"
-            )
     numbers = Hyperparameters(
         options["r"],
         options["lora_alpha"],
@@ -134,10 +142,9 @@ def _targets(
         options.get("use_rslora", False),
     )
     found = {}
-    for path, module in targets.items():
+    for path in targets:
         spec = numbers.of(path)
-        values = AdapterSpec(spec.r, spec.lora_alpha, spec.lora_dropout, spec.scaling)
-        found[path] = module, values
+        found[path] = AdapterSpec(spec.r, spec.lora_alpha, spec.lora_dropout, spec.scaling)
     unmatched = numbers.unmatched(found)
     if unmatched is not None:
         warnings.warn(f"{place}: {unmatched}", RuntimeWarning, stacklevel=5)

@@ -146,6 +146,46 @@ def test_one_adapter_of_several_has_to_be_named(function, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_loads_under_a_name_new_or_known(tmp_path):
+    model, x = model_with_adapters().eval(), example("ac")
+    for name in "ac":
+        lora.save_adapter(model, tmp_path / name, adapter=name)
+    with lora.route(model, ["a", "c"]):
+        y = model(x)
+    fresh = alone(model, None).eval()
+    for name in "ac":
+        assert lora.load_adapter(fresh, tmp_path / name, adapter=f"new_{name}") is fresh
+    with lora.route(fresh, ["new_a", "new_c"]):
+        assert torch.equal(fresh(x), y)
+    assert fresh.blocks[0].up.adapters["new_c"] == model.blocks[0].up.adapters["c"]
+    assert "new_c" not in fresh.blocks[0].down.adapters
+    with torch.no_grad():
+        for parameter in lora.adapter_parameters(model, "c"):
+            parameter.zero_()
+    lora.load_adapter(model, tmp_path / "c", adapter="c")
+    with lora.route(model, ["a", "c"]):
+        assert torch.equal(model(x), y)
+
+
+def test_a_file_that_does_not_fit_a_named_adapter_changes_nothing(tmp_path):
+    model = model_with_adapters()
+    for name in "ac":
+        lora.save_adapter(model, tmp_path / name, adapter=name)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"lora_A.*: b has rank 8 here, the file 4"):
+        lora.load_adapter(model, tmp_path / "a", adapter="b")
+    with pytest.raises(ValueError, match=r"b has factors for 'blocks.0.down', file does not"):
+        lora.load_adapter(model, tmp_path / "c", adapter="b")
+    with pytest.raises(ValueError, match=r"without '\.', got 'x\.y'"):
+        lora.load_adapter(model, tmp_path / "c", adapter="x.y")
+    single = lora.apply_lora(Net(), r=2, lora_alpha=2)
+    with pytest.raises(ValueError, match="LoRA layers of one adapter"):
+        lora.load_adapter(single, tmp_path / "c", adapter="c")
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 @pytest.mark.parametrize(
     "function", [lora.merge_lora, lora.unmerge_lora, lora.use_merged_state_dicts]
 )
