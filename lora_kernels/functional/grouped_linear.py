@@ -52,8 +52,9 @@ def lora_grouped_linear(
       device; None draws them. The dropout mask of a group counts its own rows, so it is the same
       whatever else is in the batch.
 
-    There are no kernels for it yet: on a GPU it runs PyTorch's operators segment by segment, and
-    waits for ends on the host.
+    On a GPU the kernels find each row's segment on the device, so nothing waits for ends on the
+    host. float64, and LORA_KERNELS_PLAN=reference, run PyTorch's operators segment by segment, and
+    do wait.
 
     Dtypes: as lora_linear. Gradients: of x, weight, lora_A, lora_B and bias; those of a group
     without rows are zero.

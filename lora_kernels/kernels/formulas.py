@@ -1,10 +1,11 @@
-"""What each launcher computes on Operands of one layer, in plain PyTorch in a given dtype."""
+"""What each launcher computes on its operands, in plain PyTorch in a given dtype."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels.kernels.operands import Operands
+from lora_kernels import dropout
+from lora_kernels.kernels.operands import GroupedOperands, Operands
 
 
 def shrink(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
@@ -52,6 +53,103 @@ def expand_dx(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
 def grad_a(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
     """da, out of o.dh."""
     return (o.dh.to(dtype).T @ (o.x.to(dtype) * o.mask.to(dtype)),)
+
+
+def grouped_shrink_h(o: GroupedOperands, dtype: torch.dtype) -> tuple[Tensor]:
+    """h; 0 in rows without a group."""
+    x, h = o.x_rows().to(dtype), torch.zeros_like(o.h, dtype=dtype)
+    for segment, rows, g in _with_group(o):
+        scale = dropout.keep_scale(o.spec.dropout_p(g))
+        h[rows] = x[rows] * o.mask(segment).to(dtype) @ o.a[g].to(dtype).T * scale
+    return (h,)
+
+
+def grouped_shrink_dh(o: GroupedOperands, dtype: torch.dtype) -> tuple[Tensor]:
+    """dh; 0 in rows without a group."""
+    dh = torch.zeros_like(o.h, dtype=dtype)
+    for _, rows, g in _with_group(o):
+        scale = o.spec.scaling(g) * dropout.keep_scale(o.spec.dropout_p(g))
+        dh[rows] = o.dy[rows].to(dtype) @ o.b[g].to(dtype) * scale
+    return (dh,)
+
+
+def grouped_expand_y(o: GroupedOperands, dtype: torch.dtype) -> tuple[Tensor]:
+    """y, out of o.h and of o.y, which experts have written for their rows alone."""
+    return (_with_update_y(o, _of_experts(o, o.y.to(dtype), o.bias), dtype),)
+
+
+def grouped_expand_dx(o: GroupedOperands, dtype: torch.dtype) -> tuple[Tensor]:
+    """dx, out of o.dh and o.dx."""
+    return (_with_update_dx(o, _of_experts(o, o.dx.to(dtype), None), dtype),)
+
+
+def grouped_gemm_y(o: GroupedOperands, dtype: torch.dtype) -> tuple[Tensor]:
+    """y, out of o.h."""
+    return (_with_update_y(o, _grouped_base(o, o.x_rows(), o.w.mT, o.bias, dtype), dtype),)
+
+
+def grouped_gemm_dx(o: GroupedOperands, dtype: torch.dtype) -> tuple[Tensor]:
+    """dx of the rows of the batch, out of o.dh."""
+    return (_with_update_dx(o, _grouped_base(o, o.dy, o.w, None, dtype), dtype),)
+
+
+def grouped_grad_a(o: GroupedOperands, dtype: torch.dtype) -> tuple[Tensor]:
+    """da, out of o.dh; 0 for a group without rows."""
+    x, da = o.x_rows().to(dtype), torch.zeros_like(o.a, dtype=dtype)
+    for segment, rows, g in _with_group(o):
+        da[g] += o.dh[rows].to(dtype).T @ (x[rows] * o.mask(segment).to(dtype))
+    return (da,)
+
+
+def grouped_grad_b(o: GroupedOperands, dtype: torch.dtype) -> tuple[Tensor]:
+    """dbᵀ, out of o.h; 0 for a group without rows."""
+    db = torch.zeros_like(o.b.mT, dtype=dtype)
+    for _, rows, g in _with_group(o):
+        db[g] += o.h[rows].to(dtype).T @ o.dy[rows].to(dtype) * o.spec.scaling(g)
+    return (db,)
+
+
+def _with_group(o: GroupedOperands):
+    """The segments that have rows and a group, with both."""
+    return [(s, s.rows, s.group) for s in o.segments() if s.group >= 0]
+
+
+def _of_experts(o: GroupedOperands, out: Tensor, bias: Tensor | None) -> Tensor:
+    """A copy of out; with experts the bias is added, and the rows of none are 0."""
+    if not o.experts:
+        return out.clone()
+    whole = torch.zeros_like(out)
+    for segment in o.segments():
+        more = 0 if bias is None else bias[segment.expert].to(out.dtype)
+        whole[segment.rows] = out[segment.rows] + more
+    return whole
+
+
+def _grouped_base(
+    o: GroupedOperands, left: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """left·w_e + bias_e; with experts 0 in the rows of none."""
+    left, w = left.to(dtype), w.to(dtype)
+    if not o.experts:
+        return left @ w + (0 if bias is None else bias.to(dtype))
+    out = left.new_zeros(len(left), w.shape[-1])
+    for segment in o.segments():
+        out[segment.rows] = left[segment.rows] @ w[segment.expert]
+    return _of_experts(o, out, bias)
+
+
+def _with_update_y(o: GroupedOperands, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """out + s_g·h·b_gᵀ."""
+    for _, rows, g in _with_group(o):
+        out[rows] += o.h[rows].to(dtype) @ o.b[g].to(dtype).T * o.spec.scaling(g)
+    return out
+
+
+def _with_update_dx(o: GroupedOperands, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """out + mask∘(dh·a_g)."""
+    for segment, rows, g in _with_group(o):
+        out[rows] += o.mask(segment).to(dtype) * (o.dh[rows].to(dtype) @ o.a[g].to(dtype))
+    return out
 
 
 def _base(o: Operands, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from lora_kernels import dropout
 from lora_kernels.kernels import numerics
-from lora_kernels.spec import Group, LoraSpec
+from lora_kernels.kernels.segments import Routing
+from lora_kernels.reference.grouped_linear import Segment, segments
+from lora_kernels.spec import Group, GroupedSpec, LoraSpec
+from lora_kernels.testing.grouped_problem import GroupedProblem
 from lora_kernels.testing.problem import Problem
 
 
@@ -54,6 +57,71 @@ class Operands:
     def groups(self) -> list[Group]:
         """The enabled groups."""
         return list(self.spec.splits.groups(self.r))
+
+    @functools.cached_property
+    def grouped(self) -> "GroupedOperands":
+        """The rows in eight segments of four groups and two experts, gathered by an index.
+
+        A segment is nearly twice as long as the one before the last, and groups have two each.
+        """
+        m, count, device = len(self.x), 4, self.x.device
+        ends = [m * (q + 1) * (q + 2) // 72 for q in range(8)]
+        as_int32 = {"dtype": torch.int32, "device": device}
+        weights = {name: torch.stack([getattr(self, name)] * count) for name in "ab"}
+        problem = GroupedProblem(
+            x=self.x,
+            w=self.w.expand(2, *self.w.shape),
+            bias=None if self.bias is None else torch.stack([self.bias] * 2),
+            dy=self.dy,
+            ends=torch.tensor(ends, **as_int32),
+            groups=torch.tensor([0, 1, 2, 3] * 2, **as_int32),
+            index=torch.arange(m, device=device).flip(0),
+            seeds=torch.cat([self.seed] * count),
+            spec=GroupedSpec((self.spec.scaling,), (self.spec.dropout_p,)),
+            **weights,
+        )
+        return GroupedOperands(problem)
+
+
+class GroupedOperands:
+    """The operands of a grouped problem, with h, dh and what a large product left in y and dx."""
+
+    def __init__(self, problem: GroupedProblem):
+        self.problem = problem
+        for name in ("x", "w", "a", "b", "bias", "dy", "seeds", "spec"):
+            setattr(self, name, getattr(problem, name))
+        self.numerics = numerics.numerics_of(self.x, self.a, self.b)
+        s, device = len(self.dy), self.x.device
+        self.h, dh = (_draw((s, self.a.shape[1]), device) for _ in range(2))
+        self.dh = dh.to(self.numerics.dh)
+        self.y, self.dx = (_draw((s, c), device).to(self.x.dtype) for c in self.w.shape[-2:])
+        experts = self.w.shape[0] if self.w.dim() == 3 else 0
+        self.experts = experts > 0
+        per_expert = len(problem.ends) // experts if experts else 1
+        self.routing = Routing(problem.ends, problem.groups, problem.index, s, per_expert)
+
+    @property
+    def without_index(self) -> Routing:
+        """The routing of dy, whose rows are those of the batch."""
+        return self.routing._replace(index=None)
+
+    def segments(self) -> list[Segment]:
+        """The segments that have rows."""
+        return segments(self.problem.ends, self.problem.groups, self.w)
+
+    def x_rows(self) -> Tensor:
+        """The rows of the batch [S, K]."""
+        index = self.problem.index
+        return self.x if index is None else self.x[index]
+
+    def mask(self, segment: Segment) -> Tensor:
+        """1 where an element of a segment's x is kept, and 0 where it is dropped: float32."""
+        p, count = self.spec.dropout_p(segment.group), segment.stop - segment.start
+        row, col = (torch.arange(n, device=self.x.device) for n in (count, self.x.shape[1]))
+        if p == 0:
+            return torch.ones(count, len(col), device=self.x.device)
+        seed = self.seeds[segment.group]
+        return dropout.keep(seed, segment.first + row[:, None], col, p).float()
 
 
 def _draw(shape: tuple[int, ...], device: torch.device) -> Tensor:

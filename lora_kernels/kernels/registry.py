@@ -20,6 +20,12 @@ from lora_kernels.kernels import (
     gemm_small_m,
     grad_a,
     grad_b,
+    grouped_expand,
+    grouped_gemm,
+    grouped_grad,
+    grouped_launchers,
+    grouped_reduce,
+    grouped_shrink,
     shrink,
     split_k_reduce,
 )
@@ -30,6 +36,7 @@ from lora_kernels.kernels.operands import Operands
 __all__ = ["KERNELS", "LAUNCHERS", "Dims", "Kernel", "Launcher", "entry_for", "kernel_of"]
 
 Tensors = tuple[Tensor, ...]
+GROUPS = 4  # of Operands.grouped
 
 
 class Dims(NamedTuple):
@@ -84,6 +91,11 @@ class Kernel:
     def is_gemm(self) -> bool:
         """Whether it is a large product, so that its FLOPs count and not only its bytes."""
         return self.tiles is not None and isinstance(self.tiles["other"][0][1], GemmConfig)
+
+
+def _one_layer(o: Operands) -> bool:
+    """Whether the launchers over segments take it: one layer, and one group of y's columns."""
+    return o.layers == 1 and o.spec.splits.enabled == (True,)
 
 
 def _dropout(o: Operands) -> tuple[Tensor, float]:
@@ -210,6 +222,94 @@ KERNELS = {
             ),
         )),
         Kernel("split_k_reduce", split_k_reduce._split_k_reduce_kernel, None),
+        Kernel("grouped_shrink", grouped_shrink._grouped_shrink_kernel, grouped_shrink.TILES, (
+            Launcher(
+                "grouped_shrink_h", "m k r p",
+                call=lambda o, c: grouped_launchers.shrink_h(o.grouped, c),
+                formula=lambda o, dtype: formulas.grouped_shrink_h(o.grouped, dtype),
+                config_for=lambda o: grouped_shrink.config_for(o.x.device, o.r, o.numerics),
+                flops=lambda d: 2 * d.m * d.k * d.r,
+                moved=lambda d: d.e * (d.m * d.k + GROUPS * d.r * d.k) + 4 * d.m * d.r,
+                supports=_one_layer,
+            ),
+            Launcher(
+                "grouped_shrink_dh", "m n r",
+                call=lambda o, c: grouped_launchers.shrink_dh(o.grouped, c),
+                formula=lambda o, dtype: formulas.grouped_shrink_dh(o.grouped, dtype),
+                config_for=lambda o: grouped_shrink.config_for(o.x.device, o.r, o.numerics),
+                flops=lambda d: 2 * d.m * d.n * d.r,
+                moved=lambda d: d.e * (d.m * d.n + GROUPS * d.r * d.n) + 4 * d.m * d.r,
+                supports=_one_layer,
+            ),
+        )),
+        Kernel("grouped_gemm", grouped_gemm._grouped_gemm_kernel, grouped_gemm.TILES, (
+            Launcher(
+                "grouped_gemm_y", "m k n r",
+                call=lambda o, c: grouped_launchers.gemm_y(o.grouped, c),
+                formula=lambda o, dtype: formulas.grouped_gemm_y(o.grouped, dtype),
+                config_for=lambda o: grouped_gemm.config_for(o.x.device, o.r, o.numerics),
+                flops=lambda d: 2 * d.m * d.n * (d.k + d.r),
+                moved=lambda d: (
+                    d.e * (d.m * d.k + d.n * d.k + d.m * d.n + GROUPS * d.n * d.r)
+                    + 4 * d.m * d.r
+                ),
+                supports=_one_layer,
+            ),
+            Launcher(
+                "grouped_gemm_dx", "m k n r p",
+                call=lambda o, c: grouped_launchers.gemm_dx(o.grouped, c),
+                formula=lambda o, dtype: formulas.grouped_gemm_dx(o.grouped, dtype),
+                config_for=lambda o: grouped_gemm.config_for(o.x.device, o.r, o.numerics),
+                flops=lambda d: 2 * d.m * d.k * (d.n + d.r),
+                moved=lambda d: (
+                    d.e * (d.m * d.n + d.n * d.k + d.m * d.k + GROUPS * d.r * d.k)
+                    + 4 * d.m * d.r
+                ),
+                supports=_one_layer,
+            ),
+        )),
+        # They add to a copy of y or dx, which is made in the same time.
+        Kernel("grouped_expand", grouped_expand._grouped_expand_kernel, grouped_expand.TILES, (
+            Launcher(
+                "grouped_expand_y", "m n r",
+                call=lambda o, c: grouped_launchers.expand_y(o.grouped, c),
+                formula=lambda o, dtype: formulas.grouped_expand_y(o.grouped, dtype),
+                config_for=lambda o: grouped_expand.config_for(o.x.device, o.r, o.numerics),
+                flops=lambda d: 2 * d.m * d.n * d.r,
+                moved=lambda d: d.e * (4 * d.m * d.n + GROUPS * d.n * d.r) + 4 * d.m * d.r,
+                supports=_one_layer,
+            ),
+            Launcher(
+                "grouped_expand_dx", "m k r p",
+                call=lambda o, c: grouped_launchers.expand_dx(o.grouped, c),
+                formula=lambda o, dtype: formulas.grouped_expand_dx(o.grouped, dtype),
+                config_for=lambda o: grouped_expand.config_for(o.x.device, o.r, o.numerics),
+                flops=lambda d: 2 * d.m * d.k * d.r,
+                moved=lambda d: d.e * (4 * d.m * d.k + GROUPS * d.r * d.k) + 4 * d.m * d.r,
+                supports=_one_layer,
+            ),
+        )),
+        Kernel("grouped_grad", grouped_grad._grouped_grad_kernel, grouped_grad.TILES, (
+            Launcher(
+                "grouped_grad_a", "m k r p",
+                call=lambda o, c: grouped_launchers.grad_a(o.grouped, c),
+                formula=lambda o, dtype: formulas.grouped_grad_a(o.grouped, dtype),
+                config_for=lambda o: grouped_grad.config_for(o.x.device, o.numerics),
+                flops=lambda d: 2 * d.m * d.k * d.r,
+                moved=lambda d: d.e * (d.m * d.k + GROUPS * d.r * d.k) + 4 * d.m * d.r,
+                supports=_one_layer,
+            ),
+            Launcher(
+                "grouped_grad_b", "m n r",
+                call=lambda o, c: grouped_launchers.grad_b(o.grouped, c),
+                formula=lambda o, dtype: formulas.grouped_grad_b(o.grouped, dtype),
+                config_for=lambda o: grouped_grad.config_for(o.x.device, o.numerics),
+                flops=lambda d: 2 * d.m * d.n * d.r,
+                moved=lambda d: d.e * (d.m * d.n + GROUPS * d.n * d.r) + 4 * d.m * d.r,
+                supports=_one_layer,
+            ),
+        )),
+        Kernel("grouped_reduce", grouped_reduce._grouped_reduce_kernel, None),
     )
 }  # fmt: skip
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.library import define
+from lora_kernels.dispatch.table import GemmShape
+from lora_kernels.ops.library import compute, define, tma_if_asked
 from lora_kernels.reference import grouped_linear as reference
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import GroupedSpec, Needs
@@ -15,13 +16,31 @@ __all__ = ["lora_grouped_linear"]
 
 def _forward(x, w, a, b, bias, ends, groups, index, seeds, scalings, dropout_ps):
     spec = GroupedSpec(tuple(scalings), tuple(dropout_ps))
-    return reference.lora_grouped_linear_forward(x, w, a, b, bias, ends, groups, index, seeds, spec)
+    shape = _shape(x if index is None else index, x, w, a, ends, spec)
+    operands = (x, w, a, b, bias, ends, groups, index, seeds)
+    typed = (x, w, a, b, bias)
+    return compute(reference, "lora_grouped_linear_forward", shape, (*operands, spec), typed)
 
 
 def _backward(dy, x, h, w, a, b, ends, groups, index, seeds, sources, scalings, dropout_ps, needs):
     spec = GroupedSpec(tuple(scalings), tuple(dropout_ps))
-    return reference.lora_grouped_linear_backward(
-        dy, x, h, w, a, b, ends, groups, index, seeds, sources, spec, Needs(*needs)
+    shape = _shape(dy, dy, w, a, ends, spec, backward=True)
+    operands = (dy, x, h, w, a, b, ends, groups, index, seeds, sources, spec, Needs(*needs))
+    return compute(reference, "lora_grouped_linear_backward", shape, operands, (dy, w, a, b))
+
+
+def _shape(rows, like, w, a, ends, spec, backward=False) -> GemmShape:
+    """What the algorithm is chosen by: without a segment the product counts as empty."""
+    return GemmShape(
+        m=rows.shape[0] if ends.shape[0] else 0,
+        n=w.shape[-2],
+        k=w.shape[-1],
+        r=a.shape[1],
+        dtype=like.dtype,
+        device=like.device,
+        dropout=spec.drops,
+        tma=tma_if_asked(like, w),
+        backward=backward,
     )
 
 

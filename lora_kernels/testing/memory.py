@@ -13,7 +13,7 @@ _PAD = 64  # elements, so that the tensor between two of these stays aligned to 
 
 
 def between_nan(tensor: Tensor, aligned: bool = True) -> Tensor:
-    """A copy of a matrix or vector inside a buffer that is NaN everywhere else.
+    """A copy of a vector, matrix or stack of these inside a buffer that is NaN everywhere else.
 
     aligned: whether its rows start at multiples of 16 bytes.
     """
@@ -21,12 +21,12 @@ def between_nan(tensor: Tensor, aligned: bool = True) -> Tensor:
         buffer = torch.full((len(tensor) + 2 * _PAD,), torch.nan).to(tensor)
         buffer[_PAD : _PAD + len(tensor)] = tensor
         return buffer[_PAD : _PAD + len(tensor)]
-    rows, cols = tensor.shape
+    *stack, rows, cols = tensor.shape
     width = -(-cols // 8) * 8 + 16 if aligned else (cols + 17) | 1
     first = 8 if aligned else 9
-    buffer = torch.full((rows + 2, width), torch.nan).to(tensor)
-    buffer[1:-1, first : first + cols] = tensor
-    return buffer[1:-1, first : first + cols]
+    buffer = torch.full((*stack, rows + 2, width), torch.nan).to(tensor)
+    inside = buffer[..., 1:-1, first : first + cols]
+    return inside.copy_(tensor)
 
 
 @contextlib.contextmanager

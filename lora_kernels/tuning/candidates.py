@@ -53,10 +53,11 @@ def as_run(name: str, shape: Shape, config: Config) -> Config:
 
 ROWS, COLS, ELEMENTS = (32, 64, 128, 256), (32, 64, 128, 256), range(2048, 16384 + 1)
 SKINNY_WARPS = (4, 8)
-# num_stages and programs_per_sm: of a kernel that cuts a length into slices, and of one that has
+# num_stages and programs_per_sm: of a kernel that cuts a length into slices, and of those that have
 # none to cut.
 STAGES_AND_PROGRAMS = ((3, 2), (3, 1), (3, 4), (2, 2), (4, 2))
 ONE_STAGE = ((1, 2),)
+OTHER_STAGES = ((3, 2), (2, 2), (4, 2))
 # (BLOCK_M, BLOCK_N, BLOCK_K), num_warps, num_stages with the most likely first.
 LARGE_TILES = (
     ((128, 256, 64), 8, (3, 4)),
@@ -94,8 +95,12 @@ def grid(name: str, shape: Shape, when: When) -> list[Config]:
     """
     kernel = kernel_of(name)
     if not kernel.is_gemm:
-        # expand has no loop over the matrix that it writes, so nothing to prefetch or to cut.
-        pairs = ONE_STAGE if kernel.name == "expand" else STAGES_AND_PROGRAMS
+        pairs = STAGES_AND_PROGRAMS
+        if kernel.name.endswith("expand"):
+            # It has no loop over the matrix that it writes, so nothing to prefetch or to cut.
+            pairs = ONE_STAGE
+        elif kernel.name == "grouped_grad":  # cuts rows at chunks of a fixed length
+            pairs = OTHER_STAGES
         return [
             SkinnyConfig(rows, cols, warps, *pair)
             for rows, cols, warps, pair in itertools.product(ROWS, COLS, SKINNY_WARPS, pairs)

@@ -21,6 +21,15 @@ def _overlap_kernel(target_ptr, STEP: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(target_ptr + offs, offs.to(tl.float32))
 
 
+@triton.jit
+def _add_kernel(target_ptr, first, LATE: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(target_ptr + offs, mask=offs >= 0, other=0.0)
+    tl.store(target_ptr + offs + first, values + 1)
+    if LATE:
+        tl.load(target_ptr + offs, mask=offs >= 0, other=0.0)
+
+
 def test_programs_that_write_elements_of_their_own_pass():
     source, target = torch.arange(8.0), torch.zeros(8)
     for _ in range(2):  # another launch may write them again
@@ -40,3 +49,16 @@ def test_an_element_that_one_program_reads_and_another_writes_is_noticed():
     with pytest.raises(AssertionError, match="read and written"):
         _shift_kernel[(2,)](memory, memory, 4, 8, BLOCK=4)
     _shift_kernel[(2,)](memory, memory, 8, 4, BLOCK=4)  # the second program is masked
+
+
+def test_a_program_may_add_to_elements_that_it_alone_reads():
+    memory = torch.zeros(12)
+    _add_kernel[(2,)](memory, 0, LATE=False, BLOCK=4)
+    assert memory.tolist() == [1.0] * 8 + [0.0] * 4
+    with pytest.raises(AssertionError, match="read and written"):
+        _add_kernel[(2,)](memory, 4, LATE=False, BLOCK=4)
+
+
+def test_an_element_that_a_program_reads_after_it_wrote_it_is_noticed():
+    with pytest.raises(AssertionError, match="read and written"):
+        _add_kernel[(2,)](torch.zeros(8), 0, LATE=True, BLOCK=4)

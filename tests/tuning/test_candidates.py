@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels.kernels.config import GemmConfig, SkinnyConfig, When
-from lora_kernels.kernels.registry import KERNELS
+from lora_kernels.kernels.registry import KERNELS, kernel_of
 from lora_kernels.tuning import candidates
 from lora_kernels.tuning.shapes import Shape
 
@@ -14,7 +14,7 @@ SHAPE = Shape(80, 48, 40, 3, 0.25, dtype=torch.float16)
 SKINNY = [
     each.name for kernel in KERNELS.values() if not kernel.is_gemm for each in kernel.launchers
 ]
-LARGE = ["gemm_fwd", "gemm_bwd"]
+LARGE = ["gemm_fwd", "gemm_bwd", "grouped_gemm_y", "grouped_gemm_dx"]
 
 
 @pytest.mark.parametrize("name", SKINNY)
@@ -26,8 +26,9 @@ def test_grid_of_a_skinny_kernel_has_no_duplicates_and_keeps_its_limits(name):
         assert config.BLOCK_COLS in (32, 64, 128, 256)
         assert 2048 <= config.BLOCK_ROWS * config.BLOCK_COLS <= 16384
     assert {config.num_warps for config in grid} == {4, 8}
-    cut = name not in ("expand_y", "expand_dx")
-    assert {config.num_stages for config in grid} == ({2, 3, 4} if cut else {1})
+    staged = not kernel_of(name).name.endswith("expand")
+    cut = staged and kernel_of(name).name != "grouped_grad"
+    assert {config.num_stages for config in grid} == ({2, 3, 4} if staged else {1})
     assert {config.programs_per_sm for config in grid} == ({1, 2, 4} if cut else {2})
 
 

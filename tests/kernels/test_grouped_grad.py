@@ -1,0 +1,54 @@
+"""grouped_grad: da and dbᵀ by chunks of rows of one group."""
+
+import pytest
+import torch
+
+from lora_kernels.kernels import formulas, grouped_grad, grouped_launchers
+from tests.kernels.cases import dtypes
+from tests.kernels.grouped_cases import (
+    check,
+    dropout,
+    operands,
+    routings,
+    scratch_of_nan,
+    small,
+)
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """Chunks of so few rows that a segment takes several, of a number that no tile divides."""
+    monkeypatch.setattr(grouped_grad, "CHUNK", 13)
+
+
+@dropout
+@routings
+@dtypes
+@small("grouped_grad")
+def test_da_is_its_formula(config, dtype, routing, dropout_p, short_chunks, seed, device):
+    o = operands(routing, dtype, device, dropout_p, aligned=routing == "gathered", product=False)
+    check(grouped_launchers.grad_a, formulas.grouped_grad_a, o, dtype, config)
+
+
+@routings
+@dtypes
+@small("grouped_grad")
+def test_db_is_its_formula(config, dtype, routing, short_chunks, seed, device):
+    o = operands(routing, dtype, device, 0.3, aligned=routing == "gathered", product=False)
+    check(grouped_launchers.grad_b, formulas.grouped_grad_b, o, dtype, config)
+
+
+@pytest.mark.parametrize("routing", ["several of a group", "experts"])
+@dtypes
+def test_the_tables_tiles(dtype, routing, seed, device):
+    o = operands(routing, dtype, device, 0.3)
+    check(grouped_launchers.grad_a, formulas.grouped_grad_a, o, dtype, None)
+    check(grouped_launchers.grad_b, formulas.grouped_grad_b, o, dtype, None)
+
+
+def test_a_group_without_rows_gets_zeros(seed, device):
+    o = operands("in order", torch.float32, device)
+    with scratch_of_nan():
+        (da,) = grouped_launchers.grad_a(o, None)
+    assert da[0].any()
+    assert not da[1].any()

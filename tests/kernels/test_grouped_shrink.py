@@ -1,0 +1,39 @@
+"""grouped_shrink: h = scale_g · x_hat · a_gᵀ and dh = scale_g · dy · b_g, by segments."""
+
+import pytest
+import torch
+
+from lora_kernels.kernels import formulas, grouped_launchers
+from tests.kernels.cases import dtypes
+from tests.kernels.grouped_cases import (
+    check,
+    dropout,
+    operands,
+    routings,
+    small,
+)
+
+
+@dropout
+@routings
+@dtypes
+@small("grouped_shrink")
+def test_h_is_its_formula(config, dtype, routing, dropout_p, seed, device):
+    o = operands(routing, dtype, device, dropout_p, aligned=routing == "gathered", product=False)
+    check(grouped_launchers.shrink_h, formulas.grouped_shrink_h, o, torch.float32, config)
+
+
+@routings
+@dtypes
+@small("grouped_shrink")
+def test_dh_is_its_formula(config, dtype, routing, seed, device):
+    o = operands(routing, dtype, device, 0.3, aligned=routing == "gathered", product=False)
+    check(grouped_launchers.shrink_dh, formulas.grouped_shrink_dh, o, o.numerics.dh, config)
+
+
+@pytest.mark.parametrize("routing", ["several of a group", "experts"])
+@dtypes
+def test_the_tables_tiles(dtype, routing, seed, device):
+    o = operands(routing, dtype, device, 0.3)
+    check(grouped_launchers.shrink_h, formulas.grouped_shrink_h, o, torch.float32, None)
+    check(grouped_launchers.shrink_dh, formulas.grouped_shrink_dh, o, o.numerics.dh, None)
