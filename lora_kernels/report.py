@@ -89,7 +89,7 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     weight = layer.base_weight() if layer.has_base_weight else None
     taken, reason = None, ""
     if isinstance(layer, MultiLoRALinear):
-        return _multi_row(name, layer)
+        return _multi_row(name, layer, tokens)
     if not layer.has_lora:
         reason = "it has no adapter (r = 0)"
     elif layer.merged:
@@ -113,12 +113,13 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     return _row(name, type(layer).__name__, *_outline(weight), ranks, taken, reason)
 
 
-def _multi_row(name: str, layer: MultiLoRALinear) -> Row:
+def _multi_row(name: str, layer: MultiLoRALinear, tokens: int) -> Row:
     """A layer of several adapters; which of them run depends on the route."""
     ranks = tuple(spec.r for spec in layer.adapters.values())
     named = ", ".join(f"{adapter} (r={spec.r})" for adapter, spec in layer.adapters.items())
-    taken = Algorithm("reference", f"adapters {named}; lora_grouped_linear has no kernels yet")
     weight = layer.oriented(layer.base_weight())
+    taken = _algorithm([weight], max(ranks), 0.0, tokens)
+    taken = taken._replace(reason=f"adapters {named} in one call; {taken.reason}")
     return _row(name, type(layer).__name__, *_outline(weight), ranks, taken, "")
 
 

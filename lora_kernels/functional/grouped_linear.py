@@ -61,8 +61,8 @@ def lora_grouped_linear(
     Raises: TypeError, ValueError for operands that do not fit, as lora_linear; ValueError if ends
     are not ascending or pass the rows, or groups or index are out of range. These values are looked
     at on a CPU alone: on a GPU that would wait for it. NotImplementedError under torch.func's
-    transforms, recorders and for tensors of other classes. RuntimeError for a double backward,
-    because the second derivative is not implemented.
+    transforms, recorders and for tensors of other classes. RuntimeError for a double backward
+    through x and lora_B if lora_A does not require a gradient.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1, for many pairs of factors at once.
     """
     reason = obstacle(x, weight, _first(lora_A), _first(lora_B), bias)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.ops.library import compute, define, tma_if_asked
+from lora_kernels.ops.obstacle import is_batched
+from lora_kernels.reference import grouped_formula as formula
 from lora_kernels.reference import grouped_linear as reference
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import GroupedSpec, Needs
@@ -128,15 +130,21 @@ class _LoraGroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "lora_grouped_linear: has no second derivative; call lora_linear for the rows of "
-                "each group if create_graph=True is needed"
-            )
         needs, spec = ctx.needs, ctx.spec
         if dy is None or not any(needs):
             return (None,) * 10  # one for each argument of forward
-        grads = _backward_op(
-            dy, *ctx.saved_tensors, ctx.sources, spec.scalings, spec.dropout_ps, needs
-        )
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if recorded or is_batched(dy):
+            if recorded and needs.b and needs.x and ctx.saved_tensors[0] is None:
+                raise RuntimeError(
+                    "lora_grouped_linear: double backward through x and lora_B needs lora_A to "
+                    "require a gradient too; without it x is not saved"
+                )
+            grads = formula.lora_grouped_linear_backward(
+                dy, *ctx.saved_tensors, ctx.sources, spec, needs
+            )
+        else:
+            grads = _backward_op(
+                dy, *ctx.saved_tensors, ctx.sources, spec.scalings, spec.dropout_ps, needs
+            )
         return (*needs.spread(grads), *(None,) * 5)

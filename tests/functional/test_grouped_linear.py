@@ -80,8 +80,7 @@ def test_result_and_gradients_are_those_of_the_formula(case, dtypes, seed, devic
         assert_close(value, exact[name], wide[name].to(like.dtype), name)
 
 
-@every_case
-def test_gradcheck(case, seed):
+def small_function(case):
     problem = make_grouped_problem(
         (2, 0, 1, 2, 1), 3, 4, 2, device="cpu", dtype=torch.float64, **case
     )
@@ -90,7 +89,33 @@ def test_gradcheck(case, seed):
     def function(*values):
         return call(problem, dict(zip(problem.operands(), values, strict=True)))
 
+    return function, leaves
+
+
+@every_case
+def test_gradcheck(case, seed):
+    function, leaves = small_function(case)
     assert torch.autograd.gradcheck(function, leaves)
+
+
+@every_case
+def test_gradgradcheck(case, seed):
+    function, leaves = small_function(case)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@every_case
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_for_a_batch_of_dy(case, create_graph, seed):
+    function, leaves = small_function(case)
+    y = function(*leaves)
+    dys = torch.randn(3, *y.shape, dtype=torch.float64)
+    options = {"retain_graph": True, "create_graph": create_graph}
+    batched = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, **options)
+    for i, dy in enumerate(dys):
+        alone = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        for one, other in zip(batched, alone, strict=True):
+            torch.testing.assert_close(one[i], other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("needs", [("x",), ("a",), ("b",), ("a", "b"), ("w", "bias")], ids=str)
@@ -399,10 +424,11 @@ def test_wrong_types_are_type_errors_that_name_them(changes, message):
         lora_grouped_linear(**operands(**changes))
 
 
-def test_double_backward_is_refused():
+def test_double_backward_without_lora_a_is_refused():
     x = torch.randn(6, 4, requires_grad=True)
-    y = lora_grouped_linear(**operands(x=x))
-    with pytest.raises(RuntimeError, match="lora_grouped_linear: has no second derivative"):
+    b = torch.randn(2, 5, 3, requires_grad=True)
+    y = lora_grouped_linear(**operands(x=x, lora_B=b))
+    with pytest.raises(RuntimeError, match="needs lora_A to require a gradient too"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 

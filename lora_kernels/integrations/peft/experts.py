@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.integrations.peft.guard import (
+    DEVICES,
     LINEAR,
     NotFused,
     not_plain_module,
@@ -212,8 +213,8 @@ def _not_plain_experts(module: nn.Module, versions: Versions) -> NotFused | None
             return problem
         if weight.requires_grad:
             return NotFused(f"{name} is trained itself")
-        if weight.device.type != "cpu":
-            return NotFused("there are no kernels for experts yet")
+        if weight.device.type not in DEVICES:
+            return NotFused(f"there are no operators for {weight.device.type}")
     return None
 
 

@@ -16,12 +16,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_kernels.checks import DTYPES, autocast_dtype
 
 __all__ = [
-    "BASES", "LINEAR", "NotFused", "Operands", "misfit", "not_plain_module", "not_plain_tensor",
-    "operands_of", "parameter",
+    "BASES", "DEVICES", "LINEAR", "NotFused", "Operands", "misfit", "not_plain_module",
+    "not_plain_tensor", "operands_of", "parameter",
 ]  # fmt: skip
 
 _TENSORS = (Tensor, nn.Parameter)
-_DEVICES = ("cpu", "cuda", "meta")  # what the operators are registered for
+DEVICES = ("cpu", "cuda", "meta")  # what the operators are registered for
 _CPU = torch.device("cpu")
 # The classes of modules that are taken, with the forwards that lora_linear replaces.
 LINEAR = {nn.Linear: nn.Linear.forward}
@@ -149,7 +149,7 @@ def _unfit(weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> NotFuse
     device = weight.device
     if not device == a.device == b.device or (bias is not None and bias.device != device):
         return NotFused("its weights are on several devices")
-    if device.type not in _DEVICES:
+    if device.type not in DEVICES:
         return NotFused(f"there are no operators for {device.type}")
     if a.dtype != b.dtype:
         return NotFused(f"lora_A is {a.dtype} and lora_B {b.dtype}")

@@ -52,8 +52,6 @@ def mixed_of(layer: nn.Module, x, names) -> tuple[Segments, list[Operands]] | No
         if operands.a.dtype != (found or [operands])[0].a.dtype:
             return NotFused("its adapters have several dtypes")
         found.append(operands)
-    if found[0].weight.device.type != "cpu":
-        return NotFused("there are no kernels for several adapters yet")
     return misfit(x, found[0]) or (segments, found)
 
 

@@ -245,6 +245,29 @@ def test_no_tensor_of_the_size_of_the_weights_is_made(family, seed):
     assert largest.elements >= stack
 
 
+@every_family
+def test_second_derivatives_and_batches_of_gradients_are_pefts(family, seed):
+    model = with_lora(family)
+    x, ids, weights = inputs()
+    factors = [p for p in model.parameters() if p.requires_grad]
+    dys = torch.randn(2, TOKENS, HIDDEN, dtype=torch.float64)
+
+    def solve_twice():
+        y = model(x, ids, weights)
+        batched = torch.autograd.grad(
+            y, [x, *factors], dys, is_grads_batched=True, retain_graph=True
+        )
+        grads = torch.autograd.grad(y, [x, *factors], dys[0], create_graph=True)
+        return [*batched, *torch.autograd.grad(sum(g.square().sum() for g in grads), [x, *factors])]
+
+    module_of(model).config._experts_implementation = "eager"
+    expected = solve_twice()
+    module_of(model).config._experts_implementation = "grouped_mm"
+    patch_peft()
+    for actual, other in zip(solve_twice(), expected, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-9, atol=1e-9)
+
+
 # ---- whole models ----
 
 COMMON = {
