@@ -290,7 +290,7 @@ def test_nested_x(seed, device):
 
 
 def test_device_without_operators(monkeypatch, seed, device, patched):
-    monkeypatch.setattr(guard, "_DEVICES", ("npu",))
+    monkeypatch.setattr(guard, "DEVICES", ("npu",))
     layer = lora_layer(device)
     with Calls() as calls:
         layer(torch.randn(3, 16, device=device))
