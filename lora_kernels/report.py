@@ -14,9 +14,11 @@ from lora_kernels.dispatch.tma import is_tma_compliant
 from lora_kernels.integrations.peft.guard import NotFused, misfit, operands_of
 from lora_kernels.integrations.peft.patch import patched_experts, unreached
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.linear import LinearLayer
+from lora_kernels.layers.mixture import weight_of
 from lora_kernels.layers.multi_linear import MultiLoRALinear
-from lora_kernels.model.paths import named_modules
+from lora_kernels.model.paths import join, named_modules
 from lora_kernels.ops.obstacle import obstacle
 
 __all__ = ["Report", "Row", "report"]
@@ -73,7 +75,9 @@ def report(model: nn.Module, tokens: int = 4096) -> Report:
     upstream = sys.modules.get("peft.tuners.lora.layer")
     rows, outermost = [], {}
     for name, module in named_modules(model):
-        if isinstance(module, LoRALayer):
+        if isinstance(module, LoRAExperts):
+            rows += _own_experts_rows(name, module, tokens)
+        elif isinstance(module, LoRALayer):
             rows.append(_own_row(name, module, tokens))
         elif upstream is not None and isinstance(module, upstream.LoraLayer):
             if not hasattr(module, "parameter_name"):
@@ -126,6 +130,27 @@ def _multi_row(name: str, layer: MultiLoRALinear, tokens: int) -> Row:
 def _own_obstacle(layer: LinearLayer) -> str | None:
     weight = layer.oriented(layer.weight)
     return obstacle(_example(weight), weight, layer.lora_A, layer.lora_B, layer.bias)
+
+
+def _own_experts_rows(name: str, layer: LoRAExperts, tokens: int) -> list[Row]:
+    """A row for each stack of weights with an update."""
+    rows = []
+    for stack, r in layer.r.items():
+        weight, taken, reason = weight_of(layer, stack), None, ""
+        a, b = (getattr(layer, factor) for factor in layer.factors_of(stack))
+        why = obstacle(_example(weight[0]), weight, a, b, None)
+        if type(layer).forward is not LoRAExperts.forward or "forward" in layer.__dict__:
+            reason = "it has a forward of its own"
+        elif why is not None:
+            reason = f"its forward raises NotImplementedError: {why}"
+        elif weight.device.type != "cpu":
+            reason = "there are no kernels for experts yet: it runs PyTorch's operators"
+        else:
+            taken = _algorithm([weight[0]], r, layer.active_dropout_p(), tokens)
+            taken = taken._replace(reason=f"{weight.shape[0]} experts in one call; {taken.reason}")
+        kind = f"{type(layer).__name__}({layer.experts_class.__name__}.{stack})"
+        rows.append(_row(join(name, stack), kind, *_outline(weight), (r,), taken, reason))
+    return rows
 
 
 def _experts_row(name: str, layer: nn.Module, outermost: nn.Module, tokens: int) -> Row:

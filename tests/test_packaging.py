@@ -21,7 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 PUBLIC = [
     "LoRALinear", "LoRAMergedLinear", "LoRAEmbedding", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d",
-    "LoRALayer", "MultiLoRALinear", "adapter_parameters", "route",
+    "LoRALayer", "LoRAExperts", "MultiLoRALinear", "adapter_parameters", "route",
     "Linear", "MergedLinear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ConvLoRA",
     "mark_only_lora_as_trainable", "lora_state_dict",
     "lora_linear", "lora_merged_linear", "lora_shared_linear", "lora_grouped_linear",

@@ -16,6 +16,7 @@ from lora_kernels.adapters.formats.peft_moe import rewritten
 from lora_kernels.adapters.state_dict import entry_keys
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
+from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
 from lora_kernels.model.paths import (
     adapted_layers,
@@ -123,6 +124,11 @@ def _library_class(model: nn.Module) -> type | None:
 
 
 def _layer(path: str, layer: LoRALayer, state: Mapping[str, Tensor]) -> AdapterLayer:
+    if isinstance(layer, LoRAExperts):
+        raise NotImplementedError(
+            f"save_adapter: {path}: factors of experts cannot be written yet: save "
+            f"lora_state_dict(model), or train through PEFT under patch_peft()"
+        )
     if not isinstance(layer, (nn.Linear, nn.Embedding, ConvLoRA)):
         raise ValueError(
             f"save_adapter: {path} ({type(layer).__name__}) is no linear, embedding or "

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
+from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.multi_linear import MultiLoRALinear
 from lora_kernels.model.paths import (
     as_names,
@@ -80,7 +81,7 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
     """
     one_adapter("merged_state_dict", model, adapter)  # raises
     renamed, dropped, merged, left = {}, set(), {}, {}
-    copies: dict[int, Tensor] = {}
+    copies: dict[int | tuple[int, str], Tensor] = {}
     state = plain_state(model)  # first, because this makes FSDP shard its parameters again
     for path, layer in named_modules(model, remove_duplicate=False):
         if not isinstance(layer, LoRALayer):
@@ -91,7 +92,13 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
             layer = layer.alone(adapter) if adapter in layer.adapters else layer
         if isinstance(layer, ConvLoRA):
             renamed |= {join(path, f"conv.{name}"): join(path, name) for name in ("weight", "bias")}
-        if layer.has_lora and (
+        if isinstance(layer, LoRAExperts):
+            for name in layer.target_parameters:
+                if (id(layer), name) not in copies:
+                    copies[id(layer), name] = layer.merged_stack(name)
+                merged[join(path, name)] = copies[id(layer), name]
+            dropped |= {join(path, name) for name in layer.factor_names}
+        elif layer.has_lora and (
             not layer.has_base_weight or type(layer).delta_weight is LoRALayer.delta_weight
         ):
             left[path] = type(layer).__name__

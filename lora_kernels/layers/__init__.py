@@ -3,6 +3,7 @@
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA, LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_kernels.layers.embedding import LoRAEmbedding
+from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
 from lora_kernels.layers.multi_linear import MultiLoRALinear
@@ -27,6 +28,7 @@ __all__ = [
     "LoRAConv2d",
     "LoRAConv3d",
     "LoRAEmbedding",
+    "LoRAExperts",
     "LoRALayer",
     "LoRALinear",
     "LoRAMergedLinear",

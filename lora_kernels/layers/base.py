@@ -102,7 +102,7 @@ class LoRALayer(MergesOnEval):
     @property
     def factor_names(self) -> tuple[str, ...]:
         """The names of the parameters that are its factors, if it holds them."""
-        return ("lora_A", "lora_B")
+        return "lora_A", "lora_B"
 
     def active_dropout_p(self) -> float:
         """p of lora_dropout now: 0 if it is in eval mode or is not a dropout at all."""

@@ -8,9 +8,17 @@ from torch import nn
 
 from lora_kernels.checks import check_dropout
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
 from lora_kernels.model.multi import add_adapters, check_no_named_adapters, check_only_adapters
-from lora_kernels.model.paths import as_names, check_names_exist, named_modules, unwrapped
+from lora_kernels.model.parameters import match_parameters
+from lora_kernels.model.paths import (
+    as_names,
+    check_names_exist,
+    named_modules,
+    split,
+    unwrapped,
+)
 from lora_kernels.model.place import keep_hooks, replace_modules
 from lora_kernels.model.targets import (
     Hyperparameters,
@@ -37,7 +45,8 @@ def apply_lora(
     r: int | None = None,
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
-    target_modules: str | Iterable[str] = "all-linear",
+    target_modules: str | Iterable[str] | None = None,
+    target_parameters: Iterable[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
@@ -50,7 +59,7 @@ def apply_lora(
     """Replaces modules of model by LoRA layers around the same parameters; returns model.
 
     Wraps nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and Hugging Face's Conv1D.
-    target_modules says which:
+    target_modules says which; None is "all-linear", or no module if there are target_parameters:
 
     * a list: every module whose path is an entry or ends with "." and an entry;
     * a string: a regular expression that the whole path matches; if it matches nothing, a name
@@ -58,11 +67,15 @@ def apply_lora(
     * "all-linear": every nn.Linear and Conv1D except ``model.get_output_embeddings()``. Subclasses
       of nn.Linear stay as they are, with a warning: their owner may read the weight without
       calling them, as nn.MultiheadAttention does. So do weights of experts that are stacked in one
-      parameter, as in transformers 5.
+      parameter, as in transformers 5, if target_parameters does not name them.
+
+    target_parameters: paths, or ends of paths, of parameters that are stacks of the weights of
+    experts, such as "experts.gate_up_proj" and "experts.down_proj". Their modules become
+    LoRAExperts. merge_weights has no effect on these.
 
     Nothing inside a module of modules_to_save is wrapped. rank_pattern and alpha_pattern map a
-    regular expression for the path or its end to another r or lora_alpha; the first match counts,
-    and one that matches nothing has a warning.
+    regular expression for the path of a module or target parameter, or its end, to another r or
+    lora_alpha; the first match counts, and one that matches nothing has a warning.
     scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. autocast_adapter_dtype:
     whether adapters over 16-bit weights are float32. A module of modules_to_save whose parameters
     are tied to others', such as an output head to the input embedding, gets its own copies of them,
@@ -80,15 +93,17 @@ def apply_lora(
 
     Raises: ValueError (NotImplementedError for bias) before anything has changed: bad or missing
     numbers, an adapter that is there already, a pattern that is not a regular expression, no match,
-    a match that cannot be wrapped, a model that is itself a linear, embedding or convolution (use
-    the from_... constructor of its LoRA layer).
+    a match that cannot be wrapped (parameters of experts without Transformers' experts interface
+    among them), a model that is itself a linear, embedding or convolution (use the from_...
+    constructor of its LoRA layer).
     Source: Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; the
     meaning of the arguments: PEFT's LoraConfig.
     """
     given = locals()
     if adapters is not None:
         check_only_adapters(apply_lora, given)
-        add_adapters(model, adapters, target_modules, autocast_adapter_dtype)
+        every = "all-linear" if target_modules is None else target_modules
+        add_adapters(model, adapters, every, autocast_adapter_dtype)
         return model
     check_no_named_adapters(model)
     check_bias(bias)
@@ -102,11 +117,14 @@ def apply_lora(
             f"apply_lora: model is itself an nn.{type(inside).__name__}, which cannot be replaced "
             f"in place: use {construct.__self__.__name__}.{construct.__name__}(model, r, ...)"
         )
-    targets = match_targets(model, target_modules, saved)
+    parameters = match_parameters(model, target_parameters, saved)
+    if target_modules is None:
+        target_modules = [] if parameters else "all-linear"
+    targets = match_targets(model, target_modules, saved, parameters)
     ranks, alphas = plain_patterns(rank_pattern), plain_patterns(alpha_pattern)
     numbers = Hyperparameters(r, lora_alpha, dropout, ranks, alphas, use_rslora)
-    specs = {path: numbers.of(path) for path in targets}
-    if not specs:
+    specs = {path: numbers.of(path) for path in (*targets, *parameters)}
+    if not targets and (target_modules or not parameters):
         raise ValueError(
             f"apply_lora: target_modules={target_modules!r} matches no module; the model has "
             f"{candidates(model)}"
@@ -129,14 +147,23 @@ def wrap_modules(
 ) -> None:
     """Builds the layer of every path in specs, then puts all of them in their places.
 
-    If building one fails, model is unchanged.
+    A path that is no module's is that of a stack of the weights of experts. If building one fails,
+    model is unchanged.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules, layers = dict(named_modules(model, remove_duplicate=False)), {}
+    stacks: dict[str, dict[str, LayerSpec]] = {}
     try:
         for path, spec in specs.items():
+            if path not in modules:
+                owner, name = split(path)
+                stacks.setdefault(owner, {})[name] = spec
+                continue
             module = modules[path]
             layers[id(module)] = _wrap(module, spec, merge_weights, autocast_adapter_dtype)
+        for path, by_name in stacks.items():
+            module = modules[path]
+            layers[id(module)] = _wrap_experts(module, by_name, autocast_adapter_dtype)
     except BaseException:
         for parameter, flag in flags:
             parameter.requires_grad = flag
@@ -147,10 +174,9 @@ def wrap_modules(
 def _wrap(
     module: nn.Module, spec: LayerSpec, merge_weights: bool, autocast_adapter_dtype: bool
 ) -> LoRALayer:
-    sixteen_bit = module.weight.dtype in (torch.float16, torch.bfloat16)
     options = {
         "merge_weights": False,  # scaling is not final yet
-        "lora_dtype": torch.float32 if autocast_adapter_dtype and sixteen_bit else None,
+        "lora_dtype": _lora_dtype(module.weight, autocast_adapter_dtype),
     }
     if not isinstance(module, nn.Embedding):
         options["lora_dropout"] = spec.lora_dropout
@@ -162,3 +188,23 @@ def _wrap(
     layer.scaling, layer.merge_weights = spec.scaling, merge_weights
     keep_hooks(module, layer)
     return layer
+
+
+def _wrap_experts(
+    module: nn.Module, specs: Mapping[str, LayerSpec], autocast_adapter_dtype: bool
+) -> LoRAExperts:
+    layer = LoRAExperts(
+        module,
+        {name: spec.r for name, spec in specs.items()},
+        {name: spec.lora_alpha for name, spec in specs.items()},
+        next(iter(specs.values())).lora_dropout,
+        specs,
+        _lora_dtype(module._parameters[next(iter(specs))], autocast_adapter_dtype),
+    )
+    layer.scaling = {name: specs[name].scaling for name in layer.target_parameters}
+    return layer
+
+
+def _lora_dtype(weight: torch.Tensor, autocast_adapter_dtype: bool) -> torch.dtype | None:
+    sixteen_bit = weight.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if autocast_adapter_dtype and sixteen_bit else None

@@ -123,25 +123,29 @@ def match_targets(
     model: nn.Module,
     target_modules: str | Iterable[str],
     modules_to_save: Collection[str] = (),
+    parameters: Collection[str] = (),
 ) -> dict[str, nn.Module]:
     """The modules that target_modules means, by the first of their paths.
 
-    What lies inside a module of modules_to_save or inside a LoRA layer is left out.
+    What lies inside a module of modules_to_save or inside a LoRA layer is left out. parameters:
+    paths of those that get LoRA by themselves.
     """
     modules = dict(named_modules(model, remove_duplicate=False))
     saved = [path for path in modules if is_named(path, modules_to_save)]
     adapted = [path for path, module in modules.items() if isinstance(module, LoRALayer)]
     first_path = {id(module): path for path, module in reversed(modules.items())}
     chosen = {}
-    for path in _matching_paths(model, modules, target_modules):
+    for path in _matching_paths(model, modules, target_modules, parameters):
         if path and not is_inside(path, saved) and not is_inside(split(path)[0], adapted):
             chosen[first_path[id(modules[path])]] = modules[path]
     return chosen
 
 
-def _matching_paths(model, modules: dict[str, nn.Module], target_modules) -> list[str]:
+def _matching_paths(
+    model, modules: dict[str, nn.Module], target_modules, parameters: Collection[str]
+) -> list[str]:
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        return _linear_paths(model, modules)
+        return _linear_paths(model, modules, parameters)
     if not isinstance(target_modules, str):
         names = as_names("target_modules", target_modules, model)
         return [path for path in modules if is_named(path, names)]
@@ -151,7 +155,9 @@ def _matching_paths(model, modules: dict[str, nn.Module], target_modules) -> lis
     return matches or [path for path in modules if is_named(path, names)]
 
 
-def _linear_paths(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+def _linear_paths(
+    model: nn.Module, modules: dict[str, nn.Module], parameters: Collection[str]
+) -> list[str]:
     try:
         head = unwrapped(unwrapped(model).get_output_embeddings())
     except (AttributeError, NotImplementedError):
@@ -168,25 +174,33 @@ def _linear_paths(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
             f"{', '.join(f'{path} ({type(modules[path]).__name__})' for path in skipped)}",
             stacklevel=5,
         )
-    stacked = _stacked_weights(modules)
+    stacked = _stacked_weights(modules, parameters)
     if stacked:
         warnings.warn(
             f"target_modules='all-linear' leaves out stacks of matrices that are parameters "
             f"and no modules, such as the weights of experts: {', '.join(stacked)}. LoRA "
-            f"goes into the other linear modules alone",
+            f"goes into the other linear modules alone, and into parameters that "
+            f"target_parameters names",
             stacklevel=5,
         )
     return paths
 
 
-def _stacked_weights(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Parameters [stack, rows, columns] of modules that are no kind of torch's; * for numbers."""
+def _stacked_weights(modules: Mapping[str, nn.Module], parameters: Collection[str]) -> list[str]:
+    """Parameters [stack, rows, columns] of modules that are no kind of torch's; * for numbers.
+
+    Those that parameters names, and those of LoRA layers, are left out.
+    """
     found = {}
     for path, module in modules.items():
         kinds = set(type(module).__mro__) - {nn.Module}
         if any(kind.__module__.startswith("torch.nn.") for kind in kinds):
             continue
+        if isinstance(module, LoRALayer):
+            continue
         for name, parameter in module._parameters.items():
+            if join(path, name) in parameters:
+                continue
             if parameter is not None and parameter.dim() == 3 and 1 not in parameter.shape:
                 found[re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{join(path, name)}")[1:]] = None
     return list(found)

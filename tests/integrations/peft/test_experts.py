@@ -9,75 +9,43 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.aria.modeling_aria import AriaExperts
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lora_kernels import patch_peft, report, unpatch_peft
 from lora_kernels.integrations.peft import experts as patched_experts
 from lora_kernels.testing.tolerance import assert_close
+from tests.experts import (
+    CONFIGS,
+    EXPERTS,
+    FAMILIES,
+    HIDDEN,
+    SIZES,
+    TARGETS,
+    TOKENS,
+    Holder,
+    R,
+    drawn,
+    experts,
+    inputs,
+    up_name,
+)
+from tests.experts import whole as plain
 from tests.op_calls import Calls
 
 pytestmark = pytest.mark.usefixtures("unpatched")
 
-EXPERTS, HIDDEN, INNER, TOP_K, TOKENS, R = 5, 16, 24, 2, 11, 3
-# By another name in every family.
-SIZES = {
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
-    **{"moe_num_experts": EXPERTS, "hidden_size": HIDDEN, "moe_hidden_size": HIDDEN},
-    **{"intermediate_size": INNER, "moe_intermediate_size": INNER, "moe_latent_size": None},
-    **{"hidden_act": "silu", "mlp_hidden_act": "relu2", "post_norm_eps": 1e-6},
-    **{"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "_experts_implementation": "grouped_mm"},
-}
-FAMILIES = {
-    "mixtral": MixtralExperts,
-    "qwen3_moe": Qwen3MoeExperts,
-    "gpt_oss": GptOssExperts,  # transposed, interleaved, with biases
-    "aria": AriaExperts,  # transposed
-    "nemotron_h": NemotronHExperts,  # without a gate
-    "muse_spark": MuseSparkExperts,  # a norm behind the experts
-}
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-class Holder(nn.Module):
-    def __init__(self, experts):
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, *args, **kwargs):
-        return self.experts(*args, **kwargs)
-
-
-def up_name(family):
-    return "up_proj" if family == "nemotron_h" else "gate_up_proj"
 
 
 def with_lora(family, targets=None, dtype=torch.float64, **options):
     """A PEFT model of one experts module, with factors that are not zero."""
-    module = FAMILIES[family](types.SimpleNamespace(**SIZES))
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.3)
+    module = experts(family, torch.float32)
     targets = [up_name(family), "down_proj"] if targets is None else targets
     options = {"r": R, "lora_alpha": 5, "target_modules": [], **options}
     names = [f"experts.{name}" for name in targets]
     config = peft.LoraConfig(target_parameters=names, **options)
     return drawn(peft.get_peft_model(Holder(module), config)).to(dtype)
-
-
-def drawn(model):
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    return model
 
 
 def module_of(model):
@@ -86,12 +54,6 @@ def module_of(model):
 
 def outermost(model):
     return next(module for module in model.modules() if isinstance(module, ParamWrapper))
-
-
-def inputs(dtype=torch.float64, tokens=TOKENS):
-    x = torch.randn(tokens, HIDDEN, dtype=dtype).requires_grad_()
-    weights, ids = torch.rand(tokens, EXPERTS, dtype=dtype).topk(TOP_K)
-    return x, ids, weights.requires_grad_()
 
 
 def solve(model, x, ids, weights, dy):
@@ -270,22 +232,13 @@ def test_second_derivatives_and_batches_of_gradients_are_pefts(family, seed):
 
 # ---- whole models ----
 
-COMMON = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40,
-    "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24, "num_experts_per_tok": 2,
-}  # fmt: skip
-CONFIGS = {
-    "mixtral": lambda: MixtralConfig(num_local_experts=4, **COMMON),
-    "qwen3_moe": lambda: Qwen3MoeConfig(num_experts=4, moe_intermediate_size=20, **COMMON),
-}
-TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 both_models = pytest.mark.parametrize("kind", CONFIGS)
 
 
 def whole(kind):
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
     options = {"target_modules": ["q_proj"], "target_parameters": TARGETS}
-    return drawn(peft.get_peft_model(model, peft.LoraConfig(r=R, task_type="CAUSAL_LM", **options)))
+    config = peft.LoraConfig(r=R, task_type="CAUSAL_LM", **options)
+    return drawn(peft.get_peft_model(plain(kind), config))
 
 
 def step(model):
@@ -364,7 +317,7 @@ def test_adapters_are_switched_and_saved_as_ever(seed, tmp_path):
     assert list(before) == list(model.state_dict())
     model.save_pretrained(tmp_path, selected_adapters=["default"])
     patch_peft()
-    base = AutoModelForCausalLM.from_config(CONFIGS["qwen3_moe"]())
+    base = plain("qwen3_moe")
     base.load_state_dict(model.unload().state_dict())
     again = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     near(step(again), expected["default"])
