@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,12 +22,16 @@ from lora_kernels.adapters.formats.adapter import (
     own_factors,
     renamed,
 )
+from lora_kernels.adapters.formats.peft_experts import Stack
 from lora_kernels.adapters.state_dict import entry_keys
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
+from lora_kernels.layers.mixture import weight_of
 from lora_kernels.layers.multi_linear import AdapterSpec, check_adapter_name
 from lora_kernels.model.apply import wrap_modules
 from lora_kernels.model.multi import put_adapters
+from lora_kernels.model.parameters import adapted_parameters, match_parameters
 from lora_kernels.model.paths import (
     adapted_layers,
     is_inside,
@@ -63,7 +67,8 @@ def load_adapter(
     A plain model is wrapped as by apply_lora, with float32 adapters over 16-bit weights.
     merge_weights: whether eval() merges; a plain model in eval mode is merged at once. It trains
     what the adapter trained. Modules that the adapter holds as a whole are untied as by apply_lora,
-    unless PEFT's ensure_weight_tying kept them tied.
+    unless PEFT's ensure_weight_tying kept them tied. Stacks of the weights of experts become
+    LoRAExperts. A warning tells of a file that may have either of the two orientations of PEFT's.
     A model that has LoRA layers must have exactly those of the adapter, with the same ranks. It
     takes over values, lora_alpha and scaling, and keeps its dropout and requires_grad. Wrappers
     around model and in it are looked through as by save_adapter. A model that fully_shard or FSDP
@@ -76,8 +81,15 @@ def load_adapter(
     and for what PEFT offers beyond LoRA (DoRA, lora_bias, layer_replication, ...). After an error
     model is unchanged.
     """
-    name, adapter = adapter, _aligned(peft.read(Path(directory)), model)
-    fitted = _fit(model, adapter) if name is None else _fit_named(model, adapter, name)
+    stacks: dict[str, Stack] = {}
+
+    def find_stacks(names: Sequence[str]) -> dict[str, Stack]:
+        stacks.update(_stacks(model, names))
+        return stacks
+
+    read = peft.read(Path(directory), stacks=find_stacks)
+    name, adapter = adapter, _aligned(read, model)
+    fitted = _fit(model, adapter, stacks) if name is None else _fit_named(model, adapter, name)
     for note in adapter.notes:
         warnings.warn(f"load_adapter: {note}", RuntimeWarning, stacklevel=2)
     if name is not None:
@@ -86,7 +98,12 @@ def load_adapter(
     state, layers = fitted.state, adapted_layers(model)
     if layers:
         for path, spec in fitted.specs.items():
-            layers[path].lora_alpha, layers[path].scaling = spec.lora_alpha, spec.scaling
+            if path in layers:
+                layers[path].lora_alpha, layers[path].scaling = spec.lora_alpha, spec.scaling
+            else:
+                owner, name = split(path)
+                layers[owner].lora_alpha[name] = spec.lora_alpha
+                layers[owner].scaling[name] = spec.scaling
         record_trained(model, adapter.bias, fitted.saved)
         state = _distributed(state, plain_state(model))
     else:
@@ -96,25 +113,33 @@ def load_adapter(
         mark_only_lora_as_trainable(model, adapter.bias, fitted.saved)
         layers = adapted_layers(model)
         for layer in layers.values():
-            layer.lora_B.requires_grad &= adapter.trains_b
+            for name in layer.factor_names:
+                if name.startswith("lora_B"):
+                    getattr(layer, name).requires_grad &= adapter.trains_b
     load_plain_state(model, state)
-    for path in fitted.specs:
-        if not layers[path].training:
-            layers[path].eval()  # merged, if it is to be
+    for layer in layers.values():
+        if not layer.training:
+            layer.eval()  # merged, if it is to be
     return model
 
 
 @dataclass(frozen=True, eq=False)
 class _Fitted:
-    """What a model becomes: its layers by path, then the entries to load, the modules saved."""
+    """What a model becomes: its layers by path, then the entries to load, the modules saved.
+
+    The path of a stack of the weights of experts is the parameter's.
+    """
 
     specs: dict[str, LayerSpec]
     state: dict[str, Tensor]
     saved: list[str]
 
 
-def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
-    """How adapter fits model, after every check that needs both; this changes nothing."""
+def _fit(model: nn.Module, adapter: Adapter, stacks: Collection[str]) -> _Fitted:
+    """How adapter fits model, after every check that needs both; this changes nothing.
+
+    stacks: paths of the parameters that target_parameters means.
+    """
     source, adapted, own = adapter.source, adapted_layers(model), plain_state(model)
 
     def takes_part(path: str) -> bool:
@@ -132,7 +157,7 @@ def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
         targets = _targets(model, adapter, adapted)
     trained = entry_keys(model, targets, adapter.bias, saved)
     keys = _embedding_keys(model) | trained
-    _check_entries(adapter, targets, trained, keys, saved)
+    _check_entries(adapter, {*targets, *stacks}, trained, keys, saved)
     specs, state = {}, {}
     for path, module in targets.items():
         layer = adapter.layers[path]
@@ -142,6 +167,16 @@ def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
             _check_agrees(layer, own[join(path, "lora_A")].shape == a.shape, module, source)
         specs[path] = layer.spec
         state |= {join(path, "lora_A"): a, join(path, "lora_B"): b}
+    for path in stacks:
+        layer, (owner, name) = adapter.layers[path], split(path)
+        factors = [join(owner, factor) for factor in LoRAExperts.factors_of(name)]
+        if adapted and own[factors[0]].shape != layer.lora_A.shape:
+            raise ValueError(
+                f"{source.place(join(path, 'lora_A'))}: the model has LoRA of rank "
+                f"{own[factors[0]].shape[1]} here, the adapter {layer.spec.r}"
+            )
+        specs[path] = layer.spec
+        state |= dict(zip(factors, (layer.lora_A, layer.lora_B), strict=True))
     for key, own_key in keys.items():
         if key in adapter.entries:
             _check_like(source.place(key), adapter.entries[key], own[own_key])
@@ -154,6 +189,8 @@ def _fit(model: nn.Module, adapter: Adapter) -> _Fitted:
 def _fit_named(model: nn.Module, adapter: Adapter, name: str) -> _Fitted:
     """Makes room for adapter under this name, after every check; its values are not loaded yet."""
     source, modules = adapter.source, dict(named_modules(model))
+    if adapter.stacks:
+        raise ValueError(f"{source.config}: target_parameters: only linears have several adapters")
     targets = set(match_targets(model, adapter.target_modules))
     if adapter.restricted:
         targets &= set(adapter.layers)
@@ -196,6 +233,7 @@ _FRONTS = ("module.", "model.")
 def _aligned(adapter: Adapter, model: nn.Module) -> Adapter:
     """adapter under model's paths, if they differ by what DDP or Lightning puts in front."""
     paths = {path for path, _ in named_modules(model, remove_duplicate=False)}
+    paths |= set(adapter.stacks)  # of this model
     for front in _FRONTS:
         if paths.issuperset(adapter.layers):
             break
@@ -207,6 +245,16 @@ def _aligned(adapter: Adapter, model: nn.Module) -> Adapter:
     if not paths.issuperset(adapter.layers):
         _check_not_inside(adapter, paths)
     return adapter
+
+
+def _stacks(model: nn.Module, names: Sequence[str]) -> dict[str, Stack]:
+    """The stacks of the weights of experts that target_parameters means in model."""
+    found = match_parameters(model, names, wrapped=True)
+    stacks = {}
+    for path, module in found.items():
+        count, n, k = weight_of(module, split(path)[1]).shape
+        stacks[path] = Stack(count, n, k, module.is_transposed)
+    return stacks
 
 
 def _check_not_inside(adapter: Adapter, paths: Collection[str]) -> None:
@@ -222,19 +270,22 @@ def _check_not_inside(adapter: Adapter, paths: Collection[str]) -> None:
             )
 
 
-def _targets(model: nn.Module, adapter: Adapter, adapted: Collection[str]) -> dict[str, nn.Module]:
+def _targets(
+    model: nn.Module, adapter: Adapter, adapted: Mapping[str, LoRALayer]
+) -> dict[str, nn.Module]:
     """The modules that the adapter means: the LoRA layers, if model has some."""
     targets = match_targets(model, adapter.target_modules, adapter.modules_to_save)
     if adapter.keeps_ties:
         targets |= _tied_targets(model, adapter, targets)
     if adapter.restricted:
         targets = {path: module for path, module in targets.items() if path in adapter.layers}
-    if not targets:
+    if not targets and not adapter.stacks:
         raise ValueError(f"{adapter.target_modules!r} matches no module of the model")
     if not adapted:
         check_wrappable(targets)
         return targets
-    for path in sorted(set(targets) ^ set(adapted)):
+    adapted = [p for path, layer in adapted.items() for p in adapted_parameters(path, layer)]
+    for path in sorted({*targets, *adapter.stacks} ^ set(adapted)):
         has, lacks = ("model", "adapter") if path in adapted else ("adapter", "model")
         raise ValueError(f"the {has} has LoRA on {path!r}, the {lacks} does not")
     return targets

@@ -18,6 +18,8 @@ from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
+from lora_kernels.layers.mixture import weight_of
+from lora_kernels.model.parameters import adapted_parameters, name_parameters
 from lora_kernels.model.paths import (
     adapted_layers,
     as_names,
@@ -55,17 +57,27 @@ def save_adapter(
     fully_shard or FSDP has sharded model, every rank has to call it: all gather; for fully_shard
     rank 0 writes, and all return when it has written.
     adapter: which of the adapters of a model with several; it becomes a directory like any other.
-    Warns: if PEFT would take some of the layers for others, as in some mixtures of experts.
+    Stacks of the weights of experts are PEFT's target_parameters. Their file says lora_dropout 0,
+    because PEFT opens no other.
+    Warns: if PEFT would take some of the layers for others, as in some mixtures of experts; if
+    dropout is left out.
     Raises: ValueError for a model without LoRA, a name that no adapter has, a value that is not
-    finite, a LoRA layer inside a saved module, a layer of a user's own kind, and a convolution that
-    PEFT cannot express: groups > 1, dilation, padding_mode.
+    finite, a LoRA layer inside a saved module, biases of experts that train, a layer of a user's
+    own kind, and a convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
     """
     saved = as_names("modules_to_save", modules_to_save, model)
     neutral = adapter_of(model, saved, adapter)
     encoded = peft.encode(neutral)
-    problem = rewritten(unwrapped(model), neutral.layers)
+    stacks = set(neutral.stacks)
+    problem = rewritten(unwrapped(model), [path for path in neutral.layers if path not in stacks])
     if problem is not None:
         warnings.warn(f"save_adapter: {problem}", stacklevel=2)
+    if stacks and any(layer.spec.lora_dropout for layer in neutral.layers.values()):
+        warnings.warn(
+            "save_adapter: PEFT refuses lora_dropout beside target_parameters, so the file says 0; "
+            "give the layers their dropout again to go on training from it",
+            stacklevel=2,
+        )
     if not any(map(distributed.is_dtensor, model.state_dict().values())):
         encoded.write(Path(directory))
         return
@@ -100,15 +112,24 @@ def adapter_of(
     bias = recorded_biases(model)
     plain = unwrapped(model)
     base_model = getattr(getattr(plain, "config", None), "_name_or_path", None)
+    entries = entry_keys(model, layers, bias, saved)
+    modules = {p: layer for p, layer in layers.items() if not isinstance(layer, LoRAExperts)}
+    parameters = [p for path, layer in layers.items() for p in adapted_parameters(path, layer)]
+    stacks = [path for path in parameters if path not in modules]
+    for key in entries:
+        path = split(key)[0]
+        if path in layers and path not in modules and not is_inside(path, saved):
+            raise ValueError(
+                f"save_adapter: {key} trains, and PEFT's format has no place for biases of "
+                f"experts: save lora_state_dict(model, bias={bias!r})"
+            )
     return Adapter(
-        layers={path: _layer(path, layer, state) for path, layer in layers.items()},
-        entries={
-            key: distributed.full_tensor(state[own])
-            for key, own in entry_keys(model, layers, bias, saved).items()
-        },
+        layers={path: _layer(path, layers, state) for path in parameters},
+        entries={key: distributed.full_tensor(state[own]) for key, own in entries.items()},
         bias=bias,
         modules_to_save=saved,
-        target_modules=name_targets(layers, _beside(model, layers)),
+        target_modules=name_targets(modules, _beside(model, modules)),
+        target_parameters=name_parameters(model, stacks),
         base_model=base_model if isinstance(base_model, str) and base_model else None,
         base_class=_library_class(plain) if hasattr(plain, "config") else None,
     )
@@ -123,12 +144,10 @@ def _library_class(model: nn.Module) -> type | None:
     return None
 
 
-def _layer(path: str, layer: LoRALayer, state: Mapping[str, Tensor]) -> AdapterLayer:
-    if isinstance(layer, LoRAExperts):
-        raise NotImplementedError(
-            f"save_adapter: {path}: factors of experts cannot be written yet: save "
-            f"lora_state_dict(model), or train through PEFT under patch_peft()"
-        )
+def _layer(path: str, layers: Mapping[str, LoRALayer], state: Mapping[str, Tensor]) -> AdapterLayer:
+    if path not in layers:
+        return _stack(path, layers[split(path)[0]], state)
+    layer = layers[path]
     if not isinstance(layer, (nn.Linear, nn.Embedding, ConvLoRA)):
         raise ValueError(
             f"save_adapter: {path} ({type(layer).__name__}) is no linear, embedding or "
@@ -146,6 +165,20 @@ def _layer(path: str, layer: LoRALayer, state: Mapping[str, Tensor]) -> AdapterL
     factors = (state.get(join(path, name), getattr(layer, name)) for name in FACTORS)
     a, b = (distributed.full_tensor(factor.detach()) for factor in factors)
     return AdapterLayer(path, base, spec, a, b)
+
+
+def _stack(path: str, layer: LoRAExperts, state: Mapping[str, Tensor]) -> AdapterLayer:
+    owner, name = split(path)
+    _, n, k = weight_of(layer, name).shape
+    spec = LayerSpec(
+        r=layer.r[name],
+        lora_alpha=layer.lora_alpha[name],
+        scaling=layer.scaling[name],
+        lora_dropout=layer.lora_dropout.p,
+    )
+    factors = (state[join(owner, factor)] for factor in layer.factors_of(name))
+    a, b = (distributed.full_tensor(factor.detach()) for factor in factors)
+    return AdapterLayer(path, BaseModule("experts", k, n), spec, a, b)
 
 
 def _beside(model: nn.Module, paths: Collection[str]) -> list[str]:

@@ -9,7 +9,7 @@ from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.experts import LoRAExperts, unfit_experts, unfit_stack
 from lora_kernels.model.paths import as_names, is_inside, is_named, join, named_modules, split
 
-__all__ = ["adapted_parameters", "match_parameters"]
+__all__ = ["adapted_parameters", "match_parameters", "name_parameters"]
 
 _WAY_OUT = (
     "train it through PEFT instead (LoraConfig(target_parameters=...), with patch_peft() for speed)"
@@ -66,6 +66,17 @@ def adapted_parameters(path: str, layer: LoRALayer) -> list[str]:
     if isinstance(layer, LoRAExperts):
         return [join(path, name) for name in layer.target_parameters]
     return [path]
+
+
+def name_parameters(model: nn.Module, paths: Collection[str]) -> list[str]:
+    """target_parameters that means the parameters at paths: short names, if they mean no others."""
+    everywhere = [
+        join(path, name) for path, module in named_modules(model) for name in module._parameters
+    ]
+    short = sorted({".".join(path.split(".")[-2:]) for path in paths})
+    if {path for path in everywhere if is_named(path, short)} == set(paths):
+        return short
+    return sorted(paths)
 
 
 def _check_stack(path: str, module: nn.Module, wrapped: bool) -> None:

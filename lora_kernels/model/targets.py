@@ -179,8 +179,8 @@ def _linear_paths(
         warnings.warn(
             f"target_modules='all-linear' leaves out stacks of matrices that are parameters "
             f"and no modules, such as the weights of experts: {', '.join(stacked)}. LoRA "
-            f"goes into the other linear modules alone, and into parameters that "
-            f"target_parameters names",
+            f"goes into the other linear modules alone; target_parameters takes such weights of "
+            f"experts",
             stacklevel=5,
         )
     return paths

@@ -5,7 +5,9 @@ Factors have the shapes of this package's layers; E is the number of enabled gro
 * linear: lora_A [E·r, in], lora_B [rows, r], a row for each column of an enabled group;
 * embedding: lora_A [r, num], lora_B [dim, r];
 * convolution: lora_A [r·k_0, in·k_0], lora_B [out/groups·k_1·..., r·k_0]; or, as in most
-  formats, a convolution by lora_A [R, in, *kernel] and one by lora_B [out, R, 1, ...].
+  formats, a convolution by lora_A [R, in, *kernel] and one by lora_B [out, R, 1, ...];
+* experts: a layer for each stack of weights, whose path is the parameter's; lora_A [E, r, in],
+  lora_B [E, out, r].
 
 Other entries have the keys that the plain model's state_dict() has.
 """
@@ -28,7 +30,7 @@ __all__ = [
     "own_factors", "rank_of_two_convolutions", "renamed",
 ]  # fmt: skip
 
-Kind = Literal["linear", "embedding", "convolution"]
+Kind = Literal["linear", "embedding", "convolution", "experts"]
 FACTORS = ("lora_A", "lora_B")
 
 
@@ -105,7 +107,7 @@ class AdapterLayer:
     @property
     def is_two_convolutions(self) -> bool:
         """Whether the factors are those of two convolutions."""
-        return self.lora_A.dim() > 2
+        return self.base.kind == "convolution" and self.lora_A.dim() > 2
 
 
 def rank_of_two_convolutions(rank: int, kernel_size: tuple[int, ...]) -> int:
@@ -156,7 +158,7 @@ class Adapter:
     layers: by path, in the order of the model. entries: all other tensors of the adapter: biases,
     the whole of every module in modules_to_save, embeddings of a new vocabulary. bias: the argument
     of mark_only_lora_as_trainable that made the biases trainable. modules_to_save: paths, or ends
-    of paths. target_modules: which modules of the model get the layers, as in apply_lora.
+    of paths. target_modules, target_parameters: what gets the layers, as in apply_lora.
     restricted: whether target_modules may match further modules, which get no layer. base_model:
     the model's name. base_class: what a library makes of that name. keeps_ties: whether modules
     that are tied to modules_to_save stay so, and LoRA of those tied to target_modules is in layers,
@@ -169,6 +171,7 @@ class Adapter:
     bias: str
     modules_to_save: list[str]
     target_modules: str | list[str]
+    target_parameters: Sequence[str] = ()
     restricted: bool = False
     base_model: str | None = None
     base_class: type | None = None
@@ -176,6 +179,11 @@ class Adapter:
     trains_b: bool = True
     source: Source | None = None
     notes: Sequence[str] = ()
+
+    @property
+    def stacks(self) -> list[str]:
+        """The paths of the layers that are stacks of the weights of experts."""
+        return [path for path, layer in self.layers.items() if layer.base.kind == "experts"]
 
 
 def renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:

@@ -1,7 +1,8 @@
 """PEFT's directory: adapter_config.json and adapter_model.safetensors, read and written.
 
-peft_config.py handles the first, peft_factors.py the factors of a layer. A key consists of
-"base_model.model.", the path of the module, "base_layer." for what a LoRA layer wraps, and a name.
+peft_config.py handles the first, peft_factors.py the factors of a layer, peft_experts.py those of
+experts. A key consists of "base_model.model.", the path of the module, "base_layer." for what a
+LoRA layer wraps, and a name.
 """
 
 import json
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lora_kernels.adapters import files
 from lora_kernels.adapters.files import naming
+from lora_kernels.adapters.formats import peft_experts
 from lora_kernels.adapters.formats.adapter import (
     FACTORS,
     Adapter,
@@ -26,6 +28,7 @@ from lora_kernels.adapters.formats.adapter import (
 )
 from lora_kernels.adapters.formats.keys import stripped
 from lora_kernels.adapters.formats.peft_config import AdapterConfig, make_config, parse_config
+from lora_kernels.adapters.formats.peft_experts import ORIENTED, Stack, Stacks
 from lora_kernels.adapters.formats.peft_factors import (
     METADATA,
     Record,
@@ -34,7 +37,14 @@ from lora_kernels.adapters.formats.peft_factors import (
     to_peft,
 )
 from lora_kernels.adapters.formats.peft_moe import rewritten_by_name
-from lora_kernels.model.paths import in_model_order, is_inside, is_named, join, split
+from lora_kernels.model.paths import (
+    in_model_order,
+    is_inside,
+    is_named,
+    join,
+    split,
+    without_wrappers,
+)
 
 __all__ = ["Encoded", "encode", "read", "recognises", "saved_modules", "write"]
 
@@ -46,6 +56,7 @@ _ENDINGS: dict[Kind, tuple[str, str]] = {
     "linear": ("lora_A.weight", "lora_B.weight"),
     "convolution": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
+    "experts": ("lora_A.weight", "lora_B.weight"),
 }
 # Names under which PEFT keeps a module that trains as a whole; bias="all" writes their biases too.
 _COPIES = ("original_module", "modules_to_save")
@@ -65,7 +76,8 @@ def _key(entry: str, kinds: Mapping[str, Kind]) -> str:
     if path not in kinds:
         return _PREFIX + entry
     if name in FACTORS:
-        return f"{_PREFIX}{path}.{_ENDINGS[kinds[path]][FACTORS.index(name)]}"
+        homes = peft_experts.homes(p for p, kind in kinds.items() if kind == "experts")
+        return f"{_PREFIX}{homes.get(path, path)}.{_ENDINGS[kinds[path]][FACTORS.index(name)]}"
     return f"{_PREFIX}{path}.base_layer.{name}"
 
 
@@ -102,9 +114,10 @@ def saved_modules(
 # ---- reading ----
 
 
-def read(directory: Path, hints: Hints | None = None) -> Adapter:
+def read(directory: Path, hints: Hints | None = None, stacks: Stacks | None = None) -> Adapter:
     """The adapter that PEFT or write put into directory; hints are not used.
 
+    stacks: what target_parameters means in the model, which alone can say it.
     Raises: FileNotFoundError; ValueError, naming file and key, for all that is damaged or does not
     fit together, and for what PEFT offers beyond LoRA. A pickle is never read.
     """
@@ -120,11 +133,17 @@ def read(directory: Path, hints: Hints | None = None) -> Adapter:
     raw = files.read_json(config_path)
     with naming(config_path):
         config = parse_config(raw)
+        if config.target_parameters and stacks is None:
+            raise ValueError(
+                "target_parameters: which factors are whose is not in the file: "
+                "load_adapter(model, ...) reads it"
+            )
+        found = stacks(config.target_parameters) if config.target_parameters else {}
     tensors, metadata = files.read_safetensors(weights_path)
     with naming(f"{weights_path}: metadata {METADATA}"):
         records = parse_records(metadata.get(METADATA, "{}"))
 
-    keys, kinds = _read_keys(tensors, config, weights_path)
+    keys, kinds = _read_keys(tensors, config, weights_path, found)
     source = Source(config_path, weights_path, lambda entry: keys.get(entry, _key(entry, kinds)))
     for path in sorted(set(records) - set(kinds)):
         raise ValueError(
@@ -135,21 +154,33 @@ def read(directory: Path, hints: Hints | None = None) -> Adapter:
     factors = {join(path, name) for path in kinds for name in FACTORS}
     with naming(config_path):
         unmatched = config.numbers.unmatched(kinds)
+    version = peft_experts.FIXED if ORIENTED in metadata else config.version
+    notes = [] if unmatched is None else [f"{config_path}: {unmatched}"]
+    unclear = [path for path, stack in found.items() if peft_experts.is_ambiguous(stack, version)]
+    if unclear:
+        notes.append(
+            f"{weights_path}: in and out are equal for {', '.join(unclear)}, and PEFT before "
+            f"0.19.1 stored such factors with both swapped: they are taken for those of 0.19.1 and "
+            f"later; if an older one wrote the file, transpose them"
+        )
     adapter = Adapter(
         layers={
-            path: _read_layer(path, kind, tensors, config, records.get(path), source)
+            path: _read_experts(path, tensors, config, found[path], source)
+            if kind == "experts"
+            else _read_layer(path, kind, tensors, config, records.get(path), source)
             for path, kind in kinds.items()
         },
         entries={entry: tensors[key] for entry, key in keys.items() if entry not in factors},
         bias=config.bias,
         modules_to_save=config.modules_to_save,
         target_modules=config.target_modules,
+        target_parameters=config.target_parameters,
         restricted=config.restricted,
         base_model=config.base_model,
         keeps_ties=config.keeps_ties,
         trains_b=config.trains_b,
         source=source,
-        notes=[] if unmatched is None else [f"{config_path}: {unmatched}"],
+        notes=notes,
     )
     strip, _ = stripped(keys)
     if all(strip(entry) == entry for entry in keys):
@@ -159,12 +190,13 @@ def read(directory: Path, hints: Hints | None = None) -> Adapter:
 
 
 def _read_keys(
-    keys: Collection[str], config: AdapterConfig, file: Path
+    keys: Collection[str], config: AdapterConfig, file: Path, stacks: Iterable[str] = ()
 ) -> tuple[dict[str, str], dict[str, Kind]]:
     """The key of every entry, and the kinds of the layers by path, in the order of the file."""
     found: dict[str, str] = {}
     kinds: dict[str, Kind] = {}
     others = {}
+    wrapped = {home: path for path, home in peft_experts.homes(stacks).items()}
     for key in keys:
         if not key.startswith(_PREFIX):
             raise ValueError(f"{file}: {key}: must start with {_PREFIX}")
@@ -173,6 +205,8 @@ def _read_keys(
             others[key.removeprefix(_PREFIX)] = key
             continue
         path, name, kind = factor
+        if kind == "linear" and without_wrappers(path) in wrapped:
+            path, kind = wrapped[without_wrappers(path)], "experts"
         if kinds.setdefault(path, kind) != kind:
             raise ValueError(f"{file}: {key}: {path} has factors of another kind as well")
         found[join(path, name)] = key
@@ -250,6 +284,28 @@ def _read_layer(
         return from_peft(layer, record, config.numbers.use_rslora)
 
 
+def _read_experts(
+    path: str, tensors: Mapping[str, Tensor], config: AdapterConfig, stack: Stack, source: Source
+) -> AdapterLayer:
+    with naming(source.config):
+        spec = config.numbers.of(path)
+    entries = [join(path, name) for name in FACTORS]
+    a, b = (tensors[source.key(entry)] for entry in entries)
+    for entry, factor in zip(entries, (a, b), strict=True):
+        if factor.dtype not in files.FLOATS:
+            raise ValueError(f"{source.place(entry)}: dtype must be floating, got {factor.dtype}")
+    factors = peft_experts.from_peft(a, b, spec.r, stack)
+    if factors is None:
+        rows = stack.experts * spec.r
+        raise ValueError(
+            f"{source.place(entries[0])}: shape must be {[rows, stack.inputs]}, and "
+            f"{source.key(entries[1])} {[stack.outputs, rows]}, for {path} of {stack.experts} "
+            f"experts and rank {spec.r}, got {list(a.shape)} and {list(b.shape)}"
+        )
+    base = BaseModule("experts", stack.inputs, stack.outputs)
+    return AdapterLayer(path, base, spec, *factors)
+
+
 # ---- writing ----
 
 
@@ -273,7 +329,7 @@ class Encoded(NamedTuple):
 def write(adapter: Adapter, directory: Path) -> list[str]:
     """Writes the two files; returns lines about them. Raises: as encode, and OSError."""
     encode(adapter).write(directory)
-    problem = rewritten_by_name(adapter.layers)
+    problem = rewritten_by_name(adapter.layers.keys() - set(adapter.stacks))
     lines = [
         f"{directory}: LoRA on {len(adapter.layers)} modules, bias={adapter.bias}, "
         f"modules_to_save={sorted(adapter.modules_to_save)}"
@@ -299,10 +355,11 @@ def encode(adapter: Adapter) -> Encoded:
             raise ValueError(
                 f"{path}: this layer does not fit PEFT's format ({reason}); save lora_state_dict()"
             )
-        factors = to_peft(layer)
+        is_stack = layer.base.kind == "experts"
+        factors = peft_experts.to_peft(layer.lora_A, layer.lora_B) if is_stack else to_peft(layer)
         for name, factor in zip(FACTORS, factors, strict=True):
             tensors[_key(join(path, name), kinds)] = factor
-        ranks[path] = factors[0].shape[0]
+        ranks[path] = layer.spec.r if is_stack else factors[0].shape[0]
         if splits is not None or (conv is not None and not layer.is_two_convolutions):
             records[path] = vars(Record.of(layer.spec))
     for entry, value in adapter.entries.items():
@@ -315,6 +372,8 @@ def encode(adapter: Adapter) -> Encoded:
     metadata = {"format": "pt"}
     if records:
         metadata[METADATA] = json.dumps(records)
+    if adapter.stacks:
+        metadata[ORIENTED] = "lora_A is on the side of in"
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     return Encoded(tensors, metadata, make_config(adapter, ranks, saved))
 

@@ -30,11 +30,12 @@ class AdapterConfig:
     """What adapter_config.json says, with PEFT's names and defaults.
 
     restricted: exclude_modules or layers_to_transform leave out some of target_modules. keeps_ties:
-    ensure_weight_tying. trains_b: whether lora_B trains.
+    ensure_weight_tying. trains_b: whether lora_B trains. version: PEFT's, if the file says it.
     """
 
     numbers: Hyperparameters
     target_modules: str | list[str]
+    target_parameters: list[str]
     bias: str
     modules_to_save: list[str]
     restricted: bool
@@ -42,6 +43,7 @@ class AdapterConfig:
     base_model: str | None
     keeps_ties: bool = False
     trains_b: bool = True
+    version: str | None = None
 
 
 def parse_config(raw) -> AdapterConfig:
@@ -92,10 +94,14 @@ def parse_config(raw) -> AdapterConfig:
         check_rank(rank, "adapter")
     for alpha in (numbers.lora_alpha, *numbers.alpha_pattern.values()):
         check_alpha(alpha, "adapter")
-    base_model = raw.get("base_model_name_or_path")
+    parameters = take("target_parameters", (list,), [])
+    if not all(isinstance(name, str) and name for name in parameters):
+        raise ValueError(f"target_parameters: must be a list of names, got {parameters!r}")
+    base_model, version = raw.get("base_model_name_or_path"), raw.get("peft_version")
     config = AdapterConfig(
         numbers=numbers,
-        target_modules=take_names("target_modules"),
+        target_modules=take_names("target_modules", [] if parameters else None),
+        target_parameters=parameters,
         bias=bias,
         modules_to_save=[saved] if isinstance(saved, str) else saved,
         restricted=any(value not in (None, [], "") for value in restricted),
@@ -103,6 +109,7 @@ def parse_config(raw) -> AdapterConfig:
         base_model=base_model if isinstance(base_model, str) else None,
         keeps_ties=take("ensure_weight_tying", (bool,), False),
         trains_b=initialisation != _MICA,
+        version=version if isinstance(version, str) else None,
     )
     for key, value in raw.items():
         if key not in _INFORMATION and value not in (None, False, "", [], {}):
@@ -136,6 +143,8 @@ def make_config(adapter: Adapter, ranks: Mapping[str, int], modules_to_save: lis
     mapping = base and {"base_model_class": base.__name__, "parent_library": base.__module__}
     r, lora_alpha = _most_common(ranks.values()), _most_common(alphas.values())
     dropouts = [layer.spec.lora_dropout for layer in layers if layer.base.kind != "embedding"]
+    if adapter.stacks:
+        dropouts = [0.0]  # PEFT refuses any other beside target_parameters
     return {
         "alpha_pattern": {f"^{re.escape(p)}": a for p, a in alphas.items() if a != lora_alpha},
         "auto_mapping": mapping,
@@ -152,6 +161,7 @@ def make_config(adapter: Adapter, ranks: Mapping[str, int], modules_to_save: lis
         "rank_pattern": {f"^{re.escape(p)}": rank for p, rank in ranks.items() if rank != r},
         "revision": None,
         "target_modules": adapter.target_modules,
+        **({"target_parameters": list(adapter.target_parameters)} if adapter.stacks else {}),
         "task_type": None,
         "use_rslora": use_rslora,
     }
