@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lora_kernels import checks
+from lora_kernels import checks, distributed
 from lora_kernels.dispatch import algorithm
 from lora_kernels.dispatch.algorithm import Algorithm, GemmShape
 from lora_kernels.dispatch.tma import is_tma_compliant
@@ -138,10 +138,12 @@ def _own_experts_rows(name: str, layer: LoRAExperts, tokens: int) -> list[Row]:
     for stack, r in layer.r.items():
         weight, taken, reason = weight_of(layer, stack), None, ""
         a, b = (getattr(layer, factor) for factor in layer.factors_of(stack))
-        why = obstacle(_example(weight[0]), weight, a, b, None)
-        if type(layer).forward is not LoRAExperts.forward or "forward" in layer.__dict__:
+        if distributed.is_dtensor(weight):
+            reason = "its weights are DTensors as they stand; if fully_shard gathers them, ask in "
+            reason += "the forward"
+        elif type(layer).forward is not LoRAExperts.forward or "forward" in layer.__dict__:
             reason = "it has a forward of its own"
-        elif why is not None:
+        elif (why := obstacle(_example(weight[0]), weight, a, b, None)) is not None:
             reason = f"its forward raises NotImplementedError: {why}"
         elif weight.device.type != "cpu":
             reason = "there are no kernels for experts yet: it runs PyTorch's operators"

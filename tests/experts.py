@@ -4,6 +4,7 @@ import types
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -49,6 +50,22 @@ class Holder(nn.Module):
 
     def forward(self, *args, **kwargs) -> Tensor:
         return self.experts(*args, **kwargs)
+
+
+class Made(TorchDispatchMode):
+    """The numbers of elements of the tensors that operators made, beside those of their inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self.elements.append(tensor.numel())
+        return out
 
 
 def up_name(family: str) -> str:

@@ -15,6 +15,7 @@ from lora_kernels.ops.obstacle import obstacle
 
 __all__ = ["LoRAExperts", "unfit_experts", "unfit_stack"]
 
+_WAY_OUT = "train it through PEFT's target_parameters instead, with patch_peft() for speed"
 _OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
@@ -23,15 +24,15 @@ def unfit_experts(module: nn.Module) -> str | None:
     if isinstance(module, LoRAExperts):
         return "it is a LoRA layer already"
     if hasattr(module, "parametrizations"):
-        return "its parameters are parametrized"
+        return f"its parameters are parametrized; {_WAY_OUT}"
     code = getattr(type(module).forward, "__code__", None)
     if code is None or code is not mixture.interface():
-        return "it is not of the experts interface of Transformers 5"
+        return f"it is not of the experts interface of Transformers 5; {_WAY_OUT}"
     unknown = mixture.unknown_options()
     if unknown:
-        return f"this version of Transformers has experts with options unknown here: {unknown}"
+        return f"its Transformers has options of experts unknown here, {unknown}; {_WAY_OUT}"
     if module._is_expert_parallel:
-        return "its experts are spread over processes"
+        return f"its experts are spread over processes; {_WAY_OUT}"
     if "forward" in module.__dict__:
         return "its forward has been replaced"
     if distributed.is_managed(module) or any(

@@ -8,12 +8,9 @@ from torch import nn
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.experts import LoRAExperts, unfit_experts, unfit_stack
 from lora_kernels.model.paths import as_names, is_inside, is_named, join, named_modules, split
+from lora_kernels.model.targets import constructor_of
 
 __all__ = ["adapted_parameters", "match_parameters", "name_parameters"]
-
-_WAY_OUT = (
-    "train it through PEFT instead (LoraConfig(target_parameters=...), with patch_peft() for speed)"
-)
 
 
 def match_parameters(
@@ -85,11 +82,10 @@ def _check_stack(path: str, module: nn.Module, wrapped: bool) -> None:
         return
     if not owner:
         reason = "it is the model's own: put the module into another, or use LoRAExperts(module, r)"
+    elif constructor_of(module) is not None:
+        reason = "it is no stack of the weights of experts: name its module in target_modules"
     else:
-        reason = unfit_experts(module)
-        if reason is not None and not isinstance(module, LoRALayer):
-            reason = f"{reason}; {_WAY_OUT}"
-        reason = reason or unfit_stack(module, name)
+        reason = unfit_experts(module) or unfit_stack(module, name)
     if reason is not None:
         raise ValueError(
             f"target_parameters: {path} ({type(module).__name__}) cannot get LoRA: {reason}"

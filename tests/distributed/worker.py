@@ -13,10 +13,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.distributed import example_checks, multi_checks, own_checks, peft_checks
+from tests.distributed import (
+    example_checks,
+    experts_checks,
+    multi_checks,
+    own_checks,
+    peft_checks,
+)
 
 CHECKS = {
     **own_checks.CHECKS,
+    **experts_checks.CHECKS,
     **multi_checks.CHECKS,
     **peft_checks.CHECKS,
     **example_checks.CHECKS,

@@ -21,6 +21,7 @@ from tests.experts import (
     SIZES,
     TOKENS,
     Holder,
+    Made,
     R,
     drawn,
     experts,
@@ -153,6 +154,47 @@ def test_bfloat16_is_as_near_as_the_merged_module(family, seed):
         y = layer(x, ids, weights)
         assert y.dtype == torch.bfloat16
         assert_close(y, exact, folded(x, ids, weights), "y")
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "muse_spark"])
+def test_what_else_the_experts_hold_can_train(family, seed):
+    """Biases and norms, as bias="all" and modules_to_save have them."""
+    layer = LoRAExperts(experts(family, torch.float32), R)
+    plain = experts_without_lora(layer)
+    names = [name for name, p in plain.named_parameters() if p.dim() < 3]
+    args, dy = inputs(torch.float32), torch.randn(TOKENS, HIDDEN)
+    grads = []
+    for module in (layer, plain):
+        leaves = [module.get_parameter(name).requires_grad_() for name in names]
+        grads.append(torch.autograd.grad(module(*args), leaves, dy))
+    assert names
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@every_family
+def test_no_tensor_of_the_size_of_the_weights_is_made(family, seed):
+    layer = layer_of(family, torch.float32)
+    args = (*inputs(torch.float32, tokens=2), torch.randn(2, HIDDEN))
+    stack = min(getattr(layer, name).numel() for name in layer.target_parameters)
+    with Made() as made:
+        solve(layer, *args)
+    assert max(made.elements) < stack
+    with Made() as made:
+        merged_state_dict(Holder(layer))
+    assert sum(size >= stack for size in made.elements) == 2  # the copies that it returns
+
+
+@every_family
+def test_autocast_leaves_the_products_in_the_weights_dtype(family, seed):
+    """As Transformers' grouped product does."""
+    module = experts(family, torch.float32)
+    layer = LoRAExperts(copy.deepcopy(module), R)
+    args = inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = layer(*args), module(*args)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- dropout ----

@@ -181,7 +181,7 @@ BAD = {
                  r"\) cannot get LoRA: it is not of the experts interface.*patch_peft\(\)"),
     "Llama 4": (llama4, TARGETS, "not of the experts interface of Transformers 5; train it "),
     "a bias": (lambda: Holder(experts("gpt_oss")), ["down_proj_bias"], "only its stacks"),
-    "a linear": (lambda: whole("mixtral"), ["q_proj.weight"], "not of the experts interface"),
+    "a linear": (lambda: whole("mixtral"), ["q_proj.weight"], "name its module in target_modules"),
     "the model's own": (lambda: experts("mixtral"), ["down_proj"], "it is the model's own"),
     "a second time": (adapted, TARGETS, "it is a LoRA layer already"),
 }  # fmt: skip
