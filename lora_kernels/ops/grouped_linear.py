@@ -133,8 +133,9 @@ class _LoraGroupedLinear(torch.autograd.Function):
         needs, spec = ctx.needs, ctx.spec
         if dy is None or not any(needs):
             return (None,) * 10  # one for each argument of forward
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if recorded or is_batched(dy):
+        eager = not torch.compiler.is_compiling()
+        recorded = eager and torch.is_grad_enabled()
+        if recorded or (eager and is_batched(dy)):
             if recorded and needs.b and needs.x and ctx.saved_tensors[0] is None:
                 raise RuntimeError(
                     "lora_grouped_linear: double backward through x and lora_B needs lora_A to "
