@@ -79,3 +79,13 @@ def test_experts_end_with_their_last_segments():
 def test_factors_are_copied_only_if_they_must(change, copied):
     factors = change(torch.zeros(1, 3, 4).expand(5, -1, -1))
     assert (segments.with_unit_rows(factors).data_ptr() != factors.data_ptr()) == copied
+
+
+def test_no_tile_passes_the_rows_whatever_ends_say(device):
+    ends = torch.tensor([4, 99, 120], dtype=torch.int32, device=device)
+    routing = Routing(ends, None, None, 9)
+    tiles = routing.tiles(2)
+    found = torch.zeros(tiles, 6, dtype=torch.int32, device=device)
+    launch(_locate_kernel, (tiles,), found_ptr=found, BLOCK=2, **routing.arguments())
+    bounds = {tuple(tile[1:3]) for tile in found.tolist()}
+    assert bounds == {(0, 4), (4, 9), (0, 0)}
