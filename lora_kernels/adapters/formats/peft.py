@@ -156,16 +156,18 @@ def read(directory: Path, hints: Hints | None = None, stacks: Stacks | None = No
         unmatched = config.numbers.unmatched(kinds)
     version = peft_experts.FIXED if ORIENTED in metadata else config.version
     notes = [] if unmatched is None else [f"{config_path}: {unmatched}"]
-    unclear = [path for path, stack in found.items() if peft_experts.is_ambiguous(stack, version)]
+    older = {path: peft_experts.is_older(stack, version) for path, stack in found.items()}
+    unclear = [p for p, stack in found.items() if stack.is_square and older[p] is None]
     if unclear:
         notes.append(
-            f"{weights_path}: in and out are equal for {', '.join(unclear)}, and PEFT before "
-            f"0.19.1 stored such factors with both swapped: they are taken for those of 0.19.1 and "
-            f"later; if an older one wrote the file, transpose them"
+            f"{weights_path}: in and out are equal for {', '.join(unclear)}, and the file does not "
+            f"say which version of PEFT wrote it. PEFT before 0.19.1 stored such factors with both "
+            f"swapped. They are taken for those of 0.19.1 and later: if an older one wrote them, "
+            f'put "peft_version": "0.17.0" into {config_path.name}'
         )
     adapter = Adapter(
         layers={
-            path: _read_experts(path, tensors, config, found[path], source)
+            path: _read_experts(path, tensors, config, found[path], older[path], source)
             if kind == "experts"
             else _read_layer(path, kind, tensors, config, records.get(path), source)
             for path, kind in kinds.items()
@@ -285,8 +287,9 @@ def _read_layer(
 
 
 def _read_experts(
-    path: str, tensors: Mapping[str, Tensor], config: AdapterConfig, stack: Stack, source: Source
-) -> AdapterLayer:
+    path: str, tensors: Mapping[str, Tensor], config: AdapterConfig, stack: Stack,
+    older: bool | None, source: Source,
+) -> AdapterLayer:  # fmt: skip
     with naming(source.config):
         spec = config.numbers.of(path)
     entries = [join(path, name) for name in FACTORS]
@@ -294,7 +297,7 @@ def _read_experts(
     for entry, factor in zip(entries, (a, b), strict=True):
         if factor.dtype not in files.FLOATS:
             raise ValueError(f"{source.place(entry)}: dtype must be floating, got {factor.dtype}")
-    factors = peft_experts.from_peft(a, b, spec.r, stack)
+    factors = peft_experts.from_peft(a, b, spec.r, stack, older)
     if factors is None:
         rows = stack.experts * spec.r
         raise ValueError(

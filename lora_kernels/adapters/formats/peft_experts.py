@@ -5,8 +5,8 @@ package keeps lora_A [E, r, in] and lora_B [E, out, r]. PEFT keeps lora_A [E·r,
 and lora_B [out, r·E], expert fastest. No key names the parameter: PEFT wraps the experts once for
 each, the first parameter of the module innermost, and calls what a wrapper wraps base_layer.
 
-PEFT 0.17 to 0.19.0 took in for out where a stack is [E, out, in] (0.19.0 where it is [E, in, out]).
-There lora_A is [E·r, out] and lora_B [in, r·E], and the update is that of the factors transposed.
+PEFT 0.17 to 0.19.0 took in for out if a stack is stored [E, out, in], and 0.19.0 in any case. There
+lora_A is [E·r, out] and lora_B [in, r·E], and the update is that of the factors transposed.
 """
 
 import re
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_kernels.model.paths import split
 
-__all__ = ["FIXED", "ORIENTED", "Stack", "Stacks", "from_peft", "homes", "is_ambiguous", "to_peft"]
+__all__ = ["FIXED", "ORIENTED", "Stack", "Stacks", "from_peft", "homes", "is_older", "to_peft"]
 
 ORIENTED = "lora_kernels.experts"  # in the metadata of files whose lora_A is on the side of in
 FIXED = "0.19.1"  # from this PEFT on there is one orientation
@@ -30,6 +30,11 @@ class Stack(NamedTuple):
     outputs: int
     inputs: int
     transposed: bool
+
+    @property
+    def is_square(self) -> bool:
+        """Whether shapes do not tell in from out."""
+        return self.inputs == self.outputs
 
 
 # What target_parameters means in a model, by the paths of the parameters in the model's order.
@@ -53,31 +58,32 @@ def to_peft(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
-def from_peft(a: Tensor, b: Tensor, r: int, stack: Stack) -> tuple[Tensor, Tensor] | None:
+def from_peft(
+    a: Tensor, b: Tensor, r: int, stack: Stack, older: bool | None
+) -> tuple[Tensor, Tensor] | None:
     """lora_A [E, r, in] and lora_B [E, out, r] of PEFT's, in either orientation; None if in none.
 
-    If both fit, because in is out, it is taken for the newer one.
+    older: which it is if in is out, so that both fit. None is taken for the newer one.
     """
     count, n, k, _ = stack
     rows = count * r
-    if a.shape == (rows, k) and b.shape == (n, rows):
-        return a.unflatten(0, (count, r)), b.unflatten(1, (r, count)).permute(2, 0, 1)
-    if a.shape == (rows, n) and b.shape == (k, rows):
-        old_a, old_b = a.unflatten(0, (count, r)), b.unflatten(1, (r, count)).permute(2, 0, 1)
-        return old_b.mT, old_a.mT
-    return None
+    newer_fits = a.shape == (rows, k) and b.shape == (n, rows)
+    older_fits = a.shape == (rows, n) and b.shape == (k, rows)
+    if not (newer_fits or older_fits):
+        return None
+    a, b = a.unflatten(0, (count, r)), b.unflatten(1, (r, count)).permute(2, 0, 1)
+    return (b.mT, a.mT) if older_fits and (older or not newer_fits) else (a, b)
 
 
-def is_ambiguous(stack: Stack, version: str | None) -> bool:
-    """Whether a file of this version of PEFT, None if it says none, may have in and out swapped.
+def is_older(stack: Stack, version: str | None) -> bool | None:
+    """Whether a file of this version of PEFT has in and out swapped; None if nobody knows.
 
-    It says so by its shapes unless in is out.
+    PEFT writes its version since 0.18.
     """
-    if stack.inputs != stack.outputs:
-        return False
-    if stack.transposed:
-        return _numbers(version or "") == (0, 19, 0)
-    return _numbers(version or "") < _numbers(FIXED)
+    if version is None:
+        return False if stack.transposed else None
+    numbers = _numbers(version)
+    return numbers == (0, 19, 0) if stack.transposed else numbers < _numbers(FIXED)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
