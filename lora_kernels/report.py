@@ -145,8 +145,6 @@ def _own_experts_rows(name: str, layer: LoRAExperts, tokens: int) -> list[Row]:
             reason = "it has a forward of its own"
         elif (why := obstacle(_example(weight[0]), weight, a, b, None)) is not None:
             reason = f"its forward raises NotImplementedError: {why}"
-        elif weight.device.type != "cpu":
-            reason = "there are no kernels for experts yet: it runs PyTorch's operators"
         else:
             taken = _algorithm([weight[0]], r, layer.active_dropout_p(), tokens)
             taken = taken._replace(reason=f"{weight.shape[0]} experts in one call; {taken.reason}")
