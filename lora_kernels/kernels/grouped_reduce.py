@@ -68,5 +68,6 @@ def grouped_reduce(
         out_ptr=out,
         numel=numel,
         BLOCK=BLOCK,
+        num_warps=8,
     )
     return out

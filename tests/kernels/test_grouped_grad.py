@@ -17,8 +17,8 @@ from tests.kernels.grouped_cases import (
 
 @pytest.fixture
 def short_chunks(monkeypatch):
-    """Chunks of so few rows that a segment takes several, of a number that no tile divides."""
-    monkeypatch.setattr(grouped_grad, "CHUNK", 13)
+    """Chunks of so few rows that a segment takes two, and that a chunk takes two tiles."""
+    monkeypatch.setattr(grouped_grad, "CHUNK", 17)
 
 
 @dropout
