@@ -5,7 +5,6 @@ import importlib
 import inspect
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import zipfile
@@ -66,24 +65,16 @@ def python(code):
     return json.loads(done.stdout)
 
 
-def test_import_costs_at_most_0_3_seconds_beyond_torch():
-    code = """
-import time, torch
-start = time.perf_counter()
-import lora_kernels
-print(time.perf_counter() - start)
-"""
-    assert statistics.median(python(code) for _ in range(3)) <= 0.3
-
-
-def test_import_pulls_in_nothing_heavy():
+def test_import_runs_the_package_alone():
+    """What takes long to import, triton among it, waits for its first use."""
     code = """
 import json, sys, torch
 before = set(sys.modules)
 import lora_kernels
 print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
 """
-    assert not set(python(code)) & {"peft", "transformers", "triton", "loralib", "matplotlib"}
+    # Of PyTorch and of the standard library nothing is loaded that torch itself has not loaded.
+    assert python(code) == ["lora_kernels"]
 
 
 def test_layers_work_where_triton_is_absent():
