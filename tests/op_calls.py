@@ -17,5 +17,5 @@ class Calls(TorchDispatchMode):
 
     @property
     def fused(self) -> int:
-        """How many are forwards of lora_linear."""
-        return self.names.count("lora_linear_forward")
+        """How many are forwards of lora_linear, or of lora_grouped_linear."""
+        return sum(self.names.count(f"lora_{op}_forward") for op in ("linear", "grouped_linear"))

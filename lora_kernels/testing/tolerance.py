@@ -1,9 +1,12 @@
 """The one rule of what is close: the error against float64 is bounded by same-dtype PyTorch's."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["assert_close"]
+__all__ = ["assert_close", "assert_close_together"]
 
 
 def assert_close(actual: Tensor, reference64: Tensor, baseline: Tensor, what: str = "") -> None:
@@ -24,6 +27,20 @@ def assert_close(actual: Tensor, reference64: Tensor, baseline: Tensor, what: st
     assert _rms(error) <= rms_bound, f"{what} rms error {_rms(error):.3e} > {rms_bound:.3e}"
     worst = error.max().item()
     assert worst <= max_bound, f"{what} max error {worst:.3e} > {max_bound:.3e}"
+
+
+def assert_close_together(triples: Sequence[tuple[Tensor, Tensor, Tensor]], what: str = "") -> None:
+    """assert_close of several small results of one dtype, (actual, reference64, baseline) each.
+
+    They are judged together, each scaled to be near one: the largest error of a baseline of few
+    elements may be small by luck.
+    """
+    parts = []
+    for triple in triples:
+        size = _rms(triple[1]) if triple[1].numel() else 0.0
+        scale = 2.0 ** -round(math.log2(size)) if size > 0 else 1.0  # a power: without rounding
+        parts.append([tensor.flatten() * scale for tensor in triple])
+    assert_close(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), what)
 
 
 def _rms(tensor: Tensor) -> float:

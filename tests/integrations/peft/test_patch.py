@@ -203,7 +203,7 @@ def test_mixed_batches(family, seed, device):
     assert_as_without(
         model,
         lambda model: logits(model, adapter_names=["other", "__base__", "default", "other"]),
-        fused=0,
+        fused=LAYERS[family],
     )
 
 
