@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_kernels import checks, distributed
 from lora_kernels.functional import lora_shared_linear
 from lora_kernels.layers.linear import LoRALinear
-from lora_kernels.ops.shared_input import is_transformed
+from lora_kernels.ops.obstacle import is_transformed
 
 __all__ = ["SharedInput", "share_inputs"]
 

@@ -17,7 +17,7 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
-__all__ = ["is_batched", "is_jagged", "is_opaque", "is_plain", "obstacle"]
+__all__ = ["is_batched", "is_jagged", "is_opaque", "is_plain", "is_transformed", "obstacle"]
 
 _PLAIN = (Tensor, nn.Parameter, type(None))
 # Classes for which tracing, or a collective that is under way, stands in for plain tensors.
@@ -69,6 +69,11 @@ def is_jagged(x) -> bool:
 def is_batched(dy: Tensor) -> bool:
     """Whether a backward runs for a batch of dy at once: under vmap, or by is_grads_batched."""
     return TransformType.Vmap in _transforms() or is_legacy_batchedtensor(dy)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is running."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_plain(kind: type[Tensor]) -> bool:

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.ops.library import binds_positionally, compute, define, tma_if_asked
 from lora_kernels.ops.linear import differentiable_backward
+from lora_kernels.ops.obstacle import is_transformed
 from lora_kernels.reference import formula
 from lora_kernels.reference import shared_input as reference
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import LoraSpec, Needs, OutputSplits
 
-__all__ = ["is_transformed", "lora_shared_linear"]
+__all__ = ["lora_shared_linear"]
 
 
 def _forward(x, ws, a, bs, biases, seeds, *constants):
@@ -128,11 +128,6 @@ def lora_shared_linear(
     else:
         *ys, _ = _LoraSharedLinear.apply(x, seeds, specs, *operands)
     return ys
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is running."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _compute(x, seeds, specs, *operands) -> tuple[Tensor, ...]:

@@ -46,6 +46,7 @@ def test_experts_alone(kind, seed):
     assert set(kinds(model).values()) == {"LoRAExperts"}
     assert len(kinds(model)) == 2
     assert {key for key in model.state_dict() if "lora_" not in key} == keys
+    # float32 through a whole model, rounded in another order
     torch.testing.assert_close(logits(model), plain, rtol=1e-4, atol=1e-5)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trains == set(lora_state_dict(model))
@@ -54,6 +55,7 @@ def test_experts_alone(kind, seed):
     assert (logits(model) - plain).abs().max() > 1e-3
     merged = whole(kind)
     merged.load_state_dict(merged_state_dict(model))
+    # float32 through a whole model: merged weights round anew
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-3, atol=1e-4)
 
 
@@ -100,6 +102,7 @@ def test_a_whole_model_compiles_as_one_graph(kind, seed):
     torch._dynamo.reset()
     model = drawn(apply_lora(whole(kind), **NUMBERS, target_parameters=TARGETS))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # the compiler may add in another order
     torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-5, atol=1e-5)
 
 

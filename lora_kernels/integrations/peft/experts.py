@@ -14,13 +14,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.integrations.peft.guard import (
     DEVICES,
     LINEAR,
     NotFused,
+    misfit_of_moment,
     not_plain_module,
     not_plain_tensor,
     parameter,
@@ -138,11 +137,7 @@ def misfit_of_experts(hidden, experts: Experts, args: tuple, kwargs: Mapping) ->
         low, high = ids.aminmax()
         if low < 0 or high >= weight.shape[0]:
             return NotFused(f"top_k_index has numbers that no expert has: {low} to {high}")
-    if _has_any_global_hook():
-        return NotFused("there are hooks on all modules")
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return NotFused("a transform of torch.func or forward-mode AD is active")
-    return None
+    return misfit_of_moment()
 
 
 def _update_of(wrapper: nn.Module) -> Update | NotFused:

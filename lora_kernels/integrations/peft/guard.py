@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.checks import DTYPES, autocast_dtype
+from lora_kernels.ops.obstacle import is_transformed
 
 __all__ = [
-    "BASES", "DEVICES", "LINEAR", "NotFused", "Operands", "misfit", "not_plain_module",
-    "not_plain_tensor", "operands_of", "parameter",
+    "BASES", "DEVICES", "LINEAR", "NotFused", "Operands", "misfit", "misfit_of_moment",
+    "not_plain_module", "not_plain_tensor", "operands_of", "parameter",
 ]  # fmt: skip
 
 _TENSORS = (Tensor, nn.Parameter)
@@ -130,9 +130,14 @@ def misfit(x, operands: Operands) -> NotFused | None:
         narrow = torch.float64 not in (x.dtype, weight.dtype) and x.dtype in DTYPES
         if not narrow or autocast_dtype(x) is None:
             return NotFused(f"x is {x.dtype} and base_layer.weight {weight.dtype}")
+    return misfit_of_moment()
+
+
+def misfit_of_moment() -> NotFused | None:
+    """Why PEFT's own forwards run here and now, whatever they are called with."""
     if _has_any_global_hook():
         return NotFused("there are hooks on all modules")
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         return NotFused("a transform of torch.func or forward-mode AD is active")
     return None
 

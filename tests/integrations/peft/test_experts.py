@@ -122,6 +122,7 @@ def test_one_of_the_two_parameters(family, which, seed):
     args = (*inputs(torch.float32), torch.randn(TOKENS, HIDDEN))
     expected = solve(model, *args)
     for name, value in fused(model, *args, calls=1).items():
+        # float32, rounded in another order, of values near ten
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
 
 
@@ -236,6 +237,7 @@ def step(model):
 def near(actual, expected):
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
+        # float32 through a whole model, rounded in another order
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
 
 
@@ -278,6 +280,7 @@ def test_a_whole_model_compiles_as_one_graph(kind, seed):
     ids = torch.arange(12)[None]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = model(input_ids=ids).logits
+    # the compiler may add in another order
     torch.testing.assert_close(compiled(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
