@@ -1,8 +1,9 @@
 """Frozen weights that are not dense: a file for each library that makes them.
 
-A file makes of the library's weight a value with ``shape``, ``dtype`` and ``dense()``, which gives
-the weight [N, K] in that dtype; layers and ops see nothing else of it. No library is supported yet:
-a layer over such a weight runs PEFT's own code.
+A file makes of the library's layer a FrozenWeight; layers and ops see nothing else of it. No
+library is imported here: if its module is not loaded, no layer is of it.
 """
 
-__all__: list[str] = []
+from lora_kernels.quantization.base import FrozenWeight, NotFrozen
+
+__all__ = ["FrozenWeight", "NotFrozen"]

@@ -1,0 +1,54 @@
+"""FrozenWeight: what layers and ops see of a base layer whose weight is not a dense matrix."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FrozenWeight", "NotFrozen"]
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenWeight:
+    """The product x·wᵀ + bias of a layer, and its weight w [N, K] as a matrix made on demand.
+
+    The forward of LoRA over such a layer is the layer's own; the backward multiplies by dense().
+    A value is made anew for a call and costs no product: it reads the layer when it is asked.
+
+    layer: the module; ``layer(x)`` is x·wᵀ + bias [..., N] by its own kernels. shape: (N, K).
+    device: that of its parameters. dtype: in which ``layer(x)`` multiplies; None: in x's.
+    kind: what the weight is, in a few words, such as "nf4". exact: whether ``layer(x)`` is the
+    product of x with dense(), within rounding: it is not if the layer rounds x to 8 bits.
+    """
+
+    layer: nn.Module
+    shape: tuple[int, int]
+    device: torch.device
+    dtype: torch.dtype | None
+    kind: str
+    exact: bool
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """w [N, K] in dtype: a new tensor of no class of its own, which nobody else keeps."""
+        raise NotImplementedError(f"{type(self).__name__} does not define dense")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own bias [N]."""
+        return self.layer.bias
+
+    def product_dtype(self, x: Tensor) -> torch.dtype:
+        """In which dtype the layer multiplies this x."""
+        return x.dtype if self.dtype is None else self.dtype
+
+
+@dataclass(frozen=True)
+class NotFrozen:
+    """A layer is no frozen weight, for this reason, in words.
+
+    error: what it is if a user asked for it: TypeError for a layer of no known kind, ValueError for
+    one whose state does not fit.
+    """
+
+    reason: str
+    error: type[Exception] = ValueError
