@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import checks
-from lora_kernels.functional.linear import seeds_for
+from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops import grouped_linear
 from lora_kernels.ops.obstacle import obstacle
 from lora_kernels.spec import GroupedSpec

@@ -14,14 +14,17 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from lora_kernels import checks
+from lora_kernels.functional.quantized_linear import quantized_forward
+from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops import shared_input
 from lora_kernels.ops.linear import LoraLinear
 from lora_kernels.ops.obstacle import is_jagged, is_opaque, is_plain, obstacle
+from lora_kernels.quantization import FrozenWeight
 from lora_kernels.reference import formula
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import LoraSpec, OutputSplits
 
-__all__ = ["lora_forward", "lora_linear", "lora_merged_linear", "lora_shared_linear", "seeds_for"]
+__all__ = ["lora_forward", "lora_linear", "lora_merged_linear", "lora_shared_linear"]
 
 
 def _recorded_by_fx(function: Callable) -> Callable:
@@ -39,7 +42,7 @@ def _recorded_by_fx(function: Callable) -> Callable:
 @_recorded_by_fx
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None = None,
@@ -59,6 +62,8 @@ def lora_linear(
     every call: a layer passes 0 in eval mode. The mask is a pure function of seed, row and column,
     see dropout/mask.py. seed: int64 tensor of one element on x's device; None draws one from
     PyTorch's generator of that device. Under torch.distributed no other rank draws the same one.
+    weight may also be ``frozen_weight(layer)`` of a quantised layer, which computes x·weightᵀ and
+    its own bias by its own kernels; the backward multiplies by its weight made dense on the spot.
     x may be a nested tensor of layout torch.jagged. Wherever an op cannot compute, the formula runs
     in differentiable PyTorch: under the transforms of torch.func and forward-mode AD, while
     torch.jit.trace or torch.onnx.export records, for operands of another tensor class, and on
@@ -70,6 +75,11 @@ def lora_linear(
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
     """
     name = "lora_linear"
+    if isinstance(weight, FrozenWeight):
+        if bias is not None:
+            raise ValueError(f"{name}: bias must be None: a frozen weight's layer adds its own")
+        spec = LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
+        return quantized_forward(name, x, weight, lora_A, lora_B, spec, seed)
     checks.check_weight(name, weight)
     spec = LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
     return lora_forward(name, x, weight, lora_A, lora_B, bias, spec, seed)
@@ -259,44 +269,3 @@ def _prepare(
     checks.check_operands(layer, weight, a, b, bias, spec.splits)
     checks.check_spec(layer, spec)
     return x, weight, bias
-
-
-def seeds_for(
-    layer: str | nn.Module, x: Tensor, dropout_p: float, seed: Tensor | None, count: int = 1
-) -> Tensor | None:
-    """The seeds of count masks: seed, or drawn ones if it is None; None without dropout."""
-    if dropout_p == 0.0:
-        return None
-    if seed is None:
-        return draw_seeds(count, x.device)
-    if not isinstance(seed, Tensor):
-        raise TypeError(
-            f"{checks.layer_name(layer)}: seed must be a torch.Tensor, got {type(seed).__name__}"
-        )
-    if seed.dtype != torch.int64 or seed.numel() != count or seed.device != x.device:
-        elements = "one element" if count == 1 else f"{count} elements"
-        raise ValueError(
-            f"{checks.layer_name(layer)}: seed must be an int64 tensor of {elements} on "
-            f"{x.device}, got {seed.dtype} {list(seed.shape)} on {seed.device}"
-        )
-    return seed.reshape(count)
-
-
-def draw_seeds(count: int, device: torch.device) -> Tensor:
-    """Seeds from PyTorch's generator; under torch.distributed, out of this rank's share of int64.
-
-    After set_seed(42) on every rank, all generators have the same state and draw the same numbers;
-    nn.Dropout then drops the same elements on all ranks. Seeds out of disjoint ranges give every
-    rank its own mask. The rank only moves the bounds of the draw. So the recomputation of
-    checkpointing, CUDA graph capture and torch.compile see the one operation that they see in a
-    single process.
-
-    Ranks that compute the same activations, as under tensor parallelism outside of what it shards,
-    need the same mask: there, the caller draws one seed for all of them and passes it.
-    """
-    rank, ranks = 0, 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    share = 2**64 // ranks
-    low = -(2**63) + rank * share
-    return torch.randint(low, low + share - 1, (count,), dtype=torch.int64, device=device)

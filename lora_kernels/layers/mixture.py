@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.functional.linear import seeds_for
+from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops.grouped_linear import lora_grouped_linear
 from lora_kernels.spec import GroupedSpec
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import distributed
-from lora_kernels.functional.linear import draw_seeds
+from lora_kernels.functional.seeds import draw_seeds
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.layers.multi_linear import MultiLoRALinear
 from lora_kernels.layers.routing import RoutedLayer, Segments, mixed

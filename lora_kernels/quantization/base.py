@@ -38,8 +38,12 @@ class FrozenWeight:
         return self.layer.bias
 
     def product_dtype(self, x: Tensor) -> torch.dtype:
-        """In which dtype the layer multiplies this x."""
+        """In which dtype the layer multiplies this x, here and now."""
         return x.dtype if self.dtype is None else self.dtype
+
+    def output_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of layer(x), here and now."""
+        return x.dtype
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def lora_linear_forward(
     """What linear.lora_linear_forward specifies, for the same operands."""
     acc = accumulate_dtype(x.dtype)
     x_hat = dropped(x, seed, spec.dropout_p, acc)
-    y, h = with_update(F.linear(x, w, bias), x_hat, a, b, spec, acc)
+    y = F.linear(x.to(w.dtype), w, None if bias is None else bias.to(w.dtype)).to(x.dtype)
+    y, h = with_update(y, x_hat, a, b, spec, acc)
     return y, h.reshape(-1, h.shape[-1])
 
 
@@ -95,7 +96,7 @@ def lora_linear_backward(
     if needs.x:
         update = dh @ a.to(acc)
         update = update if factor is None else update * factor
-        dx = (dy_rows @ w + update).to(dy.dtype)
+        dx = ((dy_rows.to(w.dtype) @ w).to(dy.dtype) + update).to(dy.dtype)
         grads.append(dx.reshape(*dy.shape[:-1], dx.shape[1]))
     if needs.w or needs.a:
         x_rows = x.reshape(-1, x.shape[-1])

@@ -3,7 +3,8 @@
 Notation: x [M, K] input; w [N, K] base weight; a [E·r, K] and b [rows of the enabled groups, r] the
 LoRA factors of E enabled groups of output columns (LoRALinear: one group, E = 1);
 x_hat = dropout(x); h = x_hat·aᵀ [M, E·r]; dh = scaling·dy·b [M, E·r]. Low-rank products run in
-float32 at least, whatever the dtypes of x, a and b.
+float32 at least, whatever the dtypes of x, a and b. The large product runs in w's dtype if that is
+another than x's, as over a base that multiplies in its own; else products.py says in which.
 """
 
 import torch
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import dropout
+from lora_kernels.reference.products import product_dtype
 from lora_kernels.spec import LoraSpec, Needs
 
 __all__ = [
-    "accumulate_dtype", "lora_linear_backward", "lora_linear_forward", "low_rank_input",
-    "part", "shaped_like",
+    "accumulate_dtype", "add_update_", "lora_linear_backward", "lora_linear_forward",
+    "low_rank_input", "part", "shaped_like",
 ]  # fmt: skip
 
 
@@ -53,13 +55,24 @@ def lora_linear_forward(
     -> y [..., N], h [M, E·r] in accumulate_dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
-    acc = accumulate_dtype(x.dtype)
-    y = F.linear(rows, w, bias)
-    h = low_rank_input(rows, a, seed, spec.dropout_p)
+    large = product_dtype(x.dtype, x.device, len(rows)) if w.dtype == x.dtype else w.dtype
+    converted = _as(large, rows)
+    y = F.linear(converted, _as(large, w), None if bias is None else _as(large, bias))
+    if large.itemsize < x.dtype.itemsize:
+        y, converted = y.to(x.dtype), rows
+    h = low_rank_input(converted, a, seed, spec.dropout_p)
+    add_update_(y, h, b, spec)
+    return shaped_like(x, _as(x.dtype, y)), h
+
+
+def add_update_(y: Tensor, h: Tensor, b: Tensor, spec: LoraSpec) -> None:
+    """y += scaling·h·bᵀ in the columns of each enabled group, in place.
+
+    Shapes: y [M, N], h [M, E·r] in accumulate_dtype, b [rows of the enabled groups, r].
+    """
     for columns, b_rows, ranks in spec.splits.groups(b.shape[1]):
-        factor = _as(acc, part(b, 0, b_rows)).T
+        factor = _as(h.dtype, part(b, 0, b_rows)).T
         _add_product_(part(y, 1, columns), part(h, 1, ranks), factor, spec.scaling)
-    return shaped_like(x, y), h
 
 
 def lora_linear_backward(
@@ -83,16 +96,22 @@ def lora_linear_backward(
     dy_rows = dy.reshape(-1, dy.shape[-1])
     rows = None if x is None else x.reshape(-1, x.shape[-1])
     acc = accumulate_dtype(dy.dtype)
+    large = product_dtype(dy.dtype, dy.device, len(dy_rows), backward=True)
+    if w is not None and w.dtype != dy.dtype:
+        large = w.dtype
     dx = dw = da = db = dbias = None
 
     enabled = list(spec.splits.groups(b.shape[1])) if b is not None else []
+    # One conversion for all products, if they run in the same dtype.
+    converted = _as(large, dy_rows)
+    wide_dy = converted if large == acc else dy_rows
 
     if needs.x or needs.a:
         # b is copied to [r, rows]: BLAS is twice as fast on a skinny factor stored that way.
         dh = _join(
             [
                 F.linear(
-                    _as(acc, part(dy_rows, 1, columns)),
+                    _as(acc, part(wide_dy, 1, columns)),
                     _as(acc, part(b, 0, b_rows)).T.contiguous(),
                 )
                 for columns, b_rows, _ in enabled
@@ -112,22 +131,26 @@ def lora_linear_backward(
     elif needs.a:
         da = dh.T @ _as(acc, rows)
     if needs.x:
-        if update is None:
-            dx = dy_rows @ w
-            _add_product_(dx, dh, _as(acc, a), 1.0)
-        elif dy.dtype == torch.float32:  # in update's memory
-            dx = update.addmm_(dy_rows, w)
+        if update is not None and large == acc:  # in update's memory
+            dx = update.addmm_(converted, _as(large, w))
         else:
-            dx = (dy_rows @ w).add_(update)
+            dx = converted @ _as(large, w)
+            if large.itemsize < acc.itemsize:
+                dx = _as(dy.dtype, dx)
+            if update is None:
+                _add_product_(dx, dh, _as(acc, a), 1.0)
+            else:
+                dx.add_(update)
+        dx = _as(dy.dtype, dx)
         dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     if needs.w:
-        dw = dy_rows.T @ rows
+        dw = _as(dy.dtype, converted.T @ _as(large, rows))
     if needs.a:
         da = _as(a.dtype, da)
     if needs.b:
         db = _join(
             [
-                (part(h, 1, ranks).T @ _as(acc, part(dy_rows, 1, columns))).T * scaling
+                (part(h, 1, ranks).T @ _as(acc, part(wide_dy, 1, columns))).T * scaling
                 for columns, _, ranks in enabled
             ],
             dim=0,

@@ -1,0 +1,56 @@
+"""lora_linear over a frozen weight that is not dense."""
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import checks
+from lora_kernels.functional.seeds import seeds_for
+from lora_kernels.ops.obstacle import is_jagged, is_opaque, is_transformed, obstacle
+from lora_kernels.ops.quantized_linear import LoraQuantizedLinear
+from lora_kernels.quantization import FrozenWeight
+from lora_kernels.reference import formula
+from lora_kernels.reference.linear import accumulate_dtype
+from lora_kernels.spec import LoraSpec
+
+__all__ = ["quantized_forward"]
+
+
+def quantized_forward(
+    layer: str | nn.Module,
+    x: Tensor,
+    frozen: FrozenWeight,
+    a: Tensor,
+    b: Tensor,
+    spec: LoraSpec,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """lora_linear over a frozen weight, for a layer, which names itself in errors.
+
+    If an op cannot compute, the base layer and the formula do, with the base's own autograd.
+    """
+    if is_jagged(x):
+        checks.check_shape(layer, x, frozen)
+        y = quantized_forward(layer, x.values(), frozen, a, b, spec, seed)
+        return torch.nested.nested_tensor_from_jagged(
+            y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
+        )
+    if not is_opaque(x):
+        checks.check_shape(layer, x, frozen)
+        if x.device != frozen.device:
+            raise ValueError(
+                f"{checks.layer_name(layer)}: x must be on the base layer's device "
+                f"{frozen.device}, got {x.device}"
+            )
+        checks.check_operands(layer, frozen, a, b, None, spec.splits)
+        checks.check_spec(layer, spec)
+        seed = seeds_for(layer, x, spec.dropout_p, seed)
+        if obstacle(x, None, a, b, None) is None and not is_transformed():
+            return LoraQuantizedLinear.apply(x, a, b, seed, frozen, spec)
+        x_hat = formula.dropped(x, seed, spec.dropout_p, accumulate_dtype(x.dtype))
+    elif isinstance(layer, nn.Module):  # so that train() and eval() act on what is recorded
+        x_hat = layer.lora_dropout(x)
+    else:
+        x_hat = nn.functional.dropout(x, spec.dropout_p) if spec.dropout_p > 0 else x
+    y = frozen.layer(x)
+    with checks.without_autocast(frozen.device):
+        return formula.with_update(y, x_hat, a, b, spec, accumulate_dtype(a.dtype))[0]

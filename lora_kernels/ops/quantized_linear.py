@@ -1,0 +1,115 @@
+"""The op behind lora_linear over a frozen weight that is not dense, and its autograd Function."""
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch.table import GemmShape
+from lora_kernels.ops.library import compute, define
+from lora_kernels.ops.linear import (
+    differentiable_backward,
+    lora_linear_backward,
+    lora_linear_forward,
+)
+from lora_kernels.quantization import FrozenWeight
+from lora_kernels.reference import quantized_linear as reference
+from lora_kernels.reference.linear import accumulate_dtype
+from lora_kernels.reference.products import product_dtype
+from lora_kernels.spec import LoraSpec, Needs, OutputSplits
+
+__all__ = ["LoraQuantizedLinear", "add_lora"]
+
+
+def _add_lora(y, x, a, b, seed, scaling, dropout_p, sizes, enabled):
+    spec = LoraSpec(scaling, dropout_p, OutputSplits(tuple(sizes), tuple(enabled)))
+    k, n = x.shape[-1], y.shape[-1]
+    shape = GemmShape(
+        m=x.numel() // max(1, k),
+        n=n,
+        k=k,
+        r=b.shape[1],
+        dtype=x.dtype,
+        device=x.device,
+        dropout=dropout_p > 0,
+    )
+    return compute(reference, "add_lora", shape, (y, x, a, b, seed, spec), (x, y, a, b))
+
+
+def _fake(y, x, a, *_):
+    m = x.numel() // x.shape[-1]
+    return x.new_empty((m, a.shape[0]), dtype=accumulate_dtype(x.dtype))
+
+
+_op = define(
+    "add_lora",
+    "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor? seed, float scaling, float dropout_p, "
+    "SymInt[] out_splits, bool[] enable_lora) -> Tensor",
+    _add_lora,
+    None,
+    _fake,
+)
+
+
+def add_lora(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, spec: LoraSpec
+) -> Tensor:
+    """h, and the update added to y in place, as reference.quantized_linear specifies, by the op."""
+    splits = spec.splits
+    return _op(y, x, a, b, seed, spec.scaling, spec.dropout_p, splits.sizes, splits.enabled)
+
+
+class LoraQuantizedLinear(torch.autograd.Function):
+    """The base's own product and the update added to it; the backward multiplies by dense().
+
+    The base runs without a graph, so it keeps nothing: neither its dense weight nor a copy of x.
+    Saves what the backward will read of x, h, the seed and the factors.
+    """
+
+    @staticmethod
+    def forward(ctx, x, a, b, seed, frozen: FrozenWeight, spec: LoraSpec):
+        ctx.frozen, ctx.spec = frozen, spec
+        ctx.set_materialize_grads(False)
+        ctx.needs = needs = Needs(x=ctx.needs_input_grad[0], a=ctx.needs_input_grad[1],
+                                  b=ctx.needs_input_grad[2])  # fmt: skip
+        ctx.x_dtype, ctx.dense_dtype = x.dtype, frozen.product_dtype(x)
+        rows = x.numel() // max(1, x.shape[-1])
+        if frozen.exact and _large(ctx.dense_dtype, x, rows) == torch.float32 != ctx.dense_dtype:
+            bias = None if frozen.bias is None else frozen.bias.float()
+            w = frozen.dense(torch.float32)
+            y, h = lora_linear_forward(x, w, a, b, bias, seed, spec)
+            y = y.to(frozen.output_dtype(x))
+        else:
+            y = frozen.layer(x).contiguous()
+            h = add_lora(y, x, a, b, seed, spec)
+            # Of a view that a Function returns, autograd forbids a change in place.
+            y = torch.ops.aten._unsafe_view.default(y, y.shape)
+        if any(needs):
+            ctx.dense_dtype = _large(ctx.dense_dtype, x, rows, backward=True)
+        ctx.save_for_backward(
+            x if needs.a else None,
+            h if needs.b else None,
+            a if needs.x or needs.a else None,
+            b if any(needs) else None,
+            seed if needs.x or needs.a else None,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs = ctx.needs
+        if dy is None or not any(needs):
+            return (None,) * 6
+        x, h, a, b, seed = ctx.saved_tensors
+        dy = dy.to(ctx.x_dtype)
+        w = ctx.frozen.dense(ctx.dense_dtype) if needs.x else None
+        operands = (dy, x, h, w, a, b, seed)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = differentiable_backward(*operands, ctx.spec, needs)
+        else:
+            grads = lora_linear_backward(operands, ctx.spec, needs)
+        dx, _, da, db, _ = needs.spread(grads)
+        return dx, da, db, None, None, None
+
+
+def _large(dtype: torch.dtype, x: Tensor, rows: int, backward: bool = False) -> torch.dtype:
+    """In which dtype the large product of a base that multiplies in dtype runs here."""
+    return product_dtype(dtype, x.device, rows, backward)
