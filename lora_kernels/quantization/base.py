@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FrozenWeight", "NotFrozen"]
+__all__ = ["TRAINED", "FrozenWeight", "NotFrozen"]
+
+TRAINED = "its weight requires grad: freeze it with weight.requires_grad_(False)"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,145 @@
+"""Frozen weights of bitsandbytes: Linear4bit (NF4, FP4) and Linear8bitLt (LLM.int8())."""
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.quantization.base import (
+    TRAINED,
+    FrozenWeight,
+    NotFrozen,
+)
+
+__all__ = ["linear_4bit", "linear_8bit"]
+
+_OPS = torch.ops.bitsandbytes  # defined once bitsandbytes is imported, as it is if a layer exists
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that its operators give
+
+
+class FourBit(FrozenWeight):
+    """The weight of a Linear4bit: codes of four bits and a scale for each block of them.
+
+    The scales may be in 8 bits themselves (double quantisation). A forward in eval() on a CPU with
+    AVX512-BF16 instructions packs codes and scales anew, in place; from then on the layer
+    multiplies in bfloat16, with scales in bfloat16.
+    """
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        weight = self.layer.weight
+        state = _state_of(self.layer, weight)
+        codes = weight.detach()
+        if _is_packed(state):
+            return _unpacked(codes, state, dtype)
+        scales = state.absmax
+        if state.nested:
+            scales = _OPS.dequantize_blockwise.default(
+                scales,
+                state.state2.absmax,
+                state.state2.code,
+                state.state2.blocksize,
+                torch.float32,
+            )
+            scales += state.offset
+        # Not by bitsandbytes' dequantize_4bit(): it rounds to the state's dtype first.
+        narrow = dtype if dtype in _DTYPES else torch.float32
+        return _OPS.dequantize_4bit.default(
+            codes.view(-1, 1),
+            scales.float(),
+            state.blocksize,
+            state.quant_type,
+            state.shape,
+            narrow,
+        ).to(dtype)
+
+
+class EightBit(FrozenWeight):
+    """The weight of a Linear8bitLt: int8 [N, K], and a scale for each row."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        codes, scales = _rows(self.layer)
+        return codes.to(dtype).mul_(scales.mul(1 / 127).unsqueeze(1))
+
+
+def linear_4bit(layer: nn.Module) -> FrozenWeight | NotFrozen:
+    """The weight of a bitsandbytes.nn.Linear4bit."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return NotFrozen("it has no parameter weight")
+    state = _state_of(layer, weight)
+    if state is None:
+        return NotFrozen("it has no quant_state: move it to its device, which quantises it")
+    with torch._C.DisableTorchFunctionSubclass():  # attributes of such tensors are slow without
+        trained, device = weight.requires_grad, weight.device
+    if trained:
+        return NotFrozen(TRAINED)
+    shape = tuple(state.shape)
+    if shape != (layer.out_features, layer.in_features):
+        return NotFrozen(
+            f"its weight was quantised as {list(shape)}, not as [out_features, in_features] = "
+            f"{[layer.out_features, layer.in_features]}: quantise it again in that orientation"
+        )
+    dtype = layer.compute_dtype
+    if _is_packed(state):
+        dtype = torch.bfloat16
+    elif state.absmax.dim() != 1:
+        return NotFrozen(
+            "bitsandbytes lost the order of its scales when it unpacked the weight, which "
+            "state_dict() and to() do after a forward in eval() on this CPU: load it again"
+        )
+    return FourBit(layer, shape, device, dtype, state.quant_type, True)
+
+
+def linear_8bit(layer: nn.Module) -> FrozenWeight | NotFrozen:
+    """The weight of a bitsandbytes.nn.Linear8bitLt.
+
+    exact: in training on a CPU. Otherwise the layer rounds x to 8 bits.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return NotFrozen("it has no parameter weight")
+    if layer.state.has_fp16_weights:
+        return NotFrozen(
+            "has_fp16_weights=True keeps a 16-bit weight and quantises it in every forward: "
+            "make the layer with has_fp16_weights=False"
+        )
+    if weight.dtype != torch.int8:
+        return NotFrozen("its weight is not quantised yet: move it to its device, which does it")
+    if weight.requires_grad:
+        return NotFrozen(TRAINED)
+    if _rows(layer)[1] is None:
+        return NotFrozen("it has no scales (SCB): load it again")
+    device = weight.device
+    exact = layer.training and device.type in ("cpu", "xpu")
+    return EightBit(layer, tuple(weight.shape), device, None, "int8", exact)
+
+
+def _state_of(layer: nn.Module, weight: Tensor):
+    """The quant_state that the layer's forward finds: FSDP makes weights anew, without theirs."""
+    state = getattr(weight, "quant_state", None)
+    return layer.quant_state if state is None else state
+
+
+def _is_packed(state) -> bool:
+    return state.__dict__.get("packing_format_for_cpu", False)
+
+
+def _unpacked(packed: Tensor, state, dtype: torch.dtype) -> Tensor:
+    """w [N, K] out of what bitsandbytes packs for its CPU kernel, packed [N, K/2].
+
+    Its own inverse is none: it quantises double-quantised scales a second time, and leaves others
+    in the packed order. A row of 32 bytes has the codes of one pair of columns of 32 rows of w:
+    the first 32 in the low halves, the others in the high ones. The scales are [K/blocksize, N].
+    """
+    n, k = state.shape
+    rows = packed.view(torch.uint8).view(-1, 32)
+    codes = torch.cat([rows & 15, rows >> 4], dim=1).view(n // 32, k // 2, 32, 2)
+    codes = codes.transpose(1, 2).reshape(-1)
+    blocks = state.code.index_select(0, codes.int()).view(n, -1, state.blocksize)
+    return blocks.mul_(state.absmax.T.float().unsqueeze(2)).view(n, k).to(dtype)
+
+
+def _rows(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """codes [N, K] and scales [N] that the next forward multiplies by; the first one moves them."""
+    weight, state = layer.weight, layer.state
+    held = state if getattr(weight, "CB", None) is None else weight
+    codes = weight.detach() if held.CB is None else held.CB
+    return codes, held.SCB

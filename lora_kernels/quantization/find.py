@@ -1,0 +1,66 @@
+"""Which layers have a frozen weight that is not dense: a table of classes by their names."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lora_kernels.quantization import bitsandbytes, torchao
+from lora_kernels.quantization.base import FrozenWeight, NotFrozen
+
+__all__ = ["find", "frozen_weight"]
+
+_Reader = Callable[[nn.Module], FrozenWeight | NotFrozen]
+# By name: a class exists only if its library has been imported, which is not done here.
+_READERS: dict[str, _Reader] = {
+    "torch.nn.modules.linear.Linear": torchao.linear,
+    "bitsandbytes.nn.modules.Linear4bit": bitsandbytes.linear_4bit,
+    "bitsandbytes.nn.modules.LinearFP4": bitsandbytes.linear_4bit,
+    "bitsandbytes.nn.modules.LinearNF4": bitsandbytes.linear_4bit,
+    "bitsandbytes.nn.modules.Linear8bitLt": bitsandbytes.linear_8bit,
+}
+_readers: dict[tuple[type, Callable], _Reader] = {}  # of classes met, with the forwards they had
+
+
+def find(layer: nn.Module) -> FrozenWeight | NotFrozen:
+    """The frozen weight of a layer as it is now, or why it has none.
+
+    It is asked in every call of a layer: what it looks at can change from one to the next.
+    """
+    kind = type(layer)
+    try:
+        reader = _readers[kind, kind.forward]
+    except (KeyError, AttributeError):
+        reader = _reader_of(kind)
+        if isinstance(reader, NotFrozen):
+            return reader
+        _readers[kind, kind.forward] = reader
+    if "forward" in layer.__dict__:
+        return NotFrozen("it has a forward of its own")
+    return reader(layer)
+
+
+def frozen_weight(layer: nn.Module) -> FrozenWeight:
+    """The weight of a quantised linear layer, for lora_linear: layer(x) is x·weightᵀ + bias.
+
+    layer: of bitsandbytes (Linear4bit, Linear8bitLt), or an nn.Linear with a weight of torchao.
+    Raises: TypeError if layer is of another kind, ValueError if its state does not fit.
+    """
+    found = find(layer)
+    if isinstance(found, NotFrozen):
+        raise found.error(f"{type(layer).__name__} has no frozen weight: {found.reason}")
+    return found
+
+
+def _reader_of(kind: type) -> _Reader | NotFrozen:
+    reader = _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
+    if reader is None:
+        return NotFrozen("this package does not know layers of its class", TypeError)
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    forward = kind.forward
+    if (
+        forward.__module__ != owner.__module__
+        or not forward.__qualname__.startswith(f"{owner.__qualname__}.")
+        or hasattr(forward, "__wrapped__")
+    ):
+        return NotFrozen(f"{kind.__name__}.forward has been replaced")
+    return reader

@@ -1,0 +1,57 @@
+"""Frozen weights of torchao: an nn.Linear whose weight is one of its tensors."""
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.quantization.base import TRAINED, FrozenWeight, NotFrozen
+
+__all__ = ["linear"]
+
+
+class Affine(FrozenWeight):
+    """An Int8Tensor or Float8Tensor: its own dequantisation rounds once, to any dtype it knows."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        narrow = torch.float32 if dtype == torch.float64 else dtype
+        return self.layer.weight.detach().dequantize(narrow).contiguous().to(dtype)
+
+
+class Unpacked(FrozenWeight):
+    """An IntxUnpackedToInt8Tensor: its forward rounds the weight to the weight's dtype."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.layer.weight.detach().dequantize().contiguous().to(dtype)
+
+
+# Of each tensor: the value, the kind in words, whether x may have another dtype than the weight,
+# and the attribute that says how it quantises x.
+_TENSORS = {
+    "Int8Tensor": (Affine, "int8", True, "act_quant_kwargs"),
+    "Float8Tensor": (Affine, "float8", False, "act_quant_kwargs"),
+    "IntxUnpackedToInt8Tensor": (Unpacked, "intx", False, "activation_quantization"),
+}
+
+
+def linear(layer: nn.Module) -> FrozenWeight | NotFrozen:
+    """The weight of an nn.Linear. exact: the weight does not ask for x to be quantised too."""
+    weight = layer._parameters.get("weight")
+    kind = type(weight)
+    if kind in (Tensor, nn.Parameter):
+        return NotFrozen("its weight is dense: pass the weight itself", TypeError)
+    known = _TENSORS.get(kind.__name__)
+    if known is None or not kind.__module__.startswith("torchao."):
+        return NotFrozen(f"its weight is a {kind.__module__}.{kind.__qualname__}", TypeError)
+    value, name, any_dtype, activation = known
+    with torch._C.DisableTorchFunctionSubclass():  # attributes of tensors are slow without
+        if weight.requires_grad:
+            return NotFrozen(TRAINED)
+        if getattr(weight, "act_pre_scale", None) is not None:
+            return NotFrozen("its weight scales the columns of x first (act_pre_scale)")
+        return value(
+            layer,
+            tuple(weight.shape),
+            weight.device,
+            None if any_dtype else weight.dtype,
+            name,
+            getattr(weight, activation) is None,
+        )

@@ -1,0 +1,70 @@
+"""Small quantised layers of every kind: quantised("nf4", n, k) is a layer [.., k] -> [.., n]."""
+
+import pytest
+import torch
+from torch import nn
+
+__all__ = ["INEXACT", "KINDS", "quantised"]
+
+
+def quantised(kind, n=64, k=128, *, bias=True, dtype=torch.float32, device="cpu", seed=0):
+    """A frozen layer of one of KINDS, in training mode; the test is skipped without its library.
+
+    dtype: of the weight that is quantised, of the bias, and of what the layer multiplies in. The
+    same seed gives the same layer, and torch's own state of random numbers stays as it is.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        dense = nn.Linear(k, n, bias=bias).to(dtype)
+        layer = _MAKERS[kind](dense)
+    return layer.to(device).requires_grad_(False)
+
+
+def _bitsandbytes_4bit(quant_type: str, nested: bool):
+    def make(dense: nn.Linear) -> nn.Module:
+        bnb = pytest.importorskip("bitsandbytes")
+        n, k = dense.weight.shape
+        options = {"compress_statistics": nested, "quant_type": quant_type}
+        layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=dense.weight.dtype, **options)
+        layer.weight = bnb.nn.Params4bit(
+            dense.weight.detach(), requires_grad=False, module=layer, **options
+        )
+        layer.bias = dense.bias
+        return layer.to("cpu")  # which quantises it
+
+    return make
+
+
+def _bitsandbytes_8bit(dense: nn.Linear) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    n, k = dense.weight.shape
+    layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(dense.weight.detach(), requires_grad=False)
+    layer.bias = dense.bias
+    return layer.to("cpu")  # which quantises it
+
+
+def _torchao(config: str, **options):
+    def make(dense: nn.Linear) -> nn.Module:
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(dense, getattr(quantization, config)(**options))
+        return dense
+
+    return make
+
+
+_MAKERS = {
+    "nf4": _bitsandbytes_4bit("nf4", nested=False),
+    "nf4-nested": _bitsandbytes_4bit("nf4", nested=True),
+    "fp4": _bitsandbytes_4bit("fp4", nested=False),
+    "fp4-nested": _bitsandbytes_4bit("fp4", nested=True),
+    "int8": _bitsandbytes_8bit,
+    "torchao-int8": _torchao("Int8WeightOnlyConfig"),
+    "torchao-int8-dynamic": _torchao("Int8DynamicActivationInt8WeightConfig"),
+    "torchao-float8": _torchao("Float8WeightOnlyConfig"),
+    "torchao-intx4": _torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
+    "torchao-intx-dynamic": _torchao("Int8DynamicActivationIntxWeightConfig"),
+}
+KINDS = tuple(_MAKERS)
+# Of these the layer does more than round x·wᵀ: it quantises x as well.
+INEXACT = ("torchao-int8-dynamic", "torchao-intx-dynamic")
