@@ -20,6 +20,7 @@ from lora_kernels.layers.mixture import weight_of
 from lora_kernels.layers.multi_linear import MultiLoRALinear
 from lora_kernels.model.paths import join, named_modules
 from lora_kernels.ops.obstacle import obstacle
+from lora_kernels.quantization import FrozenWeight
 
 __all__ = ["Report", "Row", "report"]
 
@@ -178,16 +179,21 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
     ranks = tuple(_rank(layer, name) for name in layer.active_adapters if name in layer.r)
     taken, reason = None, ""
     operands = unreached(layer) or operands_of(layer)
-    if not isinstance(operands, NotFused):
-        shape = operands.weight.shape
-        operands = misfit(_example(operands.weight), operands) or operands
+    weight = None if isinstance(operands, NotFused) else operands.weight
+    kind = f"peft {type(layer).__name__}({type(base).__name__})"
+    if isinstance(weight, FrozenWeight):
+        kind, shape = f"peft {type(layer).__name__}({_frozen_kind(weight)})", weight.shape
+    elif weight is not None:
+        shape = weight.shape
+        operands = misfit(_example(weight), operands) or operands
     if isinstance(operands, NotFused):
         reason = operands.reason
         if reason.endswith("is a DTensor"):
             reason += " as it stands; if fully_shard gathers it, ask in the forward"
+    elif isinstance(weight, FrozenWeight):
+        taken = _over_frozen(weight, operands.a, operands.dropout_p, tokens)
     else:
-        taken = _algorithm([operands.weight], operands.a.shape[0], operands.dropout_p, tokens)
-    kind = f"peft {type(layer).__name__}({type(base).__name__})"
+        taken = _algorithm([weight], operands.a.shape[0], operands.dropout_p, tokens)
     return _row(name, kind, shape, dtype, ranks, taken, reason)
 
 
@@ -233,6 +239,21 @@ def _algorithm(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens
         return forward
     both = f"{forward.reason}; backward: {backward.name}, {backward.reason}"
     return forward._replace(reason=both)
+
+
+def _frozen_kind(weight: FrozenWeight) -> str:
+    return f"{type(weight.layer).__name__} {weight.kind}"
+
+
+def _over_frozen(weight: FrozenWeight, a: torch.Tensor, dropout_p: float, tokens: int) -> Algorithm:
+    """What adds the update to the layer's own product, and what computes the gradients."""
+    n, k = weight.shape
+    dtype = weight.dtype or a.dtype
+    chosen = algorithm.choose(
+        GemmShape(tokens, n, k, a.shape[0], dtype, weight.device, dropout_p > 0, backward=True)
+    )
+    reason = "the layer's own product, then the update; backward by its weight made dense"
+    return chosen._replace(reason=f"{reason}; {chosen.reason}")
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from lora_kernels.functional.linear import (
     lora_merged_linear,
     lora_shared_linear,
 )
+from lora_kernels.functional.quantized_linear import quantized_forward
 
 __all__ = [
     "lora_forward",
@@ -14,4 +15,5 @@ __all__ = [
     "lora_linear",
     "lora_merged_linear",
     "lora_shared_linear",
+    "quantized_forward",
 ]

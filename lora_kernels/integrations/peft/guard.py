@@ -1,4 +1,4 @@
-"""The guard of the patch: which calls of PEFT's lora.Linear are plain LoRA, for lora_linear.
+"""The guard of the patch: which calls of PEFT's LoRA layers are plain LoRA, for lora_linear.
 
 operands_of() looks at the layer, misfit() at its input. Both are asked in every call, because what
 they look at can change from one call to the next.
@@ -14,9 +14,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.checks import DTYPES, autocast_dtype
 from lora_kernels.ops.obstacle import is_transformed
+from lora_kernels.quantization import FrozenWeight, NotFrozen, find
 
 __all__ = [
-    "BASES", "DEVICES", "LINEAR", "NotFused", "Operands", "misfit", "misfit_of_moment",
+    "BASES", "DEVICES", "LINEAR", "NotFused", "Operands", "hooked", "misfit", "misfit_of_moment",
     "not_plain_module", "not_plain_tensor", "operands_of", "parameter",
 ]  # fmt: skip
 
@@ -30,9 +31,12 @@ BASES: dict[type[nn.Module], Callable] = {**LINEAR}  # of base layers; patch_pef
 
 
 class Operands(NamedTuple):
-    """What lora_linear takes besides x; weight is [N, K], a view if Conv1D stores [K, N]."""
+    """What lora_linear takes besides x; weight is [N, K], a view if Conv1D stores [K, N].
 
-    weight: Tensor
+    bias: None over a frozen weight, whose layer adds its own.
+    """
+
+    weight: Tensor | FrozenWeight
     a: Tensor
     b: Tensor
     bias: Tensor | None
@@ -47,7 +51,7 @@ class NotFused(NamedTuple):
 
 
 def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotFused:
-    """The operands of a PEFT lora.Linear as it is now, or why PEFT's own forward runs.
+    """The operands of a PEFT LoRA layer over a linear as it is now, or why PEFT's forward runs.
 
     adapter: one of the layer's; None: the one that is active.
     """
@@ -74,8 +78,11 @@ def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotF
     base, lora_a = children["base_layer"], all_a[name]
     lora_b = children["lora_B"]._modules[name]
     dropout = children["lora_dropout"]._modules[name]
+    frozen = _frozen_weight(base)
+    if isinstance(frozen, NotFused):
+        return frozen
     problem = (
-        not_plain_module(base, "base_layer", BASES)
+        (hooked(base, "base_layer") if frozen else not_plain_module(base, "base_layer", BASES))
         or not_plain_module(lora_a, "lora_A", LINEAR)
         or not_plain_module(lora_b, "lora_B", LINEAR)
         or not_plain_module(dropout, "lora_dropout", _DROPOUTS)
@@ -89,18 +96,21 @@ def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotF
             return NotFused(f"lora_dropout is {dropout}")
     if parameter(lora_a, "bias") is not None or parameter(lora_b, "bias") is not None:
         return NotFused("its adapter has a bias")
-    weight, bias = parameter(base, "weight"), parameter(base, "bias")
     a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
-    problem = (
-        not_plain_tensor(weight, "base_layer.weight", 2)
-        or not_plain_tensor(a, "lora_A.weight", 2)
-        or not_plain_tensor(b, "lora_B.weight", 2)
-        or (bias is not None and not_plain_tensor(bias, "base_layer.bias", 1))
-    )
+    problem = not_plain_tensor(a, "lora_A.weight", 2) or not_plain_tensor(b, "lora_B.weight", 2)
     if problem:
         return problem
-    if type(base) is not nn.Linear:
-        weight = weight.T
+    if frozen is not None:
+        weight, bias = frozen, None
+    else:
+        weight, bias = parameter(base, "weight"), parameter(base, "bias")
+        problem = not_plain_tensor(weight, "base_layer.weight", 2) or (
+            bias is not None and not_plain_tensor(bias, "base_layer.bias", 1)
+        )
+        if problem:
+            return problem
+        if type(base) is not nn.Linear:
+            weight = weight.T
     problem = _unfit(weight, a, b, bias)
     if problem:
         return problem
@@ -126,11 +136,37 @@ def misfit(x, operands: Operands) -> NotFused | None:
         return NotFused(f"x is on {x.device}, its weights on {weight.device}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return NotFused(f"x {list(x.shape)} does not fit weight {list(weight.shape)}")
-    if x.dtype != weight.dtype:
+    if isinstance(weight, FrozenWeight):
+        problem = _misfit_of_frozen(x)
+        if problem:
+            return problem
+    elif x.dtype != weight.dtype:
         narrow = torch.float64 not in (x.dtype, weight.dtype) and x.dtype in DTYPES
         if not narrow or autocast_dtype(x) is None:
             return NotFused(f"x is {x.dtype} and base_layer.weight {weight.dtype}")
     return misfit_of_moment()
+
+
+def _frozen_weight(base: nn.Module) -> FrozenWeight | NotFused | None:
+    """The frozen weight of a base layer, or why it has none; None if its weight is dense."""
+    if type(base) in BASES and type(base._parameters.get("weight")) in _TENSORS:
+        return None
+    found = find(base)
+    if not isinstance(found, NotFrozen):
+        return found
+    if type(base) in BASES:
+        return None  # what is wrong with it is told below
+    return NotFused(f"base_layer is a {type(base).__name__}: {found.reason}")
+
+
+def _misfit_of_frozen(x: Tensor) -> NotFused | None:
+    """Why PEFT's own forward runs for this x over a frozen weight, which multiplies as it will."""
+    if x.dtype not in DTYPES or x.dtype == torch.float64:
+        return NotFused(f"x is {x.dtype}")
+    dtype = autocast_dtype(x)
+    if dtype is not None and x.dtype not in (dtype, torch.float32):
+        return NotFused(f"x is {x.dtype} under an autocast to {dtype}")
+    return None
 
 
 def misfit_of_moment() -> NotFused | None:
@@ -159,7 +195,7 @@ def _unfit(weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> NotFuse
     if a.dtype != b.dtype:
         return NotFused(f"lora_A is {a.dtype} and lora_B {b.dtype}")
     if a.dtype == torch.float64 != weight.dtype:
-        return NotFused(f"its adapter is float64 and its base {weight.dtype}")
+        return NotFused(f"its adapter is float64 and its base {weight.dtype or weight.kind}")
     if bias is not None and bias.dtype != weight.dtype:
         return NotFused(f"base_layer.weight is {weight.dtype} and its bias {bias.dtype}")
     return None
@@ -172,17 +208,20 @@ def not_plain_module(module: nn.Module, name: str, forwards: dict) -> NotFused |
         return NotFused(f"{name} is a {kind.__name__}")
     if kind.forward is not forwards[kind]:
         return NotFused(f"{kind.__name__}.forward has been replaced")
-    hooked = (
+    if "forward" in module.__dict__:
+        return NotFused(f"{name} has a forward of its own")
+    return hooked(module, name)
+
+
+def hooked(module: nn.Module, name: str) -> NotFused | None:
+    """Why a call of module does more than its forward."""
+    hooks = (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-    if hooked:
-        return NotFused(f"{name} has hooks")
-    if "forward" in module.__dict__:
-        return NotFused(f"{name} has a forward of its own")
-    return None
+    return NotFused(f"{name} has hooks") if hooks else None
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:

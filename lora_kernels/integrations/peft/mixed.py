@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_kernels import functional
 from lora_kernels.integrations.peft.guard import NotFused, Operands, misfit, operands_of
+from lora_kernels.quantization import FrozenWeight
 from lora_kernels.reference.linear import shaped_like
 
 __all__ = ["compute_mixed", "mixed_of"]
@@ -47,6 +48,11 @@ def mixed_of(layer: nn.Module, x, names) -> tuple[Segments, list[Operands]] | No
         operands = operands_of(layer, name)
         if isinstance(operands, NotFused):
             return operands
+        if isinstance(operands.weight, FrozenWeight):
+            return NotFused(
+                f"its weight is frozen as {operands.weight.kind}, which one call for "
+                f"all adapters does not take"
+            )
         if isinstance(operands.scaling, Tensor):
             return NotFused("scaling is a tensor")
         if operands.a.dtype != (found or [operands])[0].a.dtype:

@@ -1,12 +1,10 @@
 """patch_peft() and unpatch_peft(): forwards of PEFT's LoRA layers replaced, and given back.
 
-The patch replaces one method of two classes and stores nothing on modules. A call that the guard
+The patch replaces one method of a few classes and stores nothing on modules. A call that the guard
 does not know runs PEFT's own forward.
 """
 
 import functools
-import hashlib
-import inspect
 import warnings
 from collections.abc import Callable
 
@@ -14,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
-from lora_kernels.integrations.peft import experts, mixed
+from lora_kernels.integrations.peft import experts, mixed, quantized
 from lora_kernels.integrations.peft.guard import BASES, NotFused, misfit, operands_of
+from lora_kernels.integrations.peft.source import digest
 from lora_kernels.layers import mixture
+from lora_kernels.quantization import FrozenWeight
 from lora_kernels.spec import LoraSpec, OutputSplits
 
 __all__ = ["patch_peft", "patched_experts", "unpatch_peft", "unreached"]
@@ -28,6 +28,7 @@ _KNOWN_FORWARDS = {
 }
 
 _upstream: dict[type[nn.Module], Callable] = {}  # PEFT's forwards, while patched
+_endings: list[Callable[[], None]] = []  # what unpatch_peft() calls, too
 
 
 def patch_peft() -> None:
@@ -35,14 +36,16 @@ def patch_peft() -> None:
 
     Replaces the forwards of ``lora.Linear``, over nn.Linear and Hugging Face's Conv1D, and of
     ``lora.ParamWrapper`` (target_parameters), over experts of Transformers, in
-    ``peft.tuners.lora.layer``, for models that exist and models to come.
+    ``peft.tuners.lora.layer``, for models that exist and models to come. So it does for LoRA over
+    quantised layers of bitsandbytes, torchao, HQQ and others: the forward of the base stays its
+    own, the update is added to it, and the backward makes the dense weight for one product.
     Samples with adapters of their own (``adapter_names``) take one call for all adapters.
     If a call is not plain LoRA, PEFT's own forward runs; ``report(model)`` says which and why.
     Without dropout the results are PEFT's within rounding. With dropout the masks are others.
     Call it before a model is compiled. A second call changes nothing.
 
     Warns: RuntimeWarning, once, if the forward of lora.Linear of this version of PEFT is not a
-    known one. Over experts an unknown version runs PEFT's own forward.
+    known one. Over experts and quantised layers an unknown version runs PEFT's own forward.
     Raises: ImportError if peft is not installed.
     """
     from peft.tuners.lora import layer as peft
@@ -56,6 +59,9 @@ def patch_peft() -> None:
         replacements[peft.ParamWrapper] = _patched_experts
     for kind, patched in replacements.items():
         _upstream[kind], kind.forward = kind.forward, patched(kind.forward)
+    for kind in quantized.classes_below(peft.LoraLayer):
+        _patch_quantised(kind)
+    _endings.append(quantized.watch_classes(peft.LoraLayer, _patch_quantised))
 
 
 def unpatch_peft() -> None:
@@ -72,6 +78,8 @@ def unpatch_peft() -> None:
     while _upstream:
         kind, kind_forward = _upstream.popitem()
         kind.forward = kind_forward
+    while _endings:
+        _endings.pop()()
 
 
 def unreached(layer: nn.Module) -> NotFused | None:
@@ -83,7 +91,10 @@ def unreached(layer: nn.Module) -> NotFused | None:
         return NotFused("patch_peft() has not been called")
     kind = next((kind for kind in _upstream if type(layer).forward is kind.forward), None)
     if kind is None:
-        return NotFused(f"{type(layer).__name__} of PEFT has a forward of its own")
+        name = type(layer).__name__
+        if quantized.is_quantised(type(layer)):
+            return NotFused(f"{name}.forward of this PEFT is not that of a known version")
+        return NotFused(f"{name} of PEFT has a forward of its own")
     if "forward" in layer.__dict__:
         # A hook of Accelerate keeps the method that it replaces.
         replaced = getattr(layer.__dict__.get("_old_forward"), "__func__", None)
@@ -94,12 +105,7 @@ def unreached(layer: nn.Module) -> NotFused | None:
 
 @functools.cache
 def _warn_unless_known(forward: Callable) -> None:
-    try:
-        # Of the code object, because of a wrapper inspect would show the function inside.
-        source = inspect.getsource(forward.__code__)
-    except (AttributeError, OSError):
-        source = ""
-    if hashlib.sha256(source.encode()).hexdigest() not in _KNOWN_FORWARDS:
+    if digest(forward) not in _KNOWN_FORWARDS:
         warnings.warn(
             "patch_peft: lora_kernels does not know the lora.Linear.forward of this PEFT (it knows "
             "those of 0.16.0 to 0.21.2). It is patched all the same: compare results with and "
@@ -107,6 +113,12 @@ def _warn_unless_known(forward: Callable) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _patch_quantised(kind: type[nn.Module]) -> None:
+    forward = kind.forward
+    if kind not in _upstream and quantized.is_known(kind, forward):
+        _upstream[kind], kind.forward = forward, _patched(forward)
 
 
 def _patched(upstream: Callable) -> Callable:
@@ -125,6 +137,8 @@ def _patched(upstream: Callable) -> Callable:
         if isinstance(scaling, Tensor):
             b, scaling = b * scaling, 1.0  # its value stays on the device
         spec = LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
+        if isinstance(weight, FrozenWeight):
+            return functional.quantized_forward(self, x, weight, a, b, spec)
         return functional.lora_forward(self, x, weight, a, b, bias, spec)
 
     return forward
