@@ -53,6 +53,38 @@ def _torchao(config: str, **options):
     return make
 
 
+def _hqq(nbits: int):
+    def make(dense: nn.Linear) -> nn.Module:
+        hqq = pytest.importorskip("hqq.core.quantize")
+        config = hqq.BaseQuantizeConfig(nbits=nbits, group_size=32)
+        return hqq.HQQLinear(dense, config, compute_dtype=dense.weight.dtype, device="cpu")
+
+    return make
+
+
+def _quanto(qtype: str):
+    def make(dense: nn.Linear) -> nn.Module:
+        quanto = pytest.importorskip("optimum.quanto")
+        model = nn.Sequential(dense)
+        quanto.quantize(model, weights=getattr(quanto, qtype))
+        quanto.freeze(model)
+        return model[0]
+
+    return make
+
+
+def _compressed_float8(dense: nn.Linear) -> nn.Module:
+    module = pytest.importorskip("transformers.integrations.compressed_tensors")
+    n, k = dense.weight.shape
+    layer = module.CompressedTensorsFP8Linear(k, n)
+    weight = dense.weight.detach().float()
+    scales = weight.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    layer.weight = nn.Parameter((weight / scales).to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale = nn.Parameter(scales.T.contiguous(), requires_grad=False)
+    layer.bias = dense.bias
+    return layer
+
+
 _MAKERS = {
     "nf4": _bitsandbytes_4bit("nf4", nested=False),
     "nf4-nested": _bitsandbytes_4bit("nf4", nested=True),
@@ -64,7 +96,13 @@ _MAKERS = {
     "torchao-float8": _torchao("Float8WeightOnlyConfig"),
     "torchao-intx4": _torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
     "torchao-intx-dynamic": _torchao("Int8DynamicActivationIntxWeightConfig"),
+    "hqq-4": _hqq(4),
+    "hqq-8": _hqq(8),
+    "quanto-int8": _quanto("qint8"),
+    "quanto-int4": _quanto("qint4"),
+    "quanto-float8": _quanto("qfloat8"),
+    "compressed-float8": _compressed_float8,
 }
 KINDS = tuple(_MAKERS)
 # Of these the layer does more than round x·wᵀ: it quantises x as well.
-INEXACT = ("torchao-int8-dynamic", "torchao-intx-dynamic")
+INEXACT = ("torchao-int8-dynamic", "torchao-intx-dynamic", "compressed-float8")

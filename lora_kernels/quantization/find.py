@@ -4,8 +4,16 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lora_kernels.quantization import bitsandbytes, torchao
+from lora_kernels.quantization import (
+    bitsandbytes,
+    compressed_tensors,
+    finegrained_fp8,
+    hqq,
+    quanto,
+    torchao,
+)
 from lora_kernels.quantization.base import FrozenWeight, NotFrozen
+from lora_kernels.quantization.unsupported import REASONS
 
 __all__ = ["find", "frozen_weight"]
 
@@ -17,6 +25,12 @@ _READERS: dict[str, _Reader] = {
     "bitsandbytes.nn.modules.LinearFP4": bitsandbytes.linear_4bit,
     "bitsandbytes.nn.modules.LinearNF4": bitsandbytes.linear_4bit,
     "bitsandbytes.nn.modules.Linear8bitLt": bitsandbytes.linear_8bit,
+    "hqq.core.quantize.HQQLinear": hqq.linear,
+    "optimum.quanto.nn.qlinear.QLinear": quanto.linear,
+    "transformers.integrations.finegrained_fp8.FP8Linear": finegrained_fp8.linear,
+    "transformers.integrations.compressed_tensors.CompressedTensorsFP8Linear": (
+        compressed_tensors.linear_fp8
+    ),
 }
 _readers: dict[tuple[type, Callable], _Reader] = {}  # of classes met, with the forwards they had
 
@@ -35,14 +49,16 @@ def find(layer: nn.Module) -> FrozenWeight | NotFrozen:
             return reader
         _readers[kind, kind.forward] = reader
     if "forward" in layer.__dict__:
-        return NotFrozen("it has a forward of its own")
+        way_out = ": load it with dequantize=True" if hasattr(layer, "quantization_scheme") else ""
+        return NotFrozen(f"it has a forward of its own{way_out}")
     return reader(layer)
 
 
 def frozen_weight(layer: nn.Module) -> FrozenWeight:
     """The weight of a quantised linear layer, for lora_linear: layer(x) is x·weightᵀ + bias.
 
-    layer: of bitsandbytes (Linear4bit, Linear8bitLt), or an nn.Linear with a weight of torchao.
+    layer: of bitsandbytes (Linear4bit, Linear8bitLt), HQQ (HQQLinear), quanto (QLinear) or
+    transformers (FP8Linear, CompressedTensorsFP8Linear), or an nn.Linear with a weight of torchao.
     Raises: TypeError if layer is of another kind, ValueError if its state does not fit.
     """
     found = find(layer)
@@ -54,7 +70,9 @@ def frozen_weight(layer: nn.Module) -> FrozenWeight:
 def _reader_of(kind: type) -> _Reader | NotFrozen:
     reader = _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
     if reader is None:
-        return NotFrozen("this package does not know layers of its class", TypeError)
+        package = kind.__module__.partition(".")[0]
+        reason = REASONS.get(package, "it is of no class that this package knows")
+        return NotFrozen(reason, TypeError)
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = kind.forward
     if (
