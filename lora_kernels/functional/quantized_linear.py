@@ -44,8 +44,8 @@ def quantized_forward(
         checks.check_operands(layer, frozen, a, b, None, spec.splits)
         checks.check_spec(layer, spec)
         seed = seeds_for(layer, x, spec.dropout_p, seed)
-        if obstacle(x, None, a, b, None) is None and not is_transformed():
-            return LoraQuantizedLinear.apply(x, a, b, seed, frozen, spec)
+        if obstacle(x, None, a, b, frozen.bias) is None and not is_transformed():
+            return LoraQuantizedLinear.apply(x, a, b, frozen.bias, seed, frozen, spec)
         x_hat = formula.dropped(x, seed, spec.dropout_p, accumulate_dtype(x.dtype))
     elif isinstance(layer, nn.Module):  # so that train() and eval() act on what is recorded
         x_hat = layer.lora_dropout(x)

@@ -65,17 +65,17 @@ class LoraQuantizedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, a, b, seed, frozen: FrozenWeight, spec: LoraSpec):
+    def forward(ctx, x, a, b, bias, seed, frozen: FrozenWeight, spec: LoraSpec):
+        """bias: frozen's own, which is an argument for its gradient alone."""
         ctx.frozen, ctx.spec = frozen, spec
         ctx.set_materialize_grads(False)
-        ctx.needs = needs = Needs(x=ctx.needs_input_grad[0], a=ctx.needs_input_grad[1],
-                                  b=ctx.needs_input_grad[2])  # fmt: skip
+        needs_x, needs_a, needs_b, needs_bias = ctx.needs_input_grad[:4]
+        ctx.needs = needs = Needs(needs_x, False, needs_a, needs_b, needs_bias)
         ctx.x_dtype, ctx.dense_dtype = x.dtype, frozen.product_dtype(x)
         rows = x.numel() // max(1, x.shape[-1])
         if frozen.exact and _large(ctx.dense_dtype, x, rows) == torch.float32 != ctx.dense_dtype:
-            bias = None if frozen.bias is None else frozen.bias.float()
-            w = frozen.dense(torch.float32)
-            y, h = lora_linear_forward(x, w, a, b, bias, seed, spec)
+            w, wide_bias = frozen.dense(torch.float32), None if bias is None else bias.float()
+            y, h = lora_linear_forward(x, w, a, b, wide_bias, seed, spec)
             y = y.to(frozen.output_dtype(x))
         else:
             y = frozen.layer(x).contiguous()
@@ -88,7 +88,7 @@ class LoraQuantizedLinear(torch.autograd.Function):
             x if needs.a else None,
             h if needs.b else None,
             a if needs.x or needs.a else None,
-            b if any(needs) else None,
+            b if needs.x or needs.a or needs.b else None,
             seed if needs.x or needs.a else None,
         )
         return y
@@ -97,7 +97,7 @@ class LoraQuantizedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         needs = ctx.needs
         if dy is None or not any(needs):
-            return (None,) * 6
+            return (None,) * 7  # one for each argument of forward
         x, h, a, b, seed = ctx.saved_tensors
         dy = dy.to(ctx.x_dtype)
         w = ctx.frozen.dense(ctx.dense_dtype) if needs.x else None
@@ -106,8 +106,8 @@ class LoraQuantizedLinear(torch.autograd.Function):
             grads = differentiable_backward(*operands, ctx.spec, needs)
         else:
             grads = lora_linear_backward(operands, ctx.spec, needs)
-        dx, _, da, db, _ = needs.spread(grads)
-        return dx, da, db, None, None, None
+        dx, _, da, db, dbias = needs.spread(grads)
+        return dx, da, db, dbias, None, None, None
 
 
 def _large(dtype: torch.dtype, x: Tensor, rows: int, backward: bool = False) -> torch.dtype:

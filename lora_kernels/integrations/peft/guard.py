@@ -96,13 +96,8 @@ def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotF
             return NotFused(f"lora_dropout is {dropout}")
     if parameter(lora_a, "bias") is not None or parameter(lora_b, "bias") is not None:
         return NotFused("its adapter has a bias")
-    a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
-    problem = not_plain_tensor(a, "lora_A.weight", 2) or not_plain_tensor(b, "lora_B.weight", 2)
-    if problem:
-        return problem
-    if frozen is not None:
-        weight, bias = frozen, None
-    else:
+    weight, bias = frozen, None
+    if frozen is None:
         weight, bias = parameter(base, "weight"), parameter(base, "bias")
         problem = not_plain_tensor(weight, "base_layer.weight", 2) or (
             bias is not None and not_plain_tensor(bias, "base_layer.bias", 1)
@@ -111,6 +106,10 @@ def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotF
             return problem
         if type(base) is not nn.Linear:
             weight = weight.T
+    a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
+    problem = not_plain_tensor(a, "lora_A.weight", 2) or not_plain_tensor(b, "lora_B.weight", 2)
+    if problem:
+        return problem
     problem = _unfit(weight, a, b, bias)
     if problem:
         return problem
