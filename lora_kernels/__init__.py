@@ -25,6 +25,7 @@ from lora_kernels.layers import (
     LoRALayer,
     LoRALinear,
     LoRAMergedLinear,
+    LoRAQuantizedLinear,
     MergedLinear,
     MultiLoRALinear,
     share_inputs,
@@ -33,6 +34,7 @@ from lora_kernels.model.apply import apply_lora
 from lora_kernels.model.merge import merge_lora, unmerge_lora, use_merged_state_dicts
 from lora_kernels.model.route import adapter_parameters, route
 from lora_kernels.model.trainable import mark_only_lora_as_trainable
+from lora_kernels.quantization import frozen_weight
 from lora_kernels.report import report
 
 __version__ = "0.1.0"
@@ -52,10 +54,12 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRAMergedLinear",
+    "LoRAQuantizedLinear",
     "MergedLinear",
     "MultiLoRALinear",
     "adapter_parameters",
     "apply_lora",
+    "frozen_weight",
     "load_adapter",
     "lora_grouped_linear",
     "lora_linear",

@@ -18,9 +18,10 @@ from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.linear import LinearLayer
 from lora_kernels.layers.mixture import weight_of
 from lora_kernels.layers.multi_linear import MultiLoRALinear
+from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
 from lora_kernels.model.paths import join, named_modules
 from lora_kernels.ops.obstacle import obstacle
-from lora_kernels.quantization import FrozenWeight
+from lora_kernels.quantization import FrozenWeight, NotFrozen, find
 
 __all__ = ["Report", "Row", "report"]
 
@@ -91,10 +92,12 @@ def report(model: nn.Module, tokens: int = 4096) -> Report:
 
 
 def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
-    weight = layer.base_weight() if layer.has_base_weight else None
-    taken, reason = None, ""
     if isinstance(layer, MultiLoRALinear):
         return _multi_row(name, layer, tokens)
+    if isinstance(layer, LoRAQuantizedLinear):
+        return _quantised_row(name, layer, tokens)
+    weight = layer.base_weight() if layer.has_base_weight else None
+    taken, reason = None, ""
     if not layer.has_lora:
         reason = "it has no adapter (r = 0)"
     elif layer.merged:
@@ -126,6 +129,20 @@ def _multi_row(name: str, layer: MultiLoRALinear, tokens: int) -> Row:
     taken = _algorithm([weight], max(ranks), 0.0, tokens)
     taken = taken._replace(reason=f"adapters {named} in one call; {taken.reason}")
     return _row(name, type(layer).__name__, *_outline(weight), ranks, taken, "")
+
+
+def _quantised_row(name: str, layer: LoRAQuantizedLinear, tokens: int) -> Row:
+    weight, taken, reason = find(layer.base_layer), None, ""
+    shape, kind = (layer.out_features, layer.in_features), type(layer.base_layer).__name__
+    if isinstance(weight, NotFrozen):
+        reason = f"its forward raises an error: {weight.reason}"
+    elif type(layer).forward is not LoRAQuantizedLinear.forward or "forward" in layer.__dict__:
+        reason = "it has a forward of its own"
+    else:
+        kind = _frozen_kind(weight)
+        taken = _over_frozen(weight, layer.lora_A, layer.active_dropout_p(), tokens)
+    dtype = None if isinstance(weight, NotFrozen) else weight.dtype
+    return _row(name, f"{type(layer).__name__}({kind})", shape, dtype, (layer.r,), taken, reason)
 
 
 def _own_obstacle(layer: LinearLayer) -> str | None:

@@ -19,6 +19,7 @@ from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
 from lora_kernels.layers.mixture import weight_of
+from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
 from lora_kernels.model.parameters import adapted_parameters, name_parameters
 from lora_kernels.model.paths import (
     adapted_layers,
@@ -148,7 +149,7 @@ def _layer(path: str, layers: Mapping[str, LoRALayer], state: Mapping[str, Tenso
     if path not in layers:
         return _stack(path, layers[split(path)[0]], state)
     layer = layers[path]
-    if not isinstance(layer, (nn.Linear, nn.Embedding, ConvLoRA)):
+    if not isinstance(layer, (nn.Linear, nn.Embedding, ConvLoRA, LoRAQuantizedLinear)):
         raise ValueError(
             f"save_adapter: {path} ({type(layer).__name__}) is no linear, embedding or "
             f"convolution, and PEFT has no layer like it: save lora_state_dict(model)"

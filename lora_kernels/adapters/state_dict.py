@@ -9,6 +9,7 @@ from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.multi_linear import MultiLoRALinear
+from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
 from lora_kernels.model.paths import (
     as_names,
     is_inside,
@@ -70,6 +71,7 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
     """The state dict of the model without LoRA: same keys, each weight with its delta folded in.
 
     Loads strictly into the original architecture and gives the outputs of model in eval mode.
+    Quantised weights that LoRA changes become dense; so do not load it into a quantised model.
     Weights that LoRA changes are copies, the rest is shared with model as in state_dict(). If a
     tied weight has LoRA on one side, or another LoRA on each, its entries differ: load it into an
     untied model. Layers of a user's own class that do not tell their base weight or their update
@@ -80,7 +82,7 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
     limit the merged rows anew, and for weights that FSDP (not fully_shard) has sharded.
     """
     one_adapter("merged_state_dict", model, adapter)  # raises
-    renamed, dropped, merged, left = {}, set(), {}, {}
+    renamed, dropped, merged, added, left = {}, set(), {}, {}, {}
     copies: dict[int | tuple[int, str], Tensor] = {}
     state = plain_state(model)  # first, because this makes FSDP shard its parameters again
     for path, layer in named_modules(model, remove_duplicate=False):
@@ -92,7 +94,15 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
             layer = layer.alone(adapter) if adapter in layer.adapters else layer
         if isinstance(layer, ConvLoRA):
             renamed |= {join(path, f"conv.{name}"): join(path, name) for name in ("weight", "bias")}
-        if isinstance(layer, LoRAExperts):
+        if isinstance(layer, LoRAQuantizedLinear):
+            inside = join(path, "base_layer")
+            dropped |= {key for key in state if is_inside(key, [inside])} - {join(inside, "bias")}
+            dropped |= {join(path, "lora_A"), join(path, "lora_B")}
+            renamed[join(inside, "bias")] = join(path, "bias")
+            if held not in copies:
+                copies[held] = layer.merged_weight()
+            added[join(path, "weight")] = copies[held]
+        elif isinstance(layer, LoRAExperts):
             for name in layer.target_parameters:
                 if (id(layer), name) not in copies:
                     copies[id(layer), name] = layer.merged_stack(name)
@@ -126,7 +136,7 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
         renamed.get(key, key): merged.get(key, value)
         for key, value in state.items()
         if key not in dropped
-    }
+    } | added
 
 
 def entry_keys(
@@ -142,7 +152,7 @@ def entry_keys(
         if bias == "none" or is_inside(path, saved):
             continue
         parent = split(path)[0]
-        plain = parent if isinstance(targets.get(parent), ConvLoRA) else path
+        plain = parent if isinstance(targets.get(parent), (ConvLoRA, LoRAQuantizedLinear)) else path
         if bias == "all" or plain in targets:
             keys |= {join(plain, name): join(path, name) for name in bias_names(module)}
     return keys

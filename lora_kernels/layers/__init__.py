@@ -7,6 +7,7 @@ from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
 from lora_kernels.layers.multi_linear import MultiLoRALinear
+from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
 from lora_kernels.layers.shared_input import share_inputs
 
 # loralib's names
@@ -32,6 +33,7 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRAMergedLinear",
+    "LoRAQuantizedLinear",
     "MergedLinear",
     "MultiLoRALinear",
     "share_inputs",

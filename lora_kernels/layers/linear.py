@@ -10,6 +10,7 @@ from lora_kernels import checks, functional
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merging import takes_merged_weight
 from lora_kernels.ops.obstacle import is_opaque, obstacle
+from lora_kernels.quantization import is_quantised
 from lora_kernels.spec import LoraSpec, OutputSplits
 
 __all__ = ["LinearLayer", "LoRALinear", "is_hf_conv1d"]
@@ -34,6 +35,11 @@ class LinearLayer(LoRALayer, nn.Linear):
     @classmethod
     def _wrap(cls, linear: nn.Module, lora_dtype: torch.dtype | None, **kwargs):
         fan_in_fan_out = is_hf_conv1d(linear)
+        if is_quantised(linear):
+            raise TypeError(
+                f"{cls.__name__}: linear must be a plain nn.Linear or Hugging Face Conv1D, and "
+                f"{type(linear).__name__} is quantised: use LoRAQuantizedLinear(linear, r, ...)"
+            )
         plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
         if not (plain or fan_in_fan_out) or "weight" not in linear._parameters:
             raise TypeError(

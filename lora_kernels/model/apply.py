@@ -25,6 +25,7 @@ from lora_kernels.model.targets import (
     LayerSpec,
     candidates,
     check_wrappable,
+    constructor_name,
     constructor_of,
     match_targets,
     plain_patterns,
@@ -35,6 +36,7 @@ from lora_kernels.model.trainable import (
     saved_paths,
     untie,
 )
+from lora_kernels.quantization import FrozenWeight, frozen_weight, is_quantised
 
 __all__ = ["apply_lora", "wrap_modules"]
 
@@ -58,16 +60,19 @@ def apply_lora(
 ) -> nn.Module:
     """Replaces modules of model by LoRA layers around the same parameters; returns model.
 
-    Wraps nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and Hugging Face's Conv1D.
+    Wraps nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Hugging Face's Conv1D, and the
+    quantised linears that ``frozen_weight`` takes, which stay as they are inside a
+    LoRAQuantizedLinear.
     target_modules says which; None is "all-linear", or no module if there are target_parameters:
 
     * a list: every module whose path is an entry or ends with "." and an entry;
     * a string: a regular expression that the whole path matches; if it matches nothing, a name
       as in a list;
-    * "all-linear": every nn.Linear and Conv1D except ``model.get_output_embeddings()``. Subclasses
-      of nn.Linear stay as they are, with a warning: their owner may read the weight without
-      calling them, as nn.MultiheadAttention does. So do weights of experts that are stacked in one
-      parameter, as in transformers 5, if target_parameters does not name them.
+    * "all-linear": every nn.Linear, quantised linear and Conv1D except
+      ``model.get_output_embeddings()``. Other subclasses of nn.Linear stay as they are, with a
+      warning: their owner may read the weight without calling them, as nn.MultiheadAttention does.
+      So do weights of experts that are stacked in one parameter, as in transformers 5, if
+      target_parameters does not name them.
 
     target_parameters: paths, or ends of paths, of parameters that are stacks of the weights of
     experts, such as "experts.gate_up_proj" and "experts.down_proj". Their modules become
@@ -114,8 +119,8 @@ def apply_lora(
     construct = constructor_of(inside)
     if construct is not None:
         raise ValueError(
-            f"apply_lora: model is itself an nn.{type(inside).__name__}, which cannot be replaced "
-            f"in place: use {construct.__self__.__name__}.{construct.__name__}(model, r, ...)"
+            f"apply_lora: model is itself a {type(inside).__name__}, which cannot be replaced "
+            f"in place: use {constructor_name(construct)}(model, r, ...)"
         )
     parameters = match_parameters(model, target_parameters, saved)
     if target_modules is None:
@@ -174,9 +179,12 @@ def wrap_modules(
 def _wrap(
     module: nn.Module, spec: LayerSpec, merge_weights: bool, autocast_adapter_dtype: bool
 ) -> LoRALayer:
+    quantised = is_quantised(module)
     options = {
         "merge_weights": False,  # scaling is not final yet
-        "lora_dtype": _lora_dtype(module.weight, autocast_adapter_dtype),
+        "lora_dtype": _lora_dtype(
+            frozen_weight(module) if quantised else module.weight, autocast_adapter_dtype
+        ),
     }
     if not isinstance(module, nn.Embedding):
         options["lora_dropout"] = spec.lora_dropout
@@ -186,7 +194,8 @@ def _wrap(
         options |= {"enable_lora": spec.splits.enabled, "out_splits": spec.splits.sizes}
     layer = construct(module, spec.r, spec.lora_alpha, **options)
     layer.scaling, layer.merge_weights = spec.scaling, merge_weights
-    keep_hooks(module, layer)
+    if not quantised:  # such a module is called by its layer, and keeps its hooks
+        keep_hooks(module, layer)
     return layer
 
 
@@ -205,6 +214,8 @@ def _wrap_experts(
     return layer
 
 
-def _lora_dtype(weight: torch.Tensor, autocast_adapter_dtype: bool) -> torch.dtype | None:
+def _lora_dtype(
+    weight: torch.Tensor | FrozenWeight, autocast_adapter_dtype: bool
+) -> torch.dtype | None:
     sixteen_bit = weight.dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if autocast_adapter_dtype and sixteen_bit else None

@@ -21,6 +21,7 @@ from lora_kernels.model.targets import (
     plain_patterns,
 )
 from lora_kernels.model.trainable import mark_only_lora_as_trainable
+from lora_kernels.quantization import is_quantised
 
 __all__ = ["add_adapters", "check_no_named_adapters", "check_only_adapters", "put_adapters"]
 
@@ -93,10 +94,11 @@ def put_adapters(
     plain = {path: m for path, m in modules.items() if not isinstance(m, MultiLoRALinear)}
     check_wrappable(plain)
     for path, module in plain.items():
-        if not (isinstance(module, nn.Linear) or is_hf_conv1d(module)):
+        linear = isinstance(module, nn.Linear) or is_hf_conv1d(module)
+        if not linear or is_quantised(module):
             raise ValueError(
                 f"{path} ({type(module).__name__}) cannot get several adapters: only nn.Linear and "
-                f"Hugging Face's Conv1D can"
+                f"Hugging Face's Conv1D can, and none that is quantised"
             )
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers = {}

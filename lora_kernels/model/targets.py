@@ -14,6 +14,7 @@ from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_kernels.layers.embedding import LoRAEmbedding
 from lora_kernels.layers.linear import LoRALinear, is_hf_conv1d
+from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
 from lora_kernels.model.paths import (
     as_names,
     is_inside,
@@ -24,11 +25,12 @@ from lora_kernels.model.paths import (
     split,
     unwrapped,
 )
+from lora_kernels.quantization import FrozenWeight, find, is_quantised
 from lora_kernels.spec import OutputSplits
 
 __all__ = [
-    "Hyperparameters", "LayerSpec", "candidates", "check_wrappable", "constructor_of",
-    "match_targets", "name_targets", "plain_patterns",
+    "Hyperparameters", "LayerSpec", "candidates", "check_wrappable", "constructor_name",
+    "constructor_of", "match_targets", "name_targets", "plain_patterns",
 ]  # fmt: skip
 
 
@@ -164,10 +166,11 @@ def _linear_paths(
         head = None
     paths, skipped = [], []
     for path, module in modules.items():
-        if module is head or not (isinstance(module, nn.Linear) or is_hf_conv1d(module)):
+        linear = isinstance(module, nn.Linear) or is_hf_conv1d(module) or is_quantised(module)
+        if module is head or not linear:
             continue
-        plain = type(module) is nn.Linear or is_hf_conv1d(module) or isinstance(module, LoRALayer)
-        (paths if plain else skipped).append(path)
+        taken = constructor_of(module) is not None or isinstance(module, LoRALayer)
+        (paths if taken or is_quantised(module) else skipped).append(path)
     if skipped:
         warnings.warn(
             f"target_modules='all-linear' leaves subclasses of nn.Linear as they are: "
@@ -230,8 +233,19 @@ _CONSTRUCTORS = {
 
 
 def constructor_of(module: nn.Module) -> Callable[..., LoRALayer] | None:
-    """What wraps a module of this kind: from_linear, from_embedding, from_conv, or None."""
-    return LoRALinear.from_linear if is_hf_conv1d(module) else _CONSTRUCTORS.get(type(module))
+    """What wraps a module of this kind: from_linear, from_embedding, from_conv, ..., or None."""
+    if is_hf_conv1d(module):
+        return LoRALinear.from_linear
+    if is_quantised(module):
+        return LoRAQuantizedLinear
+    return _CONSTRUCTORS.get(type(module))
+
+
+def constructor_name(construct: Callable[..., LoRALayer]) -> str:
+    """What constructor_of returns, as a user would write it."""
+    if isinstance(construct, type):
+        return construct.__name__
+    return f"{construct.__self__.__name__}.{construct.__name__}"
 
 
 def candidates(model: nn.Module) -> str:
@@ -251,6 +265,11 @@ def check_wrappable(targets: Mapping[str, nn.Module]) -> None:
         kind = type(module).__name__
         if isinstance(module, LoRALayer):
             reason = "it is a LoRA layer already"
+        elif is_quantised(module):
+            found = find(module)
+            if isinstance(found, FrozenWeight):
+                continue
+            reason = found.reason
         elif constructor_of(module) is None:
             reason = (
                 "only nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and Hugging Face's "

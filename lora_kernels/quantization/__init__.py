@@ -5,6 +5,6 @@ library is imported here: if its module is not loaded, no layer is of it.
 """
 
 from lora_kernels.quantization.base import FrozenWeight, NotFrozen
-from lora_kernels.quantization.find import find, frozen_weight
+from lora_kernels.quantization.find import find, frozen_weight, is_quantised
 
-__all__ = ["FrozenWeight", "NotFrozen", "find", "frozen_weight"]
+__all__ = ["FrozenWeight", "NotFrozen", "find", "frozen_weight", "is_quantised"]

@@ -15,7 +15,7 @@ from lora_kernels.quantization import (
 from lora_kernels.quantization.base import FrozenWeight, NotFrozen
 from lora_kernels.quantization.unsupported import REASONS
 
-__all__ = ["find", "frozen_weight"]
+__all__ = ["find", "frozen_weight", "is_quantised"]
 
 _Reader = Callable[[nn.Module], FrozenWeight | NotFrozen]
 # By name: a class exists only if its library has been imported, which is not done here.
@@ -52,6 +52,18 @@ def find(layer: nn.Module) -> FrozenWeight | NotFrozen:
         way_out = ": load it with dequantize=True" if hasattr(layer, "quantization_scheme") else ""
         return NotFrozen(f"it has a forward of its own{way_out}")
     return reader(layer)
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether layer is a linear of a quantiser, taken or not; it may have to be quantised yet."""
+    kind = type(layer)
+    if kind.__module__.partition(".")[0] in REASONS:
+        return True
+    reader = _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
+    if reader is None:
+        return False
+    found = reader(layer)
+    return isinstance(found, FrozenWeight) or found.error is ValueError
 
 
 def frozen_weight(layer: nn.Module) -> FrozenWeight:

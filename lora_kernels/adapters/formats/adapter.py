@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.layers.conv import ConvLoRA
+from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
 from lora_kernels.model.paths import join
 from lora_kernels.model.targets import LayerSpec
+from lora_kernels.quantization import frozen_weight, is_quantised
 
 __all__ = [
     "FACTORS", "Adapter", "AdapterLayer", "BaseModule", "Convolution", "Hints", "Kind", "Source",
@@ -83,6 +85,11 @@ class BaseModule:
             return cls("convolution", conv.in_channels, conv.out_channels, conv=outline)
         if isinstance(module, nn.Embedding):
             return cls("embedding", module.num_embeddings, module.embedding_dim)
+        if isinstance(module, LoRAQuantizedLinear):
+            return cls("linear", module.in_features, module.out_features)
+        if is_quantised(module):
+            rows, columns = frozen_weight(module).shape
+            return cls("linear", columns, rows)
         # The one linear that is not an nn.Linear, Hugging Face's Conv1D, stores [in, out].
         if isinstance(module, nn.Linear):
             transposed = getattr(module, "fan_in_fan_out", False)

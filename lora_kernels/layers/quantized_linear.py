@@ -1,0 +1,106 @@
+"""LoRAQuantizedLinear: a low-rank update beside a quantised layer, which stays as it is."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import functional
+from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.merging import undisturbed
+from lora_kernels.quantization import FrozenWeight, frozen_weight
+from lora_kernels.spec import LoraSpec, OutputSplits
+
+__all__ = ["LoRAQuantizedLinear"]
+
+
+class LoRAQuantizedLinear(LoRALayer, nn.Module):
+    """y = base_layer(x) + scaling·(dropout(x)·lora_Aᵀ)·lora_Bᵀ over a frozen, quantised layer.
+
+    base_layer: what ``frozen_weight`` takes: layers of bitsandbytes, torchao, HQQ, quanto, ... It
+    is held as it is, and multiplies by its own kernels. The backward makes its weight dense for one
+    product. Nothing of the base is kept between the two.
+
+    Shapes: lora_A [r, in], lora_B [out, r]; x [..., in] -> [..., out]. r >= 1. lora_A starts
+    Kaiming uniform, lora_B zero. Dropout acts in training mode only. lora_dtype: that of the
+    factors; None takes what base_layer multiplies in, or float32 if that is x's.
+    The layer never merges: eval() computes the update on the fly. ``merged_weight()`` is dense.
+    Raises: TypeError if base_layer is of a kind without a frozen weight; ValueError if its state
+    does not fit, and for bad r, lora_alpha or lora_dropout.
+    Source: Dettmers et al. 2023, arXiv 2305.14314.
+    """
+
+    weight_name = "base_layer.weight"
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = False,
+        lora_dtype: torch.dtype | None = None,
+    ):
+        frozen = frozen_weight(base_layer)
+        nn.Module.__init__(self)
+        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
+        if self.r < 1:
+            raise ValueError(f"{type(self).__name__}: r must be an integer >= 1, got {r!r}")
+        self.out_features, self.in_features = n, k = frozen.shape
+        self.base_layer = base_layer
+        options = {"dtype": lora_dtype or frozen.dtype or torch.float32, "device": frozen.device}
+        self.lora_A = nn.Parameter(torch.empty((self.r, k), **options))
+        self.lora_B = nn.Parameter(torch.empty((n, self.r), **options))
+        self.reset_lora_parameters()
+        self.train(base_layer.training)
+
+    @property
+    def frozen_weight(self) -> FrozenWeight:
+        """The weight of base_layer as it is now. Raises: as frozen_weight()."""
+        return frozen_weight(self.base_layer)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of base_layer."""
+        return self.base_layer.bias
+
+    def reset_lora_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen, p = self.frozen_weight, self.active_dropout_p()
+        spec = LoraSpec(self.scaling, p, OutputSplits.whole(self.out_features))
+        return functional.quantized_forward(self, x, frozen, self.lora_A, self.lora_B, spec)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Takes entries of the layer as it is without LoRA, too."""
+        own = (f"{prefix}base_layer.", f"{prefix}lora_")
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            if not key.startswith(own):
+                inside = f"{prefix}base_layer.{key[len(prefix) :]}"
+                state_dict.setdefault(inside, state_dict.pop(key))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # ---- merging ----
+
+    def delta_weight(self) -> Tensor:
+        a, b = self._factors()
+        return (b.float() @ a.float()) * self.scaling
+
+    def merging_obstacle(self) -> str:
+        """Why the layer computes its update on the fly."""
+        return "its weight is quantised, and the sum would have to be rounded to its codes"
+
+    def merged_weight(self) -> Tensor:
+        """dense() + delta, rounded once to the dtype that the layer multiplies in. A new tensor."""
+        frozen = self.frozen_weight
+        with undisturbed(self.lora_A):
+            merged = frozen.dense(torch.float32).add_(self.delta_weight())
+            return merged.to(frozen.dtype or self.lora_A.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout.p}"
+        )

@@ -1,0 +1,114 @@
+"""apply_lora and adapter files over quantised models."""
+
+import pytest
+import torch
+from torch import nn
+
+import lora_kernels
+from lora_kernels import LoRALinear, LoRAQuantizedLinear
+from tests.quantized import KINDS, quantised
+
+N = K = 128
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+class Net(nn.Module):
+    """A quantised layer between two dense ones."""
+
+    def __init__(self, kind, bias=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(16, K)
+        self.lin = quantised(kind, N, K, bias=bias)
+        self.head = nn.Linear(N, 4)
+
+    def forward(self, x):
+        return self.head(self.lin(self.first(x).relu()))
+
+
+def drawn(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@every_kind
+def test_apply_train_save_and_load(kind, tmp_path, seed):
+    model, x = Net(kind), torch.randn(5, 16)
+    expected = model(x)
+    lora_kernels.apply_lora(model, r=2, lora_alpha=4, target_modules=["first", "lin"])
+    assert type(model.lin) is LoRAQuantizedLinear
+    assert type(model.first) is LoRALinear
+    assert torch.equal(model(x), expected)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{path}.lora_{ab}" for path in ("first", "lin") for ab in "AB"}
+    drawn(model)
+    model(x).sum().backward()
+    assert model.first.lora_A.grad.abs().sum() > 0
+    lora_kernels.save_adapter(model, tmp_path)
+    fresh = lora_kernels.load_adapter(Net(kind), tmp_path)
+    assert torch.equal(fresh(x), model(x))
+    rows = {row.name: row for row in lora_kernels.report(model)}
+    assert rows["lin"].fused
+    assert "the layer's own product" in rows["lin"].reason
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@every_kind
+def test_merged_state_dict_is_dense(kind, bias, seed):
+    model, x = Net(kind, bias), torch.randn(5, 16)
+    lora_kernels.apply_lora(model, r=2, lora_alpha=4, target_modules=["lin"])
+    drawn(model)
+    plain = nn.Sequential(nn.Linear(16, K), nn.ReLU(), nn.Linear(K, N, bias=bias), nn.Linear(N, 4))
+    names = {"first": "0", "lin": "2", "head": "3"}
+    state = {
+        key.replace(path, names[path]): value.float()
+        for key, value in lora_kernels.merged_state_dict(model).items()
+        for path in [key.split(".")[0]]
+    }
+    plain.load_state_dict(state)
+    expected = model(x)
+    assert (plain(x) - expected).norm() <= 0.03 * expected.norm()
+
+
+@every_kind
+def test_all_linear_takes_quantised_layers(kind):
+    model = lora_kernels.apply_lora(Net(kind), r=2, lora_alpha=4)
+    kinds = [type(module) for module in (model.first, model.lin, model.head)]
+    assert kinds == [LoRALinear, LoRAQuantizedLinear, LoRALinear]
+
+
+def test_one_that_does_not_fit_is_refused_before_anything_changes(seed):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = Net("nf4")
+    model.lin = bnb.nn.Linear4bit(K, N)  # not on its device yet, so not quantised
+    before = dict(model.named_modules())
+    for targets in (["first", "lin"], "all-linear"):
+        with pytest.raises(ValueError, match=r"lin \(Linear4bit\) cannot .* no quant_state"):
+            lora_kernels.apply_lora(model, r=2, lora_alpha=4, target_modules=targets)
+    assert dict(model.named_modules()) == before
+    assert model.first.weight.requires_grad
+
+
+def test_a_model_that_is_itself_quantised():
+    with pytest.raises(ValueError, match=r"use LoRAQuantizedLinear\(model, r, ...\)"):
+        lora_kernels.apply_lora(quantised("nf4"), r=2, lora_alpha=4)
+
+
+def test_several_adapters_are_refused():
+    with pytest.raises(ValueError, match=r"lin \(Linear4bit\) cannot get several adapters"):
+        lora_kernels.apply_lora(
+            Net("nf4"), adapters={"a": {"r": 2, "lora_alpha": 2}}, target_modules=["lin"]
+        )
+
+
+def test_biases_may_train(tmp_path, seed):
+    model, x = Net("nf4"), torch.randn(5, 16)
+    lora_kernels.apply_lora(model, r=2, lora_alpha=4, target_modules=["lin"], bias="lora_only")
+    drawn(model)(x).sum().backward()
+    assert model.lin.bias.grad is not None
+    model.lin.bias.data += 1
+    lora_kernels.save_adapter(model, tmp_path)
+    fresh = lora_kernels.load_adapter(Net("nf4"), tmp_path)
+    assert torch.equal(fresh(x), model(x))
