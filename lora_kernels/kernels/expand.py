@@ -2,7 +2,8 @@
 
 One program owns one tile of out: BLOCK_M rows and BLOCK_N columns of one group. The forward fills y
 with scaling · h · bᵀ + bias, the backward fills dx with mask ∘ (dh · a). Columns of a disabled
-group get the bias alone.
+group get the bias alone. With ADD out holds a large product already, which gets the update: then
+columns of a disabled group are neither read nor written.
 """
 
 import torch
@@ -19,6 +20,7 @@ from lora_kernels.kernels.tile import (
     add_bias,
     add_low_rank,
     count_tiles,
+    load_tile,
     locate,
     part_of,
     store_tile,
@@ -57,7 +59,8 @@ TILES = Tiles(
 def _expand_kernel(
     left_ptr, right, bias, mask, out,
     M, R, rank_total, sizes, scale,
-    LAYERS: tl.constexpr, ENABLED: tl.constexpr, RIGHT_T: tl.constexpr, NUMERICS: tl.constexpr,
+    ADD: tl.constexpr, LAYERS: tl.constexpr, ENABLED: tl.constexpr,
+    RIGHT_T: tl.constexpr, NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -95,8 +98,12 @@ def _expand_kernel(
                 acc = update
             else:
                 acc += update
-    acc = add_bias(acc, bias, column, end)
-    store_tile(out, acc, row, column, M, end)
+    written = enabled if ADD else 1
+    if written:
+        if ADD:
+            acc += load_tile(out, row, column, M, end, BLOCK_M, BLOCK_N).to(tl.float32)
+        acc = add_bias(acc, bias, column, end)
+        store_tile(out, acc, row, column, M, end)
 
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
@@ -120,8 +127,28 @@ def expand_y(
     m, r, splits = h.shape[0], b.shape[1], spec.splits
     config = config or config_for(h.device, r, numerics)
     y = torch.empty((m, splits.columns), dtype=dtype, device=h.device)
-    own = {"bias": bias, "mask": None, "scale": spec.scaling, "RIGHT_T": True}
+    own = {"bias": bias, "mask": None, "scale": spec.scaling, "RIGHT_T": True, "ADD": False}
     _launch(h, b, y, r, splits, numerics, config, **own)
+    return y
+
+
+def expand_add_y(
+    y: Tensor,
+    h: Tensor,
+    b: Tensor,
+    spec: LoraSpec,
+    numerics: Numerics,
+    config: SkinnyConfig | None = None,
+) -> Tensor:
+    """y, after scaling·h_g·b_gᵀ was added in place to the columns of each enabled group.
+
+    The sum is rounded once. numerics: those of y, which may have another dtype than x.
+    Shapes: y [M, N], rows of unit stride; h [M, E·r], b [rows of the enabled groups, r].
+    """
+    r = b.shape[1]
+    config = config or config_for(h.device, r, numerics)
+    own = {"bias": None, "mask": None, "scale": spec.scaling, "RIGHT_T": True, "ADD": True}
+    _launch(h, b, y, r, spec.splits, numerics, config, **own)
     return y
 
 
@@ -142,7 +169,8 @@ def expand_dx(
     config = config or config_for(dh.device, r, numerics)
     splits = OutputSplits.whole(k)
     dx = torch.empty((m, k), dtype=dtype, device=dh.device)
-    own = {"bias": None, "mask": mask(seed, dropout_p), "scale": 1.0, "RIGHT_T": False}
+    own = {"bias": None, "mask": mask(seed, dropout_p), "scale": 1.0}
+    own |= {"RIGHT_T": False, "ADD": False}
     _launch(dh, a, dx, r, splits, numerics, config, **own)
     return dx
 

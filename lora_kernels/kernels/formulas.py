@@ -29,6 +29,11 @@ def expand_y(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
     return (_update(o, o.h, dtype) + (0 if o.bias is None else o.bias.to(dtype)),)
 
 
+def expand_add_y(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
+    """o.dy, taken for what a layer left in y, and the update."""
+    return (o.dy.to(dtype) + _update(o, o.h, dtype),)
+
+
 def grad_b(o: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """dh and db, out of o.h."""
     dh, db = torch.empty_like(o.h, dtype=dtype), torch.empty_like(o.b, dtype=dtype)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lora_kernels.kernels import grouped_expand, grouped_gemm, grouped_grad, grouped_shrink
 from lora_kernels.kernels.config import Config
-from lora_kernels.kernels.operands import GroupedOperands
+from lora_kernels.kernels.operands import GroupedOperands, copy_of
 from lora_kernels.kernels.segments import GroupMask, GroupNumbers, group_mask, numbers_of
 
 Tensors = tuple[Tensor]
@@ -28,14 +28,14 @@ def expand_y(o: GroupedOperands, config: Config | None) -> Tensors:
     """y, added to a copy of o.y."""
     options = (o.without_index, None, _numbers(o)[0].scaling, o.numerics, config)
     bias = o.bias if o.experts else None
-    y = _copy(o.y)
+    y = copy_of(o.y)
     return (grouped_expand.grouped_expand(y, o.h, o.b, True, o.experts, bias, *options),)
 
 
 def expand_dx(o: GroupedOperands, config: Config | None) -> Tensors:
     """dx, added to a copy of o.dx."""
     options = (o.without_index, _numbers(o)[1], None, o.numerics, config)
-    dx = _copy(o.dx)
+    dx = copy_of(o.dx)
     return (grouped_expand.grouped_expand(dx, o.dh, o.a, False, o.experts, None, *options),)
 
 
@@ -66,7 +66,3 @@ def grad_b(o: GroupedOperands, config: Config | None) -> Tensors:
 def _numbers(o: GroupedOperands) -> tuple[GroupNumbers, GroupMask | None]:
     numbers = numbers_of(o.spec, len(o.a), o.x.device)
     return numbers, group_mask(o.spec, o.seeds, numbers)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -8,7 +8,9 @@ algorithm    forward                                        backward
                                                             dy·w to dx
 ===========  =============================================  ========================================
 
-If dx or da is not needed, or the rank is high, expand_dx and grad_a replace expand_grad_a.
+If dx or da is not needed, or the rank is high, expand_dx and grad_a replace expand_grad_a. A weight
+in another dtype than dy is that of a base layer which multiplies in its own dtype: dy·w is then
+PyTorch's product in that dtype, by either algorithm.
 Gradients of weight and bias, which LoRA leaves frozen, are PyTorch's own products.
 """
 
@@ -98,14 +100,17 @@ def lora_linear_backward(
     with on_device_of(dy):
         if needs.x or needs.a or needs.b:
             dh, db = grad_b(dy_rows, as_rows(b), h, spec, needs.x or needs.a, numerics)
-        if needs.x and algorithm == "fused":
+        if needs.x and algorithm == "fused" and w.dtype == dy.dtype:
             dx = gemm_bwd(dy_rows, with_unit_stride(w), dh, a, seed, dropout_p, numerics)
         elif needs.x:
             if needs.a and takes_all_ranks(len(a), numerics):
                 dx, da = expand_grad_a(dh, a, x_rows, seed, dropout_p, numerics)
             else:
                 dx = expand_dx(dh, a, seed, dropout_p, dy.dtype, numerics)
-            dx.addmm_(dy_rows, with_unit_stride(w))
+            if w.dtype == dy.dtype:
+                dx.addmm_(dy_rows, with_unit_stride(w))
+            else:
+                dx.add_(dy_rows.to(w.dtype) @ with_unit_stride(w))
         if needs.w:
             dw = dy_rows.T @ x_rows
         if needs.a and da is None:

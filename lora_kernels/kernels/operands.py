@@ -124,6 +124,11 @@ class GroupedOperands:
         return dropout.keep(seed, segment.first + row[:, None], col, p).float()
 
 
+def copy_of(tensor: Tensor) -> Tensor:
+    """A contiguous copy, for a launcher that adds onto what a large product left."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def _draw(shape: tuple[int, ...], device: torch.device) -> Tensor:
     make = torch.empty if device.type == "meta" else torch.randn
     return make(shape, device=device)

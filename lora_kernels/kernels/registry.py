@@ -31,7 +31,7 @@ from lora_kernels.kernels import (
 )
 from lora_kernels.kernels.config import Config, GemmConfig, Tiles, When, target_of
 from lora_kernels.kernels.launch import on_device_of
-from lora_kernels.kernels.operands import Operands
+from lora_kernels.kernels.operands import Operands, copy_of
 
 __all__ = ["KERNELS", "LAUNCHERS", "Dims", "Kernel", "Launcher", "entry_for", "kernel_of"]
 
@@ -169,6 +169,17 @@ KERNELS = {
                 flops=lambda d: 2 * d.m * d.k * d.r,
                 moved=lambda d: d.e * (d.m * d.k + d.r * d.k) + 4 * d.m * d.r,
                 layers=True,
+            ),
+            # It adds to a copy of dy, which is made in the same time.
+            Launcher(
+                "expand_add_y", "m n r",
+                call=lambda o, c: (
+                    expand.expand_add_y(copy_of(o.dy), o.h, o.b, o.spec, o.numerics, c),
+                ),
+                formula=formulas.expand_add_y,
+                config_for=lambda o: expand.config_for(o.x.device, o.r, o.numerics),
+                flops=lambda d: 2 * d.m * d.n * d.r,
+                moved=lambda d: d.e * (4 * d.m * d.n + d.n * d.r) + 4 * d.m * d.r,
             ),
         )),
         Kernel("expand_grad_a", expand_grad_a._expand_grad_a_kernel, expand_grad_a.TILES, (

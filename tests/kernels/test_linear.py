@@ -7,7 +7,9 @@ import random
 import pytest
 import torch
 
+from lora_kernels.dropout import keep_scale
 from lora_kernels.kernels import linear
+from lora_kernels.spec import Needs
 from lora_kernels.testing.problem import make_problem
 from lora_kernels.testing.tolerance import assert_close, assert_close_together
 from tests.calls import call, solve
@@ -165,6 +167,25 @@ def test_h_is_float32_and_saved_once(algorithm, seed, device):
     assert (h.dtype, h.shape) == (torch.float32, (20, 4))
     assert h.is_contiguous()
     assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["fused", "addmm"])
+@pytest.mark.parametrize("needs", [Needs(x=True), Needs(x=True, a=True, b=True)], ids=str)
+@pytest.mark.parametrize("stored", ["NK", "KN"])
+def test_a_weight_of_another_dtype_multiplies_in_its_own(stored, needs, name, seed, device):
+    """A base that multiplies in bfloat16 under a float32 x: dx is float32, dy·w a bfloat16 one."""
+    p = make_problem(70, 66, 73, 5, device=device, bias=False, dropout_p=0.3)
+    exact, baseline = p.solve(torch.float64), p.solve()
+    w = p.w.bfloat16() if stored == "NK" else p.w.bfloat16().T.contiguous().T
+    product = (p.dy.bfloat16() @ w).float()
+    h = p.x * p.mask() @ p.a.T * keep_scale(p.dropout_p)
+    arguments = (p.dy, p.x, h, w, p.a, p.b, p.seed, p.spec, needs)
+    found = dict(zip(["x", "a", "b"], linear.lora_linear_backward(name, *arguments), strict=False))
+    assert len(found) == sum(needs)
+    without = exact["x"] - p.dy.double() @ p.w.double()
+    assert_close(found["x"], without + product.double(), without.float() + product, "x")
+    for gradient in set(found) - {"x"}:
+        assert_close(found[gradient], exact[gradient], baseline[gradient], gradient)
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs and streams need a GPU")
