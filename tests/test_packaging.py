@@ -19,7 +19,8 @@ PACKAGE = REPOSITORY / "lora_kernels"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 PUBLIC = [
-    "LoRALinear", "LoRAMergedLinear", "LoRAQuantizedLinear", "LoRAEmbedding", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d",
+    "LoRALinear", "LoRAMergedLinear", "LoRAEmbedding", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d",
+    "LoRAQuantizedLinear", "frozen_weight",
     "LoRALayer", "LoRAExperts", "MultiLoRALinear", "adapter_parameters", "route",
     "Linear", "MergedLinear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ConvLoRA",
     "mark_only_lora_as_trainable", "lora_state_dict",
@@ -27,7 +28,7 @@ PUBLIC = [
     "share_inputs",
     "apply_lora", "save_adapter", "load_adapter", "merged_state_dict", "merge_lora", "unmerge_lora",
     "use_merged_state_dicts",
-    "patch_peft", "unpatch_peft", "report", "frozen_weight",
+    "patch_peft", "unpatch_peft", "report",
 ]  # fmt: skip
 
 # One direction of travel: a module may import those of its own level and below.
