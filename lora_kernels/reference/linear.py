@@ -140,7 +140,7 @@ def lora_linear_backward(
             if update is None:
                 _add_product_(dx, dh, _as(acc, a), 1.0)
             else:
-                dx.add_(update)
+                dx = update.add_(dx)
         dx = _as(dy.dtype, dx)
         dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     if needs.w:
@@ -176,8 +176,8 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
     """out += scale·left·right in place; out's dtype may have fewer bits than the product's."""
     if out.dtype == left.dtype:
         out.addmm_(left, right, alpha=scale)
-    else:
-        out.add_((left @ right).mul_(scale))
+    else:  # a mixed sum in place takes a CPU several times as long as two conversions
+        out.copy_(out.to(left.dtype).addmm_(left, right, alpha=scale))
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
