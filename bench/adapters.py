@@ -9,7 +9,6 @@ the machine stretch less than they do the time on the clock.
 """
 
 import argparse
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels
+from bench.rounds import Subject, median_ratio, rounds
 
 __all__ = ["main", "steps", "times"]
 
@@ -86,20 +86,11 @@ def _train_all(layer: nn.Module) -> None:
         parameter.requires_grad_("lora_" in name)
 
 
-def times(count: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step by name, a value for each round; the order is drawn anew in each."""
+def times(count: int, turns: int) -> dict[str, list[float]]:
+    """Seconds of a step by name, a value for each round."""
     runs, clear = steps(count)
-    for run in runs.values():
-        clear()
-        run()
-    samples = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name in random.sample(list(runs), len(runs)):
-            clear()
-            start = time.process_time()
-            runs[name]()
-            samples[name].append(time.process_time() - start)
-    return samples
+    subjects = {name: Subject(run, clear) for name, run in runs.items()}
+    return rounds(subjects, turns, time.process_time)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -112,9 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{WIDTH} x {WIDTH}, {SAMPLES} samples of {TOKENS} tokens, {options.rounds} rounds")
     for count in map(int, options.adapters.split(",")):
         samples = times(count, options.rounds)
-        base = samples["frozen layer"]
         for name, values in samples.items():
-            ratio = statistics.median(v / own for v, own in zip(values, base, strict=True))
+            ratio = median_ratio(samples, name, "frozen layer")
             milliseconds = statistics.median(values) * 1e3
             print(f"{count:4} adapters  {name:20}{milliseconds:10.2f} ms {ratio:8.2f} x frozen")
 

@@ -8,9 +8,7 @@ forward, without parameters and inputs.
 
 import argparse
 import contextlib
-import random
 import statistics
-import time
 import types
 
 import peft
@@ -20,6 +18,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from bench.rounds import Subject, kept_bytes, median_ratio, rounds
 from lora_kernels import patch_peft, report, unpatch_peft
 
 __all__ = ["main"]
@@ -78,56 +77,36 @@ def inputs(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tenso
     return x, ids, (weights / weights.sum(-1, keepdim=True)).to(DTYPE)
 
 
-class Step:
-    """A forward and backward of a layer, with or without the patch."""
-
-    def __init__(self, layer: nn.Module, operands: tuple[Tensor, ...], patched: bool = False):
-        self.layer, self.operands, self.patched = layer, operands, patched
-
-    @contextlib.contextmanager
-    def _environment(self):
-        if self.patched:
-            patch_peft()
-        try:
-            yield
-        finally:
-            unpatch_peft()
-
-    def seconds(self) -> float:
-        """The time of one step."""
-        for tensor in (*self.operands, *self.layer.parameters()):
-            tensor.grad = None
-        with self._environment():
-            _wait()
-            start = time.perf_counter()
-            self.layer(*self.operands).sum().backward()
-            _wait()
-            return time.perf_counter() - start
-
-    def kept(self) -> float:
-        """Megabytes that the forward keeps for the backward."""
-        known = {
-            tensor.untyped_storage().data_ptr()
-            for tensor in (*self.operands, *self.layer.parameters())
-        }
-        found, alive = {}, []
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                found[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # or its address could serve another
-            return tensor
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with self._environment(), hooks:
-            self.layer(*self.operands)
-        return sum(found.values()) / 2**20
+@contextlib.contextmanager
+def _patched():
+    patch_peft()
+    try:
+        yield
+    finally:
+        unpatch_peft()
 
 
-def _wait() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+def subjects(
+    frozen: nn.Module, model: nn.Module, operands: tuple[Tensor, ...]
+) -> tuple[dict[str, Subject], dict[str, float]]:
+    """The steps by name, and the megabytes that their forwards keep."""
+    plain = contextlib.nullcontext
+    layers = {"frozen": (frozen, plain), "PEFT": (model, plain), "patched": (model, _patched)}
+    steps, kept = {}, {}
+    for name, (layer, context) in layers.items():
+        known = (*operands, *layer.parameters())
+
+        def step(layer=layer) -> None:
+            layer(*operands).sum().backward()
+
+        def clear(known=known) -> None:
+            for tensor in known:
+                tensor.grad = None
+
+        steps[name] = Subject(step, clear, context)
+        with context():
+            kept[name] = kept_bytes(lambda layer=layer: layer(*operands), known) / 2**20
+    return steps, kept
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -147,27 +126,17 @@ def main(arguments: list[str] | None = None) -> None:
         unpatch_peft()
         for tokens in map(int, options.tokens.split(",")):
             operands = inputs(tokens, *routing)
-            steps = {
-                "frozen": Step(frozen, operands),
-                "PEFT": Step(model, operands),
-                "patched": Step(model, operands, patched=True),
-            }
-            samples = {step: [] for step in steps}
-            for turn in range(options.rounds + 1):
-                for step in random.sample(list(steps), len(steps)):
-                    samples[step] += [steps[step].seconds()] * (turn > 0)
-
-            def ratio(one, other, samples=samples):
-                pairs = zip(samples[one], samples[other], strict=True)
-                return statistics.median(mine / theirs for mine, theirs in pairs)
-
+            steps, kept = subjects(frozen, model, operands)
+            samples = rounds(steps, options.rounds)
             cells = [f"{1e3 * statistics.median(samples['frozen']):.1f} ms"]
-            cells += [f"{ratio(step, 'frozen'):.2f}" for step in ("PEFT", "patched")]
-            kept = [f"{step.kept():.1f} MB" for step in steps.values()]
+            cells += [
+                f"{median_ratio(samples, step, 'frozen'):.2f}" for step in ("PEFT", "patched")
+            ]
             widths = (20, 18, 18)
-            pairs = zip(widths, cells, kept, strict=True)
-            columns = "".join(f"{f'{cell}, {memory}':>{width}}" for width, cell, memory in pairs)
-            print(f"{name:14}{tokens:>7}{columns}{ratio('PEFT', 'patched'):>14.2f}", flush=True)
+            pairs = zip(widths, cells, kept.values(), strict=True)
+            columns = "".join(f"{f'{cell}, {mb:.1f} MB':>{width}}" for width, cell, mb in pairs)
+            last = median_ratio(samples, "PEFT", "patched")
+            print(f"{name:14}{tokens:>7}{columns}{last:>14.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ makes one call of eval() for each; train() before it is not timed.
 
 import argparse
 import contextlib
-import random
 import statistics
 import tempfile
-import time
 from types import ModuleType
 
 import loralib
@@ -21,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora_kernels
 from bench import base
+from bench.rounds import Subject, median_ratio, rounds
 
 __all__ = ["main", "times"]
 
@@ -40,24 +39,15 @@ class Training:
         self.optimizer.step()
         self.checkpoint = self.model.state_dict()
 
-    def seconds(self) -> float:
-        """The time of one eval()."""
-        self.model.train()
-        start = time.perf_counter()
-        self.model.eval()
-        return time.perf_counter() - start
+    def subject(self) -> Subject:
+        """One eval()."""
+        return Subject(self.model.eval, self.model.train)
 
 
-def times(libraries: dict[str, ModuleType], rounds: int) -> dict[str, list[float]]:
-    """Seconds of eval() by name, a value for each round; the order is drawn anew in each."""
+def times(libraries: dict[str, ModuleType], turns: int) -> dict[str, list[float]]:
+    """Seconds of eval() by name, a value for each round."""
     trainings = {name: Training(library) for name, library in libraries.items()}
-    for training in trainings.values():
-        training.seconds()
-    samples = {name: [] for name in libraries}
-    for _ in range(rounds):
-        for name in random.sample(list(trainings), len(trainings)):
-            samples[name].append(trainings[name].seconds())
-    return samples
+    return rounds({name: training.subject() for name, training in trainings.items()}, turns)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,10 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
         distributed.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
         stack.callback(distributed.destroy_process_group)
         samples = times(libraries, options.rounds)
-    own = samples["lora_kernels"]
     print(f"eval() of {LAYERS} layers of {WIDTH} x {WIDTH}, rank {R}, {options.rounds} rounds")
     for name, values in samples.items():
-        ratio = statistics.median(value / mine for value, mine in zip(values, own, strict=True))
+        ratio = median_ratio(samples, name, "lora_kernels")
         print(f"{name:24}{statistics.median(values) * 1e3:12.2f} ms {ratio:10.2f} times ours")
 
 

@@ -24,11 +24,16 @@ def test_what_is_timed_merges(small, monkeypatch):
     merged = []
 
     class Training(merging.Training):
-        def seconds(self):
-            taken = super().seconds()
-            merged.append(all(layer.merged for layer in self.model))
-            return taken
+        def subject(self):
+            subject = super().subject()
+
+            def call():
+                before = any(layer.merged for layer in self.model)
+                subject.call()
+                merged.append((before, all(layer.merged for layer in self.model)))
+
+            return merging.Subject(call, subject.prepare)
 
     monkeypatch.setattr(merging, "Training", Training)
     merging.main(["--rounds", "1"])
-    assert merged == [True] * 4
+    assert merged == [(False, True)] * 4
