@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TRAINED", "FrozenWeight", "NotFrozen"]
+__all__ = ["DENSE", "TRAINED", "FrozenWeight", "NotFrozen"]
 
+# Reasons that several libraries share.
+DENSE = "its weight is dense: pass the weight itself"
 TRAINED = "its weight requires grad: freeze it with weight.requires_grad_(False)"
 
 

@@ -3,11 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.quantization.base import (
-    TRAINED,
-    FrozenWeight,
-    NotFrozen,
-)
+from lora_kernels.quantization.base import TRAINED, FrozenWeight, NotFrozen
 
 __all__ = ["linear_4bit", "linear_8bit"]
 
@@ -26,29 +22,20 @@ class FourBit(FrozenWeight):
     def dense(self, dtype: torch.dtype) -> Tensor:
         weight = self.layer.weight
         state = _state_of(self.layer, weight)
-        codes = weight.detach()
+        codes, scales = weight.detach(), state.absmax
         if _is_packed(state):
             return _unpacked(codes, state, dtype)
-        scales = state.absmax
         if state.nested:
+            of = state.state2
             scales = _OPS.dequantize_blockwise.default(
-                scales,
-                state.state2.absmax,
-                state.state2.code,
-                state.state2.blocksize,
-                torch.float32,
+                scales, of.absmax, of.code, of.blocksize, torch.float32
             )
             scales += state.offset
         # Not by bitsandbytes' dequantize_4bit(): it rounds to the state's dtype first.
+        how = (state.blocksize, state.quant_type, state.shape)
         narrow = dtype if dtype in _DTYPES else torch.float32
-        return _OPS.dequantize_4bit.default(
-            codes.view(-1, 1),
-            scales.float(),
-            state.blocksize,
-            state.quant_type,
-            state.shape,
-            narrow,
-        ).to(dtype)
+        w = _OPS.dequantize_4bit.default(codes.view(-1, 1), scales.float(), *how, narrow)
+        return w.to(dtype)
 
 
 class EightBit(FrozenWeight):
@@ -126,8 +113,8 @@ def _unpacked(packed: Tensor, state, dtype: torch.dtype) -> Tensor:
     """w [N, K] out of what bitsandbytes packs for its CPU kernel, packed [N, K/2].
 
     Its own inverse is none: it quantises double-quantised scales a second time, and leaves others
-    in the packed order. A row of 32 bytes has the codes of one pair of columns of 32 rows of w:
-    the first 32 in the low halves, the others in the high ones. The scales are [K/blocksize, N].
+    in the packed order. 32 bytes have the codes of 32 rows of w in two neighbouring columns, the
+    first 16 rows in the low halves and the others in the high ones. Scales are [K/blocksize, N].
     """
     n, k = state.shape
     rows = packed.view(torch.uint8).view(-1, 32)

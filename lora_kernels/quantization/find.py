@@ -49,8 +49,9 @@ def find(layer: nn.Module) -> FrozenWeight | NotFrozen:
             return reader
         _readers[kind, kind.forward] = reader
     if "forward" in layer.__dict__:
-        way_out = ": load it with dequantize=True" if hasattr(layer, "quantization_scheme") else ""
-        return NotFrozen(f"it has a forward of its own{way_out}")
+        if hasattr(layer, "quantization_scheme"):
+            return NotFrozen("compressed-tensors patched it: load the model with dequantize=True")
+        return NotFrozen("it has a forward of its own, from a hook or a patch: remove that")
     return reader(layer)
 
 
@@ -83,7 +84,8 @@ def _reader_of(kind: type) -> _Reader | NotFrozen:
     reader = _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
     if reader is None:
         package = kind.__module__.partition(".")[0]
-        reason = REASONS.get(package, "it is of no class that this package knows")
+        unknown = "it is of no class that this package knows: pass a dense weight [N, K]"
+        reason = REASONS.get(package, unknown)
         return NotFrozen(reason, TypeError)
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = kind.forward
@@ -92,5 +94,5 @@ def _reader_of(kind: type) -> _Reader | NotFrozen:
         or not forward.__qualname__.startswith(f"{owner.__qualname__}.")
         or hasattr(forward, "__wrapped__")
     ):
-        return NotFrozen(f"{kind.__name__}.forward has been replaced")
+        return NotFrozen(f"{kind.__name__}.forward has been replaced: undo that patch")
     return reader

@@ -6,7 +6,7 @@ Its forward needs a GPU or an XPU; what is tested without one is dense(), on lay
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.quantization.base import TRAINED, FrozenWeight, NotFrozen
+from lora_kernels.quantization.base import DENSE, TRAINED, FrozenWeight, NotFrozen
 
 __all__ = ["linear"]
 
@@ -33,7 +33,7 @@ def linear(layer: nn.Module) -> FrozenWeight | NotFrozen:
     if weight.dtype == torch.int8:
         return NotFrozen("its weight is packed FP4, over which transformers has no backward either")
     if weight.element_size() > 1:
-        return NotFrozen("its weight is dense: pass the weight itself", TypeError)
+        return NotFrozen(DENSE, TypeError)
     if weight.requires_grad:
         return NotFrozen(TRAINED)
     return Blocks(layer, tuple(weight.shape), weight.device, None, "float8", False)

@@ -34,8 +34,7 @@ def linear(layer: nn.Module) -> FrozenWeight | NotFrozen:
     name = type(layer).forward.__name__
     if name not in _FORWARDS:
         return NotFrozen(f"its backend is {name}: HQQLinear.set_backend(HQQBackend.PYTORCH)")
-    meta, codes = layer.meta, layer.W_q
-    dtype = meta.get("compute_dtype", torch.float16)
-    return Grouped(
-        layer, tuple(meta["shape"]), codes.device, dtype, f"hqq {meta['nbits']} bit", True
-    )
+    meta = layer.meta
+    dtype = meta.get("compute_dtype", torch.float16)  # as its dequantize() takes it
+    kind = f"hqq, {meta['nbits']} bits"
+    return Grouped(layer, tuple(meta["shape"]), layer.W_q.device, dtype, kind, True)

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.quantization.base import TRAINED, FrozenWeight, NotFrozen
+from lora_kernels.quantization.base import DENSE, TRAINED, FrozenWeight, NotFrozen
 
 __all__ = ["linear"]
 
 
 class Affine(FrozenWeight):
-    """An Int8Tensor or Float8Tensor: its own dequantisation rounds once, to any dtype it knows."""
+    """An Int8Tensor, Float8Tensor or NVFP4Tensor: their own dequantisation rounds once."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         narrow = torch.float32 if dtype == torch.float64 else dtype
@@ -28,6 +28,7 @@ class Unpacked(FrozenWeight):
 _TENSORS = {
     "Int8Tensor": (Affine, "int8", True, "act_quant_kwargs"),
     "Float8Tensor": (Affine, "float8", False, "act_quant_kwargs"),
+    "NVFP4Tensor": (Affine, "nvfp4", False, "act_quant_kwargs"),
     "IntxUnpackedToInt8Tensor": (Unpacked, "intx", False, "activation_quantization"),
 }
 
@@ -36,17 +37,20 @@ def linear(layer: nn.Module) -> FrozenWeight | NotFrozen:
     """The weight of an nn.Linear. exact: the weight does not ask for x to be quantised too."""
     weight = layer._parameters.get("weight")
     kind = type(weight)
-    if kind in (Tensor, nn.Parameter):
-        return NotFrozen("its weight is dense: pass the weight itself", TypeError)
+    if kind is nn.Parameter or kind is Tensor:
+        return NotFrozen(DENSE, TypeError)
     known = _TENSORS.get(kind.__name__)
     if known is None or not kind.__module__.startswith("torchao."):
-        return NotFrozen(f"its weight is a {kind.__module__}.{kind.__qualname__}", TypeError)
+        known = f"{', '.join(_TENSORS)} of torchao"
+        return NotFrozen(
+            f"its weight is a {kind.__module__}.{kind.__qualname__}; known are {known}", TypeError
+        )
     value, name, any_dtype, activation = known
     with torch._C.DisableTorchFunctionSubclass():  # attributes of tensors are slow without
         if weight.requires_grad:
             return NotFrozen(TRAINED)
         if getattr(weight, "act_pre_scale", None) is not None:
-            return NotFrozen("its weight scales the columns of x first (act_pre_scale)")
+            return NotFrozen("its weight scales x first (act_pre_scale): quantise it without")
         return value(
             layer,
             tuple(weight.shape),
