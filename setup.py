@@ -28,6 +28,7 @@ EXAMPLES = [
 ]
 BENCH = ["loralib", "matplotlib", "peft", "pytest", "pytest-benchmark", "transformers"]
 TEST = [
+    "bitsandbytes",
     "hypothesis",
     "loralib",
     "numpy<2.4",  # the interpreter of triton 3.6 breaks with 2.4
@@ -35,6 +36,7 @@ TEST = [
     "pytest-benchmark",
     "pytest-xdist",
     "setuptools>=64",  # tests build a wheel
+    "torchao",
 ]
 
 setup(

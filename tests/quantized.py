@@ -8,7 +8,7 @@ __all__ = ["INEXACT", "KINDS", "quantised"]
 
 
 def quantised(kind, n=64, k=128, *, bias=True, dtype=torch.float32, device="cpu", seed=0):
-    """A frozen layer of one of KINDS, in training mode; the test is skipped without its library.
+    """A frozen layer of one of KINDS, in training mode; the test is skipped without hqq or quanto.
 
     dtype: of the weight that is quantised, of the bias, and of what the layer multiplies in. The
     same seed gives the same layer, and torch's own state of random numbers stays as it is.
@@ -22,7 +22,8 @@ def quantised(kind, n=64, k=128, *, bias=True, dtype=torch.float32, device="cpu"
 
 def _bitsandbytes_4bit(quant_type: str, nested: bool):
     def make(dense: nn.Linear) -> nn.Module:
-        bnb = pytest.importorskip("bitsandbytes")
+        import bitsandbytes as bnb
+
         n, k = dense.weight.shape
         options = {"compress_statistics": nested, "quant_type": quant_type}
         layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=dense.weight.dtype, **options)
@@ -36,7 +37,8 @@ def _bitsandbytes_4bit(quant_type: str, nested: bool):
 
 
 def _bitsandbytes_8bit(dense: nn.Linear) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     n, k = dense.weight.shape
     layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False)
     layer.weight = bnb.nn.Int8Params(dense.weight.detach(), requires_grad=False)
@@ -46,7 +48,8 @@ def _bitsandbytes_8bit(dense: nn.Linear) -> nn.Module:
 
 def _torchao(config: str, **options):
     def make(dense: nn.Linear) -> nn.Module:
-        quantization = pytest.importorskip("torchao.quantization")
+        from torchao import quantization
+
         quantization.quantize_(dense, getattr(quantization, config)(**options))
         return dense
 
@@ -74,9 +77,10 @@ def _quanto(qtype: str):
 
 
 def _compressed_float8(dense: nn.Linear) -> nn.Module:
-    module = pytest.importorskip("transformers.integrations.compressed_tensors")
+    from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
+
     n, k = dense.weight.shape
-    layer = module.CompressedTensorsFP8Linear(k, n)
+    layer = CompressedTensorsFP8Linear(k, n)
     weight = dense.weight.detach().float()
     scales = weight.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
     layer.weight = nn.Parameter((weight / scales).to(torch.float8_e4m3fn), requires_grad=False)

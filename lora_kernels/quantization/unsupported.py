@@ -1,10 +1,9 @@
-"""Quantisers whose layers are refused, and why.
+"""Quantisers whose layers are refused: none of them could be made and run where this was written.
 
-* GPTQ and AWQ: transformers loads both by gptqmodel, whose releases need a newer torch than this
-  package is tested with. By reading: TorchLinear multiplies by dequantize_weight() [K, N], which it
-  compiles, caches in eval() and may stream in tiles; other kernels refuse training. So dense()
-  could be written, but nothing here could show that it is right.
-* AQLM, EETQ, FBGEMM, AutoRound, VPTQ, SpQR, HIGGS: kernels for a GPU alone; not tried.
+* GPTQ and AWQ, for which transformers needs gptqmodel. By reading gptqmodel 7.7: TorchLinear
+  multiplies by dequantize_weight() [K, N], which it compiles, caches in eval() and may stream in
+  tiles, and it may rotate x first; most other kernels refuse training.
+* AQLM, EETQ, AutoRound, VPTQ: not read.
 """
 
 __all__ = ["REASONS"]

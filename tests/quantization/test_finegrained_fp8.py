@@ -3,15 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from transformers.integrations import finegrained_fp8
 
 from lora_kernels.quantization import find
 from tests.quantization.dense import assert_is, assert_refused
 
-module = pytest.importorskip("transformers.integrations.finegrained_fp8")
-
 
 def fp8(n, k, block_size, *, bias=False, scale_fmt="float"):
-    layer = module.FP8Linear(k, n, block_size, has_bias=bias, scale_fmt=scale_fmt)
+    layer = finegrained_fp8.FP8Linear(k, n, block_size, has_bias=bias, scale_fmt=scale_fmt)
     layer.requires_grad_(False)
     layer.weight.copy_(torch.randn(n, k) * 30)
     layer.weight_scale_inv.copy_(torch.rand(layer.weight_scale_inv.shape) + 0.5)
@@ -43,14 +42,14 @@ def test_dense(block_size, n, k, scale_fmt, seed):
 
 def test_dense_is_what_transformers_own_backward_multiplies_by(monkeypatch, seed):
     layer = fp8(16, 32, (4, 8), bias=True)
-    monkeypatch.setattr(module, "fp8_linear", lambda x, *_: x.new_zeros(len(x), 16))
+    monkeypatch.setattr(finegrained_fp8, "fp8_linear", lambda x, *_: x.new_zeros(len(x), 16))
     x = torch.randn(5, 32, requires_grad=True)
     layer(x).backward(torch.eye(16)[:5])
     assert torch.equal(x.grad, find(layer).dense(torch.float32)[:5])
 
 
 def test_layers_that_do_not_fit_are_refused():
-    layer = module.FP8Linear(32, 16, (4, 8))
+    layer = finegrained_fp8.FP8Linear(32, 16, (4, 8))
     assert_refused(layer, "requires grad: freeze it")
     layer.weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.int8), requires_grad=False)
     assert_refused(layer, "packed FP4")

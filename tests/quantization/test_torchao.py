@@ -3,13 +3,15 @@
 import pytest
 import torch
 from torch import nn
+from torchao import quantization
+from torchao.prototype import mx_formats
+from torchao.prototype.mx_formats.mx_tensor import MXTensor
+from torchao.quantization import granularity
 
 from lora_kernels.quantization import find
 from tests.quantization.dense import DTYPES, assert_is, assert_product, assert_refused
 from tests.quantized import INEXACT, KINDS, quantised
 from tests.tensor_classes import Halves
-
-quantization = pytest.importorskip("torchao.quantization")
 
 kinds = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("torchao-")])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -18,8 +20,8 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @kinds
 @dtypes
 @pytest.mark.parametrize(("n", "k"), [(64, 128), (33, 96)])
-def test_dense(kind, dtype, n, k):
-    layer = quantised(kind, n, k, dtype=dtype)
+def test_dense(kind, dtype, n, k, device):
+    layer = quantised(kind, n, k, dtype=dtype, device=device)
     assert_is(layer, layer.weight.dequantize(), n=n, k=k)
 
 
@@ -53,23 +55,19 @@ def test_int8_multiplies_in_the_dtype_of_x(dtype, seed):
     assert_product(layer, x)
 
 
-@pytest.mark.parametrize("granularity", ["PerTensor", "PerRow", "PerGroup"])
-def test_granularities(granularity, seed):
-    module = pytest.importorskip("torchao.quantization.granularity")
-    of = getattr(module, granularity)
+@pytest.mark.parametrize(
+    "of", [granularity.PerTensor(), granularity.PerRow(), granularity.PerGroup(32)], ids=str
+)
+def test_granularities(of, seed):
     layer = nn.Linear(96, 48).requires_grad_(False)
-    config = quantization.Int8WeightOnlyConfig(
-        granularity=of(32) if "Group" in granularity else of()
-    )
-    quantization.quantize_(layer, config)
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig(granularity=of))
     assert_is(layer, layer.weight.dequantize(), n=48, k=96)
     assert_product(layer, torch.randn(5, 96))
 
 
 def test_nvfp4(seed):
-    formats = pytest.importorskip("torchao.prototype.mx_formats")
     layer = nn.Linear(96, 48).requires_grad_(False)
-    quantization.quantize_(layer, formats.NVFP4WeightOnlyConfig())
+    quantization.quantize_(layer, mx_formats.NVFP4WeightOnlyConfig())
     assert_is(layer, layer.weight.dequantize(), n=48, k=96)
     assert find(layer).kind == "nvfp4"
     assert_product(layer, torch.randn(5, 96))
@@ -109,9 +107,8 @@ def test_other_tensors_are_refused():
     layer = nn.Linear(4, 3)
     layer.weight = nn.Parameter(Halves(layer.weight), requires_grad=False)
     assert_refused(layer, "a tests.tensor_classes.Halves; known are Int8Tensor, ", TypeError)
-    formats = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
     layer = nn.Linear(64, 32)
-    weight = formats.MXTensor.to_mx(layer.weight.detach(), torch.float8_e4m3fn, 32)
+    weight = MXTensor.to_mx(layer.weight.detach(), torch.float8_e4m3fn, 32)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     assert_refused(layer, "MXTensor; known are Int8Tensor, ", TypeError)
     layer.weight = None
