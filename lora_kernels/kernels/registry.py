@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.kernels import (
+    dequantize,
     expand,
     expand_grad_a,
     formulas,
@@ -230,6 +231,18 @@ KERNELS = {
                 flops=lambda d: 2 * d.m * d.k * d.r,
                 moved=lambda d: d.e * (d.m * d.k + d.r * d.k) + 4 * d.m * d.r,
                 layers=True,
+            ),
+        )),
+        Kernel("dequantize", dequantize._dequantize_kernel, dequantize.TILES, (
+            Launcher(
+                "dequantize_4bit", "k n",
+                call=lambda o, c: (dequantize.dequantize_4bit(
+                    *o.four_bit[:5], o.w.dtype, o.four_bit.nested, c
+                ),),
+                formula=formulas.dequantize_4bit,
+                config_for=lambda o: dequantize.config_for(o.w.device, o.w.dtype),
+                flops=lambda d: d.n * d.k,
+                moved=lambda d: d.n * d.k * (2 * d.e + 1) // 2 + d.n * d.k // 64,
             ),
         )),
         Kernel("split_k_reduce", split_k_reduce._split_k_reduce_kernel, None),

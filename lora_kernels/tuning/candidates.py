@@ -96,7 +96,7 @@ def grid(name: str, shape: Shape, when: When) -> list[Config]:
     kernel = kernel_of(name)
     if not kernel.is_gemm:
         pairs = STAGES_AND_PROGRAMS
-        if kernel.name.endswith("expand"):
+        if kernel.name.endswith(("expand", "dequantize")):
             # It has no loop over the matrix that it writes, so nothing to prefetch or to cut.
             pairs = ONE_STAGE
         elif kernel.name == "grouped_grad":  # cuts rows at chunks of a fixed length
