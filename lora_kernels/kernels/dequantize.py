@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, select, target_of
 from lora_kernels.kernels.launch import cdiv, launch, on_device_of
+from lora_kernels.quantization import FourBit
 
 TILES = Tiles(
     interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
@@ -121,3 +122,8 @@ def dequantize_4bit(
             enable_fp_fusion=False,
         )
     return out
+
+
+def dense_4bit(algorithm: str, w: FourBit, dtype: torch.dtype) -> Tensor:
+    """reference.dequantize.dense_4bit; both algorithms are one kernel."""
+    return dequantize_4bit(*w[:5], dtype, w.nested)

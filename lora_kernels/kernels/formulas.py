@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import dropout
-from lora_kernels.kernels.operands import FourBit, GroupedOperands, Operands
+from lora_kernels.kernels.operands import GroupedOperands, Operands
+from lora_kernels.reference.dequantize import dense_4bit
 
 
 def shrink(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
@@ -62,19 +63,7 @@ def grad_a(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
 
 def dequantize_4bit(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
     """The dense weight of o.four_bit."""
-    return (dense(o.four_bit, dtype),)
-
-
-def dense(w: FourBit, dtype: torch.dtype) -> Tensor:
-    """The weight, each step in dtype."""
-    absmax, size = w.absmax, w.shape[0] * w.shape[1]
-    if w.nested is not None:
-        absmax2, code2, blocksize2, offset = w.nested
-        scale = absmax2.to(dtype).repeat_interleave(blocksize2)[: len(absmax)]
-        absmax = code2.to(dtype)[absmax.int()] * scale + offset.to(dtype)
-    nibbles = torch.stack([w.packed >> 4, w.packed & 15], -1).flatten()[:size].int()
-    scale = absmax.to(dtype).repeat_interleave(w.blocksize)[:size]
-    return (w.code.to(dtype)[nibbles] * scale).view(w.shape)
+    return (dense_4bit(o.four_bit, dtype, dtype),)
 
 
 def grouped_shrink_h(o: GroupedOperands, dtype: torch.dtype) -> tuple[Tensor]:

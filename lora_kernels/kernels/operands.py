@@ -1,7 +1,6 @@
 """Operands: all that any launcher may take, for tests, tuning and the gate."""
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from lora_kernels import dropout
 from lora_kernels.kernels import numerics
 from lora_kernels.kernels.launch import cdiv
 from lora_kernels.kernels.segments import Routing
+from lora_kernels.quantization import FourBit
 from lora_kernels.reference.grouped_linear import Segment, segments
 from lora_kernels.spec import Group, GroupedSpec, LoraSpec
 from lora_kernels.testing.grouped_problem import GroupedProblem
@@ -61,9 +61,9 @@ class Operands:
         return list(self.spec.splits.groups(self.r))
 
     @functools.cached_property
-    def four_bit(self) -> "FourBit":
+    def four_bit(self) -> FourBit:
         """A weight of w's shape in 4 bits; it has nothing to do with w."""
-        return FourBit.random(tuple(self.w.shape), self.w.device)
+        return random_four_bit(tuple(self.w.shape), self.w.device)
 
     @functools.cached_property
     def grouped(self) -> "GroupedOperands":
@@ -90,29 +90,17 @@ class Operands:
         return GroupedOperands(problem)
 
 
-class FourBit(NamedTuple):
-    """A weight [N, K] in 4 bits, as dequantize_4bit takes it."""
-
-    packed: Tensor
-    absmax: Tensor
-    code: Tensor
-    blocksize: int
-    shape: tuple[int, int]
-    nested: tuple[Tensor, Tensor, int, Tensor] | None
-
-    @classmethod
-    def random(cls, shape: tuple[int, int], device: torch.device, blocksize: int = 64) -> "FourBit":
-        """Random bytes, with nested statistics."""
-        size = shape[0] * shape[1]
-        blocks = cdiv(size, blocksize)
-        packed, absmax = (
-            torch.randint(256, (n,), dtype=torch.uint8, device=device)
-            for n in (cdiv(size, 2), blocks)
-        )
-        code, code2 = (torch.linspace(-1, 1, n, device=device) for n in (16, 256))
-        absmax2 = torch.rand(cdiv(blocks, 256), device=device) + 0.5
-        nested = (absmax2, code2, 256, torch.full((), 2.0, device=device))
-        return cls(packed, absmax, code, blocksize, shape, nested)
+def random_four_bit(shape: tuple[int, int], device: torch.device, blocksize: int = 64) -> FourBit:
+    """A weight of random bytes, with nested statistics."""
+    size = shape[0] * shape[1]
+    blocks = cdiv(size, blocksize)
+    packed, absmax = (
+        torch.randint(256, (n,), dtype=torch.uint8, device=device) for n in (cdiv(size, 2), blocks)
+    )
+    code, code2 = (torch.linspace(-1, 1, n, device=device) for n in (16, 256))
+    absmax2 = torch.rand(cdiv(blocks, 256), device=device) + 0.5
+    nested = (absmax2, code2, 256, torch.full((), 2.0, device=device))
+    return FourBit(packed, absmax, code, blocksize, shape, nested)
 
 
 class GroupedOperands:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.table import GemmShape
+from lora_kernels.ops.dequantize import dense
 from lora_kernels.ops.library import compute, define
 from lora_kernels.ops.linear import (
     differentiable_backward,
@@ -74,7 +75,7 @@ class LoraQuantizedLinear(torch.autograd.Function):
         ctx.x_dtype, ctx.dense_dtype = x.dtype, frozen.product_dtype(x)
         rows = x.numel() // max(1, x.shape[-1])
         if frozen.exact and _large(ctx.dense_dtype, x, rows) == torch.float32 != ctx.dense_dtype:
-            w, wide_bias = frozen.dense(torch.float32), None if bias is None else bias.float()
+            w, wide_bias = dense(frozen, torch.float32), None if bias is None else bias.float()
             y, h = lora_linear_forward(x, w, a, b, wide_bias, seed, spec)
             y = y.to(frozen.output_dtype(x))
         else:
@@ -100,7 +101,7 @@ class LoraQuantizedLinear(torch.autograd.Function):
             return (None,) * 7  # one for each argument of forward
         x, h, a, b, seed = ctx.saved_tensors
         dy = dy.to(ctx.x_dtype)
-        w = ctx.frozen.dense(ctx.dense_dtype) if needs.x else None
+        w = dense(ctx.frozen, ctx.dense_dtype) if needs.x else None
         operands = (dy, x, h, w, a, b, seed)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = differentiable_backward(*operands, ctx.spec, needs)

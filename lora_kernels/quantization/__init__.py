@@ -4,7 +4,7 @@ A file makes of the library's layer a FrozenWeight; layers and ops see nothing e
 library is imported here: if its module is not loaded, no layer is of it.
 """
 
-from lora_kernels.quantization.base import FrozenWeight, NotFrozen
+from lora_kernels.quantization.base import FourBit, FrozenWeight, NotFrozen
 from lora_kernels.quantization.find import find, frozen_weight, is_quantised
 
-__all__ = ["FrozenWeight", "NotFrozen", "find", "frozen_weight", "is_quantised"]
+__all__ = ["FourBit", "FrozenWeight", "NotFrozen", "find", "frozen_weight", "is_quantised"]

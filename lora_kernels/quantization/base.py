@@ -1,15 +1,35 @@
 """FrozenWeight: what layers and ops see of a base layer whose weight is not a dense matrix."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DENSE", "TRAINED", "FrozenWeight", "NotFrozen"]
+__all__ = ["DENSE", "TRAINED", "FourBit", "FrozenWeight", "NotFrozen"]
 
 # Reasons that several libraries share.
 DENSE = "its weight is dense: pass the weight itself"
 TRAINED = "its weight requires grad: freeze it with weight.requires_grad_(False)"
+
+
+class FourBit(NamedTuple):
+    """A weight [N, K] of 4 bits, row by row: code[number] · absmax of its block.
+
+    packed: uint8, ceil(N·K / 2) bytes, the first number of two in the upper half. Blocks of
+    blocksize weights, a power of two from 2 on, run over the rows one after the other; the last may
+    be shorter. absmax [ceil(N·K / blocksize)] float32. code [16] float32. shape: (N, K).
+    nested: None; or (absmax2, code2, blocksize2, offset) of an absmax in uint8, which stands for
+    code2[absmax] · absmax2 + offset, in blocks of blocksize2: code2 [256], offset one number.
+    All is contiguous.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    blocksize: int
+    shape: tuple[int, int]
+    nested: tuple[Tensor, Tensor, int, Tensor] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +55,10 @@ class FrozenWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """w [N, K] in dtype: a new tensor of no class of its own, which nobody else keeps."""
         raise NotImplementedError(f"{type(self).__name__} does not define dense")
+
+    def four_bit(self) -> FourBit | None:
+        """What the weight is made of if it has 4 bits, for a kernel that makes it dense."""
+        return None
 
     @property
     def bias(self) -> Tensor | None:

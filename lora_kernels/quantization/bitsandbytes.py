@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.quantization.base import TRAINED, FrozenWeight, NotFrozen
+from lora_kernels.quantization.base import TRAINED, FourBit, FrozenWeight, NotFrozen
 
 __all__ = ["linear_4bit", "linear_8bit"]
 
@@ -11,7 +11,7 @@ _OPS = torch.ops.bitsandbytes  # defined once bitsandbytes is imported, as it is
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that its operators give
 
 
-class FourBit(FrozenWeight):
+class Blocks(FrozenWeight):
     """The weight of a Linear4bit: codes of four bits and a scale for each block of them.
 
     The scales may be in 8 bits themselves (double quantisation). A forward in eval() on a CPU with
@@ -37,13 +37,27 @@ class FourBit(FrozenWeight):
         w = _OPS.dequantize_4bit.default(codes.view(-1, 1), scales.float(), *how, narrow)
         return w.to(dtype)
 
+    def four_bit(self) -> FourBit | None:
+        weight = self.layer.weight
+        state = _state_of(self.layer, weight)
+        if _is_packed(state):
+            return None
+        nested = None
+        if state.nested:
+            of = state.state2
+            nested = (of.absmax, of.code, of.blocksize, state.offset)
+        packed = weight.detach().view(torch.uint8).view(-1)
+        shape = tuple(state.shape)
+        return FourBit(packed, state.absmax, state.code, state.blocksize, shape, nested)
+
 
 class EightBit(FrozenWeight):
     """The weight of a Linear8bitLt: int8 [N, K], and a scale for each row."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         codes, scales = _rows(self.layer)
-        return codes.to(dtype).mul_(scales.mul(1 / 127).unsqueeze(1))
+        acc = torch.promote_types(dtype, torch.float32)  # a mixed product is slow on a CPU
+        return codes.to(acc).mul_(scales.mul(1 / 127).unsqueeze(1)).to(dtype)
 
 
 def linear_4bit(layer: nn.Module) -> FrozenWeight | NotFrozen:
@@ -72,7 +86,7 @@ def linear_4bit(layer: nn.Module) -> FrozenWeight | NotFrozen:
             "bitsandbytes lost the order of its scales when it unpacked the weight, which "
             "state_dict() and to() do after a forward in eval() on this CPU: load it again"
         )
-    return FourBit(layer, shape, device, dtype, state.quant_type, True)
+    return Blocks(layer, shape, device, dtype, state.quant_type, True)
 
 
 def linear_8bit(layer: nn.Module) -> FrozenWeight | NotFrozen:

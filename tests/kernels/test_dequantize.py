@@ -9,8 +9,8 @@ import torch
 
 from lora_kernels.kernels.config import SkinnyConfig
 from lora_kernels.kernels.dequantize import dequantize_4bit
-from lora_kernels.kernels.formulas import dense
-from lora_kernels.kernels.operands import FourBit
+from lora_kernels.kernels.operands import random_four_bit
+from lora_kernels.reference.dequantize import dense_4bit
 from lora_kernels.testing.memory import guarded_outputs
 from tests.kernels.cases import GPU, check, operands, skinny
 
@@ -42,7 +42,7 @@ def bfloat16_is_rounded(monkeypatch):
 
 
 def weight(shape, device, nested=True, blocksize=64):
-    w = FourBit.random(shape, device, blocksize)
+    w = random_four_bit(shape, device, blocksize)
     # No sum is exact, so the order of roundings can be told.
     numbers = [torch.randn(t.shape, device=device) for t in (w.code, *w.nested[:2])]
     w = w._replace(code=numbers[0])
@@ -55,7 +55,7 @@ def same_bits(w, dtype, config=None):
     with guarded_outputs():
         out = dequantize_4bit(*w[:5], dtype, w.nested, config)
     assert out.shape == w.shape
-    return torch.equal(out, dense(w, torch.float32).to(dtype))
+    return torch.equal(out, dense_4bit(w, dtype))
 
 
 @dtypes
@@ -128,14 +128,14 @@ def test_no_product_and_sum_are_rounded_as_one(target):
 FAR = """
 import torch
 from lora_kernels.kernels import dequantize
-from lora_kernels.kernels.formulas import dense
-from lora_kernels.kernels.operands import FourBit
+from lora_kernels.kernels.operands import random_four_bit
+from lora_kernels.reference.dequantize import dense_4bit
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 start, rows = 2**31 // 64, 64  # where the rows that are looked at begin
 shape = (start + rows, 64)
 size = shape[0] * shape[1]
-last = FourBit.random((rows, 64), device)
+last = random_four_bit((rows, 64), device)
 
 def behind(values, count):
     whole = torch.empty(count, dtype=values.dtype, device=device)  # no memory before it is written
@@ -156,7 +156,7 @@ if device == "cpu":  # the interpreter would take an hour for all programs, so i
     dequantize.launch = lambda kernel, grid, **options: launch(kernel, (1,), **options)
 nested = (absmax2, *last.nested[1:])
 out = dequantize.dequantize_4bit(packed, absmax, last.code, 64, shape, torch.float16, nested)
-assert torch.equal(out[start:], dense(last, torch.float32).half())
+assert torch.equal(out[start:], dense_4bit(last, torch.float16))
 """
 
 
