@@ -15,8 +15,10 @@ class Affine(FrozenWeight):
         weight = self.layer.weight.detach()
         if type(weight).__name__ == "Int8Tensor" and _is_of_rows(weight):
             # The same bits in fewer passes: dequantize() takes up to ten times as long.
-            acc = torch.promote_types(dtype, torch.float32)
-            return weight.qdata.to(acc).mul_(weight.scale.to(acc)).to(dtype)
+            codes = weight.qdata.to(torch.promote_types(dtype, torch.float32))
+            if weight.zero_point is not None:
+                codes.sub_(weight.zero_point)
+            return codes.mul_(weight.scale).to(dtype)
         narrow = torch.float32 if dtype == torch.float64 else dtype
         return weight.dequantize(narrow).contiguous().to(dtype)
 
@@ -39,8 +41,8 @@ _TENSORS = {
 
 
 def _is_of_rows(weight: Tensor) -> bool:
-    """Whether an Int8Tensor is codes times a scale for each row."""
-    return weight.zero_point is None and weight.scale.shape == (weight.shape[0], 1)
+    """Whether an Int8Tensor has a scale for each row."""
+    return weight.scale.shape == (weight.shape[0], 1)
 
 
 def linear(layer: nn.Module) -> FrozenWeight | NotFrozen:
