@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lora_kernels import dropout
 from lora_kernels.reference.linear import accumulate_dtype
+from lora_kernels.reference.products import product_dtype
 from lora_kernels.spec import GroupedSpec, Needs
 
 __all__ = ["Segment", "lora_grouped_linear_backward", "lora_grouped_linear_forward", "segments"]
@@ -104,11 +105,11 @@ def lora_grouped_linear_forward(
                 h_rows *= dropout.keep_scale(spec.dropout_p(g))
             _product_(y_rows, h_rows, b_t[g], spec.scaling(g), add=wide)
         if experts:
-            y_rows.addmm_(rows, w[segment.expert].T)
+            _add_large_(y_rows, rows, w[segment.expert].T)
             if bias is not None:
                 y_rows += bias[segment.expert]
     if not experts and not wide:
-        y.addmm_(_rows(x, index, slice(0, count)), w.T)
+        _add_large_(y, _rows(x, index, slice(0, count)), w.T)
         if bias is not None:
             y += bias
     return y, h
@@ -176,14 +177,14 @@ def lora_grouped_linear_backward(
                 db_of[g].addmm_(dy_acc.T, h[some], beta=segment.first != 0, alpha=scaling)
         if experts:
             if needs.x:
-                dx_rows[some].addmm_(dy_rows, w[e])
+                _add_large_(dx_rows[some], dy_rows, w[e], backward=True)
             if needs.w:
                 dw[e].addmm_(dy_rows.T, rows)
             if needs.bias:
                 dbias[e] += dy_rows.sum(0)
     if needs.x:
         if not experts:
-            dx_rows.addmm_(dy, w)
+            _add_large_(dx_rows, dy, w, backward=True)
         dx = dx_rows
         if index is not None:
             dx = dy.new_zeros((sources, w.shape[-1])).index_add_(0, index, dx_rows)
@@ -225,6 +226,15 @@ def _masks(
 ) -> Iterator[tuple[slice, Tensor]]:
     count, g = segment.stop - segment.start, segment.group
     return dropout.masks(seeds[g : g + 1], count, cols, p, acc, segment.first)
+
+
+def _add_large_(out: Tensor, left: Tensor, right: Tensor, backward: bool = False) -> None:
+    """out += left·right in place, in the dtype that products.py names."""
+    dtype = product_dtype(out.dtype, out.device, len(left), backward)
+    if dtype == out.dtype:
+        out.addmm_(left, right)
+    else:
+        out.copy_(out.to(dtype).addmm_(left.to(dtype), right.to(dtype)))
 
 
 def _product_(out: Tensor, left: Tensor, right: Tensor, scale: float, add: bool = False) -> None:
