@@ -11,7 +11,6 @@ __all__ = ["linear"]
 class Quanto(FrozenWeight):
     """The weight of a QLinear, which is a tensor in 2, 4 or 8 bits with scales of its dtype."""
 
-    @torch.no_grad()
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.layer.weight.dequantize().contiguous().to(dtype)
 
