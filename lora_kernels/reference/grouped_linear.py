@@ -140,8 +140,9 @@ def lora_grouped_linear_backward(
     acc, count = accumulate_dtype(dy.dtype), dy.shape[0]
     found, experts = segments(ends, groups, w), w.dim() == 3
     dx_rows = dw = da = db = dbias = dx = None
+    wide = dy.dtype == acc and not experts  # as in the forward
     if needs.x:
-        dx_rows = dy.new_zeros((count, w.shape[-1]))
+        dx_rows = dy @ w if wide else dy.new_zeros((count, w.shape[-1]))
     if needs.w:
         dw = dy.new_zeros(w.shape) if experts else dy.T @ _rows(x, index, slice(0, count))
     if needs.bias:
@@ -172,7 +173,7 @@ def lora_grouped_linear_backward(
                     begins = segment.first == part.start == 0  # what was there is not read
                     da_of[g].addmm_(dh[part].T, x_hat, beta=0 if begins else 1)
             if needs.x:
-                _update_dx_(dx_rows[some], dh, a[g], segment, seeds, p)
+                _update_dx_(dx_rows[some], dh, a[g], segment, seeds, p, add=wide)
             if needs.b:
                 db_of[g].addmm_(dy_acc.T, h[some], beta=segment.first != 0, alpha=scaling)
         if experts:
@@ -183,7 +184,7 @@ def lora_grouped_linear_backward(
             if needs.bias:
                 dbias[e] += dy_rows.sum(0)
     if needs.x:
-        if not experts:
+        if not experts and not wide:
             _add_large_(dx_rows, dy, w, backward=True)
         dx = dx_rows
         if index is not None:
@@ -211,14 +212,24 @@ def _x_hat(
 
 
 def _update_dx_(
-    dx: Tensor, dh: Tensor, a: Tensor, segment: Segment, seeds: Tensor | None, p: float
+    dx: Tensor,
+    dh: Tensor,
+    a: Tensor,
+    segment: Segment,
+    seeds: Tensor | None,
+    p: float,
+    add: bool,
 ) -> None:
-    """dx = mask∘(dh·a) in place."""
+    """dx = mask∘(dh·a) in place, plus what was there if add is set."""
     if p == 0:
-        _product_(dx, dh, a, 1.0)
+        _product_(dx, dh, a, 1.0, add)
         return
     for some, mask in _masks(segment, a.shape[1], seeds, p, dh.dtype):
-        dx[some] = mask.mul_(dh[some] @ a)
+        update = mask.mul_(dh[some] @ a)
+        if add:
+            dx[some].add_(update)
+        else:
+            dx[some] = update
 
 
 def _masks(
