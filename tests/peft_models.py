@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_kernels import patch_peft, unpatch_peft
 from lora_kernels.testing.tolerance import assert_close, assert_close_together
 from tests.op_calls import Calls
+from tests.quantized import quantised
 from tests.tiny_models import BASES, TARGETS, randomise
 
 UPSTREAM = PeftLinear.forward
@@ -142,3 +143,31 @@ def lora_layer(device, *, conv1d=False, bias=True, base=None, **options):
             if "lora_" in name:
                 parameter.normal_()
     return layer
+
+
+class QuantisedNet(nn.Module):
+    """One quantised layer [.., 128] -> [.., 64], as a model that its quantiser has loaded."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.layer = quantised(kind, **options)
+        self.is_loaded_in_4bit = kind.startswith(("nf4", "fp4"))
+        self.is_loaded_in_8bit = kind == "int8"
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def quantised_lora_layer(kind, *, lora_dtype=torch.float32, lora=None, **options):
+    """A PEFT LoRA layer over one of the kinds of tests/quantized.py; no factor of it is zero.
+
+    lora: options of LoraConfig; the others are those of quantised().
+    """
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["layer"], **(lora or {})}
+    base = QuantisedNet(kind, **options)
+    model = peft.get_peft_model(base, peft.LoraConfig(**lora), autocast_adapter_dtype=False)
+    layer = model.base_model.model.layer
+    for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+        factor.to(lora_dtype)
+        nn.init.normal_(factor.weight, std=factor.in_features**-0.5)
+    return layer.train()

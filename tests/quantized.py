@@ -15,7 +15,7 @@ def quantised(kind, n=64, k=128, *, bias=True, dtype=torch.float32, device="cpu"
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dense = nn.Linear(k, n, bias=bias).to(dtype)
+        dense = nn.Linear(k, n, bias=bias).to(dtype).requires_grad_(False)
         layer = _MAKERS[kind](dense)
     return layer.to(device).requires_grad_(False)
 

@@ -44,8 +44,13 @@ def quantized_forward(
         checks.check_operands(layer, frozen, a, b, None, spec.splits)
         checks.check_spec(layer, spec)
         seed = seeds_for(layer, x, spec.dropout_p, seed)
-        if obstacle(x, None, a, b, frozen.bias) is None and not is_transformed():
-            return LoraQuantizedLinear.apply(x, a, b, frozen.bias, seed, frozen, spec)
+        bias = frozen.bias
+        if (
+            obstacle(x, None, a, b, bias) is None
+            and not is_transformed()
+            and (bias is None or not bias.requires_grad or _stays(bias, x, frozen))
+        ):
+            return LoraQuantizedLinear.apply(x, a, b, bias, seed, frozen, spec)
         x_hat = formula.dropped(x, seed, spec.dropout_p, accumulate_dtype(x.dtype))
     elif isinstance(layer, nn.Module):  # so that train() and eval() act on what is recorded
         x_hat = layer.lora_dropout(x)
@@ -54,3 +59,11 @@ def quantized_forward(
     y = frozen.layer(x)
     with checks.without_autocast(frozen.device):
         return formula.with_update(y, x_hat, a, b, spec, accumulate_dtype(a.dtype))[0]
+
+
+def _stays(bias: Tensor, x: Tensor, frozen: FrozenWeight) -> bool:
+    """Whether the layer leaves its bias in its dtype. bitsandbytes' do not, before the product.
+
+    Autograd is to see the change, so that the gradient has the new dtype.
+    """
+    return bias.dtype == frozen.product_dtype(x)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lora_kernels.checks import is_autocast
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.ops.dequantize import dense
 from lora_kernels.ops.library import compute, define
@@ -74,10 +75,14 @@ class LoraQuantizedLinear(torch.autograd.Function):
         ctx.needs = needs = Needs(needs_x, False, needs_a, needs_b, needs_bias)
         ctx.x_dtype, ctx.dense_dtype = x.dtype, frozen.product_dtype(x)
         rows = x.numel() // max(1, x.shape[-1])
-        if frozen.exact and _large(ctx.dense_dtype, x, rows) == torch.float32 != ctx.dense_dtype:
+        if (
+            frozen.exact
+            and _large(ctx.dense_dtype, x, rows) == torch.float32 != ctx.dense_dtype
+            and (frozen.keeps_dtype or _is_in_dtype(x, ctx.dense_dtype))
+        ):
             w, wide_bias = dense(frozen, torch.float32), None if bias is None else bias.float()
             y, h = lora_linear_forward(x, w, a, b, wide_bias, seed, spec)
-            y = y.to(frozen.output_dtype(x))
+            y = y.to(x.dtype)
         else:
             y = frozen.layer(x).contiguous()
             h = add_lora(y, x, a, b, seed, spec)
@@ -109,6 +114,11 @@ class LoraQuantizedLinear(torch.autograd.Function):
             grads = lora_linear_backward(operands, ctx.spec, needs)
         dx, _, da, db, dbias = needs.spread(grads)
         return dx, da, db, dbias, None, None, None
+
+
+def _is_in_dtype(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether x is multiplied as it is by a weight in dtype."""
+    return x.dtype == dtype and not is_autocast(x.device)
 
 
 def _large(dtype: torch.dtype, x: Tensor, rows: int, backward: bool = False) -> torch.dtype:

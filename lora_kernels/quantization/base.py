@@ -1,7 +1,7 @@
 """FrozenWeight: what layers and ops see of a base layer whose weight is not a dense matrix."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,12 @@ class FrozenWeight:
 
     layer: the module; ``layer(x)`` is x·wᵀ + bias [..., N] by its own kernels. shape: (N, K).
     device: that of its parameters. dtype: in which ``layer(x)`` multiplies; None: in x's.
-    kind: what the weight is, in a few words, such as "nf4". exact: whether ``layer(x)`` is the
-    product of x with dense(), within rounding: it is not if the layer rounds x to 8 bits.
+    kind: what the weight is, in a few words, such as "nf4". exact: whether x·dense()ᵀ + bias may
+    stand in for ``layer(x)``: it may not if the layer rounds x to 8 bits. keeps_dtype: whether
+    ``layer(x)`` is in x's dtype for every x, under autocast too.
     """
+
+    keeps_dtype: ClassVar[bool] = False
 
     layer: nn.Module
     shape: tuple[int, int]
@@ -68,10 +71,6 @@ class FrozenWeight:
     def product_dtype(self, x: Tensor) -> torch.dtype:
         """In which dtype the layer multiplies this x, here and now."""
         return x.dtype if self.dtype is None else self.dtype
-
-    def output_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype of layer(x), here and now."""
-        return x.dtype
 
 
 @dataclass(frozen=True)

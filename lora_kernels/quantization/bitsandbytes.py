@@ -19,6 +19,8 @@ class Blocks(FrozenWeight):
     multiplies in bfloat16, with scales in bfloat16.
     """
 
+    keeps_dtype = True
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         weight = self.layer.weight
         state = _state_of(self.layer, weight)
@@ -54,6 +56,8 @@ class Blocks(FrozenWeight):
 class EightBit(FrozenWeight):
     """The weight of a Linear8bitLt: int8 [N, K], and a scale for each row."""
 
+    keeps_dtype = True
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         codes, scales = _rows(self.layer)
         acc = torch.promote_types(dtype, torch.float32)  # a mixed product is slow on a CPU
@@ -61,7 +65,10 @@ class EightBit(FrozenWeight):
 
 
 def linear_4bit(layer: nn.Module) -> FrozenWeight | NotFrozen:
-    """The weight of a bitsandbytes.nn.Linear4bit."""
+    """The weight of a bitsandbytes.nn.Linear4bit.
+
+    exact: once it knows what it computes in. If it was not told, its first forward decides that.
+    """
     weight = layer._parameters.get("weight")
     if weight is None:
         return NotFrozen("it has no parameter weight")
@@ -86,7 +93,7 @@ def linear_4bit(layer: nn.Module) -> FrozenWeight | NotFrozen:
             "bitsandbytes lost the order of its scales when it unpacked the weight, which "
             "state_dict() and to() do after a forward in eval() on this CPU: load it again"
         )
-    return Blocks(layer, shape, device, dtype, state.quant_type, True)
+    return Blocks(layer, shape, device, dtype, state.quant_type, layer.compute_type_is_set)
 
 
 def linear_8bit(layer: nn.Module) -> FrozenWeight | NotFrozen:
