@@ -153,8 +153,8 @@ def _frozen_weight(base: nn.Module) -> FrozenWeight | NotFused | None:
     found = find(base)
     if not isinstance(found, NotFrozen):
         return found
-    if type(base) in BASES:
-        return None  # what is wrong with it is told below
+    if type(base) in BASES and found.error is TypeError:
+        return None  # its weight is of no known class, which is told below
     return NotFused(f"base_layer is a {type(base).__name__}: {found.reason}")
 
 
