@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.checks import is_autocast
-from lora_kernels.dispatch.table import GemmShape
+from lora_kernels.dispatch.algorithm import GemmShape, choose
 from lora_kernels.ops.dequantize import dense
 from lora_kernels.ops.library import compute, define
 from lora_kernels.ops.linear import (
@@ -77,7 +77,7 @@ class LoraQuantizedLinear(torch.autograd.Function):
         rows = x.numel() // max(1, x.shape[-1])
         if (
             frozen.exact
-            and _large(ctx.dense_dtype, x, rows) == torch.float32 != ctx.dense_dtype
+            and _dense_dtype(ctx.dense_dtype, x, rows) == torch.float32 != ctx.dense_dtype
             and (frozen.keeps_dtype or _is_in_dtype(x, ctx.dense_dtype))
         ):
             w, wide_bias = dense(frozen, torch.float32), None if bias is None else bias.float()
@@ -89,7 +89,7 @@ class LoraQuantizedLinear(torch.autograd.Function):
             # Of a view that a Function returns, autograd forbids a change in place.
             y = torch.ops.aten._unsafe_view.default(y, y.shape)
         if any(needs):
-            ctx.dense_dtype = _large(ctx.dense_dtype, x, rows, backward=True)
+            ctx.dense_dtype = _dense_dtype(ctx.dense_dtype, x, rows, backward=True)
         ctx.save_for_backward(
             x if needs.a else None,
             h if needs.b else None,
@@ -121,6 +121,12 @@ def _is_in_dtype(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype == dtype and not is_autocast(x.device)
 
 
-def _large(dtype: torch.dtype, x: Tensor, rows: int, backward: bool = False) -> torch.dtype:
-    """In which dtype the large product of a base that multiplies in dtype runs here."""
-    return product_dtype(dtype, x.device, rows, backward)
+def _dense_dtype(dtype: torch.dtype, x: Tensor, rows: int, backward: bool = False) -> torch.dtype:
+    """In which dtype dense() is multiplied here over a base that multiplies in dtype."""
+    wide = product_dtype(dtype, x.device, rows, backward)
+    if (
+        wide != dtype
+        and choose(GemmShape(rows, 1, 1, 1, x.dtype, x.device, False)).name != "reference"
+    ):
+        return dtype  # kernels take operands of one dtype
+    return wide

@@ -220,3 +220,14 @@ def test_add_lora_is_called_once_and_the_backward_once(seed, device):
     with Calls() as calls:
         solve(int8_weight(layer), problem)
     assert calls.names == ["add_lora", "lora_linear_backward"]
+
+
+@pytest.mark.parametrize("algorithm", ["fused", "addmm"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_on_kernels(dtype, algorithm, seed, device, monkeypatch):
+    """Also if a CPU would rather multiply in float32: kernels take operands of one dtype."""
+    monkeypatch.setenv("LORA_KERNELS_CPU_PRODUCTS", "float32")
+    layer, problem = make_case(dtype, device, dropout_p=0.3)
+    exact, baseline = problem.solve(torch.float64), problem.solve()
+    for name, result in solve(int8_weight(layer), problem).items():
+        assert_close(result, exact[name], baseline[name], name)
