@@ -15,9 +15,9 @@ from lora_kernels.spec import LoraSpec, OutputSplits
 
 __all__ = [
     "DTYPES", "autocast_dtype", "check_alpha", "check_device_and_dtype", "check_dropout",
-    "check_dropout_p", "check_input", "check_operands", "check_rank", "check_scaling",
-    "check_shape", "check_spec", "check_tensor", "check_weight", "is_autocast", "layer_name",
-    "without_autocast",
+    "check_dropout_p", "check_input", "check_magnitude", "check_operands", "check_rank",
+    "check_scaling", "check_shape", "check_spec", "check_tensor", "check_weight", "is_autocast",
+    "layer_name", "without_autocast",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -206,6 +206,16 @@ def check_operands(
     for name, operand in (("lora_A", a), ("lora_B", b), ("bias", bias)):
         if operand is not None and operand.device != device:
             _fail(layer, name, f"be on weight's device {device}", operand.device)
+
+
+def check_magnitude(layer: str | nn.Module, magnitude, weight: Tensor) -> None:
+    """magnitude has an entry for each row of weight [N, K]. Raises: TypeError, ValueError."""
+    check_tensor(layer, "magnitude", magnitude)
+    n, device = weight.shape[0], weight.device
+    if magnitude.dim() != 1 or magnitude.shape[0] != n:
+        _fail(layer, "magnitude", f"have shape [{n}]", list(magnitude.shape))
+    if magnitude.device != device:
+        _fail(layer, "magnitude", f"be on weight's device {device}", magnitude.device)
 
 
 def _fail(layer: str | nn.Module, name: str, expected: str, value) -> None:

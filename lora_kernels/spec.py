@@ -1,4 +1,4 @@
-"""The values that travel together: LoraSpec, OutputSplits, Needs.
+"""The values that travel together: LoraSpec, DoraSpec, OutputSplits, Needs.
 
 They hold no tensors and are compared and hashed by value. torch.compile traces them through an
 autograd Function without recompiling.
@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Group", "GroupedSpec", "LoraSpec", "Needs", "OutputSplits"]
+__all__ = [
+    "DoraNeeds", "DoraSpec", "Group", "GroupedSpec", "LoraSpec", "Needs", "OutputSplits",
+]  # fmt: skip
 
 
 class Group(NamedTuple):
@@ -142,6 +144,21 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
+class DoraSpec(LoraSpec):
+    """The values of an update with a magnitude that are not tensors; splits has one group.
+
+    low_rank_only: whether dropout acts on the low-rank part alone, see reference/dora.py.
+    """
+
+    low_rank_only: bool = False
+
+    @property
+    def drops_product(self) -> bool:
+        """Whether the product with the base weight sees a dropped-out x, too."""
+        return self.dropout_p > 0 and not self.low_rank_only
+
+
+@dataclass(frozen=True)
 class GroupedSpec:
     """The values of G updates that are not tensors: one for each, or a single one for all.
 
@@ -179,3 +196,16 @@ class Needs(NamedTuple):
         """The gradients of the needed operands, in order, with None in the places of the others."""
         following = iter(grads)
         return tuple(next(following) if needed else None for needed in self)
+
+
+class DoraNeeds(NamedTuple):
+    """Which operands of a LoRA product with a magnitude need a gradient."""
+
+    x: bool = False
+    w: bool = False
+    a: bool = False
+    b: bool = False
+    bias: bool = False
+    magnitude: bool = False
+
+    spread = Needs.spread

@@ -22,7 +22,7 @@ from lora_kernels.ops.obstacle import is_jagged, is_opaque, is_plain, obstacle
 from lora_kernels.quantization import FrozenWeight
 from lora_kernels.reference import formula
 from lora_kernels.reference.linear import accumulate_dtype
-from lora_kernels.spec import LoraSpec, OutputSplits
+from lora_kernels.spec import DoraSpec, LoraSpec, OutputSplits
 
 __all__ = ["lora_forward", "lora_linear", "lora_merged_linear", "lora_shared_linear"]
 
@@ -47,6 +47,7 @@ def lora_linear(
     lora_B: Tensor,
     bias: Tensor | None = None,
     *,
+    magnitude: Tensor | None = None,
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -69,10 +70,17 @@ def lora_linear(
     torch.jit.trace or torch.onnx.export records, for operands of another tensor class, and on
     devices other than CPU and CUDA. torch.fx records a call as one node. Under vmap the argument
     randomness says whether the samples share a seed that is drawn.
+    magnitude [N], of any of these dtypes: DoRA. With m = magnitude / norm, for the norm of each row
+    of weight + scaling·lora_B·lora_A, which every gradient takes for a constant,
+    y = m∘(x·weightᵀ + scaling·(x·lora_Aᵀ)·lora_Bᵀ) + bias; with dropout, as in PEFT,
+    y = x·weightᵀ + bias + (m - 1)∘(x_hat·weightᵀ) + scaling·m∘((x_hat·lora_Aᵀ)·lora_Bᵀ) for
+    x_hat = dropout(x), which takes a second large product. m is 1 in a row of zeros. y must not
+    change in place before the backward, which reads it for the gradient of magnitude.
     Raises: TypeError if an operand is not a dense floating-point tensor; ValueError if shapes,
     dtypes, devices or values do not fit; RuntimeError for a double backward through x and lora_B
     if lora_A does not require a gradient.
-    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
+    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; DoRA: Liu et al. 2024, arXiv 2402.09353,
+    section 4.
     """
     name = "lora_linear"
     if isinstance(weight, FrozenWeight):
@@ -81,6 +89,11 @@ def lora_linear(
         spec = LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
         return quantized_forward(name, x, weight, lora_A, lora_B, spec, seed)
     checks.check_weight(name, weight)
+    if magnitude is not None:
+        from lora_kernels.functional.dora import dora_forward  # it imports this module
+
+        spec = DoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
+        return dora_forward(name, x, weight, lora_A, lora_B, bias, magnitude, spec, seed)
     spec = LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
     return lora_forward(name, x, weight, lora_A, lora_B, bias, spec, seed)
 

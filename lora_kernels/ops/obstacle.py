@@ -27,10 +27,10 @@ _STAND_INS = (
     "torch.distributed._functional_collectives",
 )
 _DEVICES = ("cpu", "cuda", "meta")
-_NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
+_NAMES = ("x", "weight", "lora_A", "lora_B", "bias", "magnitude")
 
 
-def obstacle(x, weight, a, b, bias) -> str | None:
+def obstacle(x, weight, a, b, bias, magnitude=None) -> str | None:
     """Why the op cannot take these operands here and now, in words; None if it can.
 
     Asked in every call: if nothing stands in the way, it takes less than half a microsecond.
@@ -41,6 +41,7 @@ def obstacle(x, weight, a, b, bias) -> str | None:
         and type(a) in _PLAIN
         and type(b) in _PLAIN
         and type(bias) in _PLAIN
+        and type(magnitude) in _PLAIN
         and forward_ad._current_level < 0
         and not _are_functorch_transforms_active()
         and _get_tracing_state() is None
@@ -48,7 +49,8 @@ def obstacle(x, weight, a, b, bias) -> str | None:
         and (x.is_cuda or (x.is_cpu and not x.is_nested))
     ):
         return None
-    return _of_operands(x, weight, a, b, bias) or _of_moment(x, weight, a, b, bias)
+    operands = x, weight, a, b, bias, magnitude
+    return _of_operands(*operands) or _of_moment(*operands)
 
 
 def is_opaque(x) -> bool:
@@ -129,7 +131,7 @@ def _saves_enough(*operands) -> bool:
     The op saves what the innermost level differentiates by. An outer level, or the autograd around
     all of them, may differentiate by other operands.
     """
-    if len(get_interpreter_stack()) > 1:
+    if len(get_interpreter_stack()) > 1 or operands[-1] is not None:  # a magnitude
         return False
     by = []
     for operand in operands:
@@ -138,7 +140,7 @@ def _saves_enough(*operands) -> bool:
         outer = get_unwrapped(operand) if wrapped else operand
         if outer is not None and outer.requires_grad and not by[-1]:
             return False
-    x, _, a, b, _ = by
+    x, _, a, b, *_ = by
     return a or not (x and b)  # for lora_B it saves x·lora_Aᵀ, without x
 
 

@@ -1,0 +1,70 @@
+"""lora_linear with a magnitude (DoRA): checks, autocast and the seed; ops/dora.py computes."""
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import checks
+from lora_kernels.functional.linear import _own_dropout, _prepare, seeds_for
+from lora_kernels.ops.dora import DoraLinear
+from lora_kernels.ops.obstacle import is_jagged, is_opaque, obstacle
+from lora_kernels.reference import dora_formula, formula
+from lora_kernels.reference.dora import scale_of
+from lora_kernels.reference.linear import accumulate_dtype
+from lora_kernels.spec import DoraSpec
+
+__all__ = ["dora_forward"]
+
+
+def dora_forward(
+    layer: str | nn.Module,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    magnitude: Tensor,
+    spec: DoraSpec,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """lora_linear with a magnitude for a layer, which names itself in errors."""
+    if obstacle(x, weight, a, b, bias, magnitude) is not None:
+        return _without_op(layer, x, weight, a, b, bias, magnitude, spec, seed)
+    x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
+    checks.check_magnitude(layer, magnitude, weight)
+    seed = seeds_for(layer, x, spec.dropout_p, seed)
+    y, *_ = DoraLinear.apply(x, weight, a, b, bias, magnitude, seed, spec)
+    return y
+
+
+def _without_op(
+    layer: str | nn.Module,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    magnitude: Tensor,
+    spec: DoraSpec,
+    seed: Tensor | None,
+) -> Tensor:
+    """dora_forward if there is an obstacle: the formula in differentiable PyTorch."""
+    if is_jagged(x):  # one matrix in memory, which the op can take
+        checks.check_shape(layer, x, weight)
+        y = dora_forward(layer, x.values(), weight, a, b, bias, magnitude, spec, seed)
+        return torch.nested.nested_tensor_from_jagged(
+            y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
+        )
+    if is_opaque(x):
+        # While torch.fx records a layer, x has no dtype to look at.
+        known = x if isinstance(x, Tensor) else layer.held_weight()
+        dtype = accumulate_dtype(known.dtype)
+        x_hat = _own_dropout(layer, x, spec.dropout_p, seed)
+    else:
+        x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
+        checks.check_magnitude(layer, magnitude, weight)
+        dtype = accumulate_dtype(x.dtype)
+        seed = seeds_for(layer, x, spec.dropout_p, seed)
+        x_hat = formula.dropped(x, seed, spec.dropout_p, dtype)
+    norm = dora_formula.row_norms(weight, a, b, spec, dtype)
+    m = scale_of(magnitude, norm)
+    return dora_formula.with_magnitude(x, x_hat, weight, a, b, bias, m, spec, dtype)[0]

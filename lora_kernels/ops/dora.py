@@ -1,0 +1,178 @@
+"""The op behind lora_linear with a magnitude (DoRA)."""
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch.table import GemmShape
+from lora_kernels.ops.library import binds_positionally, compute, define, tma_if_asked
+from lora_kernels.reference import dora as reference
+from lora_kernels.reference import dora_formula, formula
+from lora_kernels.reference.linear import accumulate_dtype
+from lora_kernels.spec import DoraNeeds, DoraSpec, OutputSplits
+
+__all__ = ["DoraLinear", "dora_backward", "dora_forward"]
+
+
+def _forward(x, w, a, b, bias, magnitude, seed, *constants):
+    (n, k), spec = w.shape, _spec(w.shape[0], *constants)
+    shape = GemmShape(
+        m=x.numel() // max(1, k),
+        n=n,
+        k=k,
+        r=b.shape[1],
+        dtype=x.dtype,
+        device=x.device,
+        dropout=spec.dropout_p > 0,
+        tma=tma_if_asked(x, w),
+    )
+    operands = (x, w, a, b, bias, magnitude, seed)
+    return compute(reference, "dora_forward", shape, (*operands, spec), operands)
+
+
+def _backward(*arguments):
+    operands, spec, needs = _unpacked(arguments)
+    dy, x, _, w, a, b, *_ = operands
+    n = dy.shape[-1]
+    wide = next((operand for operand in (x, w, a) if operand is not None), None)
+    shape = GemmShape(
+        m=dy.numel() // max(1, n),
+        n=n,
+        k=1 if wide is None else wide.shape[-1],
+        r=1 if b is None else b.shape[1],
+        dtype=dy.dtype,
+        device=dy.device,
+        dropout=spec.dropout_p > 0,
+        tma=tma_if_asked(dy, w),
+        backward=True,
+    )
+    return compute(reference, "dora_backward", shape, (*operands, spec, needs), operands)
+
+
+def _forward_formula(x, w, a, b, bias, magnitude, seed, *constants):
+    spec = _spec(w.shape[0], *constants)
+    return dora_formula.dora_forward(x, w, a, b, bias, magnitude, seed, spec)
+
+
+def _backward_formula(*arguments):
+    operands, spec, needs = _unpacked(arguments)
+    return dora_formula.dora_backward(*operands, spec, needs)
+
+
+def _spec(n: int, scaling: float, dropout_p: float, low_rank_only: bool) -> DoraSpec:
+    return DoraSpec(scaling, dropout_p, OutputSplits.whole(n), low_rank_only)
+
+
+def _unpacked(arguments: tuple) -> tuple[tuple, DoraSpec, DoraNeeds]:
+    *operands, scaling, dropout_p, low_rank_only, needs = arguments
+    spec = _spec(operands[0].shape[-1], scaling, dropout_p, low_rank_only)
+    return tuple(operands), spec, DoraNeeds(*needs)
+
+
+def _forward_fake(x, w, a, b, bias, magnitude, seed, *constants):
+    m, n, acc = x.numel() // x.shape[-1], w.shape[0], accumulate_dtype(x.dtype)
+    y = x.new_empty((*x.shape[:-1], n))
+    h, norm = x.new_empty((m, a.shape[0]), dtype=acc), x.new_empty((n,), dtype=acc)
+    drops = _spec(n, *constants).drops_product
+    return [y, h, norm, *([x.new_empty((m, n))] if drops else [])]
+
+
+def _backward_fake(dy, x, h, w, a, b, bias, magnitude, *others):
+    needs = DoraNeeds(*others[-1])
+    grads = []
+    if needs.x:
+        grads.append(dy.new_empty((*dy.shape[:-1], w.shape[1])))
+    if needs.w:
+        grads.append(dy.new_empty((dy.shape[-1], x.shape[-1])))
+    if needs.a:
+        grads.append(a.new_empty(a.shape))
+    if needs.b:
+        grads.append(b.new_empty(b.shape))
+    if needs.bias:
+        grads.append(dy.new_empty((dy.shape[-1],)))
+    if needs.magnitude:
+        grads.append(magnitude.new_empty(magnitude.shape))
+    return grads
+
+
+_forward_op = define(
+    "dora_forward",
+    "(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor magnitude, Tensor? seed, "
+    "float scaling, float dropout_p, bool low_rank_only) -> Tensor[]",
+    _forward,
+    _forward_formula,
+    _forward_fake,
+)
+_backward_op = define(
+    "dora_backward",
+    "(Tensor dy, Tensor? x, Tensor? h, Tensor? w, Tensor? a, Tensor? b, Tensor? bias, "
+    "Tensor magnitude, Tensor? seed, Tensor norm, Tensor? kept, float scaling, "
+    "float dropout_p, bool low_rank_only, bool[] needs) -> Tensor[]",
+    _backward,
+    _backward_formula,
+    _backward_fake,
+)
+
+
+def dora_forward(x, w, a, b, bias, magnitude, seed, spec: DoraSpec) -> list[Tensor]:
+    """y, h, norm and perhaps c, as reference.dora specifies them, by the op."""
+    constants = spec.scaling, spec.dropout_p, spec.low_rank_only
+    return _forward_op(x, w, a, b, bias, magnitude, seed, *constants)
+
+
+def dora_backward(operands: tuple[Tensor | None, ...], spec: DoraSpec, needs: DoraNeeds):
+    """The gradients that needs asks for, as reference.dora specifies them, by the op.
+
+    operands: dy, x, h, w, a, b, bias, magnitude, seed, norm, kept.
+    """
+    return _backward_op(*operands, spec.scaling, spec.dropout_p, spec.low_rank_only, needs)
+
+
+@binds_positionally
+class DoraLinear(torch.autograd.Function):
+    """Saves what the backward will read of x, h, the seed and the parameters, and y, or c for y."""
+
+    @staticmethod
+    def forward(x, w, a, b, bias, magnitude, seed, spec):
+        return tuple(dora_forward(x, w, a, b, bias, magnitude, seed, spec))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, a, b, bias, magnitude, seed, ctx.spec = inputs
+        y, h, norm, *c = output
+        ctx.mark_non_differentiable(h, norm, *c)
+        ctx.set_materialize_grads(False)
+        ctx.needs = needs = DoraNeeds(*ctx.needs_input_grad[:6])
+        drops = ctx.spec.drops_product
+        ctx.save_for_backward(
+            x if needs.w or needs.a or needs.magnitude or (needs.x and needs.b) else None,
+            h if needs.b or needs.magnitude else None,
+            w if needs.x or needs.magnitude else None,
+            a if needs.x or needs.a else None,
+            b if needs.x or needs.a or needs.b or needs.magnitude else None,
+            bias if needs.magnitude and not drops else None,
+            magnitude,
+            seed,
+            norm,
+            (c[0] if drops else y) if needs.magnitude else None,
+        )
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        needs = ctx.needs
+        if dy is None or not any(needs):
+            return (None,) * 8  # one for each argument of forward
+        operands = (dy, *ctx.saved_tensors)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _differentiable_backward(operands, ctx.spec, needs)
+        else:
+            grads = dora_backward(operands, ctx.spec, needs)
+        return (*needs.spread(grads), None, None)
+
+
+def _differentiable_backward(operands, spec: DoraSpec, needs: DoraNeeds) -> list[Tensor]:
+    """dora_backward by the formula, for create_graph=True: it can be differentiated again."""
+    dy, x, h, w, a, b, bias, magnitude, seed, norm, kept = operands
+    if (needs.b or needs.magnitude) and x is not None and a is not None:
+        h = formula.low_rank_input(x, a, seed, spec.dropout_p)
+    operands = (dy, x, h, w, a, b, bias, magnitude, seed, norm, kept)
+    return dora_formula.dora_backward(*operands, spec, needs)
