@@ -124,7 +124,7 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
             if held not in copies:
                 copies[held] = layer.merged_weight()
             merged[base] = copies[held]
-            dropped |= {join(path, "lora_A"), join(path, "lora_B")}
+            dropped |= {join(path, name) for name in layer.factor_names}
     if left:
         warnings.warn(
             "merged_state_dict: the entries of these layers stay as they are, lora_A and lora_B "

@@ -139,7 +139,7 @@ class LoRALayer(MergesOnEval):
         if self.has_lora:
             weight.requires_grad = False
             dtype = weight.dtype if lora_dtype is None else lora_dtype
-            for name in ("lora_A", "lora_B"):
+            for name in self.factor_names:
                 empty = torch.empty(getattr(self, name).shape, dtype=dtype, device=weight.device)
                 setattr(self, name, nn.Parameter(empty))
             self.reset_lora_parameters()

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lora_kernels import checks, functional
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.layers.dora import TakesMagnitude
 from lora_kernels.layers.merging import takes_merged_weight
 from lora_kernels.ops.obstacle import is_opaque, obstacle
 from lora_kernels.quantization import is_quantised
@@ -101,6 +102,8 @@ class LinearLayer(LoRALayer, nn.Linear):
                 checks.check_weight(self, weight)
                 checks.check_input(self, x, weight)
             return F.linear(x, weight, self.bias)
+        if self.use_dora:
+            return self._dora_forward(x)
         weight, a, b, bias = self.oriented(self.weight), self.lora_A, self.lora_B, self.bias
         if self._shared_input is not None and obstacle(x, weight, a, b, bias) is None:
             y = self._shared_input.output(self, x)
@@ -113,18 +116,25 @@ class LinearLayer(LoRALayer, nn.Linear):
         text = f"{nn.Linear.extra_repr(self)}, r={self.r}"
         if self.has_lora:
             text += f", lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout.p}"
+        if self.use_dora:
+            text += ", use_dora=True"
         return text
 
 
-class LoRALinear(LinearLayer):
+class LoRALinear(TakesMagnitude, LinearLayer):
     """y = x·Wᵀ + bias + scaling·(dropout(x)·lora_Aᵀ)·lora_Bᵀ with W frozen.
 
     Shapes: weight [out, in] ([in, out] with fan_in_fan_out), lora_A [r, in], lora_B [out, r];
     x [..., in] -> [..., out]. lora_A starts Kaiming uniform, lora_B zero. r = 0: a plain trainable
     nn.Linear. Dropout acts in training mode only. Other keywords go to nn.Linear.
+    use_dora: DoRA, see the magnitude of lora_linear. The layer trains lora_magnitude [out] as well,
+    which starts as the norms of weight's rows. dropout_low_rank_only: dropout acts on the low-rank
+    part alone, and not, as PEFT's does, on all that the magnitude adds to the frozen layer: this
+    spares a second large product in training.
     Dtypes: as lora_linear.
     Raises: ValueError and TypeError as LoRALayer and lora_linear do, naming this layer.
-    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's Linear.
+    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's Linear; DoRA: Liu et al. 2024,
+    arXiv 2402.09353.
     """
 
     def __init__(
@@ -136,6 +146,8 @@ class LoRALinear(LinearLayer):
         lora_dropout: float = 0.0,
         fan_in_fan_out: bool = False,
         merge_weights: bool = True,
+        use_dora: bool = False,
+        dropout_low_rank_only: bool = False,
         **kwargs,
     ):
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
@@ -143,6 +155,7 @@ class LoRALinear(LinearLayer):
         self._set_layout(fan_in_fan_out)
         if self.r > 0:
             self._add_adapter((self.r, in_features), (out_features, self.r))
+        self._add_magnitude(use_dora, dropout_low_rank_only)
         self.reset_parameters()
 
     @classmethod
@@ -154,10 +167,12 @@ class LoRALinear(LinearLayer):
         lora_dropout: float = 0.0,
         merge_weights: bool = True,
         lora_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
+        dropout_low_rank_only: bool = False,
     ) -> "LoRALinear":
         """Wraps an nn.Linear or a Hugging Face Conv1D: same parameters, no copy, same mode.
 
-        lora_dtype: dtype of lora_A and lora_B; None takes the weight's.
+        lora_dtype: dtype of lora_A, lora_B and lora_magnitude; None takes the weight's.
         Raises: TypeError for any other module, subclasses with a forward of their own included.
         """
         return cls._wrap(
@@ -167,9 +182,17 @@ class LoRALinear(LinearLayer):
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
             merge_weights=merge_weights,
+            use_dora=use_dora,
+            dropout_low_rank_only=dropout_low_rank_only,
         )
+
+    def reset_lora_parameters(self) -> None:
+        super().reset_lora_parameters()
+        self._reset_magnitude()
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)
+        if self.use_dora:
+            return self._magnified_delta(acc)
         a, b = self._factors()
         return self.oriented(b.to(acc) @ a.to(acc)) * self.scaling

@@ -7,7 +7,7 @@ the update in the file would make of that.
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +44,9 @@ def _take_merged_weight(layer, state_dict: dict[str, Tensor], prefix: str, *_) -
         return
     entries = _entries(layer, state_dict, prefix)
     if entries is not None:
-        weight, a, b = entries
+        weight, *factors = entries
         with undisturbed(weight):
-            base = weight.detach() - _delta(layer, a, b).to(weight.device)
+            base = weight.detach() - _delta(layer, factors).to(weight.device)
             state_dict[prefix + layer.weight_name] = base.to(weight.dtype)
 
 
@@ -70,10 +70,10 @@ def notice_merged_weight(
         return
     base = layer.base_weight()
     with undisturbed(base):
-        weight, a, b = (entry.detach().to(base.device) for entry in entries)
+        weight, *factors = (entry.detach().to(base.device) for entry in entries)
         if torch.equal(weight.to(base.dtype), base):
             return
-        delta = _delta(layer, a, b)
+        delta = _delta(layer, factors)
         wide = weight.to(delta.dtype)
         off, size, of_weight = (
             torch.linalg.vector_norm(tensor)
@@ -81,7 +81,7 @@ def notice_merged_weight(
         )
     # Whoever merged has rounded the sum to the weight's dtype, and the update to the factors'.
     of_sum = max(torch.finfo(tensor.dtype).eps for tensor in (weight, base))
-    of_delta = max(torch.finfo(tensor.dtype).eps for tensor in (a, b))
+    of_delta = max(torch.finfo(tensor.dtype).eps for tensor in factors)
     if off <= 0.35 * of_sum * of_weight + 4 * of_delta * size and off < size / 2:
         state_dict[prefix + layer.weight_name] = base.detach()
         warnings.warn(
@@ -90,7 +90,7 @@ def notice_merged_weight(
             "are the same without it.",
             stacklevel=2,
         )
-    elif layer.merged and size > 0:
+    elif layer.merged and size > 0 and not layer.use_dora:
         warnings.warn(
             "load_state_dict: the model is in eval mode with merged weights, and the state dict "
             "does not say whether its weights have the update in them. They are taken as base "
@@ -101,13 +101,14 @@ def notice_merged_weight(
 
 
 def _entries(layer, state_dict: Mapping[str, Tensor], prefix: str) -> list[Tensor] | None:
-    """weight, lora_A and lora_B of a state dict, or the layer's own factors if it has none.
+    """weight and factors of a state dict, or the layer's own factors if it has none.
 
     None if there is no weight, or if one of them is not plain and whole or does not fit.
     """
     if prefix + layer.weight_name not in state_dict:
         return None
-    own = {layer.weight_name: layer.base_weight(), "lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    own = {name: getattr(layer, name) for name in layer.factor_names}
+    own = {layer.weight_name: layer.base_weight(), **own}
     entries = [state_dict.get(prefix + name, tensor) for name, tensor in own.items()]
     fit = all(
         entry.shape == tensor.shape and _is_plain(entry) and _is_plain(tensor)
@@ -121,8 +122,9 @@ def _is_plain(tensor: Tensor) -> bool:
     return kind and tensor.is_floating_point() and not tensor.is_meta
 
 
-def _delta(layer, a: Tensor, b: Tensor) -> Tensor:
+def _delta(layer, factors: Sequence[Tensor]) -> Tensor:
     """layer.delta_weight() if these were its factors."""
     other = copy.copy(layer)
-    other._parameters = {**layer._parameters, "lora_A": a, "lora_B": b}
+    own = dict(zip(layer.factor_names, factors, strict=True))
+    other._parameters = {**layer._parameters, **own}
     return other.delta_weight()

@@ -1,6 +1,7 @@
 """The merged weight of a layer: a tensor of its own beside the base weight, after eval()."""
 
 import contextlib
+import operator
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,7 @@ class MergedWeight:
     """
 
     weight: Tensor | None = None
-    sources: tuple[Tensor | None, ...] = (None, None, None)  # base weight, lora_A, lora_B
+    sources: tuple[Tensor | None, ...] = ()  # base weight, lora_A, lora_B, perhaps lora_magnitude
     places: tuple[int, ...] = ()  # where the memory of the sources begins
     values: tuple = ()  # what changes if the sources change in place, and scaling
 
@@ -35,8 +36,7 @@ class MergedWeight:
 
     def has_same(self, sources: tuple[Tensor, ...]) -> bool:
         """Whether it was made of the same tensors."""
-        (weight, a, b), mine = sources, self.sources
-        return mine[0] is weight and mine[1] is a and mine[2] is b
+        return len(self.sources) == len(sources) and all(map(operator.is_, self.sources, sources))
 
     def is_of(self, sources: tuple[Tensor, ...]) -> bool:
         """Whether it was made of the same tensors, which still lie where they lay."""
@@ -51,17 +51,18 @@ class MergedWeight:
 
 
 def _places(sources: tuple[Tensor, ...]) -> tuple[int, ...]:
-    weight, a, b = sources
     try:
-        return weight.data_ptr(), a.data_ptr(), b.data_ptr()
+        return tuple(map(Tensor.data_ptr, sources))
     except RuntimeError:  # on a device that has no addresses
         return ()
 
 
+_version = operator.attrgetter("_version")
+
+
 def _values(sources: tuple[Tensor, ...], scaling: float) -> tuple:
-    weight, a, b = sources
     try:
-        return weight._version, a._version, b._version, scaling
+        return *map(_version, sources), scaling
     except RuntimeError:  # inference tensors do not count how often they were changed
         return *(0 if t.is_inference() else t._version for t in sources), scaling
 
@@ -86,6 +87,7 @@ class MergesOnEval:
     """
 
     weight_name = "weight"  # the base weight's, among the layer's parameters
+    use_dora = False  # whether there is a lora_magnitude besides lora_A and lora_B
     merged: bool
     merge_weights: bool
     _merged_weight: MergedWeight | None = None  # None: this mixin has not merged
@@ -155,7 +157,7 @@ class MergesOnEval:
             return self._merged_for_a_record(merged)
         if weight.requires_grad and torch.is_grad_enabled():
             return None
-        sources = (weight, self.lora_A, self.lora_B)
+        sources = self._sources(weight)
         if torch.compiler.is_compiling():
             # torch.export puts its own tensors in the place of parameters.
             same = merged.has_same(sources) or not torch.compiler.is_dynamo_compiling()
@@ -177,10 +179,20 @@ class MergesOnEval:
 
     def _merged_for_a_record(self, merged: MergedWeight) -> Tensor | None:
         """The merged weight while torch.fx records, which has stand-ins in parameters' places."""
-        factors = self._parameters.get("lora_A"), self._parameters.get("lora_B")
-        sources = (self.held_weight(), *factors)
+        sources = (self.held_weight(), *self._held_factors())
         current = merged.has_same(sources) and merged.is_current(sources, self.scaling)
         return merged.weight if current else None
+
+    def _sources(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """weight, and what the layer makes its merged weight of besides."""
+        if self.use_dora:
+            return weight, self.lora_A, self.lora_B, self.lora_magnitude
+        return weight, self.lora_A, self.lora_B
+
+    def _held_factors(self) -> tuple[Tensor | None, ...]:
+        """What _sources has besides the weight, past stand-ins and parametrizations."""
+        names = ("lora_A", "lora_B", "lora_magnitude")[: 3 if self.use_dora else 2]
+        return tuple(map(self._parameters.get, names))
 
     # ---- when the merged weight is made and dropped ----
 
@@ -204,23 +216,19 @@ class MergesOnEval:
         owner = self.weight_owner()
         if "forward" in owner.__dict__:
             return "the forward of the module with its weight was replaced"
-        weight, a, b = sources = (
-            owner._parameters.get("weight"),
-            self._parameters.get("lora_A"),
-            self._parameters.get("lora_B"),
-        )
+        weight, a, b, *_ = sources = (owner._parameters.get("weight"), *self._held_factors())
         if distributed.is_managed(owner):
             return "its weight is sharded"
-        if not {type(weight), type(a), type(b)} <= {nn.Parameter, Tensor}:
+        if not {*map(type, sources)} <= {nn.Parameter, Tensor}:
             sharded = any(map(distributed.is_dtensor, sources))
             return "its weight is sharded" if sharded else "its tensors are computed, or not plain"
-        if weight.is_meta or a.is_meta or b.is_meta:
+        if any(tensor.is_meta for tensor in sources):
             return "it is on the meta device"
         whole = weight.dim() > 1 and weight.numel() > 0 and a.dim() == b.dim() == 2
         dense = weight.layout is torch.strided and weight.is_floating_point()
-        if not (whole and dense and weight.device == a.device == b.device):
+        if not (whole and dense and all(tensor.device == a.device for tensor in sources)):
             return "weight, lora_A and lora_B are not whole floating-point tensors on one device"
-        if a.is_cpu and (a.untyped_storage().is_shared() or b.untyped_storage().is_shared()):
+        if a.is_cpu and any(tensor.untyped_storage().is_shared() for tensor in sources[1:]):
             return "other processes share its memory, and may change it unseen"
         return None
 
@@ -234,7 +242,7 @@ class MergesOnEval:
         if not self.has_lora:
             self._keep(None, True)
             return
-        sources, merged = (self.base_weight(), self.lora_A, self.lora_B), self._merged_weight
+        sources, merged = self._sources(self.base_weight()), self._merged_weight
         if merged is not None:
             if merged.is_of(sources) and merged.is_current(sources, self.scaling):
                 self._keep(merged, True)

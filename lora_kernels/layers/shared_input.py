@@ -72,7 +72,8 @@ def share_inputs(
     A layer that is copied on its own takes along copies of the layers it is joined with.
     Joined layers have one backward. A second backward, through another layer's output, needs
     retain_graph=True in the first, as for any outputs of one operation.
-    Raises: ValueError if no layers were found to join.
+    Raises: ValueError if no layers were found to join; NotImplementedError, before anything is
+    joined with it, for a layer with use_dora.
     """
     groups = [tuple(group) for group in groups]
     joined = []
@@ -84,6 +85,7 @@ def share_inputs(
             for name in names:
                 layer = module._modules.get(name)
                 if isinstance(layer, LoRALinear) and layer.has_lora:
+                    _check_no_magnitude(layer, f"{path}.{name}" if path else name)
                     alike[_kind(layer)].append((f"{path}.{name}" if path else name, layer))
             for members in alike.values():
                 if len(members) > 1:
@@ -96,6 +98,14 @@ def share_inputs(
             f"dropout and dtypes under the names of one of groups={groups}"
         )
     return joined
+
+
+def _check_no_magnitude(layer: LoRALinear, path: str) -> None:
+    if layer.use_dora:
+        raise NotImplementedError(
+            f"share_inputs: {path} has use_dora=True, and no call computes several layers that "
+            f"have a magnitude: leave it out by groups or exclude"
+        )
 
 
 def _kind(layer: LoRALinear) -> tuple:

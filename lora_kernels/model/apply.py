@@ -24,6 +24,7 @@ from lora_kernels.model.targets import (
     Hyperparameters,
     LayerSpec,
     candidates,
+    check_dora,
     check_wrappable,
     constructor_name,
     constructor_of,
@@ -52,6 +53,8 @@ def apply_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
+    dropout_low_rank_only: bool = False,
     bias: str = "none",
     modules_to_save: str | Iterable[str] | None = None,
     merge_weights: bool = False,
@@ -81,7 +84,8 @@ def apply_lora(
     Nothing inside a module of modules_to_save is wrapped. rank_pattern and alpha_pattern map a
     regular expression for the path of a module or target parameter, or its end, to another r or
     lora_alpha; the first match counts, and one that matches nothing has a warning.
-    scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. autocast_adapter_dtype:
+    scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. use_dora: DoRA, for nn.Linear
+    and Conv1D; dropout_low_rank_only: see LoRALinear. autocast_adapter_dtype:
     whether adapters over 16-bit weights are float32. A module of modules_to_save whose parameters
     are tied to others', such as an output head to the input embedding, gets its own copies of them,
     as in PEFT. Last, mark_only_lora_as_trainable(model, bias, modules_to_save) is called. A module
@@ -98,9 +102,9 @@ def apply_lora(
 
     Raises: ValueError (NotImplementedError for bias) before anything has changed: bad or missing
     numbers, an adapter that is there already, a pattern that is not a regular expression, no match,
-    a match that cannot be wrapped (parameters of experts without Transformers' experts interface
-    among them), a model that is itself a linear, embedding or convolution (use the from_...
-    constructor of its LoRA layer).
+    use_dora for what is no linear, a match that cannot be wrapped (parameters of experts without
+    Transformers' experts interface among them), a model that is itself a linear, embedding or
+    convolution (use the from_... constructor of its LoRA layer).
     Source: Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; the
     meaning of the arguments: PEFT's LoraConfig.
     """
@@ -127,7 +131,8 @@ def apply_lora(
         target_modules = [] if parameters else "all-linear"
     targets = match_targets(model, target_modules, saved, parameters)
     ranks, alphas = plain_patterns(rank_pattern), plain_patterns(alpha_pattern)
-    numbers = Hyperparameters(r, lora_alpha, dropout, ranks, alphas, use_rslora)
+    dora = bool(use_dora), bool(dropout_low_rank_only)
+    numbers = Hyperparameters(r, lora_alpha, dropout, ranks, alphas, use_rslora, *dora)
     specs = {path: numbers.of(path) for path in (*targets, *parameters)}
     if not targets and (target_modules or not parameters):
         raise ValueError(
@@ -135,6 +140,8 @@ def apply_lora(
             f"{candidates(model)}"
         )
     check_wrappable(targets)
+    if use_dora:
+        check_dora(targets, parameters)
     unmatched = numbers.unmatched(specs)
     if unmatched is not None:
         warnings.warn(f"apply_lora: {unmatched}", RuntimeWarning, stacklevel=2)
@@ -192,6 +199,8 @@ def _wrap(
     if spec.splits is not None:
         construct = LoRAMergedLinear.from_linear
         options |= {"enable_lora": spec.splits.enabled, "out_splits": spec.splits.sizes}
+    if spec.use_dora:
+        options |= {"use_dora": True, "dropout_low_rank_only": spec.dropout_low_rank_only}
     layer = construct(module, spec.r, spec.lora_alpha, **options)
     layer.scaling, layer.merge_weights = spec.scaling, merge_weights
     if not quantised:  # such a module is called by its layer, and keeps its hooks

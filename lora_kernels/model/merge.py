@@ -64,9 +64,17 @@ def use_merged_state_dicts(model: nn.Module, enabled: bool = True) -> nn.Module:
     be loaded in the mode in which it was saved. ``parameters()`` are the base weights as ever.
     With enabled=False state dicts hold base weights again. ``merged_state_dict(model)`` gives the
     plain network's state dict in any mode, without this.
-    Raises: ValueError if model has no LoRA layer.
+    Raises: ValueError if model has no LoRA layer, or one with use_dora: its base weight cannot be
+    told from its merged one.
     """
-    for layer in _layers(model, "use_merged_state_dicts"):
+    layers = _layers(model, "use_merged_state_dicts")
+    for path, layer in adapted_layers(model).items():
+        if layer.use_dora:
+            raise ValueError(
+                f"use_merged_state_dicts: {path} has use_dora=True, and no base weight can be made "
+                f"of its merged one: save merged_state_dict(model), or the adapter by itself"
+            )
+    for layer in layers:
         use_merged_state_dict(layer, enabled)
     return model
 

@@ -53,6 +53,7 @@ def check_only_adapters(function, given: Mapping) -> None:
             continue
         way = "all adapters share the base model" if name not in _KEYS else "give it to each"
         way = "nothing merges while there are several" if name == "merge_weights" else way
+        way = "only a single adapter has magnitudes" if name == "use_dora" else way
         raise ValueError(
             f"apply_lora: {name} cannot be given with adapters: {way}, got {given[name]!r}"
         )

@@ -29,8 +29,8 @@ from lora_kernels.quantization import FrozenWeight, find, is_quantised
 from lora_kernels.spec import OutputSplits
 
 __all__ = [
-    "Hyperparameters", "LayerSpec", "candidates", "check_wrappable", "constructor_name",
-    "constructor_of", "match_targets", "name_targets", "plain_patterns",
+    "Hyperparameters", "LayerSpec", "candidates", "check_dora", "check_wrappable",
+    "constructor_name", "constructor_of", "match_targets", "name_targets", "plain_patterns",
 ]  # fmt: skip
 
 
@@ -46,6 +46,8 @@ class LayerSpec:
     scaling: float
     lora_dropout: float = 0.0
     splits: OutputSplits | None = None
+    use_dora: bool = False
+    dropout_low_rank_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Hyperparameters:
     rank_pattern: Mapping[str, int] | None = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] | None = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
+    dropout_low_rank_only: bool = False
 
     def of(self, path: str) -> LayerSpec:
         """What the module at path becomes. Raises: ValueError that names it, for a bad number."""
@@ -68,7 +72,8 @@ class Hyperparameters:
         alpha = _look_up("alpha_pattern", self.alpha_pattern, path, self.lora_alpha)
         alpha = check_alpha(alpha, layer)
         scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank)
-        return LayerSpec(rank, alpha, scaling, self.lora_dropout)
+        dora = {"use_dora": self.use_dora, "dropout_low_rank_only": self.dropout_low_rank_only}
+        return LayerSpec(rank, alpha, scaling, self.lora_dropout, **dora)
 
     def unmatched(self, paths: Collection[str]) -> str | None:
         """A sentence about patterns that match none of paths; None if there are none."""
@@ -257,6 +262,20 @@ def candidates(model: nn.Module) -> str:
     }
     listed = sorted(names)[:8]
     return ", ".join(map(repr, listed)) + (", ..." if len(names) > 8 else "") or "none to wrap"
+
+
+def check_dora(targets: Mapping[str, nn.Module], parameters: Collection[str]) -> None:
+    """Every target can get a magnitude. Raises: ValueError that names the first that cannot."""
+    no_linear = [
+        f"{path} ({type(module).__name__})"
+        for path, module in targets.items()
+        if constructor_of(module) not in (None, LoRALinear.from_linear)
+    ]
+    for name in (*no_linear, *(f"target_parameters: {path}" for path in parameters)):
+        raise ValueError(
+            f"{name} cannot get a LoRA layer with use_dora: only nn.Linear and Hugging Face's "
+            f"Conv1D can"
+        )
 
 
 def check_wrappable(targets: Mapping[str, nn.Module]) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "dora_backward", "dora_forward", "magnitude_gradient", "over_norm", "row_norms", "scale_of",
 ]  # fmt: skip
 
+_ZERO = torch.finfo(torch.float32).tiny  # below it, a norm is that of a row of zeros
 _SMALL = 1 / 16  # of an m: below it, y is not worth z
 _CANCELLED = 1e-2  # of the squares' sum: below it, a norm out of three terms loses digits
 _AT_ONCE = 1 << 20  # elements of w that are in work at once: a few MB
@@ -86,7 +87,7 @@ def over_norm(values: Tensor, norm: Tensor) -> Tensor:
 
 
 def _divided(values: Tensor, norm: Tensor, of_zero: int) -> Tensor:
-    zero = norm < torch.finfo(norm.dtype).tiny
+    zero = norm < _ZERO
     return torch.where(zero, of_zero, values / torch.where(zero, 1, norm))
 
 
