@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.files import naming
-from lora_kernels.adapters.formats import peft
 from lora_kernels.adapters.formats.adapter import (
     FACTORS,
+    MAGNITUDE,
     Adapter,
     AdapterLayer,
     BaseModule,
     Source,
     own_factors,
 )
+from lora_kernels.adapters.formats.peft_saved import saved_modules
 from lora_kernels.adapters.state_dict import entry_keys
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.experts import LoRAExperts
@@ -73,7 +74,7 @@ def fit(model: nn.Module, adapter: Adapter, stacks: Collection[str]) -> Fitted:
         )
 
     paths = [path for path, _ in named_modules(model)]
-    saved = peft.saved_modules(paths, adapter.modules_to_save, takes_part)
+    saved = saved_modules(paths, adapter.modules_to_save, takes_part)
     saved = with_tied(model, saved) if adapter.keeps_ties else saved
     with naming(f"{source.config}: target_modules"):
         targets = _targets(model, adapter, adapted)
@@ -89,6 +90,8 @@ def fit(model: nn.Module, adapter: Adapter, stacks: Collection[str]) -> Fitted:
             _check_agrees(layer, own[join(path, "lora_A")].shape == a.shape, module, source)
         specs[path] = layer.spec
         state |= {join(path, "lora_A"): a, join(path, "lora_B"): b}
+        if layer.magnitude is not None:
+            state[join(path, MAGNITUDE)] = layer.magnitude
     for path in stacks:
         layer, (owner, name) = adapter.layers[path], split(path)
         factors = [join(owner, factor) for factor in LoRAExperts.factors_of(name)]
@@ -125,6 +128,11 @@ def fit_named(model: nn.Module, adapter: Adapter, name: str) -> Fitted:
     for path, layer in adapter.layers.items():
         _check_base(layer, modules[path], source)
         spec = layer.spec
+        if spec.use_dora:
+            place = source.place(join(path, MAGNITUDE))
+            raise ValueError(
+                f"{place}: only a single adapter has magnitudes: load it without a name"
+            )
         if layer.base.kind != "linear" or spec.splits is not None:
             raise ValueError(f"{source.place(join(path, 'lora_A'))}: only a linear has several")
         own = held[path].adapters[name] if held else None
@@ -263,6 +271,11 @@ def _check_agrees(layer: AdapterLayer, fits: bool, module: LoRALayer, source: So
         raise ValueError(
             f"{place}: the model has {type(module).__name__} with {_words(splits)}, the adapter "
             f"one with {_words(layer.spec.splits)}"
+        )
+    if module.use_dora != layer.spec.use_dora:
+        raise ValueError(
+            f"{place}: the model has use_dora={module.use_dora} here, the adapter "
+            f"{layer.spec.use_dora}"
         )
     if module.r != layer.spec.r or not fits:
         raise ValueError(

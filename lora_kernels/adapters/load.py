@@ -58,8 +58,8 @@ def load_adapter(
     have factors of linears alone.
     Raises: FileNotFoundError for a missing directory or file; ValueError, naming file and key, for
     all that is damaged, does not fit together or does not fit the model, for pickles (never read)
-    and for what PEFT offers beyond LoRA (DoRA, lora_bias, layer_replication, ...). After an error
-    model is unchanged.
+    and for what PEFT offers beyond LoRA and DoRA of linears (lora_bias, layer_replication, ...).
+    After an error model is unchanged.
     """
     stacks: dict[str, Stack] = {}
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lora_kernels import distributed
 from lora_kernels.adapters.formats import peft
-from lora_kernels.adapters.formats.adapter import FACTORS, Adapter, AdapterLayer, BaseModule
+from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer, BaseModule
 from lora_kernels.adapters.formats.peft_moe import rewritten
+from lora_kernels.adapters.formats.peft_saved import saved_modules
 from lora_kernels.adapters.state_dict import entry_keys
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
@@ -60,11 +61,13 @@ def save_adapter(
     adapter: which of the adapters of a model with several; it becomes a directory like any other.
     Stacks of the weights of experts are PEFT's target_parameters. Their file says lora_dropout 0,
     because PEFT opens no other.
+    dropout_low_rank_only is not in the file: PEFT has no such option.
     Warns: if PEFT would take some of the layers for others, as in some mixtures of experts; if
     dropout is left out.
     Raises: ValueError for a model without LoRA, a name that no adapter has, a value that is not
     finite, a LoRA layer inside a saved module, biases of experts that train, a layer of a user's
-    own kind, and a convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
+    own kind, layers with use_dora beside others without, and a convolution that PEFT cannot
+    express: groups > 1, dilation, padding_mode.
     """
     saved = as_names("modules_to_save", modules_to_save, model)
     neutral = adapter_of(model, saved, adapter)
@@ -108,7 +111,7 @@ def adapter_of(
         return not any(is_inside(layer, [path]) for layer in layers)
 
     paths = [path for path, _ in named_modules(model)]
-    saved = peft.saved_modules(paths, saved_paths(model, modules_to_save), takes_part)
+    saved = saved_modules(paths, saved_paths(model, modules_to_save), takes_part)
     saved = with_tied(model, saved)
     bias = recorded_biases(model)
     plain = unwrapped(model)
@@ -161,11 +164,12 @@ def _layer(path: str, layers: Mapping[str, LoRALayer], state: Mapping[str, Tenso
         scaling=layer.scaling,
         lora_dropout=0.0 if base.kind == "embedding" else layer.lora_dropout.p,
         splits=layer.output_splits if isinstance(layer, LoRAMergedLinear) else None,
+        use_dora=layer.use_dora,
     )
     # FSDP gives whole factors in the state dict alone; a parametrized layer has none there.
-    factors = (state.get(join(path, name), getattr(layer, name)) for name in FACTORS)
-    a, b = (distributed.full_tensor(factor.detach()) for factor in factors)
-    return AdapterLayer(path, base, spec, a, b)
+    factors = (state.get(join(path, name), getattr(layer, name)) for name in layer.factor_names)
+    whole = (distributed.full_tensor(factor.detach()) for factor in factors)
+    return AdapterLayer(path, base, spec, *whole)
 
 
 def _stack(path: str, layer: LoRAExperts, state: Mapping[str, Tensor]) -> AdapterLayer:

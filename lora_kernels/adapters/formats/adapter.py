@@ -2,7 +2,8 @@
 
 Factors have the shapes of this package's layers; E is the number of enabled groups, or 1:
 
-* linear: lora_A [E·r, in], lora_B [rows, r], a row for each column of an enabled group;
+* linear: lora_A [E·r, in], lora_B [rows, r], a row for each column of an enabled group; with DoRA
+  lora_magnitude [out] besides;
 * embedding: lora_A [r, num], lora_B [dim, r];
 * convolution: lora_A [r·k_0, in·k_0], lora_B [out/groups·k_1·..., r·k_0]; or, as in most
   formats, a convolution by lora_A [R, in, *kernel] and one by lora_B [out, R, 1, ...];
@@ -28,12 +29,14 @@ from lora_kernels.model.targets import LayerSpec
 from lora_kernels.quantization import frozen_weight, is_quantised
 
 __all__ = [
-    "FACTORS", "Adapter", "AdapterLayer", "BaseModule", "Convolution", "Hints", "Kind", "Source",
+    "FACTORS", "MAGNITUDE", "Adapter", "AdapterLayer", "BaseModule", "Convolution", "Hints", "Kind",
+    "Source",
     "own_factors", "rank_of_two_convolutions", "renamed",
 ]  # fmt: skip
 
 Kind = Literal["linear", "embedding", "convolution", "experts"]
 FACTORS = ("lora_A", "lora_B")
+MAGNITUDE = "lora_magnitude"
 
 
 # ---- what a layer changes ----
@@ -110,6 +113,7 @@ class AdapterLayer:
     spec: LayerSpec
     lora_A: Tensor
     lora_B: Tensor
+    magnitude: Tensor | None = None
 
     @property
     def is_two_convolutions(self) -> bool:
@@ -192,6 +196,11 @@ class Adapter:
         """The paths of the layers that are stacks of the weights of experts."""
         return [path for path, layer in self.layers.items() if layer.base.kind == "experts"]
 
+    @property
+    def use_dora(self) -> bool:
+        """Whether a layer has a magnitude."""
+        return any(layer.spec.use_dora for layer in self.layers.values())
+
 
 def renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
     """adapter with rename(entry) for every path and entry; its layers are the targets then.
@@ -202,7 +211,8 @@ def renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
     for entry in (*adapter.layers, *adapter.entries):
         if old.setdefault(rename(entry), entry) != entry:
             raise ValueError(f"{entry} and {old[rename(entry)]} are both {rename(entry)!r}")
-    factors = {join(new, name): join(path, name) for new, path in old.items() for name in FACTORS}
+    names = (*FACTORS, MAGNITUDE)
+    factors = {join(new, name): join(path, name) for new, path in old.items() for name in names}
     keys = factors | old
     return replace(
         adapter,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_kernels.adapters import files
 from lora_kernels.adapters.formats.adapter import (
     FACTORS,
+    MAGNITUDE,
     Adapter,
     AdapterLayer,
     BaseModule,
@@ -139,6 +140,12 @@ def read_state(file: Path, hints: Hints) -> FileState:
 
 def factor_paths(state: Iterable[str]) -> list[str]:
     """The paths of the layers whose factors are in a state dict. Raises: ValueError for none."""
+    for key in state:
+        if split(key)[1] == MAGNITUDE:
+            raise ValueError(
+                f"{key}: DoRA's, which loralib does not have: load the file into the model, and "
+                f"lora_kernels.save_adapter writes it for PEFT"
+            )
     paths = sorted({split(key)[0] for key in state if split(key)[1] in FACTORS})
     if not paths:
         raise ValueError("no key ends with lora_A or lora_B")
@@ -340,14 +347,16 @@ def _matches(option: str, names: Iterable[str], paths: Collection[str]) -> set[s
 def write(adapter: Adapter, file: Path) -> list[str]:
     """Writes the file; returns lines that say which layers of loralib it fits.
 
-    Raises: ValueError for a convolution, and if file is a directory; OSError.
+    Raises: ValueError for a convolution, for DoRA, and if file is a directory; OSError.
     """
     if file.is_dir():
         raise ValueError(f"{file}: is a directory, must be the file to write")
     state, calls = dict(adapter.entries), defaultdict(list)
     for path, layer in adapter.layers.items():
+        where = f"{adapter.source.weights}: {path}" if adapter.source else path
+        if layer.magnitude is not None:
+            raise ValueError(f"{where}: use_dora: loralib has no layer with a magnitude")
         if layer.base.conv is not None:
-            where = f"{adapter.source.weights}: {path}" if adapter.source else path
             raise ValueError(
                 f"{where}: a convolution; loralib's factors of one depend on kernel and channels "
                 f"of the model: load the adapter with lora_kernels.load_adapter and save "

@@ -6,7 +6,7 @@ LoRA layer wraps, and a name.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from lora_kernels.adapters.files import naming
 from lora_kernels.adapters.formats import peft_experts
 from lora_kernels.adapters.formats.adapter import (
     FACTORS,
+    MAGNITUDE,
     Adapter,
     AdapterLayer,
     BaseModule,
@@ -37,16 +38,10 @@ from lora_kernels.adapters.formats.peft_factors import (
     to_peft,
 )
 from lora_kernels.adapters.formats.peft_moe import rewritten_by_name
-from lora_kernels.model.paths import (
-    in_model_order,
-    is_inside,
-    is_named,
-    join,
-    split,
-    without_wrappers,
-)
+from lora_kernels.adapters.formats.peft_saved import all_saved
+from lora_kernels.model.paths import is_inside, join, split, without_wrappers
 
-__all__ = ["Encoded", "encode", "read", "recognises", "saved_modules", "write"]
+__all__ = ["Encoded", "encode", "read", "recognises", "write"]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -58,6 +53,7 @@ _ENDINGS: dict[Kind, tuple[str, str]] = {
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
     "experts": ("lora_A.weight", "lora_B.weight"),
 }
+_MAGNITUDE = "lora_magnitude_vector"  # of the module; PEFT leaves its ".weight" out
 # Names under which PEFT keeps a module that trains as a whole; bias="all" writes their biases too.
 _COPIES = ("original_module", "modules_to_save")
 
@@ -78,6 +74,8 @@ def _key(entry: str, kinds: Mapping[str, Kind]) -> str:
     if name in FACTORS:
         homes = peft_experts.homes(p for p, kind in kinds.items() if kind == "experts")
         return f"{_PREFIX}{homes.get(path, path)}.{_ENDINGS[kinds[path]][FACTORS.index(name)]}"
+    if name == MAGNITUDE:
+        return f"{_PREFIX}{path}.{_MAGNITUDE}"
     return f"{_PREFIX}{path}.base_layer.{name}"
 
 
@@ -92,23 +90,6 @@ def _factor(key: str) -> tuple[str, str, Kind] | None:
             if key.endswith(f".{ending}"):
                 return key.removesuffix(f".{ending}"), name, kind
     return None
-
-
-def saved_modules(
-    paths: Iterable[str], names: Iterable[str], takes_part: Callable[[str], bool]
-) -> list[str]:
-    """Those of paths that PEFT saves as a whole for these modules_to_save; none inside another.
-
-    PEFT compares the end of the path without regard to dots: "head" means "lm_head" too. A path
-    that only such a comparison finds is taken if takes_part says so.
-    """
-    names = list(names)
-    found: list[str] = []
-    for path in paths:
-        loose = any(path.endswith(name) for name in names)
-        if loose and not is_inside(path, found) and (is_named(path, names) or takes_part(path)):
-            found.append(path)
-    return found
 
 
 # ---- reading ----
@@ -151,7 +132,7 @@ def read(directory: Path, hints: Hints | None = None, stacks: Stacks | None = No
         )
     if not kinds:
         raise ValueError(f"{weights_path}: holds no factors of LoRA")
-    factors = {join(path, name) for path in kinds for name in FACTORS}
+    factors = {join(path, name) for path in kinds for name in (*FACTORS, MAGNITUDE)}
     with naming(config_path):
         unmatched = config.numbers.unmatched(kinds)
     version = peft_experts.FIXED if ORIENTED in metadata else config.version
@@ -222,6 +203,8 @@ def _read_keys(
     for entry, key in others.items():
         if config.bias == "all" and _as_original(entry, config.modules_to_save) in others:
             continue
+        if split(entry.removesuffix(".weight"))[1] == _MAGNITUDE:
+            entry = join(split(entry.removesuffix(".weight"))[0], MAGNITUDE)
         holder, name = split(entry)
         path, last = split(holder)
         if holder in kinds and name == "weight":
@@ -281,9 +264,30 @@ def _read_layer(
                 f"(r={spec.r} by r and rank_pattern in {source.config.name}), "
                 f"got {list(factor.shape)}"
             )
-    layer = AdapterLayer(path, base, spec, a, b)
+    magnitude = _read_magnitude(path, base, tensors, spec.use_dora, source)
+    layer = AdapterLayer(path, base, spec, a, b, magnitude)
     with naming(source.place(entries[0])):
         return from_peft(layer, record, config.numbers.use_rslora)
+
+
+def _read_magnitude(
+    path: str, base: BaseModule, tensors: Mapping[str, Tensor], use_dora: bool, source: Source
+) -> Tensor | None:
+    place = source.place(join(path, MAGNITUDE))
+    magnitude = tensors.get(source.key(join(path, MAGNITUDE)))
+    if not use_dora:
+        if magnitude is not None:
+            raise ValueError(f"{place}: unexpected, {source.config.name} has no use_dora")
+        return None
+    if base.kind != "linear":
+        raise ValueError(f"{source.config}: use_dora: only linears have it, {path} is {base.kind}")
+    if magnitude is None:
+        raise ValueError(f"{place}: missing, though {source.config.name} has use_dora")
+    if magnitude.dtype not in files.FLOATS:
+        raise ValueError(f"{place}: dtype must be floating, got {magnitude.dtype}")
+    if list(magnitude.shape) != [base.outputs]:
+        raise ValueError(f"{place}: shape must be {[base.outputs]}, got {list(magnitude.shape)}")
+    return magnitude
 
 
 def _read_experts(
@@ -306,6 +310,7 @@ def _read_experts(
             f"experts and rank {spec.r}, got {list(a.shape)} and {list(b.shape)}"
         )
     base = BaseModule("experts", stack.inputs, stack.outputs)
+    _read_magnitude(path, base, tensors, spec.use_dora, source)
     return AdapterLayer(path, base, spec, *factors)
 
 
@@ -343,15 +348,21 @@ def write(adapter: Adapter, directory: Path) -> list[str]:
 def encode(adapter: Adapter) -> Encoded:
     """The files of an adapter, with copies of its tensors on the CPU.
 
-    Raises: ValueError for a value that is not finite, a LoRA layer inside a saved module, and a
-    convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
+    Raises: ValueError for a value that is not finite, a LoRA layer inside a saved module, layers
+    with use_dora beside others without, and a convolution that PEFT cannot express: groups > 1,
+    dilation, padding_mode.
     """
-    saved = _all_saved(adapter)
+    saved = all_saved(adapter)
     kinds = {path: layer.base.kind for path, layer in adapter.layers.items()}
     tensors, records, ranks = {}, {}, {}
     for path, layer in adapter.layers.items():
         if is_inside(path, saved):
             raise ValueError(f"{path}: a LoRA layer cannot lie inside modules_to_save={saved}")
+        if layer.spec.use_dora != adapter.use_dora:
+            raise ValueError(
+                f"{path}: has no use_dora, and others do, which does not fit PEFT's format; save "
+                f"lora_state_dict()"
+            )
         conv, splits = layer.base.conv, layer.spec.splits
         reason = conv and conv.not_two_convolutions()
         if reason is not None:
@@ -362,6 +373,8 @@ def encode(adapter: Adapter) -> Encoded:
         factors = peft_experts.to_peft(layer.lora_A, layer.lora_B) if is_stack else to_peft(layer)
         for name, factor in zip(FACTORS, factors, strict=True):
             tensors[_key(join(path, name), kinds)] = factor
+        if layer.magnitude is not None:
+            tensors[_key(join(path, MAGNITUDE), kinds)] = layer.magnitude
         ranks[path] = layer.spec.r if is_stack else factors[0].shape[0]
         if splits is not None or (conv is not None and not layer.is_two_convolutions):
             records[path] = vars(Record.of(layer.spec))
@@ -379,17 +392,3 @@ def encode(adapter: Adapter) -> Encoded:
         metadata[ORIENTED] = "lora_A is on the side of in"
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     return Encoded(tensors, metadata, make_config(adapter, ranks, saved))
-
-
-def _all_saved(adapter: Adapter) -> list[str]:
-    """modules_to_save, and the other modules of the adapter that PEFT takes these names to mean."""
-
-    def takes_part(path: str) -> bool:
-        return not any(is_inside(layer, [path]) for layer in adapter.layers)
-
-    holders = (split(entry)[0] for entry in adapter.entries)
-    paths = in_model_order([*adapter.layers, *holders])
-    found = saved_modules(paths, adapter.modules_to_save, takes_part)
-    if all(is_inside(path, adapter.modules_to_save) for path in found):
-        return adapter.modules_to_save
-    return found + [path for path in adapter.modules_to_save if not is_inside(path, found)]

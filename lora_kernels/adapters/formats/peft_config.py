@@ -89,6 +89,7 @@ def parse_config(raw) -> AdapterConfig:
         rank_pattern=take("rank_pattern", (dict,), {}),
         alpha_pattern=take("alpha_pattern", (dict,), {}),
         use_rslora=take("use_rslora", (bool,), False),
+        use_dora=take("use_dora", (bool,), False),
     )
     for rank in (numbers.r, *numbers.rank_pattern.values()):
         check_rank(rank, "adapter")
@@ -163,6 +164,7 @@ def make_config(adapter: Adapter, ranks: Mapping[str, int], modules_to_save: lis
         "target_modules": adapter.target_modules,
         **({"target_parameters": list(adapter.target_parameters)} if adapter.stacks else {}),
         "task_type": None,
+        "use_dora": adapter.use_dora,
         "use_rslora": use_rslora,
     }
 
