@@ -111,7 +111,10 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     else:
         joined = layer.computed_together
         weights = [member.oriented(member.base_weight()) for member in joined]
-        taken = _algorithm(weights, layer.r, layer.active_dropout_p(), tokens)
+        p = layer.active_dropout_p()
+        taken = _algorithm(weights, layer.r, p, tokens)
+        if layer.use_dora:
+            taken = _with_magnitude(taken, p > 0 and not layer.dropout_low_rank_only)
         if len(joined) > 1:
             others = f"{len(joined) - 1} other layer{'s' * (len(joined) > 2)}"
             taken = taken._replace(reason=f"{taken.reason}; in one call with {others}")
@@ -145,9 +148,17 @@ def _quantised_row(name: str, layer: LoRAQuantizedLinear, tokens: int) -> Row:
     return _row(name, f"{type(layer).__name__}({kind})", shape, dtype, (layer.r,), taken, reason)
 
 
+def _with_magnitude(taken: Algorithm, drops_product: bool) -> Algorithm:
+    """The algorithm of DoRA, given LoRA's; drops_product: see DoraSpec."""
+    if drops_product and taken.name != "reference":
+        return Algorithm("reference", "DoRA: no kernel has its dropout")
+    return taken._replace(reason=f"DoRA; {taken.reason}")
+
+
 def _own_obstacle(layer: LinearLayer) -> str | None:
     weight = layer.oriented(layer.weight)
-    return obstacle(_example(weight), weight, layer.lora_A, layer.lora_B, layer.bias)
+    magnitude = layer.lora_magnitude if layer.use_dora else None
+    return obstacle(_example(weight), weight, layer.lora_A, layer.lora_B, layer.bias, magnitude)
 
 
 def _own_experts_rows(name: str, layer: LoRAExperts, tokens: int) -> list[Row]:
@@ -211,6 +222,8 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
         taken = _over_frozen(weight, operands.a, operands.dropout_p, tokens)
     else:
         taken = _algorithm([weight], operands.a.shape[0], operands.dropout_p, tokens)
+        if operands.magnitude is not None:
+            taken = _with_magnitude(taken, operands.dropout_p > 0)
     return _row(name, kind, shape, dtype, ranks, taken, reason)
 
 

@@ -17,5 +17,6 @@ class Calls(TorchDispatchMode):
 
     @property
     def fused(self) -> int:
-        """How many are forwards of lora_linear, or of lora_grouped_linear."""
-        return sum(self.names.count(f"lora_{op}_forward") for op in ("linear", "grouped_linear"))
+        """How many are forwards of lora_linear, with a magnitude too, or of lora_grouped_linear."""
+        ops = "lora_linear", "lora_grouped_linear", "dora"
+        return sum(self.names.count(f"{op}_forward") for op in ops)

@@ -17,8 +17,8 @@ from lora_kernels.ops.obstacle import is_transformed
 from lora_kernels.quantization import FrozenWeight, NotFrozen, find
 
 __all__ = [
-    "BASES", "DEVICES", "LINEAR", "NotFused", "Operands", "hooked", "misfit", "misfit_of_moment",
-    "not_plain_module", "not_plain_tensor", "operands_of", "parameter",
+    "BASES", "DEVICES", "LINEAR", "VARIANTS", "NotFused", "Operands", "hooked", "misfit",
+    "misfit_of_moment", "not_plain_module", "not_plain_tensor", "operands_of", "parameter",
 ]  # fmt: skip
 
 _TENSORS = (Tensor, nn.Parameter)
@@ -28,6 +28,8 @@ _CPU = torch.device("cpu")
 LINEAR = {nn.Linear: nn.Linear.forward}
 _DROPOUTS = {nn.Dropout: nn.Dropout.forward, nn.Identity: nn.Identity.forward}
 BASES: dict[type[nn.Module], Callable] = {**LINEAR}  # of base layers; patch_peft() adds Conv1D
+# By the class of a variant of LoRA, what gives the magnitude or a NotFused; patch_peft() adds DoRA.
+VARIANTS: dict[type, Callable] = {}
 
 
 class Operands(NamedTuple):
@@ -42,6 +44,7 @@ class Operands(NamedTuple):
     bias: Tensor | None
     scaling: float | Tensor
     dropout_p: float
+    magnitude: Tensor | None = None
 
 
 class NotFused(NamedTuple):
@@ -72,8 +75,14 @@ def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotF
     variants = getattr(layer, "lora_variant", None)
     if variants is None:
         return NotFused("PEFT is older than 0.16")
+    magnitude = None
     if name in variants:
-        return NotFused(f"its adapter is a {type(variants[name]).__name__}")
+        kind = type(variants[name])
+        if kind not in VARIANTS:
+            return NotFused(f"its adapter is a {kind.__name__}")
+        magnitude = VARIANTS[kind](layer, name)
+        if isinstance(magnitude, NotFused):
+            return magnitude
 
     base, lora_a = children["base_layer"], all_a[name]
     lora_b = children["lora_B"]._modules[name]
@@ -110,9 +119,13 @@ def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotF
     problem = not_plain_tensor(a, "lora_A.weight", 2) or not_plain_tensor(b, "lora_B.weight", 2)
     if problem:
         return problem
-    problem = _unfit(weight, a, b, bias)
+    if magnitude is not None and frozen is not None:
+        return NotFused("its adapter is DoRA over a quantised base_layer")
+    problem = _unfit(weight, a, b, bias) or _unfit_magnitude(magnitude, weight)
     if problem:
         return problem
+    if magnitude is not None and not layer.training:
+        dropout_p = 0.0  # PEFT's DoRA asks the layer, and LoRA the dropout
     scaling = layer.scaling[name]
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0 or scaling.device not in (a.device, _CPU):
@@ -121,7 +134,7 @@ def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotF
             )
     elif not isinstance(scaling, (float, int)) or not abs(scaling) < math.inf:
         return NotFused(f"scaling is {scaling!r}")
-    return Operands(weight, a, b, bias, scaling, dropout_p)
+    return Operands(weight, a, b, bias, scaling, dropout_p, magnitude)
 
 
 def misfit(x, operands: Operands) -> NotFused | None:
@@ -197,6 +210,19 @@ def _unfit(weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> NotFuse
         return NotFused(f"its adapter is float64 and its base {weight.dtype or weight.kind}")
     if bias is not None and bias.dtype != weight.dtype:
         return NotFused(f"base_layer.weight is {weight.dtype} and its bias {bias.dtype}")
+    return None
+
+
+def _unfit_magnitude(magnitude: Tensor | None, weight: Tensor) -> NotFused | None:
+    if magnitude is None:
+        return None
+    shape, device, name = magnitude.shape, magnitude.device, "lora_magnitude_vector.weight"
+    if shape[0] != weight.shape[0]:
+        return NotFused(f"{name} {list(shape)} does not fit weight {list(weight.shape)}")
+    if device != weight.device:
+        return NotFused(f"{name} is on {device}, its weights on {weight.device}")
+    if magnitude.dtype == torch.float64 != weight.dtype:
+        return NotFused(f"{name} is float64 and its base {weight.dtype}")
     return None
 
 

@@ -55,6 +55,8 @@ def mixed_of(layer: nn.Module, x, names) -> tuple[Segments, list[Operands]] | No
             )
         if isinstance(operands.scaling, Tensor):
             return NotFused("scaling is a tensor")
+        if operands.magnitude is not None:
+            return NotFused("one of its adapters has a magnitude (DoRA)")
         if operands.a.dtype != (found or [operands])[0].a.dtype:
             return NotFused("its adapters have several dtypes")
         found.append(operands)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
-from lora_kernels.integrations.peft import experts, mixed, quantized
+from lora_kernels.functional.dora import dora_forward
+from lora_kernels.integrations.peft import dora, experts, mixed, quantized
 from lora_kernels.integrations.peft.guard import BASES, NotFused, misfit, operands_of
 from lora_kernels.integrations.peft.source import digest
 from lora_kernels.layers import mixture
 from lora_kernels.quantization import FrozenWeight
-from lora_kernels.spec import LoraSpec, OutputSplits
+from lora_kernels.spec import DoraSpec, LoraSpec, OutputSplits
 
 __all__ = ["patch_peft", "patched_experts", "unpatch_peft", "unreached"]
 
@@ -39,6 +40,7 @@ def patch_peft() -> None:
     ``peft.tuners.lora.layer``, for models that exist and models to come. So it does for LoRA over
     quantised layers of bitsandbytes, torchao, HQQ and others: the forward of the base stays its
     own, the update is added to it, and the backward makes the dense weight for one product.
+    DoRA (``use_dora``) over dense linears is taken too, with PEFT's dropout.
     Samples with adapters of their own (``adapter_names``) take one call for all adapters.
     If a call is not plain LoRA, PEFT's own forward runs; ``report(model)`` says which and why.
     Without dropout the results are PEFT's within rounding. With dropout the masks are others.
@@ -54,6 +56,7 @@ def patch_peft() -> None:
         return
     _warn_unless_known(peft.Linear.forward)
     BASES.setdefault(peft.Conv1D, peft.Conv1D.forward)
+    dora.register()
     replacements = {peft.Linear: _patched}
     if hasattr(peft, "ParamWrapper"):  # since 0.17
         replacements[peft.ParamWrapper] = _patched_experts
@@ -133,10 +136,14 @@ def _patched(upstream: Callable) -> Callable:
         operands = operands_of(self)
         if isinstance(operands, NotFused) or misfit(x, operands) is not None:
             return upstream(self, x)
-        weight, a, b, bias, scaling, dropout_p = operands
+        weight, a, b, bias, scaling, dropout_p, magnitude = operands
         if isinstance(scaling, Tensor):
             b, scaling = b * scaling, 1.0  # its value stays on the device
-        spec = LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
+        splits = OutputSplits.whole(weight.shape[0])
+        if magnitude is not None:
+            spec = DoraSpec(scaling, dropout_p, splits)
+            return dora_forward(self, x, weight, a, b, bias, magnitude, spec)
+        spec = LoraSpec(scaling, dropout_p, splits)
         if isinstance(weight, FrozenWeight):
             return functional.quantized_forward(self, x, weight, a, b, spec)
         return functional.lora_forward(self, x, weight, a, b, bias, spec)
