@@ -44,10 +44,10 @@ def test_output_and_gradients(dtype, m, dropout_p, low_rank_only, seed, device):
     check(problem, solve(problem))
 
 
-@every_law
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=6)), ids=str)
-def test_every_subset_of_gradients(needs, dropout_p, low_rank_only, seed, device):
-    problem = make(4, 6, 12, 2, device=device, law=(dropout_p, low_rank_only))
+def test_every_subset_of_gradients(needs, dropout_p, seed, device):
+    problem = make(4, 6, 12, 2, device=device, law=(dropout_p, False))
     expected = solve(problem)
     leaves = {
         name: getattr(problem, name).detach().requires_grad_(needed)

@@ -161,6 +161,30 @@ def test_fx_keeps_the_layers_own_dropout(dropout_p, seed, device):
     assert_equal(graph(x), layer(x))
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_compiled_layer(dropout_p, seed, device):
+    torch._dynamo.reset()
+    layer, x = make(device, lora_dropout=dropout_p), torch.randn(3, 6, dtype=DTYPE, device=device)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for mode in (False, True):
+        layer.train(mode)
+        torch.manual_seed(seed)
+        y = compiled(x)
+        torch.manual_seed(seed)
+        assert torch.equal(y, layer(x))
+        if mode:
+            y.sum().backward()
+            assert layer.lora_magnitude.grad.any()
+    torch._dynamo.reset()
+
+
+def test_jit_trace(seed, device):
+    layer = make(device, lora_dropout=0.5, merge_weights=False).eval()
+    x = torch.randn(3, 6, dtype=DTYPE, device=device)
+    traced = torch.jit.trace(layer, x)
+    assert_equal(traced(torch.cat([x, x])), layer(torch.cat([x, x])))
+
+
 # ---- models ----
 
 

@@ -222,3 +222,11 @@ def test_dmagnitude_if_a_magnitude_is_zero_or_small(value, dropout_p, low_rank_o
     check(problem, solve(problem))
     problem.magnitude.fill_(value)
     check(problem, solve(problem))
+
+
+def test_dmagnitude_if_every_column_is_computed_again(monkeypatch, seed, device):
+    """As while a CUDA graph is captured."""
+    monkeypatch.setattr(reference, "_columns_without_z", lambda m: slice(None))
+    problem = make_dora_problem(33, 40, 24, 4, device=device, dtype=torch.bfloat16)
+    problem.magnitude[3] = 0
+    check(problem, solve(problem))
