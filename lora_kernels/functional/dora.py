@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import checks
-from lora_kernels.functional.linear import _own_dropout, _prepare, seeds_for
+from lora_kernels.functional.linear import _own_dropout, _prepare
+from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops.dora import DoraLinear
 from lora_kernels.ops.obstacle import is_jagged, is_opaque, obstacle
 from lora_kernels.reference import dora_formula, formula

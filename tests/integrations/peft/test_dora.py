@@ -12,7 +12,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from lora_kernels import dropout, patch_peft, report, unpatch_peft
-from lora_kernels.functional import linear as functional
+from lora_kernels.functional import seeds
 from lora_kernels.integrations.peft import dora
 from tests.op_calls import Calls
 from tests.peft_models import assert_as_without, both_bases, lora_layer, step, with_lora
@@ -54,7 +54,7 @@ def test_pefts_law_of_dropout(monkeypatch, seed, device):
     layer = layer_of(device).double().train()
     x = torch.randn(6, 16, device=device, dtype=torch.float64)
     own = torch.tensor([7919], device=device)
-    monkeypatch.setattr(functional, "draw_seeds", lambda *_: own)
+    monkeypatch.setattr(seeds, "draw_seeds", lambda *_: own)
 
     class Given(nn.Dropout):
         def forward(self, x):
