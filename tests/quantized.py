@@ -20,12 +20,18 @@ def quantised(kind, n=64, k=128, *, bias=True, dtype=torch.float32, device="cpu"
     return layer.to(device).requires_grad_(False)
 
 
-def _bitsandbytes_4bit(quant_type: str, nested: bool):
+def _bitsandbytes_4bit(quant_type: str, nested: bool, storage: torch.dtype = torch.uint8):
+    """storage: in which dtype pairs of codes lie, for FSDP."""
+
     def make(dense: nn.Linear) -> nn.Module:
         import bitsandbytes as bnb
 
         n, k = dense.weight.shape
-        options = {"compress_statistics": nested, "quant_type": quant_type}
+        options = {
+            "compress_statistics": nested,
+            "quant_type": quant_type,
+            "quant_storage": storage,
+        }
         layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=dense.weight.dtype, **options)
         layer.weight = bnb.nn.Params4bit(
             dense.weight.detach(), requires_grad=False, module=layer, **options
@@ -92,6 +98,7 @@ def _compressed_float8(dense: nn.Linear) -> nn.Module:
 _MAKERS = {
     "nf4": _bitsandbytes_4bit("nf4", nested=False),
     "nf4-nested": _bitsandbytes_4bit("nf4", nested=True),
+    "nf4-float32": _bitsandbytes_4bit("nf4", nested=True, storage=torch.float32),
     "fp4": _bitsandbytes_4bit("fp4", nested=False),
     "fp4-nested": _bitsandbytes_4bit("fp4", nested=True),
     "int8": _bitsandbytes_8bit,

@@ -1,6 +1,7 @@
 """What has to hold on every rank for PEFT models that ``lora-kernels run`` has patched."""
 
 import functools
+import importlib.util
 
 import peft
 import torch
@@ -22,6 +23,7 @@ from tests.distributed.engines import (
     wrap,
 )  # fmt: skip
 from tests.op_calls import Calls
+from tests.quantized import quantised
 from tests.tiny_models import randomise, tiny_llama
 
 CHECKS = {}
@@ -114,6 +116,36 @@ def experts_give_losses_and_factors_of_one_unpatched_process(engine, mode, _):
         assert_close(actual[name], reference[name], value, name)
 
 
+def quantised_model():
+    """peft_model() over weights of 4 bits, stored in the dtype that all of it has."""
+    torch.manual_seed(0)
+    model = randomise(tiny_llama())
+    for path, module in list(model.named_modules()):
+        if path.endswith(tuple(TARGETS)):
+            n, k = module.weight.shape
+            model.set_submodule(path, quantised("nf4-float32", n, k, bias=False))
+    model.is_loaded_in_4bit = True
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def quantised_layers_give_losses_and_factors_of_one_unpatched_process(engine, mode, _):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
+    recompute = mode == "checkpointed"
+    wrapped = wrap(quantised_model(), engine, layers, recompute=recompute)
+    with Calls() as calls:
+        actual = train(wrapped, loss_of, batch())
+    assert calls.names.count("add_lora") == STEPS * LAYERS * (2 if recompute else 1)
+    unpatch_peft()
+    try:
+        expected = train_alone(quantised_model(), loss_of, batch())
+    finally:
+        patch_peft()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=name)
+
+
 def mixed_precision_is_that_of_one_process_with_cast_weights(engine, mode, _):
     """Bit for bit: both sides do the same arithmetic, per leaf that of PEFT."""
     recompute = mode == "checkpointed"
@@ -161,6 +193,9 @@ for engine in ENGINES:
         if engine != "ddp":
             check(mixed_precision_is_that_of_one_process_with_cast_weights, engine, mode)
     check(a_trained_adapter_that_rank_0_saves_reloads, engine)
+for engine in ("ddp", "per layer"):
+    for mode in ("plain", "checkpointed"):
+        check(quantised_layers_give_losses_and_factors_of_one_unpatched_process, engine, mode)
 for engine in ("ddp", "per layer", "per experts"):  # PEFT fails if factors are sharded alone
     for mode in ("plain", "checkpointed"):
         check(experts_give_losses_and_factors_of_one_unpatched_process, engine, mode)

@@ -18,7 +18,7 @@ pytest.importorskip("accelerate")
 LAYERS, STEPS = 14, 6
 LORA = {"r": 4, "lora_alpha": 8}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-KINDS = ("nf4", "nf4-nested", "int8", "torchao-int8", "hqq-4", "quanto-int8")
+KINDS = ("nf4-nested", "int8", "torchao-int8", "hqq-4", "quanto-int8")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.usefixtures("unpatched")
 
