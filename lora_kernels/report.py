@@ -33,7 +33,7 @@ class Row(NamedTuple):
     kind: str  # its class; for one of PEFT's also that of its base layer
     weight: tuple[int, ...]  # shape of the base weight: [N, K] of a linear, else as stored
     ranks: tuple[int, ...]  # of the active adapters
-    dtype: torch.dtype | None  # of the base weight
+    dtype: torch.dtype | None  # of the base weight; of its products if it is quantised; None: x's
     fused: bool  # whether the forward is lora_linear, lora_shared_linear or lora_grouped_linear
     algorithm: str | None  # of the forward: "fused", "addmm" or "reference"; None if not fused
     reason: str  # of the algorithm, and of the backward's if it is another; or why it is not fused
@@ -210,7 +210,8 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
     weight = None if isinstance(operands, NotFused) else operands.weight
     kind = f"peft {type(layer).__name__}({type(base).__name__})"
     if isinstance(weight, FrozenWeight):
-        kind, shape = f"peft {type(layer).__name__}({_frozen_kind(weight)})", weight.shape
+        kind = f"peft {type(layer).__name__}({_frozen_kind(weight)})"
+        shape, dtype = weight.shape, weight.dtype
     elif weight is not None:
         shape = weight.shape
         operands = misfit(_example(weight), operands) or operands
@@ -292,7 +293,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.kind,
         "x".join(map(str, row.weight)),
         ", ".join(map(str, row.ranks)),
-        str(row.dtype).removeprefix("torch."),
+        "" if row.dtype is None else str(row.dtype).removeprefix("torch."),
         "yes" if row.fused else "no",
         row.algorithm or "",
         row.reason,

@@ -157,6 +157,25 @@ def test_checkpointing_changes_no_digit(kind, checkpointing, saved):
     assert losses == expected
 
 
+@pytest.mark.parametrize("kind", ["nf4-nested", "int8"])
+def test_an_evaluation_between_steps_changes_nothing(kind, saved):
+    """On a CPU with AVX512-BF16 eval() packs 4-bit weights, which then have no backward."""
+    patch_peft()
+    expected = train(adapted(load(saved, kind)))
+    model = adapted(load(saved, kind))
+
+    def evaluate(module, _args, _output):
+        if module.training and torch.is_grad_enabled():
+            module.eval()
+            with torch.no_grad():
+                module(**batch(), use_cache=False)
+            module.train()
+
+    model.register_forward_hook(evaluate)
+    assert_losses(train(model), expected, torch.bfloat16)
+    assert all(row.fused for row in report(model))
+
+
 @every_kind
 def test_a_saved_adapter_is_pefts(kind, saved, tmp_path):
     """Trained under the patch, then loaded by PEFT alone over the same base."""

@@ -173,6 +173,28 @@ def test_a_replaced_forward_of_the_bases_class_is_left_to_peft(kind, monkeypatch
     assert "forward has been replaced" in row.reason
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected", "dtype"),
+    [
+        ("nf4", "peft Linear4bit(Linear4bit nf4)", torch.bfloat16),
+        ("fp4-nested", "peft Linear4bit(Linear4bit fp4)", torch.bfloat16),
+        ("int8", "peft Linear8bitLt(Linear8bitLt int8)", None),
+        ("torchao-int8", "peft TorchaoLoraLinear(Linear int8)", None),
+        ("torchao-float8", "peft TorchaoLoraLinear(Linear float8)", torch.bfloat16),
+        ("hqq-4", "peft HqqLoraLinear(HQQLinear hqq, 4 bits)", torch.bfloat16),
+        ("quanto-int8", "peft Linear(QLinear qint8)", torch.bfloat16),
+    ],
+)
+def test_report_says_kind_and_plan(kind, expected, dtype):
+    patch_peft()
+    layer = quantised_lora_layer(kind, dtype=torch.bfloat16)
+    (row,) = report(layer)
+    assert (row.kind, row.weight, row.dtype, row.ranks) == (expected, (N, K), dtype, (4,))
+    assert row.fused
+    assert row.reason.startswith("the layer's own product, then the update; backward by its weight")
+    assert "None" not in str(report(layer))
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
 def test_eval_is_fused_and_agrees(kind):
     layer = quantised_lora_layer(kind).eval()
