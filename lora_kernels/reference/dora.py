@@ -48,7 +48,7 @@ def row_norms(w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     are computed directly.
     """
     acc = accumulate_dtype(w.dtype)
-    a, b = a.to(acc), b.to(acc) * scaling
+    w, a, b = w.detach(), a.detach().to(acc), b.detach().to(acc) * scaling
     if not w.is_cpu:
         return torch.cat([_direct_norms(w[some].to(acc), a, b[some]) for some in _slices(w)])
     gram, norms = a @ a.T, w.new_empty(w.shape[0], dtype=acc)
@@ -115,11 +115,11 @@ def dora_forward(
     if not spec.drops_product:
         h = low_rank_input(rows, a, seed, spec.dropout_p)
         z = _product(rows, w, h, b, spec.scaling)
-        z = z.mul_(m) if bias is None else torch.addcmul(bias.to(z.dtype), z, m, out=z)
-        return [shaped_like(x, z.to(x.dtype)), h, norm]
+        y = z.mul_(m) if bias is None else z.mul_(m).add_(bias)
+        return [shaped_like(x, y.to(x.dtype)), h, norm]
     x_hat, h = _dropped(rows, a, seed, spec.dropout_p)
     c = _product(x_hat, w, h, b, spec.scaling)
-    y = F.linear(torch.sub(rows, x_hat, out=x_hat), w, bias).addcmul_(c, m)
+    y = F.linear(rows - x_hat, w, bias).addcmul_(c, m)
     return [shaped_like(x, y), h, norm, c.to(x.dtype)]
 
 
@@ -239,15 +239,14 @@ def _dropped(
 ) -> tuple[Tensor, Tensor | None]:
     """x_hat [M, K] in x's dtype and h = x_hat·aᵀ [M, R], which is not made of the rounded x_hat."""
     acc = accumulate_dtype(rows.dtype)
-    x_hat = torch.empty_like(rows)
-    h = None if a is None else rows.new_empty((rows.shape[0], a.shape[0]), dtype=acc)
+    x_hat, parts = torch.empty_like(rows), []
     factor = None if a is None else a.to(acc).T
     for some, mask in dropout.masks(seed, *rows.shape, dropout_p, acc):
-        mask.mul_(rows[some]).mul_(dropout.keep_scale(dropout_p))
-        if h is not None:
-            torch.mm(mask, factor, out=h[some])
+        mask = mask * rows[some] * dropout.keep_scale(dropout_p)
+        if a is not None:
+            parts.append(mask @ factor)
         x_hat[some] = mask
-    return x_hat, h
+    return x_hat, torch.cat(parts) if parts else None
 
 
 def _through_dropout(

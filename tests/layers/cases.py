@@ -14,6 +14,7 @@ LAYERS = {
     "unequal groups": lambda **kw: LoRAMergedLinear(
         12, 24, r=2, enable_lora=[True, False, True], out_splits=(16, 4, 4), **kw
     ),
+    "dora": lambda **kw: LoRALinear(12, 20, r=3, lora_alpha=6, use_dora=True, **kw),
 }
 every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
 
