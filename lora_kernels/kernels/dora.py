@@ -82,8 +82,8 @@ def dora_backward(
         ]
         if needs.magnitude:
             dy_rows, rows = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
-            operands = dy_rows.to(m.dtype), rows, h, w, b, bias, magnitude, norm, kept
-            dmagnitude = [magnitude_gradient(*operands, spec)]
+            operands = dy_rows.to(m.dtype), rows, h, w, b, bias, m, norm, kept
+            dmagnitude = [magnitude_gradient(*operands, spec).to(magnitude.dtype)]
     return [grad for grad in (*dx, *grads, *dmagnitude) if grad is not None]
 
 

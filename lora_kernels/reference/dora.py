@@ -155,8 +155,8 @@ def dora_backward(
 
     wide_dy = dy_rows.to(acc)
     if needs.magnitude:
-        operands = wide_dy, rows, h, w, b, bias, magnitude
-        dmagnitude = magnitude_gradient(*operands, norm, kept, spec)
+        dmagnitude = magnitude_gradient(wide_dy, rows, h, w, b, bias, m, norm, kept, spec)
+        dmagnitude = dmagnitude.to(magnitude.dtype)
     if needs.b:
         db = ((h.T @ wide_dy).T * (m * spec.scaling)[:, None]).to(b.dtype).contiguous()
     if needs.x:
@@ -190,24 +190,26 @@ def magnitude_gradient(
     w: Tensor,
     b: Tensor,
     bias: Tensor | None,
-    magnitude: Tensor,
+    m: Tensor,
     norm: Tensor,
     kept: Tensor,
     spec: DoraSpec,
 ) -> Tensor:
-    """dmagnitude, as dora_backward has it. Shapes: dy [M, N] in accumulate_dtype, x [M, K]."""
+    """dmagnitude, as dora_backward has it, in accumulate_dtype.
+
+    Shapes: dy [M, N] in accumulate_dtype, x [M, K], m [N].
+    """
     kept = kept.reshape(dy.shape)
     sums = (dy * kept).sum(0)
     if spec.drops_product:
-        return over_norm(sums, norm).to(magnitude.dtype)
+        return over_norm(sums, norm)
     if bias is not None:
         sums -= bias.to(dy.dtype) * dy.sum(0)
-    m = scale_of(magnitude, norm)
     sums /= m
     some = _columns_without_z(m)
     z = _product(x, w[some], h, b[some], spec.scaling)
     sums[some] = z.mul_(dy[:, some]).sum(0)
-    return over_norm(sums, norm).to(magnitude.dtype)
+    return over_norm(sums, norm)
 
 
 def _columns_without_z(m: Tensor) -> Tensor | slice:
