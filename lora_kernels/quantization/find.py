@@ -87,12 +87,22 @@ def _reader_of(kind: type) -> _Reader | NotFrozen:
         unknown = "it is of no class that this package knows: pass a dense weight [N, K]"
         reason = REASONS.get(package, unknown)
         return NotFrozen(reason, TypeError)
+    if _is_replaced(kind):
+        return NotFrozen(f"{kind.__name__}.forward has been replaced: undo that patch")
+    return reader
+
+
+def _is_replaced(kind: type) -> bool:
+    """Whether the forward of a class is another than that which it was defined with."""
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = kind.forward
-    if (
+    return (
         forward.__module__ != owner.__module__
         or not forward.__qualname__.startswith(f"{owner.__qualname__}.")
         or hasattr(forward, "__wrapped__")
-    ):
-        return NotFrozen(f"{kind.__name__}.forward has been replaced: undo that patch")
-    return reader
+    )
+
+
+# torch.compile calls it and keeps the answer: it cannot trace what is asked of functions here. So
+# does torch.compiler.assume_constant_result, which imports the compiler, for more than a second.
+_is_replaced._dynamo_marked_constant = True

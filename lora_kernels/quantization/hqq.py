@@ -1,6 +1,6 @@
 """Frozen weights of HQQ: HQQLinear."""
 
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,14 @@ __all__ = ["linear"]
 _FORWARDS = ("forward_pytorch", "forward_pytorch_backprop", "forward_pytorch_backprop_compile")
 
 
+class _Held(NamedTuple):
+    """What an HQQLinear dequantises; a class that torch.compile takes."""
+
+    ready: bool
+    W_q: Tensor
+    meta: dict
+
+
 class Grouped(FrozenWeight):
     """The weight of an HQQLinear: 1 to 8 bits, a scale and a zero for each group.
 
@@ -23,7 +31,7 @@ class Grouped(FrozenWeight):
         layer = self.layer
         # dequantize() puts what it computes into the layer's meta and takes it out again, so it
         # is called on a copy.
-        copy = SimpleNamespace(ready=True, W_q=layer.W_q.detach(), meta=dict(layer.meta))
+        copy = _Held(True, layer.W_q.detach(), dict(layer.meta))
         return type(layer).dequantize(copy).to(dtype)
 
 
