@@ -88,7 +88,7 @@ def over_norm(values: Tensor, norm: Tensor) -> Tensor:
 
 def _divided(values: Tensor, norm: Tensor, of_zero: int) -> Tensor:
     zero = norm < _ZERO
-    return torch.where(zero, of_zero, values / torch.where(zero, 1, norm))
+    return (values / norm.masked_fill(zero, 1)).masked_fill(zero, of_zero)
 
 
 # ---- forward and backward ----
@@ -207,8 +207,9 @@ def magnitude_gradient(
         sums -= bias.to(dy.dtype) * dy.sum(0)
     sums /= m
     some = _columns_without_z(m)
-    z = _product(x, w[some], h, b[some], spec.scaling)
-    sums[some] = z.mul_(dy[:, some]).sum(0)
+    if isinstance(some, slice) or len(some):
+        z = _product(x, w[some], h, b[some], spec.scaling)
+        sums[some] = z.mul_(dy[:, some]).sum(0)
     return over_norm(sums, norm)
 
 
