@@ -143,7 +143,10 @@ def _quantised_row(name: str, layer: LoRAQuantizedLinear, tokens: int) -> Row:
         reason = "it has a forward of its own"
     else:
         kind = _frozen_kind(weight)
-        taken = _over_frozen(weight, layer.lora_A, layer.active_dropout_p(), tokens)
+        p = layer.active_dropout_p()
+        taken = _over_frozen(weight, layer.lora_A, p, tokens)
+        if layer.use_dora:
+            taken = _with_magnitude(taken, p > 0 and not layer.dropout_low_rank_only)
     dtype = None if isinstance(weight, NotFrozen) else weight.dtype
     return _row(name, f"{type(layer).__name__}({kind})", shape, dtype, (layer.r,), taken, reason)
 
@@ -221,6 +224,8 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
             reason += " as it stands; if fully_shard gathers it, ask in the forward"
     elif isinstance(weight, FrozenWeight):
         taken = _over_frozen(weight, operands.a, operands.dropout_p, tokens)
+        if operands.magnitude is not None:
+            taken = _with_magnitude(taken, operands.dropout_p > 0)
     else:
         taken = _algorithm([weight], operands.a.shape[0], operands.dropout_p, tokens)
         if operands.magnitude is not None:

@@ -97,7 +97,7 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
         if isinstance(layer, LoRAQuantizedLinear):
             inside = join(path, "base_layer")
             dropped |= {key for key in state if is_inside(key, [inside])} - {join(inside, "bias")}
-            dropped |= {join(path, "lora_A"), join(path, "lora_B")}
+            dropped |= {join(path, name) for name in layer.factor_names}
             renamed[join(inside, "bias")] = join(path, "bias")
             if held not in copies:
                 copies[held] = layer.merged_weight()

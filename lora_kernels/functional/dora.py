@@ -5,9 +5,12 @@ from torch import Tensor, nn
 
 from lora_kernels import checks
 from lora_kernels.functional.linear import _own_dropout, _prepare
+from lora_kernels.functional.quantized_linear import check_over_frozen
 from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops.dora import DoraLinear
-from lora_kernels.ops.obstacle import is_jagged, is_opaque, obstacle
+from lora_kernels.ops.obstacle import is_jagged, is_opaque, is_transformed, obstacle
+from lora_kernels.ops.quantized_dora import DoraQuantizedLinear
+from lora_kernels.quantization import FrozenWeight
 from lora_kernels.reference import dora_formula, formula
 from lora_kernels.reference.dora import scale_of
 from lora_kernels.reference.linear import accumulate_dtype
@@ -19,7 +22,7 @@ __all__ = ["dora_forward"]
 def dora_forward(
     layer: str | nn.Module,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenWeight,
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
@@ -28,6 +31,8 @@ def dora_forward(
     seed: Tensor | None = None,
 ) -> Tensor:
     """lora_linear with a magnitude for a layer, which names itself in errors."""
+    if isinstance(weight, FrozenWeight):
+        return _over_frozen(layer, x, weight, a, b, magnitude, spec, seed)
     if obstacle(x, weight, a, b, bias, magnitude) is not None:
         return _without_op(layer, x, weight, a, b, bias, magnitude, spec, seed)
     x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
@@ -35,6 +40,32 @@ def dora_forward(
     seed = seeds_for(layer, x, spec.dropout_p, seed)
     y, *_ = DoraLinear.apply(x, weight, a, b, bias, magnitude, seed, spec)
     return y
+
+
+def _over_frozen(
+    layer: str | nn.Module,
+    x: Tensor,
+    frozen: FrozenWeight,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    spec: DoraSpec,
+    seed: Tensor | None,
+) -> Tensor:
+    """dora_forward over a frozen weight that is not dense; its layer's own bias is the bias."""
+    bias = frozen.bias
+    if not is_opaque(x):
+        dtype = checks.autocast_dtype(x)
+        if dtype is not None and not frozen.keeps_dtype:
+            x = x.to(dtype)
+        if obstacle(x, None, a, b, bias, magnitude) is None and not is_transformed():
+            check_over_frozen(layer, x, frozen, a, b, spec)
+            checks.check_magnitude(layer, magnitude, frozen)
+            seed = seeds_for(layer, x, spec.dropout_p, seed)
+            return DoraQuantizedLinear.apply(x, a, b, bias, magnitude, seed, frozen, spec)
+    dtype = a.dtype if is_opaque(x) else x.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return _without_op(layer, x, frozen.dense(dtype), a, b, bias, magnitude, spec, seed)
 
 
 def _without_op(

@@ -86,15 +86,16 @@ def lora_linear(
     if isinstance(weight, FrozenWeight):
         if bias is not None:
             raise ValueError(f"{name}: bias must be None: a frozen weight's layer adds its own")
-        spec = LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
-        return quantized_forward(name, x, weight, lora_A, lora_B, spec, seed)
-    checks.check_weight(name, weight)
+    else:
+        checks.check_weight(name, weight)
     if magnitude is not None:
         from lora_kernels.functional.dora import dora_forward  # it imports this module
 
         spec = DoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
         return dora_forward(name, x, weight, lora_A, lora_B, bias, magnitude, spec, seed)
     spec = LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
+    if isinstance(weight, FrozenWeight):
+        return quantized_forward(name, x, weight, lora_A, lora_B, spec, seed)
     return lora_forward(name, x, weight, lora_A, lora_B, bias, spec, seed)
 
 

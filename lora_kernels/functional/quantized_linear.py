@@ -12,7 +12,7 @@ from lora_kernels.reference import formula
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import LoraSpec
 
-__all__ = ["quantized_forward"]
+__all__ = ["check_over_frozen", "quantized_forward"]
 
 
 def quantized_forward(
@@ -35,14 +35,7 @@ def quantized_forward(
             y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
         )
     if not is_opaque(x):
-        checks.check_shape(layer, x, frozen)
-        if x.device != frozen.device:
-            raise ValueError(
-                f"{checks.layer_name(layer)}: x must be on the base layer's device "
-                f"{frozen.device}, got {x.device}"
-            )
-        checks.check_operands(layer, frozen, a, b, None, spec.splits)
-        checks.check_spec(layer, spec)
+        check_over_frozen(layer, x, frozen, a, b, spec)
         seed = seeds_for(layer, x, spec.dropout_p, seed)
         bias = frozen.bias
         if (
@@ -59,6 +52,20 @@ def quantized_forward(
     y = frozen.layer(x)
     with checks.without_autocast(frozen.device):
         return formula.with_update(y, x_hat, a, b, spec, accumulate_dtype(a.dtype))[0]
+
+
+def check_over_frozen(
+    layer: str | nn.Module, x: Tensor, frozen: FrozenWeight, a: Tensor, b: Tensor, spec: LoraSpec
+) -> None:
+    """The operands fit a frozen weight. Raises: TypeError, ValueError."""
+    checks.check_shape(layer, x, frozen)
+    if x.device != frozen.device:
+        raise ValueError(
+            f"{checks.layer_name(layer)}: x must be on the base layer's device "
+            f"{frozen.device}, got {x.device}"
+        )
+    checks.check_operands(layer, frozen, a, b, None, spec.splits)
+    checks.check_spec(layer, spec)
 
 
 def _stays(bias: Tensor, x: Tensor, frozen: FrozenWeight) -> bool:

@@ -23,8 +23,7 @@ class TakesMagnitude(LoRALayer):
         """Gives a layer that has lora_A and lora_B a magnitude, if it is to have one."""
         self.dropout_low_rank_only = bool(dropout_low_rank_only)
         if use_dora and self.has_lora:
-            rows = self.oriented(self.weight).shape[0]
-            self.lora_magnitude = nn.Parameter(self.weight.new_zeros(rows))
+            self.lora_magnitude = nn.Parameter(self.lora_B.new_zeros(len(self.lora_B)))
             self.use_dora = True
 
     @property
@@ -41,13 +40,16 @@ class TakesMagnitude(LoRALayer):
 
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
-        weight = self.oriented(distributed.full_tensor(self.weight))
-        return row_norms(weight, *self._factors(), self.scaling)
+        return row_norms(self._whole_weight(), *self._factors(), self.scaling)
+
+    def _whole_weight(self) -> Tensor:
+        """The base weight [N, K], dense and whole."""
+        return self.oriented(distributed.full_tensor(self.weight).detach())
 
     def _magnified_delta(self, acc: torch.dtype) -> Tensor:
         """m∘(weight + scaling·lora_B·lora_A) - weight in acc, in weight's layout."""
         a, b = (factor.to(acc) for factor in self._factors())
-        weight = self.oriented(distributed.full_tensor(self.weight).detach()).to(acc)
+        weight = self._whole_weight().to(acc)
         total = torch.addmm(weight, b, a, alpha=self.scaling)
         magnitude = distributed.full_tensor(self.lora_magnitude)
         m = scale_of(magnitude, torch.linalg.vector_norm(total, dim=1).detach())

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
-from lora_kernels.layers.base import LoRALayer
+from lora_kernels.functional.dora import dora_forward
+from lora_kernels.layers.dora import TakesMagnitude
 from lora_kernels.layers.merging import undisturbed
 from lora_kernels.quantization import FrozenWeight, frozen_weight
-from lora_kernels.spec import LoraSpec, OutputSplits
+from lora_kernels.spec import DoraSpec, LoraSpec, OutputSplits
 
 __all__ = ["LoRAQuantizedLinear"]
 
 
-class LoRAQuantizedLinear(LoRALayer, nn.Module):
+class LoRAQuantizedLinear(TakesMagnitude, nn.Module):
     """y = base_layer(x) + scaling·(dropout(x)·lora_Aᵀ)·lora_Bᵀ over a frozen, quantised layer.
 
     base_layer: what ``frozen_weight`` takes: layers of bitsandbytes, torchao, HQQ, quanto, ... It
@@ -24,6 +25,8 @@ class LoRAQuantizedLinear(LoRALayer, nn.Module):
     Shapes: lora_A [r, in], lora_B [out, r]; x [..., in] -> [..., out]. r >= 1. lora_A starts
     Kaiming uniform, lora_B zero. Dropout acts in training mode only. lora_dtype: that of the
     factors; None takes what base_layer multiplies in, or float32 if that is x's.
+    use_dora, dropout_low_rank_only: as LoRALinear has them. With use_dora the forward multiplies by
+    the dense weight too, because the norms need it.
     The layer never merges: eval() computes the update on the fly. ``merged_weight()`` is dense.
     Raises: TypeError if base_layer is of a kind without a frozen weight; ValueError if its state
     does not fit, and for bad r, lora_alpha or lora_dropout.
@@ -40,10 +43,12 @@ class LoRAQuantizedLinear(LoRALayer, nn.Module):
         lora_dropout: float = 0.0,
         merge_weights: bool = False,
         lora_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
+        dropout_low_rank_only: bool = False,
     ):
         frozen = frozen_weight(base_layer)
         nn.Module.__init__(self)
-        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
+        TakesMagnitude.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if self.r < 1:
             raise ValueError(f"{type(self).__name__}: r must be an integer >= 1, got {r!r}")
         self.out_features, self.in_features = n, k = frozen.shape
@@ -51,6 +56,7 @@ class LoRAQuantizedLinear(LoRALayer, nn.Module):
         options = {"dtype": lora_dtype or frozen.dtype or torch.float32, "device": frozen.device}
         self.lora_A = nn.Parameter(torch.empty((self.r, k), **options))
         self.lora_B = nn.Parameter(torch.empty((n, self.r), **options))
+        self._add_magnitude(use_dora, dropout_low_rank_only)
         self.reset_lora_parameters()
         self.train(base_layer.training)
 
@@ -67,10 +73,23 @@ class LoRAQuantizedLinear(LoRALayer, nn.Module):
     def reset_lora_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        self._reset_magnitude()
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """weight, which is [N, K] already."""
+        return weight
+
+    def _whole_weight(self) -> Tensor:
+        return self.frozen_weight.dense(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         frozen, p = self.frozen_weight, self.active_dropout_p()
-        spec = LoraSpec(self.scaling, p, OutputSplits.whole(self.out_features))
+        splits = OutputSplits.whole(self.out_features)
+        if self.use_dora:
+            spec = DoraSpec(self.scaling, p, splits, self.dropout_low_rank_only)
+            factors = self.lora_A, self.lora_B
+            return dora_forward(self, x, frozen, *factors, None, self.lora_magnitude, spec)
+        spec = LoraSpec(self.scaling, p, splits)
         return functional.quantized_forward(self, x, frozen, self.lora_A, self.lora_B, spec)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -85,6 +104,8 @@ class LoRAQuantizedLinear(LoRALayer, nn.Module):
     # ---- merging ----
 
     def delta_weight(self) -> Tensor:
+        if self.use_dora:
+            return self._magnified_delta(torch.float32)
         a, b = self._factors()
         return (b.float() @ a.float()) * self.scaling
 
@@ -103,4 +124,5 @@ class LoRAQuantizedLinear(LoRALayer, nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout.p}"
+            f"{', use_dora=True' if self.use_dora else ''}"
         )

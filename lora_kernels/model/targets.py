@@ -269,12 +269,12 @@ def check_dora(targets: Mapping[str, nn.Module], parameters: Collection[str]) ->
     no_linear = [
         f"{path} ({type(module).__name__})"
         for path, module in targets.items()
-        if constructor_of(module) not in (None, LoRALinear.from_linear)
+        if constructor_of(module) not in (None, LoRALinear.from_linear, LoRAQuantizedLinear)
     ]
     for name in (*no_linear, *(f"target_parameters: {path}" for path in parameters)):
         raise ValueError(
-            f"{name} cannot get a LoRA layer with use_dora: only nn.Linear and Hugging Face's "
-            f"Conv1D can"
+            f"{name} cannot get a LoRA layer with use_dora: only nn.Linear, quantised linears "
+            f"and Hugging Face's Conv1D can"
         )
 
 

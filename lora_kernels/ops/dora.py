@@ -10,7 +10,7 @@ from lora_kernels.reference import dora_formula, formula
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import DoraNeeds, DoraSpec, OutputSplits
 
-__all__ = ["DoraLinear", "dora_backward", "dora_forward"]
+__all__ = ["DoraLinear", "differentiable_backward", "dora_backward", "dora_forward"]
 
 
 def _forward(x, w, a, b, bias, magnitude, seed, *constants):
@@ -163,13 +163,13 @@ class DoraLinear(torch.autograd.Function):
             return (None,) * 8  # one for each argument of forward
         operands = (dy, *ctx.saved_tensors)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_backward(operands, ctx.spec, needs)
+            grads = differentiable_backward(operands, ctx.spec, needs)
         else:
             grads = dora_backward(operands, ctx.spec, needs)
         return (*needs.spread(grads), None, None)
 
 
-def _differentiable_backward(operands, spec: DoraSpec, needs: DoraNeeds) -> list[Tensor]:
+def differentiable_backward(operands, spec: DoraSpec, needs: DoraNeeds) -> list[Tensor]:
     """dora_backward by the formula, for create_graph=True: it can be differentiated again."""
     dy, x, h, w, a, b, bias, magnitude, seed, norm, kept = operands
     if (needs.b or needs.magnitude) and x is not None and a is not None:

@@ -18,7 +18,7 @@ from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.reference.products import product_dtype
 from lora_kernels.spec import LoraSpec, Needs, OutputSplits
 
-__all__ = ["LoraQuantizedLinear", "add_lora"]
+__all__ = ["LoraQuantizedLinear", "add_lora", "dense_dtype"]
 
 
 def _add_lora(y, x, a, b, seed, scaling, dropout_p, sizes, enabled):
@@ -77,7 +77,7 @@ class LoraQuantizedLinear(torch.autograd.Function):
         rows = x.numel() // max(1, x.shape[-1])
         if (
             frozen.exact
-            and _dense_dtype(ctx.dense_dtype, x, rows) == torch.float32 != ctx.dense_dtype
+            and dense_dtype(ctx.dense_dtype, x, rows) == torch.float32 != ctx.dense_dtype
             and (frozen.keeps_dtype or _is_in_dtype(x, ctx.dense_dtype))
         ):
             w, wide_bias = dense(frozen, torch.float32), None if bias is None else bias.float()
@@ -89,7 +89,7 @@ class LoraQuantizedLinear(torch.autograd.Function):
             # Of a view that a Function returns, autograd forbids a change in place.
             y = torch.ops.aten._unsafe_view.default(y, y.shape)
         if any(needs):
-            ctx.dense_dtype = _dense_dtype(ctx.dense_dtype, x, rows, backward=True)
+            ctx.dense_dtype = dense_dtype(ctx.dense_dtype, x, rows, backward=True)
         ctx.save_for_backward(
             x if needs.a else None,
             h if needs.b else None,
@@ -121,7 +121,7 @@ def _is_in_dtype(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype == dtype and not is_autocast(x.device)
 
 
-def _dense_dtype(dtype: torch.dtype, x: Tensor, rows: int, backward: bool = False) -> torch.dtype:
+def dense_dtype(dtype: torch.dtype, x: Tensor, rows: int, backward: bool = False) -> torch.dtype:
     """In which dtype dense() is multiplied here over a base that multiplies in dtype."""
     wide = product_dtype(dtype, x.device, rows, backward)
     if (

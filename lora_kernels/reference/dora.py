@@ -20,11 +20,11 @@ its caller keeps anyway. In columns with a small m, or none, y has lost z: they 
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import dropout
 from lora_kernels.reference.linear import accumulate_dtype, low_rank_input, shaped_like
+from lora_kernels.reference.products import matmul
 from lora_kernels.spec import DoraNeeds, DoraSpec
 
 __all__ = [
@@ -119,8 +119,9 @@ def dora_forward(
         return [shaped_like(x, y.to(x.dtype)), h, norm]
     x_hat, h = _dropped(rows, a, seed, spec.dropout_p)
     c = _product(x_hat, w, h, b, spec.scaling)
-    y = F.linear(rows - x_hat, w, bias).addcmul_(c, m)
-    return [shaped_like(x, y), h, norm, c.to(x.dtype)]
+    y = matmul(rows - x_hat, w.T).to(c.dtype).addcmul_(c, m)
+    y = y if bias is None else y.add_(bias)
+    return [shaped_like(x, y.to(x.dtype)), h, norm, c.to(x.dtype)]
 
 
 def dora_backward(
@@ -160,16 +161,17 @@ def dora_backward(
     if needs.b:
         db = ((h.T @ wide_dy).T * (m * spec.scaling)[:, None]).to(b.dtype).contiguous()
     if needs.x:
-        dz = dy_rows * (m - 1 if spec.drops_product else m).to(dy.dtype)
+        dz = wide_dy * (m - 1 if spec.drops_product else m)
     if needs.x or needs.a:
         scale = spec.scaling * dropout.keep_scale(spec.dropout_p)
         dh = wide_dy @ (b.to(acc) * (m * scale)[:, None])
         update = dh @ a.to(acc) if needs.x else None
         if needs.x and spec.drops_product:
-            update.add_(dz @ w, alpha=dropout.keep_scale(spec.dropout_p))
+            through = matmul(dz, w, backward=True)
+            update.add_(through, alpha=dropout.keep_scale(spec.dropout_p))
         da = _through_dropout(update, dh, rows if needs.a else None, seed, spec.dropout_p)
     if needs.x:
-        dx = _plus_product(update, dy_rows if spec.drops_product else dz, w)
+        dx = _plus_product_(update, dy_rows if spec.drops_product else dz, w).to(dy.dtype)
         dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     if needs.w and spec.drops_product:
         x_hat, _ = _dropped(rows, None, seed, spec.dropout_p)
@@ -224,17 +226,14 @@ def _columns_without_z(m: Tensor) -> Tensor | slice:
 
 def _product(rows: Tensor, w: Tensor, h: Tensor, b: Tensor, scaling: float) -> Tensor:
     """rows·wᵀ + scaling·h·bᵀ in accumulate_dtype. Shapes: [M, K], [N, K], [M, R], [N, R]."""
-    factor = b.to(h.dtype).T
-    if rows.dtype == h.dtype:
-        return (rows @ w.T).addmm_(h, factor, alpha=scaling)
-    return (h @ factor).mul_(scaling).add_(rows @ w.T)
+    return matmul(rows, w.T).to(h.dtype).addmm_(h, b.to(h.dtype).T, alpha=scaling)
 
 
-def _plus_product(update: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """update + left·right in left's dtype; update's memory is used if it can be."""
-    if update.dtype == left.dtype:
+def _plus_product_(update: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """update + left·right in place, in accumulate_dtype."""
+    if update.dtype == left.dtype == right.dtype:
         return update.addmm_(left, right)
-    return (left @ right).add_(update)
+    return update.add_(matmul(left, right, backward=True))
 
 
 def _dropped(

@@ -10,8 +10,9 @@ import functools
 import os
 
 import torch
+from torch import Tensor
 
-__all__ = ["product_dtype"]
+__all__ = ["matmul", "product_dtype"]
 
 _VARIABLE = "LORA_KERNELS_CPU_PRODUCTS"
 _FEW_ROWS = 16  # in a forward of fewer, converting the weight takes longer than the product
@@ -38,6 +39,12 @@ def product_dtype(
     if asked == "own" or _has_instructions(dtype):
         return dtype
     return torch.float32 if backward or rows >= _FEW_ROWS else dtype
+
+
+def matmul(left: Tensor, right: Tensor, backward: bool = False) -> Tensor:
+    """left·right in the dtype in which left is multiplied here by a weight like right."""
+    dtype = product_dtype(right.dtype, left.device, len(left), backward)
+    return left.to(dtype) @ right.to(dtype)
 
 
 @functools.cache

@@ -27,8 +27,11 @@ def dense_twin(layer):
     with torch.no_grad():
         plain.weight.copy_(frozen_weight(layer.base_layer).dense(torch.float32))
         plain.bias.copy_(layer.bias)
-    twin = LoRALinear.from_linear(plain, 4, 8, layer.lora_dropout.p, merge_weights=False)
-    twin.lora_A.data, twin.lora_B.data = layer.lora_A.data.clone(), layer.lora_B.data.clone()
+    twin = LoRALinear.from_linear(
+        plain, 4, 8, layer.lora_dropout.p, merge_weights=False, use_dora=layer.use_dora
+    )
+    for name in layer.factor_names:
+        getattr(twin, name).data = getattr(layer, name).data.clone()
     return twin
 
 
@@ -44,10 +47,11 @@ def test_starts_as_the_layer_that_it_wraps(kind, seed):
     assert layer.lora_B.requires_grad
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @every_kind
-def test_is_lora_over_the_dense_weight(kind, dropout, seed):
-    layer = adapted(kind, lora_dropout=dropout)
+def test_is_lora_over_the_dense_weight(kind, dropout, use_dora, seed):
+    layer = adapted(kind, lora_dropout=dropout, use_dora=use_dora)
     twin = dense_twin(layer)
     x, dy = torch.randn(2, 5, K), torch.randn(2, 5, N)
     results = []
@@ -55,7 +59,7 @@ def test_is_lora_over_the_dense_weight(kind, dropout, seed):
         leaf = x.clone().requires_grad_()
         torch.manual_seed(0)
         y = module(leaf)
-        wanted = [leaf, module.lora_A, module.lora_B]
+        wanted = [leaf, *(getattr(module, name) for name in module.factor_names)]
         results.append((y.detach(), *torch.autograd.grad(y, wanted, dy)))
     (y, *grads), (expected, *expected_grads) = results
     coarse = 0.02 if kind in INEXACT else 2e-3 if kind.startswith("hqq") else 1e-5
@@ -75,8 +79,9 @@ def test_eval_never_merges(kind, seed):
         lora_kernels.merge_lora(nn.Sequential(layer))
 
 
-def test_merged_weight_is_dense(seed):
-    layer = adapted("nf4-nested")
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+def test_merged_weight_is_dense(use_dora, seed):
+    layer = adapted("nf4-nested", use_dora=use_dora)
     merged = layer.merged_weight()
     expected = frozen_weight(layer.base_layer).dense(torch.float32) + layer.delta_weight()
     torch.testing.assert_close(merged, expected)

@@ -33,16 +33,23 @@ def drawn(model):
     return model
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 @every_kind
-def test_apply_train_save_and_load(kind, tmp_path, seed):
+def test_apply_train_save_and_load(kind, use_dora, tmp_path, seed):
     model, x = Net(kind), torch.randn(5, 16)
     expected = model(x)
-    lora_kernels.apply_lora(model, r=2, lora_alpha=4, target_modules=["first", "lin"])
+    lora_kernels.apply_lora(
+        model, r=2, lora_alpha=4, target_modules=["first", "lin"], use_dora=use_dora
+    )
     assert type(model.lin) is LoRAQuantizedLinear
     assert type(model.first) is LoRALinear
-    assert torch.equal(model(x), expected)
+    if use_dora:  # with the dense weight
+        assert (model(x) - expected).norm() <= 0.03 * expected.norm()
+    else:
+        assert torch.equal(model(x), expected)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"{path}.lora_{ab}" for path in ("first", "lin") for ab in "AB"}
+    names = ["lora_A", "lora_B"] + ["lora_magnitude"] * use_dora
+    assert trained == {f"{path}.{name}" for path in ("first", "lin") for name in names}
     drawn(model)
     model(x).sum().backward()
     assert model.first.lora_A.grad.abs().sum() > 0
@@ -54,11 +61,12 @@ def test_apply_train_save_and_load(kind, tmp_path, seed):
     assert "the layer's own product" in rows["lin"].reason
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("bias", [True, False])
 @every_kind
-def test_merged_state_dict_is_dense(kind, bias, seed):
+def test_merged_state_dict_is_dense(kind, bias, use_dora, seed):
     model, x = Net(kind, bias), torch.randn(5, 16)
-    lora_kernels.apply_lora(model, r=2, lora_alpha=4, target_modules=["lin"])
+    lora_kernels.apply_lora(model, r=2, lora_alpha=4, target_modules=["lin"], use_dora=use_dora)
     drawn(model)
     plain = nn.Sequential(nn.Linear(16, K), nn.ReLU(), nn.Linear(K, N, bias=bias), nn.Linear(N, 4))
     names = {"first": "0", "lin": "2", "head": "3"}

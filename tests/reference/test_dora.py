@@ -171,6 +171,7 @@ def test_nothing_of_the_weights_size_is_made(
     dtype, dropout_p, low_rank_only, monkeypatch, seed, device
 ):
     monkeypatch.setattr(reference, "_AT_ONCE", 1000)
+    monkeypatch.setenv("LORA_KERNELS_CPU_PRODUCTS", "own")
     problem = make_dora_problem(
         5, 128, 96, 4, device=device, dtype=dtype, dropout_p=dropout_p,
         low_rank_only=low_rank_only,

@@ -119,8 +119,8 @@ def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotF
     problem = not_plain_tensor(a, "lora_A.weight", 2) or not_plain_tensor(b, "lora_B.weight", 2)
     if problem:
         return problem
-    if magnitude is not None and frozen is not None:
-        return NotFused("its adapter is DoRA over a quantised base_layer")
+    if magnitude is not None and frozen is not None and not frozen.exact:
+        return NotFused(f"its adapter is DoRA, and base_layer rounds x as well ({frozen.kind})")
     problem = _unfit(weight, a, b, bias) or _unfit_magnitude(magnitude, weight)
     if problem:
         return problem
@@ -149,7 +149,7 @@ def misfit(x, operands: Operands) -> NotFused | None:
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return NotFused(f"x {list(x.shape)} does not fit weight {list(weight.shape)}")
     if isinstance(weight, FrozenWeight):
-        problem = _misfit_of_frozen(x)
+        problem = _misfit_of_frozen(x, weight, operands.magnitude is not None)
         if problem:
             return problem
     elif x.dtype != weight.dtype:
@@ -171,13 +171,15 @@ def _frozen_weight(base: nn.Module) -> FrozenWeight | NotFused | None:
     return NotFused(f"base_layer is a {type(base).__name__}: {found.reason}")
 
 
-def _misfit_of_frozen(x: Tensor) -> NotFused | None:
+def _misfit_of_frozen(x: Tensor, weight: FrozenWeight, dora: bool) -> NotFused | None:
     """Why PEFT's own forward runs for this x over a frozen weight, which multiplies as it will."""
     if x.dtype not in DTYPES or x.dtype == torch.float64:
         return NotFused(f"x is {x.dtype}")
     dtype = autocast_dtype(x)
     if dtype is not None and x.dtype not in (dtype, torch.float32):
         return NotFused(f"x is {x.dtype} under an autocast to {dtype}")
+    if dora and not weight.keeps_dtype and (dtype or x.dtype) != weight.product_dtype(x):
+        return NotFused(f"its adapter is DoRA, x is {x.dtype} and base_layer multiplies otherwise")
     return None
 
 
