@@ -11,11 +11,20 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
-from lora_kernels import dropout, patch_peft, report, unpatch_peft
+from lora_kernels import dropout, frozen_weight, patch_peft, report, unpatch_peft
 from lora_kernels.functional import seeds
 from lora_kernels.integrations.peft import dora
+from lora_kernels.testing.dora_problem import make_dora_problem
+from lora_kernels.testing.tolerance import assert_close
 from tests.op_calls import Calls
-from tests.peft_models import assert_as_without, both_bases, lora_layer, step, with_lora
+from tests.peft_models import (
+    assert_as_without,
+    both_bases,
+    lora_layer,
+    quantised_lora_layer,
+    step,
+    with_lora,
+)
 
 pytestmark = pytest.mark.usefixtures("unpatched")
 VECTOR = "lora_magnitude_vector.default"
@@ -204,3 +213,29 @@ def test_two_adapters_take_turns(seed, device):
     layer.set_adapter(["other"])
     x = torch.randn(3, 16, device=device)
     assert_as_without(layer, output_for(x), fused=1)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", ["nf4-nested", "int8", "torchao-int8", "torchao-float8"])
+def test_over_quantised_bases(kind, bias, seed):
+    """Against float64 over the dense weight; PEFT rounds that to 16 bits, or does not run."""
+    layer = quantised_lora_layer(kind, bias=bias, lora={"use_dora": True})
+    problem = make_dora_problem((3, 11), 128, 64, 4, device="cpu", bias=bias)
+    base = layer.get_base_layer()
+    problem.w = frozen_weight(base).dense(torch.float32)
+    problem.bias = base.bias.detach() if bias else None
+    factors = [getattr(layer, f"lora_{name}")["default"].weight for name in "AB"]
+    problem.a, problem.b = (factor.detach() for factor in factors)
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    problem.magnitude = magnitude.detach()
+    exact, baseline = problem.solve(torch.float64), problem.solve()
+    patch_peft()
+    (row,) = report(layer)
+    assert row.fused, row.reason
+    assert "DoRA" in row.reason
+    x = problem.x.detach().requires_grad_()
+    y = layer(x)
+    grads = torch.autograd.grad(y, [x, *factors, magnitude], problem.dy)
+    results = dict(zip(("y", "x", "a", "b", "magnitude"), (y.detach(), *grads), strict=True))
+    for name, result in results.items():
+        assert_close(result, exact[name], baseline[name], name)

@@ -77,7 +77,10 @@ LEFT_TO_PEFT = {
     "two active": ("nf4", {}, add_active, "2 of its adapters are active"),
     "8 bit two active": ("int8", {}, add_active, "2 of its adapters are active"),
     "torchao two active": ("torchao-int8", {}, add_active, "2 of its adapters are active"),
-    "DoRA": ("nf4", {"use_dora": True}, lambda layer: None, "is DoRA over a quantised base_layer"),
+    "DoRA over rounded x": (
+        "torchao-int8-dynamic", {"use_dora": True}, lambda layer: None,
+        "base_layer rounds x as well",
+    ),
     "bias of the adapter": (
         "nf4", {"lora_bias": True}, lambda layer: None, "its adapter has a bias",
     ),
