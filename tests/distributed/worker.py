@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import (
+    dora_checks,
     example_checks,
     experts_checks,
     multi_checks,
@@ -23,6 +24,7 @@ from tests.distributed import (
 
 CHECKS = {
     **own_checks.CHECKS,
+    **dora_checks.CHECKS,
     **experts_checks.CHECKS,
     **multi_checks.CHECKS,
     **peft_checks.CHECKS,
