@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import checks
-from lora_kernels.functional.linear import _own_dropout, _prepare
+from lora_kernels.functional.linear import own_dropout, prepare
 from lora_kernels.functional.quantized_linear import check_over_frozen
 from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops.dora import DoraLinear
@@ -35,7 +35,7 @@ def dora_forward(
         return _over_frozen(layer, x, weight, a, b, magnitude, spec, seed)
     if obstacle(x, weight, a, b, bias, magnitude) is not None:
         return _without_op(layer, x, weight, a, b, bias, magnitude, spec, seed)
-    x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
+    x, weight, bias = prepare(layer, x, weight, a, b, bias, spec)
     checks.check_magnitude(layer, magnitude, weight)
     seed = seeds_for(layer, x, spec.dropout_p, seed)
     y, *_ = DoraLinear.apply(x, weight, a, b, bias, magnitude, seed, spec)
@@ -90,9 +90,9 @@ def _without_op(
         # While torch.fx records a layer, x has no dtype to look at.
         known = x if isinstance(x, Tensor) else layer.held_weight()
         dtype = accumulate_dtype(known.dtype)
-        x_hat = _own_dropout(layer, x, spec.dropout_p, seed)
+        x_hat = own_dropout(layer, x, spec.dropout_p, seed)
     else:
-        x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
+        x, weight, bias = prepare(layer, x, weight, a, b, bias, spec)
         checks.check_magnitude(layer, magnitude, weight)
         dtype = accumulate_dtype(x.dtype)
         seed = seeds_for(layer, x, spec.dropout_p, seed)

@@ -24,7 +24,10 @@ from lora_kernels.reference import formula
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import DoraSpec, LoraSpec, OutputSplits
 
-__all__ = ["lora_forward", "lora_linear", "lora_merged_linear", "lora_shared_linear"]
+__all__ = [
+    "lora_forward", "lora_linear", "lora_merged_linear", "lora_shared_linear", "own_dropout",
+    "prepare",
+]  # fmt: skip
 
 
 def _recorded_by_fx(function: Callable) -> Callable:
@@ -186,7 +189,7 @@ def lora_shared_linear(
         seeds = [None] * count if seed is None else seed.split(1)
         alone = zip(layers, specs, seeds, strict=True)
         return tuple(lora_forward(name, x, *layer, spec, own) for layer, spec, own in alone)
-    prepared = [_prepare(name, x, *layer, spec) for layer, spec in zip(layers, specs, strict=True)]
+    prepared = [prepare(name, x, *layer, spec) for layer, spec in zip(layers, specs, strict=True)]
     xs, weights, biases = zip(*prepared, strict=True)
     seeds = seeds_for(name, xs[0], dropout_p, seed, count)
     operands = (*weights, *lora_As, *lora_Bs, *biases)
@@ -206,7 +209,7 @@ def lora_forward(
     """lora_linear and lora_merged_linear for a layer, which names itself in errors."""
     if obstacle(x, weight, a, b, bias) is not None:
         return _without_op(layer, x, weight, a, b, bias, spec, seed)
-    x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
+    x, weight, bias = prepare(layer, x, weight, a, b, bias, spec)
     seed = seeds_for(layer, x, spec.dropout_p, seed)
     y, _ = LoraLinear.apply(x, weight, a, b, bias, seed, spec)
     return y
@@ -233,9 +236,9 @@ def _without_op(
         # While torch.fx records a layer, x has no dtype to look at.
         known = x if isinstance(x, Tensor) else layer.held_weight()
         dtype = accumulate_dtype(known.dtype)
-        x_hat = _own_dropout(layer, x, spec.dropout_p, seed)
+        x_hat = own_dropout(layer, x, spec.dropout_p, seed)
     else:
-        x, weight, bias = _prepare(layer, x, weight, a, b, bias, spec)
+        x, weight, bias = prepare(layer, x, weight, a, b, bias, spec)
         dtype = accumulate_dtype(x.dtype)
         seed = seeds_for(layer, x, spec.dropout_p, seed)
         x_hat = formula.dropped(x, seed, spec.dropout_p, dtype)
@@ -244,7 +247,7 @@ def _without_op(
         return formula.with_update(y, x_hat, a, b, spec, dtype)[0]
 
 
-def _own_dropout(layer: str | nn.Module, x, dropout_p: float, seed: Tensor | None):
+def own_dropout(layer: str | nn.Module, x, dropout_p: float, seed: Tensor | None):
     """dropout(x) by PyTorch's dropout, which knows how to be recorded, and nested tensors.
 
     A layer's own module goes into the record, so that train() and eval() still act on it.
@@ -261,7 +264,7 @@ def _own_dropout(layer: str | nn.Module, x, dropout_p: float, seed: Tensor | Non
     return F.dropout(x, dropout_p) if dropout_p > 0 else x
 
 
-def _prepare(
+def prepare(
     layer: str | nn.Module,
     x: Tensor,
     weight: Tensor,
