@@ -13,6 +13,7 @@ from lora_kernels.dispatch.algorithm import Algorithm, GemmShape
 from lora_kernels.dispatch.tma import is_tma_compliant
 from lora_kernels.integrations.peft.guard import NotFused, misfit, operands_of
 from lora_kernels.integrations.peft.patch import patched_experts, unreached
+from lora_kernels.integrations.peft.variants import folded_of
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.linear import LinearLayer
@@ -209,7 +210,14 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
         shape = (base.out_features, base.in_features)  # a quantised weight is packed
     ranks = tuple(_rank(layer, name) for name in layer.active_adapters if name in layer.r)
     taken, reason = None, ""
-    operands = unreached(layer) or operands_of(layer)
+    operands, words = unreached(layer), ()
+    if operands is None:
+        operands = operands_of(layer)
+        if isinstance(operands, NotFused):
+            folded = folded_of(layer)
+            operands, words = (
+                (folded, ()) if isinstance(folded, NotFused) else (folded.operands, folded.words)
+            )
     weight = None if isinstance(operands, NotFused) else operands.weight
     kind = f"peft {type(layer).__name__}({type(base).__name__})"
     if isinstance(weight, FrozenWeight):
@@ -224,12 +232,12 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
             reason += " as it stands; if fully_shard gathers it, ask in the forward"
     elif isinstance(weight, FrozenWeight):
         taken = _over_frozen(weight, operands.a, operands.dropout_p, tokens)
-        if operands.magnitude is not None:
-            taken = _with_magnitude(taken, operands.dropout_p > 0)
     else:
         taken = _algorithm([weight], operands.a.shape[0], operands.dropout_p, tokens)
-        if operands.magnitude is not None:
-            taken = _with_magnitude(taken, operands.dropout_p > 0)
+    if taken is not None and operands.magnitude is not None:
+        taken = _with_magnitude(taken, operands.dropout_p > 0)
+    if taken is not None and words:
+        taken = taken._replace(reason="; ".join((*words, taken.reason)))
     return _row(name, kind, shape, dtype, ranks, taken, reason)
 
 

@@ -17,7 +17,7 @@ from lora_kernels.ops.obstacle import is_transformed
 from lora_kernels.quantization import FrozenWeight, NotFrozen, find
 
 __all__ = [
-    "BASES", "DEVICES", "LINEAR", "VARIANTS", "NotFused", "Operands", "hooked", "misfit",
+    "BASES", "DEVICES", "LINEAR", "VARIANTS", "Beyond", "NotFused", "Operands", "hooked", "misfit",
     "misfit_of_moment", "not_plain_module", "not_plain_tensor", "operands_of", "parameter",
 ]  # fmt: skip
 
@@ -53,10 +53,25 @@ class NotFused(NamedTuple):
     reason: str
 
 
-def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotFused:
+class Beyond(NamedTuple):
+    """What operands_of() takes of an adapter besides plain LoRA, for variants.py.
+
+    That is any variant, and a bias of lora_B, which the caller looks at. linears: the classes of
+    lora_A and lora_B, with their forwards. fold: (layer, adapter, their weights) -> a, b of
+    lora_linear. groups: b is in so many blocks, each for its own rows of a.
+    """
+
+    linears: dict[type[nn.Module], Callable]
+    fold: Callable[[nn.Module, str, Tensor, Tensor], tuple[Tensor, Tensor] | NotFused]
+    groups: int
+
+
+def operands_of(
+    layer: nn.Module, adapter: str | None = None, beyond: Beyond | None = None
+) -> Operands | NotFused:
     """The operands of a PEFT LoRA layer over a linear as it is now, or why PEFT's forward runs.
 
-    adapter: one of the layer's; None: the one that is active.
+    adapter: one of the layer's; None: the one that is active. beyond: None for plain LoRA.
     """
     if layer.disable_adapters:
         return NotFused("its adapters are disabled")
@@ -76,7 +91,7 @@ def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotF
     if variants is None:
         return NotFused("PEFT is older than 0.16")
     magnitude = None
-    if name in variants:
+    if name in variants and beyond is None:
         kind = type(variants[name])
         if kind not in VARIANTS:
             return NotFused(f"its adapter is a {kind.__name__}")
@@ -87,13 +102,14 @@ def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotF
     base, lora_a = children["base_layer"], all_a[name]
     lora_b = children["lora_B"]._modules[name]
     dropout = children["lora_dropout"]._modules[name]
+    linears = LINEAR if beyond is None else beyond.linears
     frozen = _frozen_weight(base)
     if isinstance(frozen, NotFused):
         return frozen
     problem = (
         (hooked(base, "base_layer") if frozen else not_plain_module(base, "base_layer", BASES))
-        or not_plain_module(lora_a, "lora_A", LINEAR)
-        or not_plain_module(lora_b, "lora_B", LINEAR)
+        or not_plain_module(lora_a, "lora_A", linears)
+        or not_plain_module(lora_b, "lora_B", linears)
         or not_plain_module(dropout, "lora_dropout", _DROPOUTS)
     )
     if problem:
@@ -103,7 +119,9 @@ def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotF
         dropout_p = dropout.p
         if dropout.inplace or not 0.0 <= dropout_p < 1.0:
             return NotFused(f"lora_dropout is {dropout}")
-    if parameter(lora_a, "bias") is not None or parameter(lora_b, "bias") is not None:
+    if beyond is None and (
+        parameter(lora_a, "bias") is not None or parameter(lora_b, "bias") is not None
+    ):
         return NotFused("its adapter has a bias")
     weight, bias = frozen, None
     if frozen is None:
@@ -119,9 +137,15 @@ def operands_of(layer: nn.Module, adapter: str | None = None) -> Operands | NotF
     problem = not_plain_tensor(a, "lora_A.weight", 2) or not_plain_tensor(b, "lora_B.weight", 2)
     if problem:
         return problem
+    groups = 1
+    if beyond is not None:
+        folded, groups = beyond.fold(layer, name, a, b), beyond.groups
+        if isinstance(folded, NotFused):
+            return folded
+        a, b = folded
     if magnitude is not None and frozen is not None and not frozen.exact:
         return NotFused(f"its adapter is DoRA, and base_layer rounds x as well ({frozen.kind})")
-    problem = _unfit(weight, a, b, bias) or _unfit_magnitude(magnitude, weight)
+    problem = _unfit(weight, a, b, bias, groups) or _unfit_magnitude(magnitude, weight)
     if problem:
         return problem
     if magnitude is not None and not layer.training:
@@ -192,10 +216,12 @@ def misfit_of_moment() -> NotFused | None:
     return None
 
 
-def _unfit(weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> NotFused | None:
+def _unfit(
+    weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, groups: int
+) -> NotFused | None:
     """Why PEFT would raise an error, or compute in float64, while lora_linear would not."""
     (n, k), r = weight.shape, a.shape[0]
-    if r == 0 or a.shape[1] != k or b.shape[0] != n or b.shape[1] != r:
+    if r == 0 or a.shape[1] != k or b.shape[0] != n or b.shape[1] * groups != r:
         return NotFused(
             f"lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit weight [{n}, {k}]"
         )

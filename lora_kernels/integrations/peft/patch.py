@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_kernels import functional
 from lora_kernels.functional.dora import dora_forward
-from lora_kernels.integrations.peft import dora, experts, mixed, quantized
+from lora_kernels.integrations.peft import dora, experts, mixed, quantized, variants
 from lora_kernels.integrations.peft.guard import BASES, NotFused, misfit, operands_of
 from lora_kernels.integrations.peft.source import digest
 from lora_kernels.layers import mixture
@@ -42,7 +42,9 @@ def patch_peft() -> None:
     own, the update is added to it, and the backward makes the dense weight for one product.
     DoRA (``use_dora``) over dense linears is taken too, with PEFT's dropout.
     Samples with adapters of their own (``adapter_names``) take one call for all adapters.
-    If a call is not plain LoRA, PEFT's own forward runs; ``report(model)`` says which and why.
+    lora_bias, MiCA, KaSA and BD-LoRA are the same operation over other operands, and so are several
+    active adapters if no dropout acts.
+    If a call is none of these, PEFT's own forward runs; ``report(model)`` says which and why.
     Without dropout the results are PEFT's within rounding. With dropout the masks are others.
     Call it before a model is compiled. A second call changes nothing.
 
@@ -57,6 +59,7 @@ def patch_peft() -> None:
     _warn_unless_known(peft.Linear.forward)
     BASES.setdefault(peft.Conv1D, peft.Conv1D.forward)
     dora.register()
+    variants.register()
     replacements = {peft.Linear: _patched}
     if hasattr(peft, "ParamWrapper"):  # since 0.17
         replacements[peft.ParamWrapper] = _patched_experts
@@ -134,7 +137,12 @@ def _patched(upstream: Callable) -> Callable:
                     return mixed.compute_mixed(x, *found)
             return upstream(self, x, *args, **kwargs)
         operands = operands_of(self)
-        if isinstance(operands, NotFused) or misfit(x, operands) is not None:
+        if isinstance(operands, NotFused):
+            folded = variants.folded_of(self)
+            if isinstance(folded, NotFused) or misfit(x, folded.operands) is not None:
+                return upstream(self, x)
+            return variants.compute_folded(x, folded)
+        if misfit(x, operands) is not None:
             return upstream(self, x)
         weight, a, b, bias, scaling, dropout_p, magnitude = operands
         if isinstance(scaling, Tensor):
