@@ -41,6 +41,7 @@ from lora_kernels.model.trainable import (
     mark_only_lora_as_trainable,
     with_tied,
 )
+from lora_kernels.quantization import is_quantised
 from lora_kernels.spec import OutputSplits
 
 __all__ = ["Fitted", "fit", "fit_named"]
@@ -249,6 +250,10 @@ def _check_base(layer: AdapterLayer, module: nn.Module, source: Source) -> None:
     if base.kind != layer.base.kind:
         raise ValueError(
             f"{a}: must be a factor of a {base.kind} for {kind}, got one of a {layer.base.kind}"
+        )
+    if layer.spec.splits is not None and is_quantised(module):
+        raise ValueError(
+            f"{b}: must be of one group for a quantised {kind}, got {layer.spec.splits.count}"
         )
     if base.inputs != layer.base.inputs:
         raise ValueError(f"{a}: must have {base.inputs} inputs for {kind}, got {layer.base.inputs}")

@@ -21,11 +21,13 @@ from lora_kernels.model.apply import wrap_modules
 from lora_kernels.model.parameters import match_parameters
 from lora_kernels.model.paths import (
     adapted_layers,
+    join,
     load_plain_state,
     named_modules,
     plain_state,
     split,
 )
+from lora_kernels.model.route import multi_layers
 from lora_kernels.model.trainable import (
     mark_only_lora_as_trainable,
     record_trained,
@@ -53,12 +55,15 @@ def load_adapter(
     takes over values, lora_alpha and scaling, and keeps its dropout and requires_grad. Wrappers
     around model and in it are looked through as by save_adapter. A model that fully_shard or FSDP
     has sharded must have its LoRA layers already, and every rank has to call this.
+    PEFT's lora_bias adds scaling·lora_B.bias to the biases of a plain model, which then train; they
+    are saved as those of bias="lora_only". BD-LoRA with lora_B in blocks becomes LoRAMergedLinear.
+    VeLoRA, which changes PEFT's backward alone, becomes LoRA.
     adapter: a name, for a model with several adapters or a plain one that becomes such a model. An
     adapter of this name takes the values, and keeps its dropout; a new one joins the others. It may
     have factors of linears alone.
     Raises: FileNotFoundError for a missing directory or file; ValueError, naming file and key, for
     all that is damaged, does not fit together or does not fit the model, for pickles (never read)
-    and for what PEFT offers beyond LoRA and DoRA of linears (lora_bias, layer_replication, ...).
+    and for what PEFT offers beyond LoRA and DoRA of linears (KaSA, layer_replication, ...).
     After an error model is unchanged.
     """
     stacks: dict[str, Stack] = {}
@@ -68,7 +73,7 @@ def load_adapter(
         return stacks
 
     read = peft.read(Path(directory), stacks=find_stacks)
-    name, adapter = adapter, _aligned(read, model)
+    name, adapter = adapter, _with_biases_of(model, _aligned(read, model), adapter)
     fitted = fit(model, adapter, stacks) if name is None else fit_named(model, adapter, name)
     for note in adapter.notes:
         warnings.warn(f"load_adapter: {note}", RuntimeWarning, stacklevel=2)
@@ -101,6 +106,37 @@ def load_adapter(
         if not layer.training:
             layer.eval()  # merged, if it is to be
     return model
+
+
+def _with_biases_of(model: nn.Module, adapter: Adapter, name: str | None) -> Adapter:
+    """adapter with what its lora_biases make of the model's biases, which train then.
+
+    Raises: ValueError if they are no biases of a plain model's.
+    """
+    if not adapter.lora_biases:
+        return adapter
+    place, own, entries = f"{adapter.source.config}: lora_bias", plain_state(model), {}
+    if name is not None or adapted_layers(model) or multi_layers(model):
+        raise ValueError(
+            f"{place}: adds to the biases of a plain model: load it into one, and without a name"
+        )
+    for path, lora_bias in adapter.lora_biases.items():
+        key = join(path, "bias")
+        bias = adapter.entries.get(key, own.get(key))
+        if bias is None:
+            raise ValueError(
+                f"{place}: {path} has no bias to add it to: give it one, "
+                f"nn.Parameter(torch.zeros({len(lora_bias)})), before you load"
+            )
+        if bias.shape != lora_bias.shape:
+            raise ValueError(
+                f"{adapter.source.weights}: {path}.lora_B.bias: shape must be {list(bias.shape)}, "
+                f"got {list(lora_bias.shape)}"
+            )
+        wide = lora_bias.double() * adapter.layers[path].spec.scaling
+        entries[key] = (bias.cpu().double() + wide).to(bias.dtype)
+    bias = "lora_only" if adapter.bias == "none" else adapter.bias
+    return replace(adapter, entries={**adapter.entries, **entries}, bias=bias)
 
 
 # What may lie in front of the paths in a model, or in an adapter, that the other does not know of.

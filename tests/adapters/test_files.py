@@ -222,16 +222,20 @@ def test_config_with_a_wrong_value_raises(key, value, model, adapter):
     ("key", "value"),
     [
         ("use_dora", True),
-        ("lora_bias", True),
         ("use_qalora", True),
-        ("use_bdlora", {"nblocks": 2}),
+        ("use_bdlora", {"nblocks": 2, "target_modules_bd_a": ["lin"]}),
+        ("use_bdlora", {"nblocks": 2, "target_modules_bd_b": ["lin"]}),
+        ("use_bdlora", {"nblocks": 0}),
+        ("use_bdlora", {"nblocks": 2, "target_modules_bd_b": "lin"}),
+        ("use_bdlora", {"blocks": 2}),
+        ("lora_bias", 1),
+        ("velora_config", 2.0),
         ("layer_replication", [[0, 1]]),
         ("trainable_token_indices", [1]),
         ("target_parameters", ["weight"]),
         ("alora_invocation_tokens", [1]),
         ("arrow_config", {"top_k": 3}),
         ("kasa_config", {"x": 1}),
-        ("velora_config", {"scale": 2.0}),
         ("megatron_config", {"x": 1}),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "loftq"),
@@ -244,10 +248,9 @@ def test_config_with_features_beyond_lora_raises_and_names_them(key, value, mode
     assert_refused(model, adapter, ValueError, CONFIG, key)
 
 
-def test_config_of_peft_with_lora_bias_raises(seed, tmp_path):
-    config = peft.LoraConfig(r=2, target_modules=["lin"], lora_bias=True)
-    peft.get_peft_model(Net(), config).save_pretrained(tmp_path)
-    assert_refused(Net(), tmp_path, ValueError, CONFIG, "lora_bias")
+def test_config_with_lora_bias_without_the_biases_raises(model, adapter):
+    change_config(adapter, lora_bias=True)
+    assert_refused(model, adapter, ValueError, WEIGHTS, "lora_B.bias", "lora_bias")
 
 
 def test_config_with_defaults_and_remarks_is_fine(model, adapter):

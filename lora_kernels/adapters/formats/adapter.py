@@ -15,7 +15,7 @@ Other entries have the keys that the plain model's state_dict() has.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -174,7 +174,8 @@ class Adapter:
     the model's name. base_class: what a library makes of that name. keeps_ties: whether modules
     that are tied to modules_to_save stay so, and LoRA of those tied to target_modules is in layers,
     too. trains_b: whether lora_B trains. source: the files; None if the adapter comes from a model.
-    notes: what reading them had to assume, in sentences for the user.
+    notes: what reading them had to assume, in sentences for the user. lora_biases: by path, what
+    adds to the bias of the model's own module, times the scaling.
     """
 
     layers: Mapping[str, AdapterLayer]
@@ -190,6 +191,7 @@ class Adapter:
     trains_b: bool = True
     source: Source | None = None
     notes: Sequence[str] = ()
+    lora_biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def stacks(self) -> list[str]:
@@ -218,6 +220,7 @@ def renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
         adapter,
         layers={rename(p): replace(layer, path=rename(p)) for p, layer in adapter.layers.items()},
         entries={rename(entry): value for entry, value in adapter.entries.items()},
+        lora_biases={rename(path): value for path, value in adapter.lora_biases.items()},
         modules_to_save=[rename(name) for name in adapter.modules_to_save],
         target_modules=[rename(path) for path in adapter.layers],
         restricted=True,

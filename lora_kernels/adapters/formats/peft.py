@@ -1,8 +1,8 @@
 """PEFT's directory: adapter_config.json and adapter_model.safetensors, read and written.
 
 peft_config.py handles the first, peft_factors.py the factors of a layer, peft_experts.py those of
-experts. A key consists of "base_model.model.", the path of the module, "base_layer." for what a
-LoRA layer wraps, and a name.
+experts, peft_variants.py what variants add. A key consists of "base_model.model.", the path of the
+module, "base_layer." for what a LoRA layer wraps, and a name.
 """
 
 import json
@@ -125,6 +125,8 @@ def read(directory: Path, hints: Hints | None = None, stacks: Stacks | None = No
         records = parse_records(metadata.get(METADATA, "{}"))
 
     keys, kinds = _read_keys(tensors, config, weights_path, found)
+    own = (keys, kinds, tensors, weights_path, stacks is not None)
+    biases = config.variants.take_biases(*own)
     source = Source(config_path, weights_path, lambda entry: keys.get(entry, _key(entry, kinds)))
     for path in sorted(set(records) - set(kinds)):
         raise ValueError(
@@ -164,6 +166,7 @@ def read(directory: Path, hints: Hints | None = None, stacks: Stacks | None = No
         trains_b=config.trains_b,
         source=source,
         notes=notes,
+        lora_biases=biases,
     )
     strip, _ = stripped(keys)
     if all(strip(entry) == entry for entry in keys):
@@ -234,6 +237,8 @@ def _read_layer(
         spec = config.numbers.of(path)
     entries = [join(path, name) for name in FACTORS]
     a, b = (tensors[source.key(entry)] for entry in entries)
+    with naming(source.config):
+        b, record = config.variants.dense_b(path, b, spec.r, record)
     for entry, factor in zip(entries, (a, b), strict=True):
         if factor.dtype not in files.FLOATS:
             raise ValueError(f"{source.place(entry)}: dtype must be floating, got {factor.dtype}")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lora_kernels.adapters.formats.adapter import Adapter
+from lora_kernels.adapters.formats.peft_variants import PLAIN, Variants, parse_variants
 from lora_kernels.checks import check_alpha, check_dropout, check_rank
 from lora_kernels.model.targets import Hyperparameters, LayerSpec
 from lora_kernels.model.trainable import BIAS
@@ -44,6 +45,7 @@ class AdapterConfig:
     keeps_ties: bool = False
     trains_b: bool = True
     version: str | None = None
+    variants: Variants = PLAIN
 
 
 def parse_config(raw) -> AdapterConfig:
@@ -111,7 +113,17 @@ def parse_config(raw) -> AdapterConfig:
         keeps_ties=take("ensure_weight_tying", (bool,), False),
         trains_b=initialisation != _MICA,
         version=version if isinstance(version, str) else None,
+        variants=parse_variants(
+            take("lora_bias", (bool,), False),
+            bool(take("velora_config", (dict, bool), {})),
+            take("use_bdlora", (dict, bool), {}) or {},
+        ),
     )
+    if raw.get("kasa_config"):
+        raise ValueError(
+            "kasa_config: only an adapter that keeps the base weights can be loaded, and KaSA "
+            "truncates them: load it through PEFT, patch_peft() runs it"
+        )
     for key, value in raw.items():
         if key not in _INFORMATION and value not in (None, False, "", [], {}):
             raise ValueError(f"{key}: {value!r} is not supported")

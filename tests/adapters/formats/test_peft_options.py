@@ -9,11 +9,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lora_kernels import apply_lora, load_adapter, save_adapter
+from lora_kernels.adapters.formats.peft import read
 from lora_kernels.model.paths import adapted_layers
 from tests.adapters.nets import Net, adapted
 from tests.adapters.tied import LORA, assert_near, in_peft, is_tied, logits, trained
+from tests.quantized import quantised
 from tests.tiny_models import tiny_llama
 
 
@@ -102,6 +105,167 @@ def test_mica_loads_and_leaves_lora_b_frozen(seed, tmp_path):
         assert (layer.lora_A.requires_grad, layer.lora_B.requires_grad) == (True, False)
     again = load_adapter(adapted(base, r=2, target_modules=["lin", "embed"]).eval(), tmp_path)
     torch.testing.assert_close(again(ids), theirs(ids))
+
+
+# ---- the same gradients ----
+
+
+def gradients(model, ids):
+    """Of all that trains, by the names of PEFT's files."""
+    model.zero_grad()
+    model(ids).square().sum().backward()
+    names = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    plain = {n.replace("base_model.model.", "").replace(".default", ""): names[n] for n in names}
+    return {n if n.endswith("bias") else n.removesuffix(".weight"): g for n, g in plain.items()}
+
+
+def assert_same_gradients(ours, theirs, ids):
+    actual, expected = gradients(ours, ids), gradients(theirs, ids)
+    for name in list(actual):  # the bias is its own plus scaling·lora_B.bias
+        if name.endswith(".bias"):
+            actual[name.replace(".bias", ".lora_B.bias")] = actual.pop(name) * ours.lin.scaling
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        size = expected[name].abs().max()
+        assert_near(actual[name] / size, expected[name] / size)
+
+
+VARIANTS = {
+    "lora_bias": {"lora_bias": True},
+    "MiCA": {"init_lora_weights": "mica"},
+    "BD-LoRA": {"use_bdlora": peft.BdLoraConfig(target_modules_bd_b=["lin"], nblocks=2)},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_gradients_of_all_that_trains_are_pefts(options, seed, tmp_path):
+    base, ids = Net(), torch.randint(0, 11, (4, 5))
+    theirs = saved_by_peft(base, tmp_path, target_modules=["lin"], **options).double()
+    ours = load_adapter(base.double().eval(), tmp_path).double()
+    assert_near(ours(ids), theirs(ids))
+    assert_same_gradients(ours, theirs, ids)
+
+
+# ---- lora_bias ----
+
+
+def test_lora_bias_adds_to_the_biases_and_trains_with_them(seed, tmp_path):
+    base, ids = Net().double(), torch.randint(0, 11, (4, 5))
+    theirs = saved_by_peft(
+        base, tmp_path / "theirs", target_modules=["lin", "mix", "conv2"], lora_bias=True
+    )
+    ours = load_adapter(copy.deepcopy(base).eval(), tmp_path / "theirs")
+    assert_near(ours(ids), theirs(ids))
+    layers = adapted_layers(ours)
+    assert all(layer.bias.requires_grad for layer in layers.values() if hasattr(layer, "bias"))
+    save_adapter(trained(ours), tmp_path / "ours")
+    again = load_adapter(copy.deepcopy(base).eval(), tmp_path / "ours")
+    assert_near(again(ids), ours(ids))
+    opened = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert_near(opened(ids), ours(ids))
+
+
+def test_lora_bias_over_biases_of_the_adapter_adds_to_those(seed, tmp_path):
+    base, ids = Net().double(), torch.randint(0, 11, (4, 5))
+    theirs = saved_by_peft(base, tmp_path, target_modules=["lin"], lora_bias=True, bias="lora_only")
+    ours = load_adapter(copy.deepcopy(base).eval(), tmp_path)
+    assert_near(ours(ids), theirs(ids))
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "words"),
+    [
+        (lambda net: setattr(net, "lin", nn.Linear(8, 8, bias=False)), {}, "lin has no bias"),
+        (lambda net: apply_lora(net, target_modules=["lin"], **LORA), {}, "a plain model"),
+        (lambda net: None, {"adapter": "one"}, "without a name"),
+    ],
+)
+def test_lora_bias_that_has_no_place_is_refused(change, arguments, words, seed, tmp_path):
+    saved_by_peft(Net(), tmp_path, target_modules=["lin"], lora_bias=True)
+    net = Net()
+    change(net)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=f"lora_bias: .*{words}"):
+        load_adapter(net, tmp_path, **arguments)
+    torch.testing.assert_close(dict(net.state_dict()), dict(before), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(torch.zeros(7), r"shape must be \[8\]"), (torch.zeros(8, dtype=torch.int64), "floating")],
+)
+def test_lora_bias_that_does_not_fit_is_refused(value, words, seed, tmp_path):
+    saved_by_peft(Net(), tmp_path, target_modules=["lin"], lora_bias=True)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.lin.lora_B.bias": value}, file)
+    with pytest.raises(ValueError, match=f"lora_B.bias: .*{words}"):
+        load_adapter(Net(), tmp_path)
+
+
+def test_lora_bias_is_not_converted_without_its_model(seed, tmp_path):
+    saved_by_peft(Net(), tmp_path, target_modules=["lin"], lora_bias=True)
+    with pytest.raises(ValueError, match=r"lora_bias: .* load_adapter"):
+        read(tmp_path)
+
+
+# ---- BD-LoRA ----
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"classifier": 6}}])
+def test_bdlora_with_b_in_blocks_becomes_a_merged_linear(options, seed, tmp_path):
+    base, ids = Net().double(), torch.randint(0, 11, (4, 5))
+    blocks = peft.BdLoraConfig(target_modules_bd_b=["lin"], nblocks=2, match_strict=False)
+    theirs = saved_by_peft(
+        base,
+        tmp_path / "theirs",
+        target_modules=["lin", "classifier"],
+        use_bdlora=blocks,
+        **options,
+    )
+    ours = load_adapter(copy.deepcopy(base).eval(), tmp_path / "theirs")
+    assert_near(ours(ids), theirs(ids))
+    kept = theirs.base_model.model.lin.lora_B["default"].weight
+    assert torch.equal(ours.lin.lora_B, kept)
+    assert ours.lin.enable_lora == [True, True]
+    save_adapter(trained(ours), tmp_path / "ours")
+    opened = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert_near(opened(ids), ours(ids))
+
+
+def test_bdlora_with_b_in_blocks_over_a_quantised_layer_is_refused(seed, tmp_path):
+    base, blocks = Net(), peft.BdLoraConfig(target_modules_bd_b=["lin"], nblocks=2)
+    saved_by_peft(base, tmp_path, target_modules=["lin"], use_bdlora=blocks)
+    base.lin = quantised("int8", 8, 8)
+    with pytest.raises(ValueError, match="one group for a quantised Linear8bitLt, got 2"):
+        load_adapter(base, tmp_path)
+
+
+def test_bdlora_with_a_in_blocks_is_refused(seed, tmp_path):
+    blocks = peft.BdLoraConfig(target_modules_bd_a=["lin"], nblocks=2)
+    saved_by_peft(Net(), tmp_path, target_modules=["lin"], use_bdlora=blocks)
+    with pytest.raises(ValueError, match="use_bdlora: lora_A of 'lin' is in blocks"):
+        load_adapter(Net(), tmp_path)
+
+
+# ---- VeLoRA ----
+
+
+def test_velora_becomes_lora(seed, tmp_path):
+    base, ids = Net().double(), torch.randint(0, 11, (4, 5))
+    theirs = saved_by_peft(
+        base, tmp_path, target_modules=["lin"], velora_config=peft.VeloraConfig(num_groups=4)
+    )
+    ours = load_adapter(copy.deepcopy(base).eval(), tmp_path)
+    assert_near(ours(ids), theirs(ids))
+
+
+# ---- KaSA ----
+
+
+def test_kasa_is_refused_because_it_truncates_the_base(seed, tmp_path):
+    saved_by_peft(Net(), tmp_path, target_modules=["lin"], kasa_config=peft.KasaConfig())
+    with pytest.raises(ValueError, match="kasa_config: only an adapter that keeps the base"):
+        load_adapter(Net(), tmp_path)
 
 
 # ---- AutoPeftModel ----
