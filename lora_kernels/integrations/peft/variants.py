@@ -101,7 +101,8 @@ def folded_of(layer: nn.Module) -> Folded | NotFused:
 
 def compute_folded(x: Tensor, folded: Folded) -> Tensor:
     """The layer's output. Shapes: x [..., K] -> [..., N]."""
-    (weight, a, b, bias, scaling, dropout_p), shift, groups, _ = folded
+    operands, shift, groups, _ = folded
+    weight, a, b, bias, scaling, dropout_p = operands[:6]
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0  # its value stays on the device
     # Next to a bias in 16 bits a small shift would be rounded off, and the same for all rows.
@@ -114,7 +115,23 @@ def compute_folded(x: Tensor, folded: Folded) -> Tensor:
     else:
         enable_lora = [True] * groups
         y = functional.lora_merged_linear(x, weight, a, b, bias, enable_lora=enable_lora, **numbers)
-    return (y + shift).to(y.dtype) if shift is not None and late else y
+    return _AddRow.apply(y, shift) if shift is not None and late else y
+
+
+class _AddRow(torch.autograd.Function):
+    """y + row in y's dtype; the gradient of row is summed in row's, which may be wider."""
+
+    @staticmethod
+    def forward(ctx, y, row):
+        ctx.dtype = row.dtype
+        return y + row.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        drow = None
+        if ctx.needs_input_grad[1]:
+            drow = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.dtype)
+        return dy, drow
 
 
 def _alone(layer: nn.Module, name: str) -> Folded | NotFused:
