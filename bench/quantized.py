@@ -1,9 +1,10 @@
-"""``python -m bench.quantized``: a training step of LoRA over a quantised layer.
+"""``python -m bench.quantized [--dora]``: a training step of LoRA over a quantised layer.
 
-PEFT's layer by PEFT's own code and under patch_peft(), and this package's LoRAQuantizedLinear,
-beside the frozen quantised layer. One process and one thread; each round calls all of them in an
-order drawn anew, and ratios are taken within a round. Kept: what the forward keeps beside x and the
-parameters, in % of x. "plain" is a layer that is not quantised. On a CPU with instructions for
+PEFT's layer by PEFT's own code and under patch_peft(), and this package's own layer, beside the
+frozen quantised layer. One process and one thread; each round calls all of them in an order drawn
+anew, and ratios are taken within a round. Kept: what the forward keeps beside x and the parameters,
+in % of x. "plain" is a layer that is not quantised. --dora: all of them with a magnitude (DoRA),
+and this package's LoRA besides. On a CPU with instructions for
 bfloat16, LORA_KERNELS_CPU_PRODUCTS=float32 and ONEDNN_MAX_CPU_ISA=AVX512_CORE show one without.
 """
 
@@ -72,22 +73,25 @@ def base_layer(kind: str, width: int, dtype: torch.dtype) -> nn.Module:
     return KINDS[kind](dense).requires_grad_(False)
 
 
-def peft_layer(kind: str, base: nn.Module, dropout_p: float) -> nn.Module:
+def peft_layer(kind: str, base: nn.Module, dropout_p: float, dora: bool = False) -> nn.Module:
     """PEFT's layer over base, with float32 factors as get_peft_model makes them, in training."""
     model = nn.Sequential(base)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"
-    config = LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=dropout_p, target_modules=["0"])
+    config = LoraConfig(
+        r=R, lora_alpha=ALPHA, lora_dropout=dropout_p, target_modules=["0"], use_dora=dora
+    )
     layer = inject_adapter_in_model(config, model)[0].train()
-    layer.lora_A.float()
-    layer.lora_B.float()
+    for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        getattr(layer, name).float()
     nn.init.normal_(layer.lora_B["default"].weight, std=R**-0.5)
     return layer
 
 
-def own_layer(base: nn.Module, dropout_p: float) -> nn.Module:
+def own_layer(base: nn.Module, dropout_p: float, dora: bool = False) -> nn.Module:
     """This package's layer over base, with float32 factors."""
     wrap = LoRAQuantizedLinear if is_quantised(base) else LoRALinear.from_linear
-    layer = wrap(base, R, ALPHA, dropout_p, lora_dtype=torch.float32).train()
+    layer = wrap(base, R, ALPHA, dropout_p, lora_dtype=torch.float32, use_dora=dora)
+    layer.train()
     nn.init.normal_(layer.lora_B, std=R**-0.5)
     return layer
 
@@ -102,17 +106,19 @@ def _patched():
 
 
 def cell(
-    kind: str, width: int, dtype: torch.dtype, dropout_p: float
+    kind: str, width: int, dtype: torch.dtype, dropout_p: float, dora: bool = False
 ) -> tuple[dict[str, Subject], dict[str, float]]:
     """The steps by name, and what their forwards keep, in % of x."""
     base = base_layer(kind, width, dtype)
-    theirs = peft_layer(kind, base, dropout_p)
+    theirs = peft_layer(kind, base, dropout_p, dora)
     layers = {
         "frozen": (base, contextlib.nullcontext),
         "PEFT": (theirs, contextlib.nullcontext),
         "patched": (theirs, _patched),
-        "own": (own_layer(base, dropout_p), contextlib.nullcontext),
+        "own": (own_layer(base, dropout_p, dora), contextlib.nullcontext),
     }
+    if dora:
+        layers["own LoRA"] = own_layer(base, dropout_p), contextlib.nullcontext
     with _patched():
         (row,) = lora_kernels.report(theirs)
         assert row.fused, row.reason
@@ -149,17 +155,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="DTYPE,...")
     parser.add_argument("--dropout", default="0,0.1", metavar="P,...")
     parser.add_argument("--rounds", type=int, default=9, metavar="N")
+    parser.add_argument("--dora", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     clock = time.perf_counter if DEVICE == "cuda" else time.process_time
     print(f"step over the frozen layer's, and kept in % of x; {TOKENS} tokens, rank {R}, {DEVICE}")
-    head = ("frozen", "PEFT", "patched", "own")
+    head = ("frozen", "PEFT", "patched", "own", *(["own LoRA"] if options.dora else []))
     print(f"{'cell':32}{''.join(f'{name:>16}' for name in head)}{'patched/PEFT':>14}")
     for kind in options.kinds.split(","):
+        if options.dora and kind == "int8":  # PEFT's DoRA empties the layer that it reads
+            print("int8: PEFT 0.21.2 raises an error in its second forward")
+            continue
         for name in options.dtypes.split(","):
             for width in map(int, options.widths.split(",")):
                 for p in map(float, options.dropout.split(",")):
-                    subjects, kept = cell(kind, width, getattr(torch, name), p)
+                    subjects, kept = cell(kind, width, getattr(torch, name), p, options.dora)
                     samples = rounds(subjects, options.rounds, clock)
                     times = [f"{1e3 * statistics.median(samples['frozen']):.1f} ms"]
                     times += [f"{median_ratio(samples, each, 'frozen'):.2f}" for each in head[1:]]

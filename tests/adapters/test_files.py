@@ -5,7 +5,6 @@ import json
 import math
 import pickle
 
-import peft
 import pytest
 import torch
 from safetensors import safe_open
