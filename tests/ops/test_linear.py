@@ -14,10 +14,13 @@ BACKWARD = torch.ops.lora_kernels.lora_linear_backward.default
 QKV = [(8, True), (8, False), (8, True)]
 
 
-@pytest.mark.parametrize("algorithm", ["reference", "fused", "addmm"], indirect=True)
+@pytest.mark.parametrize(
+    ("algorithm", "lora_dtype"),
+    [("reference", torch.float64), ("fused", torch.float32), ("addmm", torch.float32)],
+    indirect=["algorithm"],
+)
 @pytest.mark.parametrize("groups", [None, QKV], ids=["linear", "merged"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.float64], ids=str)
 def test_lora_linear_passes_opcheck(groups, dropout_p, lora_dtype, seed, device):
     problem = make_problem(
         (2, 3), 8, 24, 2, device=device, lora_dtype=lora_dtype, dropout_p=dropout_p, groups=groups

@@ -74,15 +74,12 @@ LEFT_TO_PEFT = {
     "disabled": ("nf4", {}, lambda layer: layer.enable_adapters(False), "are disabled"),
     "merged": ("nf4", {}, lambda layer: layer.merge(), "its adapters are merged"),
     "8 bit merged": ("int8", {}, lambda layer: layer.merge(), "its adapters are merged"),
-    "two active": ("nf4", {}, add_active, "2 of its adapters are active"),
-    "8 bit two active": ("int8", {}, add_active, "2 of its adapters are active"),
-    "torchao two active": ("torchao-int8", {}, add_active, "2 of its adapters are active"),
+    "two active": (
+        "nf4", {"lora_dropout": 0.1}, add_active, "adapters are active, and each has a dropout mask"
+    ),
     "DoRA over rounded x": (
         "torchao-int8-dynamic", {"use_dora": True}, lambda layer: None,
         "base_layer rounds x as well",
-    ),
-    "bias of the adapter": (
-        "nf4", {"lora_bias": True}, lambda layer: None, "its adapter has a bias",
     ),
     "[K, N]": (
         "nf4", {}, base(deprecated_orientation), r"quantised as \[128, 64\], not as \[out_features",
