@@ -2,10 +2,17 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import checks
 from lora_kernels.functional.seeds import seeds_for
-from lora_kernels.ops.obstacle import is_jagged, is_opaque, is_transformed, obstacle
+from lora_kernels.ops.obstacle import (
+    is_hooked,
+    is_jagged,
+    is_opaque,
+    is_transformed,
+    obstacle,
+)
 from lora_kernels.ops.quantized_linear import LoraQuantizedLinear
 from lora_kernels.quantization import FrozenWeight
 from lora_kernels.reference import formula
@@ -26,7 +33,8 @@ def quantized_forward(
 ) -> Tensor:
     """lora_linear over a frozen weight, for a layer, which names itself in errors.
 
-    If an op cannot compute, the base layer and the formula do, with the base's own autograd.
+    If an op cannot compute, or the base layer has hooks, the base layer and the formula do, with
+    the base's own autograd.
     """
     if is_jagged(x):
         checks.check_shape(layer, x, frozen)
@@ -41,6 +49,8 @@ def quantized_forward(
         if (
             obstacle(x, None, a, b, bias) is None
             and not is_transformed()
+            and not is_hooked(frozen.layer)  # a hook may change y, and so dx
+            and not _has_any_global_hook()
             and (bias is None or not bias.requires_grad or _stays(bias, x, frozen))
         ):
             return LoraQuantizedLinear.apply(x, a, b, bias, seed, frozen, spec)

@@ -17,7 +17,9 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
-__all__ = ["is_batched", "is_jagged", "is_opaque", "is_plain", "is_transformed", "obstacle"]
+__all__ = [
+    "is_batched", "is_hooked", "is_jagged", "is_opaque", "is_plain", "is_transformed", "obstacle",
+]  # fmt: skip
 
 _PLAIN = (Tensor, nn.Parameter, type(None))
 # Classes for which tracing, or a collective that is under way, stands in for plain tensors.
@@ -76,6 +78,16 @@ def is_batched(dy: Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is running."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of module, or a backward through it, does more than its forward says."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def is_plain(kind: type[Tensor]) -> bool:

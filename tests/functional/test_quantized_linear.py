@@ -188,6 +188,21 @@ def test_under_transforms_the_formula_computes(seed, device):
     torch.testing.assert_close(torch.func.grad(loss)(problem.a), expected["a"])
 
 
+@pytest.mark.parametrize("products", ["own", "float32"])
+def test_hooks_on_the_layer_act_forward_and_backward(products, seed, device, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CPU_PRODUCTS", products)
+    layer, problem = make_case(torch.bfloat16, device)
+    layer.register_forward_hook(lambda layer, args, y: 2 * y)
+    called = []
+    layer.register_full_backward_hook(lambda layer, dx, dy: called.append(layer))
+    results = solve(int8_weight(layer), problem)
+    assert called == [layer]
+    problem.w, problem.bias = 2 * problem.w, 2 * problem.bias
+    exact, baseline = problem.solve(torch.float64), problem.solve()
+    for name, result in results.items():
+        assert_close(result, exact[name], baseline[name], name)
+
+
 def test_jagged(seed, device):
     layer, problem = make_case(torch.float32, device)
     parts = [torch.randn(m, 20, device=device) for m in (3, 5)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.checks import DTYPES, autocast_dtype
-from lora_kernels.ops.obstacle import is_transformed
+from lora_kernels.ops.obstacle import is_hooked, is_transformed
 from lora_kernels.quantization import FrozenWeight, NotFrozen, find
 
 __all__ = [
@@ -268,13 +268,7 @@ def not_plain_module(module: nn.Module, name: str, forwards: dict) -> NotFused |
 
 def hooked(module: nn.Module, name: str) -> NotFused | None:
     """Why a call of module does more than its forward."""
-    hooks = (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-    return NotFused(f"{name} has hooks") if hooks else None
+    return NotFused(f"{name} has hooks") if is_hooked(module) else None
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
