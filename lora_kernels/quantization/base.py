@@ -63,6 +63,12 @@ class FrozenWeight:
         """What the weight is made of if it has 4 bits, for a kernel that makes it dense."""
         return None
 
+    def restore(self) -> None:
+        """Undoes what a forward of the layer did to its weight in place.
+
+        A layer that does that may lose its weight when it is saved or moved afterwards.
+        """
+
     @property
     def bias(self) -> Tensor | None:
         """The layer's own bias [N]."""

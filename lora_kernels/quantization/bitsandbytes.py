@@ -39,6 +39,17 @@ class Blocks(FrozenWeight):
         w = _OPS.dequantize_4bit.default(codes.view(-1, 1), scales.float(), *how, narrow)
         return w.to(dtype)
 
+    def restore(self) -> None:
+        weight = self.layer.weight
+        state = _state_of(self.layer, weight)
+        if not _is_packed(state):
+            return
+        first, second = _codes(weight.detach(), state).view(-1, 2).unbind(1)
+        storage = state.__dict__.get("original_storage_type", torch.uint8)
+        weight.data = (first << 4 | second).view(state.original_qshape).view(storage)
+        state.absmax = state.absmax.T.reshape(-1).float()
+        state.dtype, state.packing_format_for_cpu = state.original_dtype, False
+
     def four_bit(self) -> FourBit | None:
         weight = self.layer.weight
         state = _state_of(self.layer, weight)
@@ -131,18 +142,27 @@ def _is_packed(state) -> bool:
 
 
 def _unpacked(packed: Tensor, state, dtype: torch.dtype) -> Tensor:
-    """w [N, K] out of what bitsandbytes packs for its CPU kernel, packed [N, K/2].
+    """w [N, K] out of what bitsandbytes packs for its CPU kernel, with scales [K/blocksize, N].
 
     Its own inverse is none: it quantises double-quantised scales a second time, and leaves others
-    in the packed order. 32 bytes have the codes of 32 rows of w in two neighbouring columns, the
-    first 16 rows in the low halves and the others in the high ones. Scales are [K/blocksize, N].
+    in the packed order.
+    """
+    n, k = state.shape
+    codes = _codes(packed, state).view(-1)
+    blocks = state.code.index_select(0, codes.int()).view(n, -1, state.blocksize)
+    return blocks.mul_(state.absmax.T.float().unsqueeze(2)).view(n, k).to(dtype)
+
+
+def _codes(packed: Tensor, state) -> Tensor:
+    """The numbers [N, K] in a packed weight [N, K/2].
+
+    32 bytes have the codes of 32 rows of w in two neighbouring columns, the first 16 rows in the
+    low halves and the others in the high ones.
     """
     n, k = state.shape
     rows = packed.view(torch.uint8).view(-1, 32)
     codes = torch.cat([rows & 15, rows >> 4], dim=1).view(n // 32, k // 2, 32, 2)
-    codes = codes.transpose(1, 2).reshape(-1)
-    blocks = state.code.index_select(0, codes.int()).view(n, -1, state.blocksize)
-    return blocks.mul_(state.absmax.T.float().unsqueeze(2)).view(n, k).to(dtype)
+    return codes.transpose(1, 2).reshape(n, k)
 
 
 def _rows(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

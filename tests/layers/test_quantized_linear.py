@@ -101,6 +101,38 @@ def test_state_dict_has_the_bases_entries_and_the_factors(seed):
     assert state.keys() == {f"base_layer.{key}" for key in base} | {"lora_A", "lora_B"}
 
 
+def packed(layer):
+    """layer after a forward in eval() on a CPU with AVX512-BF16, on which bitsandbytes packs."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu as pack
+
+    weight = layer.base_layer.weight
+    weight.data, _ = pack(weight.data, weight.quant_state)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        nn.Module.state_dict,
+        lora_kernels.lora_state_dict,
+        lora_kernels.merged_state_dict,
+        lambda model: model.to("cpu"),
+        lambda model: lora_kernels.save_adapter(model, "adapter"),
+    ],
+    ids=["state_dict", "lora_state_dict", "merged_state_dict", "to", "save_adapter"],
+)
+@pytest.mark.parametrize("kind", ["nf4", "nf4-nested"])
+def test_a_model_may_be_saved_after_an_evaluation(kind, save, seed, tmp_path, monkeypatch):
+    """bitsandbytes takes the weight out of its packed form then, with other scales."""
+    monkeypatch.chdir(tmp_path)
+    layer, x = packed(adapted(kind)), torch.randn(5, K)
+    expected = layer.frozen_weight.dense(torch.float32)
+    model = nn.Sequential(layer)
+    save(model)
+    assert torch.equal(layer.frozen_weight.dense(torch.float32), expected)
+    assert torch.allclose(model(x), dense_twin(layer)(x), atol=1e-5)
+
+
 def test_refuses_what_has_no_frozen_weight():
     with pytest.raises(TypeError, match="Linear has no frozen weight: its weight is dense"):
         LoRAQuantizedLinear(nn.Linear(4, 4), 2)

@@ -166,6 +166,25 @@ def test_a_forward_in_eval_packs(kind, seed):
     assert_product(layer.train(), x)
 
 
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+@nested
+def test_packed_weights_are_restored(kind, storage, seed):
+    layer = stored(kind, storage)
+    x, before = torch.randn(3, 128), layer.weight.data.view(torch.uint8).clone()
+    pack(layer)
+    packed = find(layer).dense(torch.float32)
+    find(layer).restore()
+    assert not layer.weight.quant_state.packing_format_for_cpu
+    assert layer.weight.dtype == storage
+    assert torch.equal(layer.weight.data.view(torch.uint8), before)
+    assert torch.equal(find(layer).dense(torch.float32), packed)
+    assert_product(layer, x)
+    layer.state_dict()
+    assert torch.equal(find(layer).dense(torch.float32), packed)
+    pack(layer)  # loses nothing any more
+    assert torch.equal(find(layer).dense(torch.float32), packed)
+
+
 def test_bitsandbytes_own_unpacking_is_noticed():
     layer = quantised("nf4")
     pack(layer)
