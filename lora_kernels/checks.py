@@ -136,7 +136,11 @@ def check_tensor(
 
 def check_weight(layer: str | nn.Module, weight) -> None:
     """weight is a dense floating-point matrix. Raises: TypeError, ValueError."""
-    check_tensor(layer, "weight", weight)
+    try:
+        check_tensor(layer, "weight", weight)
+    except TypeError as error:
+        way_out = "lora_linear takes the weight of a quantised layer as frozen_weight(layer)"
+        raise TypeError(f"{error}; {way_out}") from None
     if weight.dim() != 2:
         raise ValueError(
             f"{layer_name(layer)}: weight must have shape [N, K], got {list(weight.shape)}"

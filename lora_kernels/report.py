@@ -21,7 +21,7 @@ from lora_kernels.layers.mixture import weight_of
 from lora_kernels.layers.multi_linear import MultiLoRALinear
 from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
 from lora_kernels.model.paths import join, named_modules
-from lora_kernels.ops.obstacle import obstacle
+from lora_kernels.ops.obstacle import is_hooked, obstacle
 from lora_kernels.quantization import FrozenWeight, NotFrozen, find
 
 __all__ = ["Report", "Row", "report"]
@@ -142,6 +142,8 @@ def _quantised_row(name: str, layer: LoRAQuantizedLinear, tokens: int) -> Row:
         reason = f"its forward raises an error: {weight.reason}"
     elif type(layer).forward is not LoRAQuantizedLinear.forward or "forward" in layer.__dict__:
         reason = "it has a forward of its own"
+    elif is_hooked(layer.base_layer):
+        reason = "base_layer has hooks"
     else:
         kind = _frozen_kind(weight)
         p = layer.active_dropout_p()

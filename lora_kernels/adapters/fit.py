@@ -28,6 +28,7 @@ from lora_kernels.model.multi import put_adapters
 from lora_kernels.model.parameters import adapted_parameters
 from lora_kernels.model.paths import (
     adapted_layers,
+    check_not_quantised,
     is_inside,
     join,
     named_modules,
@@ -77,6 +78,9 @@ def fit(model: nn.Module, adapter: Adapter, stacks: Collection[str]) -> Fitted:
     paths = [path for path, _ in named_modules(model)]
     saved = saved_modules(paths, adapter.modules_to_save, takes_part)
     saved = with_tied(model, saved) if adapter.keeps_ties else saved
+    heads = {split(key)[0] for key in _embedding_keys(model) if key in adapter.entries}
+    with naming(source.config):
+        check_not_quantised(model, {*saved, *heads})
     with naming(f"{source.config}: target_modules"):
         targets = _targets(model, adapter, adapted)
     trained = entry_keys(model, targets, adapter.bias, saved)

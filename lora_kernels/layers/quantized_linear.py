@@ -9,7 +9,7 @@ from lora_kernels import functional
 from lora_kernels.functional.dora import dora_forward
 from lora_kernels.layers.dora import TakesMagnitude
 from lora_kernels.layers.merging import undisturbed
-from lora_kernels.quantization import FrozenWeight, find, frozen_weight
+from lora_kernels.quantization import FrozenWeight, frozen_weight, restore
 from lora_kernels.spec import DoraSpec, LoraSpec, OutputSplits
 
 __all__ = ["LoRAQuantizedLinear"]
@@ -93,17 +93,12 @@ class LoRAQuantizedLinear(TakesMagnitude, nn.Module):
         return functional.quantized_forward(self, x, frozen, self.lora_A, self.lora_B, spec)
 
     def _save_to_state_dict(self, *args):
-        self._restore()  # before base_layer is asked for its entries
+        restore(self)  # before base_layer is asked for its entries
         super()._save_to_state_dict(*args)
 
     def _apply(self, *args, **kwargs):
-        self._restore()
+        restore(self)
         return super()._apply(*args, **kwargs)
-
-    def _restore(self) -> None:
-        found = find(self.base_layer)
-        if isinstance(found, FrozenWeight):
-            found.restore()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Takes entries of the layer as it is without LoRA, too."""

@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from torch import Tensor, nn
 
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.quantization import is_quantised, restore
 
 __all__ = [
-    "accept_plain_keys", "adapted_layers", "as_names", "check_names_exist", "in_model_order",
-    "is_inside", "is_named", "join", "load_plain_state", "lora_layers", "named_modules",
-    "pattern_without_wrappers", "plain_state", "split", "unwrapped", "without_wrappers",
-    "wrapper_prefix",
+    "accept_plain_keys", "adapted_layers", "as_names", "check_names_exist", "check_not_quantised",
+    "in_model_order", "is_inside", "is_named", "join", "load_plain_state", "lora_layers",
+    "named_modules", "pattern_without_wrappers", "plain_state", "split", "unwrapped",
+    "without_wrappers", "wrapper_prefix",
 ]  # fmt: skip
 
 # What wrappers call the module inside: torch.compile, FSDP, checkpoint_wrapper, Fabric.
@@ -167,10 +168,15 @@ def _has_wrappers(model: nn.Module) -> bool:
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """model.state_dict() as it is without wrappers: without their names, and their own tensors."""
-    state = model.state_dict()
+    state = _state_dict(model)
     if not _has_wrappers(model):
         return dict(state)
     return {without_wrappers(k, model): v for k, v in state.items() if not _is_wrappers(k, model)}
+
+
+def _state_dict(model: nn.Module) -> dict[str, Tensor]:
+    restore(model)
+    return model.state_dict()
 
 
 def _is_wrappers(key: str, model: nn.Module) -> bool:
@@ -204,7 +210,7 @@ def _add_wrappers(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -
 def load_plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Loads entries of plain_state(model), not necessarily all; modules may know others, too."""
     if _has_wrappers(model):
-        keys = {without_wrappers(key, model): key for key in model.state_dict()}
+        keys = {without_wrappers(key, model): key for key in _state_dict(model)}
         state = {keys.get(key, key): value for key, value in state.items()}
     model.load_state_dict(state, strict=False)
 
@@ -246,8 +252,19 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def check_names_exist(model: nn.Module, names: Collection[str]) -> None:
-    """Every name of modules_to_save means a module. Raises: ValueError for one that does not."""
+    """Every name of modules_to_save means modules that can train. Raises: ValueError if not."""
     paths = [path for path, _ in named_modules(model, remove_duplicate=False)]
     for name in names:
         if not any(is_named(path, [name]) for path in paths):
             raise ValueError(f"modules_to_save: no module of the model is called {name!r}")
+    check_not_quantised(model, [path for path in paths if is_named(path, names)])
+
+
+def check_not_quantised(model: nn.Module, paths: Collection[str]) -> None:
+    """The modules at paths can train as a whole. Raises: ValueError that names what cannot."""
+    for path, module in named_modules(model, remove_duplicate=False):
+        if is_inside(path, paths) and is_quantised(module):
+            raise ValueError(
+                f"modules_to_save: {path} ({type(module).__name__}) is quantised, and cannot train "
+                f"as a whole: leave it out of the quantisation, or name it in target_modules"
+            )

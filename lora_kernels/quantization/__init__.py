@@ -5,6 +5,8 @@ library is imported here: if its module is not loaded, no layer is of it.
 """
 
 from lora_kernels.quantization.base import FourBit, FrozenWeight, NotFrozen
-from lora_kernels.quantization.find import find, frozen_weight, is_quantised
+from lora_kernels.quantization.find import find, frozen_weight, is_quantised, restore
 
-__all__ = ["FourBit", "FrozenWeight", "NotFrozen", "find", "frozen_weight", "is_quantised"]
+__all__ = [
+    "FourBit", "FrozenWeight", "NotFrozen", "find", "frozen_weight", "is_quantised", "restore",
+]  # fmt: skip

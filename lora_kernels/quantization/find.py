@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels.quantization import (
     bitsandbytes,
@@ -15,7 +15,7 @@ from lora_kernels.quantization import (
 from lora_kernels.quantization.base import FrozenWeight, NotFrozen
 from lora_kernels.quantization.unsupported import REASONS
 
-__all__ = ["find", "frozen_weight", "is_quantised"]
+__all__ = ["find", "frozen_weight", "is_quantised", "restore"]
 
 _Reader = Callable[[nn.Module], FrozenWeight | NotFrozen]
 # By name: a class exists only if its library has been imported, which is not done here.
@@ -80,11 +80,21 @@ def frozen_weight(layer: nn.Module) -> FrozenWeight:
     return found
 
 
+def restore(module: nn.Module) -> None:
+    """Undoes what forwards did in place to the quantised weights in module; see FrozenWeight."""
+    for layer in module.modules():
+        found = find(layer)
+        if isinstance(found, FrozenWeight):
+            found.restore()
+
+
 def _reader_of(kind: type) -> _Reader | NotFrozen:
     reader = _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
     if reader is None:
         package = kind.__module__.partition(".")[0]
         unknown = "it is of no class that this package knows: pass a dense weight [N, K]"
+        if issubclass(kind, Tensor):
+            unknown = "it is a tensor: pass the layer that holds it"
         reason = REASONS.get(package, unknown)
         return NotFrozen(reason, TypeError)
     if _is_replaced(kind):

@@ -110,27 +110,15 @@ def packed(layer):
     return layer
 
 
-@pytest.mark.parametrize(
-    "save",
-    [
-        nn.Module.state_dict,
-        lora_kernels.lora_state_dict,
-        lora_kernels.merged_state_dict,
-        lambda model: model.to("cpu"),
-        lambda model: lora_kernels.save_adapter(model, "adapter"),
-    ],
-    ids=["state_dict", "lora_state_dict", "merged_state_dict", "to", "save_adapter"],
-)
+@pytest.mark.parametrize("save", [nn.Module.state_dict, lambda layer: layer.to("cpu")])
 @pytest.mark.parametrize("kind", ["nf4", "nf4-nested"])
-def test_a_model_may_be_saved_after_an_evaluation(kind, save, seed, tmp_path, monkeypatch):
+def test_may_be_saved_or_moved_after_an_evaluation(kind, save, seed):
     """bitsandbytes takes the weight out of its packed form then, with other scales."""
-    monkeypatch.chdir(tmp_path)
     layer, x = packed(adapted(kind)), torch.randn(5, K)
     expected = layer.frozen_weight.dense(torch.float32)
-    model = nn.Sequential(layer)
-    save(model)
+    save(layer)
     assert torch.equal(layer.frozen_weight.dense(torch.float32), expected)
-    assert torch.allclose(model(x), dense_twin(layer)(x), atol=1e-5)
+    assert torch.allclose(layer(x), dense_twin(layer)(x), atol=1e-5)
 
 
 def test_refuses_what_has_no_frozen_weight():

@@ -59,6 +59,9 @@ def test_apply_train_save_and_load(kind, use_dora, tmp_path, seed):
     rows = {row.name: row for row in lora_kernels.report(model)}
     assert rows["lin"].fused
     assert "the layer's own product" in rows["lin"].reason
+    model.lin.base_layer.register_forward_hook(lambda *_: None)
+    row = {row.name: row for row in lora_kernels.report(model)}["lin"]
+    assert (row.fused, row.reason) == (False, "base_layer has hooks")
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
@@ -120,3 +123,60 @@ def test_biases_may_train(tmp_path, seed):
     lora_kernels.save_adapter(model, tmp_path)
     fresh = lora_kernels.load_adapter(Net("nf4"), tmp_path)
     assert torch.equal(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8", "hqq-4"])
+def test_what_is_quantised_cannot_train_as_a_whole(kind, tmp_path):
+    dense = nn.Module()
+    dense.first, dense.lin = nn.Linear(16, K), nn.Linear(K, N)
+    lora_kernels.apply_lora(
+        dense, r=2, lora_alpha=4, target_modules=["first"], modules_to_save=["lin"]
+    )
+    lora_kernels.save_adapter(dense, tmp_path)
+    model = Net(kind)
+    before = dict(model.named_modules())
+    wanted = rf"(0.)?lin \({type(model.lin).__name__}\) is quantised, .*: leave it out"
+    with pytest.raises(ValueError, match=f"modules_to_save: {wanted}"):
+        lora_kernels.apply_lora(
+            model, r=2, lora_alpha=4, target_modules=["first"], modules_to_save=["lin"]
+        )
+    with pytest.raises(ValueError, match=f"modules_to_save: {wanted}"):
+        lora_kernels.mark_only_lora_as_trainable(nn.Sequential(model), modules_to_save=["0"])
+    with pytest.raises(ValueError, match=f"adapter_config.json: modules_to_save: {wanted}"):
+        lora_kernels.load_adapter(model, tmp_path)
+    assert dict(model.named_modules()) == before
+    assert model.first.weight.requires_grad
+    lora_kernels.apply_lora(model, r=2, lora_alpha=4, target_modules=["first"])
+    with pytest.raises(ValueError, match=f"modules_to_save: {wanted}"):
+        lora_kernels.save_adapter(model, tmp_path, modules_to_save=["lin"])
+
+
+@pytest.mark.parametrize("targets", [["first"], ["lin"]])
+@pytest.mark.parametrize("kind", ["nf4", "nf4-nested"])
+def test_weights_that_an_evaluation_packed_are_kept(kind, targets, tmp_path, seed):
+    """With LoRA and without. bitsandbytes packs on CPUs with AVX512-BF16, which is done by hand."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu as pack
+
+    def weight(model):
+        layer = getattr(model.lin, "base_layer", model.lin)
+        return lora_kernels.frozen_weight(layer).dense(torch.float32)
+
+    def packed(model):
+        held = getattr(model.lin, "base_layer", model.lin).weight
+        held.data, _ = pack(held.data, held.quant_state)
+        return model, weight(model)
+
+    model = drawn(lora_kernels.apply_lora(Net(kind), r=2, lora_alpha=4, target_modules=targets))
+    for save in (
+        lambda: lora_kernels.save_adapter(model, tmp_path),
+        lambda: lora_kernels.lora_state_dict(model),
+        lambda: lora_kernels.merged_state_dict(model),
+    ):
+        _, expected = packed(model)
+        save()
+        assert torch.equal(weight(model), expected)
+    fresh, expected = packed(Net(kind))
+    lora_kernels.load_adapter(fresh, tmp_path)
+    assert torch.equal(weight(fresh), expected)
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(fresh(x), model(x))

@@ -61,8 +61,10 @@ def test_subclasses_are_of_another_kind(kind):
 
 
 def test_others_are_refused():
-    for other in (nn.Conv1d(3, 4, 1), nn.Embedding(3, 4), torch.ones(2, 2), "nf4", None):
+    for other in (nn.Conv1d(3, 4, 1), nn.Embedding(3, 4), "nf4", None):
         assert_refused(other, "no class that this package knows", TypeError)
+    for weight in (torch.ones(2, 2), quantised("nf4").weight):
+        assert_refused(weight, "it is a tensor: pass the layer that holds it", TypeError)
 
 
 @pytest.mark.parametrize("package", ["gptqmodel", "awq", "aqlm", "eetq"])
