@@ -29,11 +29,13 @@ from lora_kernels.kernels.tile import Matrix, add_bias, load_tile, store_tile
 TILES = Tiles(
     interpreter=[(When(), GemmConfig(64, 64, 64, num_warps=4, num_stages=1))],
     sm_80=[
-        (When(bits=32), GemmConfig(64, 32, 32, num_warps=4, num_stages=2)),
+        (When(bits=32, r=16), GemmConfig(64, 32, 32, num_warps=4, num_stages=2)),
+        (When(bits=32), GemmConfig(64, 32, 32, num_warps=8, num_stages=2)),
         (When(), GemmConfig(64, 64, 64, num_warps=4, num_stages=3)),
     ],
     sm_90=[
-        (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=2)),
+        (When(bits=32, r=16), GemmConfig(64, 64, 32, num_warps=4, num_stages=2)),
+        (When(bits=32), GemmConfig(64, 64, 32, num_warps=8, num_stages=2)),
         (When(), GemmConfig(64, 128, 64, num_warps=8, num_stages=3)),
     ],
     sm_100=[

@@ -36,11 +36,13 @@ TILES = Tiles(
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=3)),
     ],
     sm_90=[
-        (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=3)),
+        (When(bits=32, r=16), SkinnyConfig(32, 64, num_warps=4, num_stages=3)),
+        (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
     ],
     sm_100=[
-        (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=3)),
+        (When(bits=32, r=16), SkinnyConfig(32, 64, num_warps=4, num_stages=3)),
+        (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
     ],
     hip=[
@@ -90,9 +92,9 @@ def _grouped_grad_kernel(
         store_tile(part, acc, r, k, R, K)
 
 
-def config_for(device: torch.device, numerics: Numerics) -> SkinnyConfig:
-    """The entry of TILES that serves a layer."""
-    return select(TILES, target_of(device), bits_of(numerics.rank))
+def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
+    """The entry of TILES that serves rank r."""
+    return select(TILES, target_of(device), bits_of(numerics.rank), r=r)
 
 
 def grouped_grad(
@@ -112,7 +114,7 @@ def grouped_grad(
     Shapes: left [S, R]; right [S, K], or [T, K] with index; scales [G], None for 1 -> [G, R, K].
     """
     k, r = right.shape[1], left.shape[1]
-    config = config or config_for(right.device, numerics)
+    config = config or config_for(right.device, r, numerics)
     block_r = rank_block(r, numerics.rank)
     chunk_rows = chunk_rows or CHUNK
     chunks = routing.tiles(chunk_rows)
