@@ -40,7 +40,7 @@ def patch_peft() -> None:
     ``peft.tuners.lora.layer``, for models that exist and models to come. So it does for LoRA over
     quantised layers of bitsandbytes, torchao, HQQ and others: the forward of the base stays its
     own, the update is added to it, and the backward makes the dense weight for one product.
-    DoRA (``use_dora``) over dense linears is taken too, with PEFT's dropout.
+    DoRA (``use_dora``) is taken too, with PEFT's dropout, unless the base rounds x to 8 bits.
     Samples with adapters of their own (``adapter_names``) take one call for all adapters.
     lora_bias, MiCA, KaSA and BD-LoRA are the same operation over other operands, and so are several
     active adapters if no dropout acts.
