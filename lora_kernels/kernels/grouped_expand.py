@@ -27,7 +27,8 @@ from lora_kernels.kernels.tile import Matrix, add_bias, load_tile, store_tile
 TILES = Tiles(
     interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
     sm_80=[
-        (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=1)),
+        (When(bits=32, r=16), SkinnyConfig(32, 32, num_warps=4, num_stages=1)),
+        (When(bits=32), SkinnyConfig(32, 32, num_warps=8, num_stages=1)),
         (When(), SkinnyConfig(32, 64, num_warps=4, num_stages=1)),
     ],
     sm_90=[
