@@ -51,6 +51,7 @@ REPRESENTATIVES = (
     Case(dtype=torch.float16, lora_dtype=torch.float16),
     Case(lora_dtype=torch.float32, r=64),
     Case(dtype=torch.float32, lora_dtype=torch.float32),
+    Case(dtype=torch.float32, lora_dtype=torch.float32, r=64),
 )
 
 
