@@ -66,6 +66,12 @@ def dequantize_4bit(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
     return (dense_4bit(o.four_bit, dtype, dtype),)
 
 
+def weight_norm(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
+    """The norms of the rows of w + scaling·b·a."""
+    total = o.w.to(dtype) + o.b.to(dtype) @ o.a.to(dtype) * o.spec.scaling
+    return (torch.linalg.vector_norm(total, dim=1),)
+
+
 def grouped_shrink_h(o: GroupedOperands, dtype: torch.dtype) -> tuple[Tensor]:
     """h; 0 in rows without a group."""
     x, h = o.x_rows().to(dtype), torch.zeros_like(o.h, dtype=dtype)

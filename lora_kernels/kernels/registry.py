@@ -29,6 +29,7 @@ from lora_kernels.kernels import (
     grouped_shrink,
     shrink,
     split_k_reduce,
+    weight_norm,
 )
 from lora_kernels.kernels.config import Config, GemmConfig, Tiles, When, target_of
 from lora_kernels.kernels.launch import on_device_of
@@ -95,7 +96,7 @@ class Kernel:
 
 
 def _one_layer(o: Operands) -> bool:
-    """Whether the launchers over segments take it: one layer, and one group of y's columns."""
+    """Whether there is one layer, with one group of y's columns."""
     return o.layers == 1 and o.spec.splits.enabled == (True,)
 
 
@@ -243,6 +244,19 @@ KERNELS = {
                 config_for=lambda o: dequantize.config_for(o.w.device, o.w.dtype),
                 flops=lambda d: d.n * d.k,
                 moved=lambda d: d.n * d.k * (2 * d.e + 1) // 2 + d.n * d.k // 64,
+            ),
+        )),
+        Kernel("weight_norm", weight_norm._weight_norm_kernel, weight_norm.TILES, (
+            Launcher(
+                "weight_norm", "k n r",
+                call=lambda o, c: (
+                    weight_norm.weight_norm(o.w, o.a, o.b, o.spec.scaling, o.numerics, c),
+                ),
+                formula=formulas.weight_norm,
+                config_for=lambda o: weight_norm.config_for(o.w.device, o.r, o.numerics),
+                flops=lambda d: 2 * d.n * d.k * (d.r + 2),
+                moved=lambda d: d.e * (d.n * d.k + d.r * d.k + d.n * d.r) + 4 * d.n,
+                supports=_one_layer,
             ),
         )),
         Kernel("split_k_reduce", split_k_reduce._split_k_reduce_kernel, None),

@@ -99,7 +99,7 @@ def grid(name: str, shape: Shape, when: When) -> list[Config]:
         if kernel.name.endswith(("expand", "dequantize")):
             # It has no loop over the matrix that it writes, so nothing to prefetch or to cut.
             pairs = ONE_STAGE
-        elif kernel.name == "grouped_grad":  # cuts rows at chunks of a fixed length
+        elif kernel.name in ("grouped_grad", "weight_norm"):  # cuts at a fixed length, or nothing
             pairs = OTHER_STAGES
         return [
             SkinnyConfig(rows, cols, warps, *pair)

@@ -69,7 +69,7 @@ def test_cases_join_shapes_that_do_not_differ_for_a_launcher():
     assert counts == {
         "shrink": 2, "gemm_fwd": 2, "gemm_small_m": 4, "expand_y": 2, "expand_dx": 2,
         "expand_add_y": 2, "expand_grad_a": 2, "grad_b": 2, "gemm_bwd": 4, "grad_a": 2,
-        "dequantize_4bit": 2,
+        "dequantize_4bit": 2, "weight_norm": 2,
         "grouped_shrink_h": 2, "grouped_shrink_dh": 2, "grouped_gemm_y": 2, "grouped_gemm_dx": 4,
         "grouped_expand_y": 2, "grouped_expand_dx": 2, "grouped_grad_a": 2, "grouped_grad_b": 2,
     }  # fmt: skip
