@@ -1,18 +1,20 @@
 """lora_linear with a magnitude and its backward, made of lora_linear's kernels.
 
 m is folded into w and b, or into y and dy, whichever is smaller: with m∘w for w and m∘b for b,
-lora_linear is what the magnitude asks for, and so are dx and da of its backward. The kernels know
-of no m yet, of no norm, and of no x_hat in the product with w: if spec.drops_product, PyTorch's
-operators compute all of it.
+lora_linear is what the magnitude asks for, and so are dx and da of its backward. The kernels of
+lora_linear know of no m yet, and of no x_hat in the product with w: if spec.drops_product,
+PyTorch's operators compute all but the norms.
 """
 
 import torch
 from torch import Tensor
 
 from lora_kernels.kernels import linear
-from lora_kernels.kernels.launch import on_device_of
+from lora_kernels.kernels.launch import as_rows, on_device_of, with_unit_stride
+from lora_kernels.kernels.numerics import numerics_of
+from lora_kernels.kernels.weight_norm import weight_norm
 from lora_kernels.reference import dora as reference
-from lora_kernels.reference.dora import magnitude_gradient, row_norms, scale_of
+from lora_kernels.reference.dora import magnitude_gradient, scale_of
 from lora_kernels.spec import DoraNeeds, DoraSpec, Needs
 
 __all__ = ["dora_backward", "dora_forward"]
@@ -30,10 +32,11 @@ def dora_forward(
     spec: DoraSpec,
 ) -> list[Tensor]:
     """reference.dora.dora_forward by algorithm "fused" or "addmm"."""
-    if spec.drops_product:
-        return reference.dora_forward(x, w, a, b, bias, magnitude, seed, spec)
     with on_device_of(x):
-        norm = row_norms(w, a, b, spec.scaling)
+        numerics = numerics_of(w, a, b)
+        norm = weight_norm(with_unit_stride(w), as_rows(a), as_rows(b), spec.scaling, numerics)
+        if spec.drops_product:
+            return reference.dora_forward(x, w, a, b, bias, magnitude, seed, spec, norm)
         m = scale_of(magnitude, norm)
         if _folds_weight(x, w):
             operands = x, _scaled(w, m), a, _scaled(b, m), bias, seed

@@ -103,14 +103,15 @@ def dora_forward(
     magnitude: Tensor,
     seed: Tensor | None,
     spec: DoraSpec,
+    norm: Tensor | None = None,
 ) -> list[Tensor]:
-    """y, h and norm, and c if spec.drops_product.
+    """y, h and norm, and c if spec.drops_product. norm: if it is known.
 
     Shapes: x [..., K], w [N, K], a [R, K], b [N, R], bias [N], magnitude [N], seed [1] ->
     y [..., N], h [M, R] and norm [N] in accumulate_dtype, c [M, N].
     """
     rows = x.reshape(-1, x.shape[-1])
-    norm = row_norms(w, a, b, spec.scaling)
+    norm = row_norms(w, a, b, spec.scaling) if norm is None else norm
     m = scale_of(magnitude, norm)
     if not spec.drops_product:
         h = low_rank_input(rows, a, seed, spec.dropout_p)

@@ -5,9 +5,10 @@ import collections
 import pytest
 import torch
 
-from lora_kernels.kernels import linear
+from lora_kernels.kernels import linear, weight_norm
+from lora_kernels.reference import dora as reference
 from lora_kernels.testing.dora_problem import make_dora_problem
-from lora_kernels.testing.tolerance import assert_close_together
+from lora_kernels.testing.tolerance import assert_close, assert_close_together
 from tests.calls import solve
 
 kernels = pytest.mark.parametrize("algorithm", ["fused", "addmm"], indirect=True)
@@ -55,3 +56,21 @@ def test_m_is_folded_into_the_smaller_matrix(m, folded, algorithm, monkeypatch, 
     monkeypatch.setattr(linear, "lora_linear_backward", backward)
     solve(problem)
     assert seen == [folded] * 2
+
+
+@kernels
+@pytest.mark.parametrize("low_rank_only", [False, True])
+def test_the_norms_of_a_step_are_one_launch(low_rank_only, monkeypatch, seed, device):
+    problem = make_dora_problem(
+        9, 40, 24, 4, device=device, dropout_p=0.3, low_rank_only=low_rank_only
+    )
+    problem.w = problem.w.repeat_interleave(2, 1)[:, ::2]  # no unit stride
+    exact, baseline = problem.solve(torch.float64), problem.solve()
+    launched, real = [], weight_norm.launch
+    monkeypatch.setattr(
+        weight_norm, "launch", lambda *args, **meta: launched.append(args) or real(*args, **meta)
+    )
+    monkeypatch.setattr(reference, "row_norms", None)
+    for name, result in solve(problem).items():
+        assert_close(result, exact[name], baseline[name], name)
+    assert len(launched) == 1
