@@ -70,6 +70,8 @@ def is_quantised(layer: nn.Module) -> bool:
 def frozen_weight(layer: nn.Module) -> FrozenWeight:
     """The weight of a quantised linear layer, for lora_linear: layer(x) is x·weightᵀ + bias.
 
+    It has a shape (N, K), the dtype that the layer multiplies in (None: x's), a kind such as "nf4",
+    and dense(dtype), which makes the matrix [N, K] anew.
     layer: of bitsandbytes (Linear4bit, Linear8bitLt), HQQ (HQQLinear), quanto (QLinear) or
     transformers (FP8Linear, CompressedTensorsFP8Linear), or an nn.Linear with a weight of torchao.
     Raises: TypeError if layer is of another kind, ValueError if its state does not fit.
