@@ -20,9 +20,13 @@ def gate(*arguments):
 
 
 @pytest.fixture(scope="module")
-def running():
-    """The gate's processes on the representatives, all targets at once."""
-    processes = {target: gate(target) for target in TARGETS}
+def running(request):
+    """The gate's processes on the representatives, all targets that are asked for at once."""
+    name = test_representatives_compile_without_spills.__name__
+    tests = [item for item in request.session.items if getattr(item, "originalname", "") == name]
+    processes = {
+        target: gate(target) for target in {test.callspec.params["target"] for test in tests}
+    }
     yield processes
     for process in processes.values():
         process.kill()
