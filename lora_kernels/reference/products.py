@@ -6,7 +6,6 @@ variable LORA_KERNELS_CPU_PRODUCTS = auto | float32 | own is read in every call:
 the operands' own dtype, "float32" all 16-bit products in float32, "auto" asks the CPU.
 """
 
-import functools
 import os
 
 import torch
@@ -20,6 +19,7 @@ _INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16"),
 }
+_answers: dict[torch.dtype, bool] = {}
 
 
 def product_dtype(
@@ -47,9 +47,14 @@ def matmul(left: Tensor, right: Tensor, backward: bool = False) -> Tensor:
     return left.to(dtype) @ right.to(dtype)
 
 
-@functools.cache
 def _has_instructions(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies dtype by itself, as far as PyTorch knows; True if it does not."""
+    if dtype not in _answers:
+        _answers[dtype] = _ask_for_instructions(dtype)
+    return _answers[dtype]
+
+
+def _ask_for_instructions(dtype: torch.dtype) -> bool:
     try:
         known = torch.cpu.get_capabilities()
     except AttributeError:  # an older torch does not tell
@@ -57,3 +62,7 @@ def _has_instructions(dtype: torch.dtype) -> bool:
     if known.get("architecture") not in ("x86_64", "amd64"):
         return True
     return any(known.get(name, False) for name in _INSTRUCTIONS[dtype])
+
+
+# torch.compile calls it and keeps the answer: it cannot trace what is asked of the CPU.
+_has_instructions._dynamo_marked_constant = True

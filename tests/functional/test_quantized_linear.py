@@ -117,8 +117,11 @@ def test_opcheck(seed, device):
     torch.library.opcheck(torch.ops.lora_kernels.add_lora.default, arguments)
 
 
-def test_compiles_whole_with_any_number_of_rows(seed, device):
-    layer, problem = make_case(torch.float32, device, dropout_p=0.3)
+@pytest.mark.parametrize("products", ["auto", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_whole_with_any_number_of_rows(dtype, products, seed, device, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CPU_PRODUCTS", products)
+    layer, problem = make_case(dtype, device, dropout_p=0.3)
     weight = int8_weight(layer)
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
@@ -127,7 +130,7 @@ def test_compiles_whole_with_any_number_of_rows(seed, device):
 
     for m in (7, 12):
         operands = [getattr(problem, name).detach().requires_grad_() for name in NAMES]
-        x = operands[0] = torch.randn(m, 20, device=device, requires_grad=True)
+        x = operands[0] = torch.randn(m, 20, device=device, dtype=dtype, requires_grad=True)
         expected, result = call(weight, problem, *operands), compiled(*operands)
         torch.testing.assert_close(result, expected)
         dy = torch.randn_like(expected)

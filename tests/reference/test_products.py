@@ -16,12 +16,12 @@ def machine(monkeypatch):
     def set_to(**capabilities):
         known = {"architecture": "x86_64", **capabilities}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
-        products._has_instructions.cache_clear()
+        products._answers.clear()
 
     monkeypatch.delenv("LORA_KERNELS_CPU_PRODUCTS", raising=False)
     yield set_to
     monkeypatch.undo()
-    products._has_instructions.cache_clear()
+    products._answers.clear()
 
 
 def test_asks_the_cpu(machine):
