@@ -18,23 +18,28 @@ TILES = Tiles(
     interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
     sm_80=[
         (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
-        (When(), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
+        (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
+        (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
     ],
     sm_90=[
         (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
-        (When(), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
+        (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
+        (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
     ],
     sm_100=[
-        (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
-        (When(), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
+        (When(bits=32), SkinnyConfig(16, 64, num_warps=4, num_stages=3)),
+        (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
+        (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
     ],
     hip=[
         (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=2)),
-        (When(), SkinnyConfig(16, 256, num_warps=4, num_stages=2)),
+        (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=2)),
+        (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=2)),
     ],
     other=[
         (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=2)),
-        (When(), SkinnyConfig(16, 256, num_warps=4, num_stages=2)),
+        (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=2)),
+        (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=2)),
     ],
 )
 
@@ -100,7 +105,7 @@ def weight_norm(
     (n, k), r = w.shape, len(a)
     config = config or config_for(w.device, r, numerics)
     w_t = w.stride(1) != 1  # stored [K, N]
-    block_r = rank_block(r, numerics.factor)
+    block_r = rank_block(r, numerics.factor, beside_acc=True)
     norm = torch.empty(n, dtype=torch.float32, device=w.device)
     launch(
         _weight_norm_kernel,
