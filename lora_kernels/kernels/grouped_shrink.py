@@ -35,7 +35,8 @@ TILES = Tiles(
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=3)),
     ],
     sm_90=[
-        (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
+        (When(bits=32, r=16), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
+        (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=3)),
     ],
     sm_100=[
