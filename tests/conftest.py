@@ -67,3 +67,13 @@ def patched(unpatched):
     from lora_kernels import patch_peft
 
     patch_peft()
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate takes another mixed precision in a process that has not used it yet."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -247,7 +247,7 @@ def trainer_losses(saved, directory, make, **options):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_trainer_runs_unchanged(checkpointing, saved, tmp_path):
+def test_trainer_runs_unchanged(checkpointing, saved, tmp_path, fresh_accelerate):
     make = functools.partial(adapted, kbit=True)
     options = {"bf16": True, "gradient_checkpointing": checkpointing}
     expected = trainer_losses(saved, tmp_path, make, **options)
@@ -258,7 +258,7 @@ def test_trainer_runs_unchanged(checkpointing, saved, tmp_path):
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
 
 
-def test_sft_trainer_of_trl_runs_unchanged(saved, tmp_path):
+def test_sft_trainer_of_trl_runs_unchanged(saved, tmp_path, fresh_accelerate):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizers = pytest.importorskip("tokenizers")
     words = {**{f"w{i}": i for i in range(62)}, "<pad>": 62, "</s>": 63}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -74,11 +73,3 @@ def tiny_gpt2(restaurants, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def tokenizer(tiny_gpt2):
     return load_tokenizer(tiny_gpt2)
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """accelerate takes another mixed precision in a process that has not used it yet."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
