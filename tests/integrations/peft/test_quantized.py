@@ -180,6 +180,7 @@ def test_under_dropout_the_backward_is_the_adjoint(
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @every_kind
 def test_what_is_kept_is_h_and_the_seed_beside_x(kind, dropout, seed, patched, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CPU_PRODUCTS", "own")  # so that one dense weight is made
     layer = quantised_lora_layer(kind, dtype=NARROW, lora={"lora_dropout": dropout})
     x = torch.randn(3, 11, K, dtype=NARROW, requires_grad=True)
     kind_of_weight, made = type(find(layer.get_base_layer())), []
