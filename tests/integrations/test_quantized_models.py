@@ -23,6 +23,12 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.usefixtures("unpatched")
 
 
+@pytest.fixture(autouse=True)
+def own_products(monkeypatch):
+    """Losses are compared with PEFT's, so a CPU multiplies as PEFT has it do."""
+    monkeypatch.setenv("LORA_KERNELS_CPU_PRODUCTS", "own")
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A Llama of two blocks with weights of 16 bits, on disk."""
