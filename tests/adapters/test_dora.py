@@ -56,6 +56,7 @@ def ours(base, **options):
 
 
 def assert_equal(actual, expected):
+    """In float64, so some thousand roundings: PEFT takes its norms of the whole W + s·B·A."""
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
