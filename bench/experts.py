@@ -18,8 +18,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from bench.rounds import Subject, kept_bytes, median_ratio, rounds
-from lora_kernels import patch_peft, report, unpatch_peft
+from bench.rounds import Subject, kept_bytes, median_ratio, patched, rounds, training_step
+from lora_kernels import report
 
 __all__ = ["main"]
 
@@ -77,33 +77,16 @@ def inputs(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor, Tenso
     return x, ids, (weights / weights.sum(-1, keepdim=True)).to(DTYPE)
 
 
-@contextlib.contextmanager
-def _patched():
-    patch_peft()
-    try:
-        yield
-    finally:
-        unpatch_peft()
-
-
 def subjects(
     frozen: nn.Module, model: nn.Module, operands: tuple[Tensor, ...]
 ) -> tuple[dict[str, Subject], dict[str, float]]:
     """The steps by name, and the megabytes that their forwards keep."""
     plain = contextlib.nullcontext
-    layers = {"frozen": (frozen, plain), "PEFT": (model, plain), "patched": (model, _patched)}
+    layers = {"frozen": (frozen, plain), "PEFT": (model, plain), "patched": (model, patched)}
     steps, kept = {}, {}
     for name, (layer, context) in layers.items():
+        steps[name] = training_step(layer, operands, context)
         known = (*operands, *layer.parameters())
-
-        def step(layer=layer) -> None:
-            layer(*operands).sum().backward()
-
-        def clear(known=known) -> None:
-            for tensor in known:
-                tensor.grad = None
-
-        steps[name] = Subject(step, clear, context)
         with context():
             kept[name] = kept_bytes(lambda layer=layer: layer(*operands), known) / 2**20
     return steps, kept
@@ -120,10 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{'layer':14}{'tokens':>7}{'frozen':>20}{'PEFT':>18}{'patched':>18}{'PEFT/patched':>14}")
     for name in options.layers.split(","):
         frozen, model, routing = build(name)
-        patch_peft()
-        if not all(row.fused for row in report(model)):
-            print(report(model))
-        unpatch_peft()
+        with patched():
+            if not all(row.fused for row in report(model)):
+                print(report(model))
         for tokens in map(int, options.tokens.split(",")):
             operands = inputs(tokens, *routing)
             steps, kept = subjects(frozen, model, operands)

@@ -4,8 +4,8 @@ PEFT's layer by PEFT's own code and under patch_peft(), and this package's own l
 frozen quantised layer. One process and one thread; each round calls all of them in an order drawn
 anew, and ratios are taken within a round. Kept: what the forward keeps beside x and the parameters,
 in % of x. "plain" is a layer that is not quantised. --dora: all of them with a magnitude (DoRA),
-and this package's LoRA besides. On a CPU with instructions for
-bfloat16, LORA_KERNELS_CPU_PRODUCTS=float32 and ONEDNN_MAX_CPU_ISA=AVX512_CORE show one without.
+and this package's LoRA besides. On a CPU with instructions for bfloat16,
+LORA_KERNELS_CPU_PRODUCTS=float32 and ONEDNN_MAX_CPU_ISA=AVX512_CORE show one without.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 import lora_kernels
-from bench.rounds import Subject, kept_bytes, median_ratio, rounds
-from lora_kernels import LoRALinear, LoRAQuantizedLinear, patch_peft, unpatch_peft
+from bench.rounds import Subject, kept_bytes, median_ratio, patched, rounds, training_step
+from lora_kernels import LoRALinear, LoRAQuantizedLinear
 from lora_kernels.quantization import is_quantised
 
 __all__ = ["KINDS", "main"]
@@ -96,15 +96,6 @@ def own_layer(base: nn.Module, dropout_p: float, dora: bool = False) -> nn.Modul
     return layer
 
 
-@contextlib.contextmanager
-def _patched():
-    patch_peft()
-    try:
-        yield
-    finally:
-        unpatch_peft()
-
-
 def cell(
     kind: str, width: int, dtype: torch.dtype, dropout_p: float, dora: bool = False
 ) -> tuple[dict[str, Subject], dict[str, float]]:
@@ -114,37 +105,25 @@ def cell(
     layers = {
         "frozen": (base, contextlib.nullcontext),
         "PEFT": (theirs, contextlib.nullcontext),
-        "patched": (theirs, _patched),
+        "patched": (theirs, patched),
         "own": (own_layer(base, dropout_p, dora), contextlib.nullcontext),
     }
     if dora:
         layers["own LoRA"] = own_layer(base, dropout_p), contextlib.nullcontext
-    with _patched():
+    with patched():
         (row,) = lora_kernels.report(theirs)
         assert row.fused, row.reason
     x = torch.randn(4, TOKENS // 4, width, device=DEVICE).to(dtype).requires_grad_()
     dy = torch.randn(4, TOKENS // 4, width, device=DEVICE).to(dtype)
     subjects, kept = {}, {}
     for name, (layer, context) in layers.items():
-
-        def step(layer=layer) -> None:
-            layer(x).backward(dy)
-
-        def clear(layer=layer) -> None:
-            for tensor in (x, *layer.parameters()):
-                tensor.grad = None
-
-        subjects[name] = Subject(step, clear, context)
+        subjects[name] = training_step(layer, (x,), context, dy)
         with context():
-            known: list[Tensor] = [x, *layer.parameters(), *layer.buffers()]
-            known += [t for t in vars(base).get("state", _NOTHING).__dict__.values()
-                      if isinstance(t, Tensor)]  # fmt: skip
+            known = [x, *layer.parameters(), *layer.buffers()]
+            state = vars(getattr(base, "state", object))  # of bitsandbytes' 8-bit layers
+            known += [value for value in state.values() if isinstance(value, Tensor)]
             kept[name] = 100 * kept_bytes(lambda layer=layer: layer(x), known) / x.nbytes
     return subjects, kept
-
-
-class _NOTHING:
-    """A layer without a state."""
 
 
 def main(arguments: list[str] | None = None) -> None:

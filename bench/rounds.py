@@ -1,16 +1,18 @@
-"""Rounds that call every step once, and what a forward keeps: for benchmarks that print a table."""
+"""Steps, rounds that call each once, and what a forward keeps, for benchmarks that print tables."""
 
 import contextlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Subject", "kept_bytes", "median_ratio", "rounds"]
+from lora_kernels import patch_peft, unpatch_peft
+
+__all__ = ["Subject", "kept_bytes", "median_ratio", "patched", "rounds", "training_step"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,38 @@ class Subject:
     call: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+def training_step(
+    layer: nn.Module,
+    inputs: Sequence[Tensor],
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    dy: Tensor | None = None,
+) -> Subject:
+    """A forward and backward of a layer, for its gradients anew; dy: None for the sum's."""
+
+    def step() -> None:
+        y = layer(*inputs)
+        if dy is None:
+            y.sum().backward()
+        else:
+            y.backward(dy)
+
+    def clear() -> None:
+        for tensor in (*inputs, *layer.parameters()):
+            tensor.grad = None
+
+    return Subject(step, clear, context)
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """PEFT's layers run this package's operations."""
+    patch_peft()
+    try:
+        yield
+    finally:
+        unpatch_peft()
 
 
 def rounds(
