@@ -112,10 +112,9 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     else:
         joined = layer.computed_together
         weights = [member.oriented(member.base_weight()) for member in joined]
-        p = layer.active_dropout_p()
-        taken = _algorithm(weights, layer.r, p, tokens)
+        taken = _algorithm(weights, layer.r, layer.active_dropout_p(), tokens)
         if layer.use_dora:
-            taken = _with_magnitude(taken, p > 0 and not layer.dropout_low_rank_only)
+            taken = _with_magnitude(taken, layer.dora_spec.drops_product)
         if len(joined) > 1:
             others = f"{len(joined) - 1} other layer{'s' * (len(joined) > 2)}"
             taken = taken._replace(reason=f"{taken.reason}; in one call with {others}")
@@ -146,10 +145,9 @@ def _quantised_row(name: str, layer: LoRAQuantizedLinear, tokens: int) -> Row:
         reason = "base_layer has hooks"
     else:
         kind = _frozen_kind(weight)
-        p = layer.active_dropout_p()
-        taken = _over_frozen(weight, layer.lora_A, p, tokens)
+        taken = _over_frozen(weight, layer.lora_A, layer.active_dropout_p(), tokens)
         if layer.use_dora:
-            taken = _with_magnitude(taken, p > 0 and not layer.dropout_low_rank_only)
+            taken = _with_magnitude(taken, layer.dora_spec.drops_product)
     dtype = None if isinstance(weight, NotFrozen) else weight.dtype
     return _row(name, f"{type(layer).__name__}({kind})", shape, dtype, (layer.r,), taken, reason)
 

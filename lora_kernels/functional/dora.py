@@ -1,19 +1,17 @@
 """lora_linear with a magnitude (DoRA): checks, autocast and the seed; ops/dora.py computes."""
 
-import torch
 from torch import Tensor, nn
 
 from lora_kernels import checks
-from lora_kernels.functional.linear import own_dropout, prepare
+from lora_kernels.functional.operands import of_formula, over_values, prepare
 from lora_kernels.functional.quantized_linear import check_over_frozen
 from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops.dora import DoraLinear
 from lora_kernels.ops.obstacle import is_jagged, is_opaque, is_transformed, obstacle
 from lora_kernels.ops.quantized_dora import DoraQuantizedLinear
 from lora_kernels.quantization import FrozenWeight
-from lora_kernels.reference import dora_formula, formula
+from lora_kernels.reference import dora_formula
 from lora_kernels.reference.dora import scale_of
-from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import DoraSpec
 
 __all__ = ["dora_forward"]
@@ -80,23 +78,14 @@ def _without_op(
     seed: Tensor | None,
 ) -> Tensor:
     """dora_forward if there is an obstacle: the formula in differentiable PyTorch."""
-    if is_jagged(x):  # one matrix in memory, which the op can take
+    if is_jagged(x):
         checks.check_shape(layer, x, weight)
-        y = dora_forward(layer, x.values(), weight, a, b, bias, magnitude, spec, seed)
-        return torch.nested.nested_tensor_from_jagged(
-            y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
-        )
-    if is_opaque(x):
-        # While torch.fx records a layer, x has no dtype to look at.
-        known = x if isinstance(x, Tensor) else layer.held_weight()
-        dtype = accumulate_dtype(known.dtype)
-        x_hat = own_dropout(layer, x, spec.dropout_p, seed)
-    else:
-        x, weight, bias = prepare(layer, x, weight, a, b, bias, spec)
+        operands = weight, a, b, bias, magnitude, spec, seed
+        return over_values(x, lambda values: dora_forward(layer, values, *operands))
+    if not is_opaque(x):
         checks.check_magnitude(layer, magnitude, weight)
-        dtype = accumulate_dtype(x.dtype)
-        seed = seeds_for(layer, x, spec.dropout_p, seed)
-        x_hat = formula.dropped(x, seed, spec.dropout_p, dtype)
+    operands = of_formula(layer, x, weight, a, b, bias, spec, seed)
+    x, weight, bias, x_hat, dtype = operands
     norm = dora_formula.row_norms(weight, a, b, spec, dtype)
     m = scale_of(magnitude, norm)
     return dora_formula.with_magnitude(x, x_hat, weight, a, b, bias, m, spec, dtype)[0]

@@ -8,26 +8,23 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
 from lora_kernels import checks
+from lora_kernels.functional.dora import dora_forward
+from lora_kernels.functional.operands import of_formula, over_values, prepare
 from lora_kernels.functional.quantized_linear import quantized_forward
 from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops import shared_input
 from lora_kernels.ops.linear import LoraLinear
-from lora_kernels.ops.obstacle import is_jagged, is_opaque, is_plain, obstacle
+from lora_kernels.ops.obstacle import is_jagged, obstacle
 from lora_kernels.quantization import FrozenWeight
 from lora_kernels.reference import formula
-from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import DoraSpec, LoraSpec, OutputSplits
 
-__all__ = [
-    "lora_forward", "lora_linear", "lora_merged_linear", "lora_shared_linear", "own_dropout",
-    "prepare",
-]  # fmt: skip
+__all__ = ["lora_forward", "lora_linear", "lora_merged_linear", "lora_shared_linear"]
 
 
 def _recorded_by_fx(function: Callable) -> Callable:
@@ -92,8 +89,6 @@ def lora_linear(
     else:
         checks.check_weight(name, weight)
     if magnitude is not None:
-        from lora_kernels.functional.dora import dora_forward  # it imports this module
-
         spec = DoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
         return dora_forward(name, x, weight, lora_A, lora_B, bias, magnitude, spec, seed)
     spec = LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
@@ -226,63 +221,11 @@ def _without_op(
     seed: Tensor | None,
 ) -> Tensor:
     """lora_forward if there is an obstacle: the formula in differentiable PyTorch."""
-    if is_jagged(x):  # one matrix in memory, which the op can take
+    if is_jagged(x):
         checks.check_shape(layer, x, weight)
-        y = lora_forward(layer, x.values(), weight, a, b, bias, spec, seed)
-        return torch.nested.nested_tensor_from_jagged(
-            y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
-        )
-    if is_opaque(x):
-        # While torch.fx records a layer, x has no dtype to look at.
-        known = x if isinstance(x, Tensor) else layer.held_weight()
-        dtype = accumulate_dtype(known.dtype)
-        x_hat = own_dropout(layer, x, spec.dropout_p, seed)
-    else:
-        x, weight, bias = prepare(layer, x, weight, a, b, bias, spec)
-        dtype = accumulate_dtype(x.dtype)
-        seed = seeds_for(layer, x, spec.dropout_p, seed)
-        x_hat = formula.dropped(x, seed, spec.dropout_p, dtype)
+        return over_values(x, lambda v: lora_forward(layer, v, weight, a, b, bias, spec, seed))
+    operands = of_formula(layer, x, weight, a, b, bias, spec, seed)
+    x, weight, bias, x_hat, dtype = operands
     y = F.linear(x, weight, bias)
     with checks.without_autocast(x.device) if isinstance(x, Tensor) else contextlib.nullcontext():
         return formula.with_update(y, x_hat, a, b, spec, dtype)[0]
-
-
-def own_dropout(layer: str | nn.Module, x, dropout_p: float, seed: Tensor | None):
-    """dropout(x) by PyTorch's dropout, which knows how to be recorded, and nested tensors.
-
-    A layer's own module goes into the record, so that train() and eval() still act on it.
-    """
-    if seed is not None and dropout_p > 0:
-        if x.is_nested:
-            raise TypeError(
-                f"{checks.layer_name(layer)}: x must be dense or nested with layout=torch.jagged "
-                f"if seed is given, got a nested tensor of layout torch.strided"
-            )
-        return formula.dropped(x, seed, dropout_p, accumulate_dtype(x.dtype))
-    if isinstance(layer, nn.Module):
-        return layer.lora_dropout(x)
-    return F.dropout(x, dropout_p) if dropout_p > 0 else x
-
-
-def prepare(
-    layer: str | nn.Module,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    spec: LoraSpec,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, weight and bias as the op takes them, or an error that names the layer."""
-    checks.check_weight(layer, weight)
-    checks.check_shape(layer, x, weight)
-    if bias is not None:
-        checks.check_tensor(layer, "bias", bias)
-    dtype = checks.autocast_dtype(x)
-    if dtype is not None and is_plain(type(weight)):  # other classes cast in their own way
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    checks.check_device_and_dtype(layer, x, weight)
-    checks.check_operands(layer, weight, a, b, bias, spec.splits)
-    checks.check_spec(layer, spec)
-    return x, weight, bias

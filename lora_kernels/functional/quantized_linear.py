@@ -1,10 +1,10 @@
 """lora_linear over a frozen weight that is not dense."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import checks
+from lora_kernels.functional.operands import over_values, own_dropout
 from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops.obstacle import (
     is_hooked,
@@ -38,10 +38,7 @@ def quantized_forward(
     """
     if is_jagged(x):
         checks.check_shape(layer, x, frozen)
-        y = quantized_forward(layer, x.values(), frozen, a, b, spec, seed)
-        return torch.nested.nested_tensor_from_jagged(
-            y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx
-        )
+        return over_values(x, lambda v: quantized_forward(layer, v, frozen, a, b, spec, seed))
     if not is_opaque(x):
         check_over_frozen(layer, x, frozen, a, b, spec)
         seed = seeds_for(layer, x, spec.dropout_p, seed)
@@ -55,10 +52,8 @@ def quantized_forward(
         ):
             return LoraQuantizedLinear.apply(x, a, b, bias, seed, frozen, spec)
         x_hat = formula.dropped(x, seed, spec.dropout_p, accumulate_dtype(x.dtype))
-    elif isinstance(layer, nn.Module):  # so that train() and eval() act on what is recorded
-        x_hat = layer.lora_dropout(x)
     else:
-        x_hat = nn.functional.dropout(x, spec.dropout_p) if spec.dropout_p > 0 else x
+        x_hat = own_dropout(layer, x, spec.dropout_p, seed)
     y = frozen.layer(x)
     with checks.without_autocast(frozen.device):
         return formula.with_update(y, x_hat, a, b, spec, accumulate_dtype(a.dtype))[0]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from lora_kernels import distributed
 from lora_kernels.functional.dora import dora_forward
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.quantization import FrozenWeight
 from lora_kernels.reference.dora import row_norms, scale_of
 from lora_kernels.spec import DoraSpec
 
@@ -55,11 +56,15 @@ class TakesMagnitude(LoRALayer):
         m = scale_of(magnitude, torch.linalg.vector_norm(total, dim=1).detach())
         return self.oriented(total * m[:, None] - weight)
 
-    def _dora_forward(self, x: Tensor) -> Tensor:
-        weight, p = self.oriented(self.weight), self.active_dropout_p()
-        spec = DoraSpec(self.scaling, p, self.output_splits, self.dropout_low_rank_only)
+    @property
+    def dora_spec(self) -> DoraSpec:
+        """The values of a forward now that are not tensors."""
+        p = self.active_dropout_p()
+        return DoraSpec(self.scaling, p, self.output_splits, self.dropout_low_rank_only)
+
+    def _dora_forward(self, x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None):
         factors = self.lora_A, self.lora_B
-        return dora_forward(self, x, weight, *factors, self.bias, self.lora_magnitude, spec)
+        return dora_forward(self, x, weight, *factors, bias, self.lora_magnitude, self.dora_spec)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A base weight that is loaded into a layer nobody has trained brings its own magnitude."""

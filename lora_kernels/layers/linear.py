@@ -102,9 +102,9 @@ class LinearLayer(LoRALayer, nn.Linear):
                 checks.check_weight(self, weight)
                 checks.check_input(self, x, weight)
             return F.linear(x, weight, self.bias)
-        if self.use_dora:
-            return self._dora_forward(x)
         weight, a, b, bias = self.oriented(self.weight), self.lora_A, self.lora_B, self.bias
+        if self.use_dora:
+            return self._dora_forward(x, weight, bias)
         if self._shared_input is not None and obstacle(x, weight, a, b, bias) is None:
             y = self._shared_input.output(self, x)
             if y is not None:

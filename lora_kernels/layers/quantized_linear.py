@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
-from lora_kernels.functional.dora import dora_forward
 from lora_kernels.layers.dora import TakesMagnitude
 from lora_kernels.layers.merging import undisturbed
 from lora_kernels.quantization import FrozenWeight, frozen_weight, restore
-from lora_kernels.spec import DoraSpec, LoraSpec, OutputSplits
+from lora_kernels.spec import LoraSpec, OutputSplits
 
 __all__ = ["LoRAQuantizedLinear"]
 
@@ -70,6 +69,11 @@ class LoRAQuantizedLinear(TakesMagnitude, nn.Module):
         """That of base_layer."""
         return self.base_layer.bias
 
+    @property
+    def output_splits(self) -> OutputSplits:
+        """One group of all output columns."""
+        return OutputSplits.whole(self.out_features)
+
     def reset_lora_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
@@ -83,13 +87,10 @@ class LoRAQuantizedLinear(TakesMagnitude, nn.Module):
         return self.frozen_weight.dense(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        frozen, p = self.frozen_weight, self.active_dropout_p()
-        splits = OutputSplits.whole(self.out_features)
+        frozen = self.frozen_weight
         if self.use_dora:
-            spec = DoraSpec(self.scaling, p, splits, self.dropout_low_rank_only)
-            factors = self.lora_A, self.lora_B
-            return dora_forward(self, x, frozen, *factors, None, self.lora_magnitude, spec)
-        spec = LoraSpec(self.scaling, p, splits)
+            return self._dora_forward(x, frozen, None)
+        spec = LoraSpec(self.scaling, self.active_dropout_p(), self.output_splits)
         return functional.quantized_forward(self, x, frozen, self.lora_A, self.lora_B, spec)
 
     def _save_to_state_dict(self, *args):

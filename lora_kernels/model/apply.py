@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import nn
 
 from lora_kernels.checks import check_dropout
@@ -28,6 +27,7 @@ from lora_kernels.model.targets import (
     check_wrappable,
     constructor_name,
     constructor_of,
+    lora_dtype,
     match_targets,
     plain_patterns,
 )
@@ -37,7 +37,7 @@ from lora_kernels.model.trainable import (
     saved_paths,
     untie,
 )
-from lora_kernels.quantization import FrozenWeight, frozen_weight, is_quantised
+from lora_kernels.quantization import frozen_weight, is_quantised
 
 __all__ = ["apply_lora", "wrap_modules"]
 
@@ -84,9 +84,9 @@ def apply_lora(
     Nothing inside a module of modules_to_save is wrapped. rank_pattern and alpha_pattern map a
     regular expression for the path of a module or target parameter, or its end, to another r or
     lora_alpha; the first match counts, and one that matches nothing has a warning.
-    scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. use_dora: DoRA, for nn.Linear
-    and Conv1D; dropout_low_rank_only: see LoRALinear. autocast_adapter_dtype:
-    whether adapters over 16-bit weights are float32. A module of modules_to_save whose parameters
+    scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. use_dora: DoRA, for linears;
+    dropout_low_rank_only: see LoRALinear. autocast_adapter_dtype: whether adapters over 16-bit
+    weights are float32. A module of modules_to_save whose parameters
     are tied to others', such as an output head to the input embedding, gets its own copies of them,
     as in PEFT. Last, mark_only_lora_as_trainable(model, bias, modules_to_save) is called. A module
     under several names is wrapped once and stays shared. Forward and backward hooks and train/eval
@@ -189,7 +189,7 @@ def _wrap(
     quantised = is_quantised(module)
     options = {
         "merge_weights": False,  # scaling is not final yet
-        "lora_dtype": _lora_dtype(
+        "lora_dtype": lora_dtype(
             frozen_weight(module) if quantised else module.weight, autocast_adapter_dtype
         ),
     }
@@ -217,14 +217,7 @@ def _wrap_experts(
         {name: spec.lora_alpha for name, spec in specs.items()},
         next(iter(specs.values())).lora_dropout,
         specs,
-        _lora_dtype(module._parameters[next(iter(specs))], autocast_adapter_dtype),
+        lora_dtype(module._parameters[next(iter(specs))], autocast_adapter_dtype),
     )
     layer.scaling = {name: specs[name].scaling for name in layer.target_parameters}
     return layer
-
-
-def _lora_dtype(
-    weight: torch.Tensor | FrozenWeight, autocast_adapter_dtype: bool
-) -> torch.dtype | None:
-    sixteen_bit = weight.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if autocast_adapter_dtype and sixteen_bit else None

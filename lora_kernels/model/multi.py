@@ -4,7 +4,6 @@ import inspect
 import warnings
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from lora_kernels.checks import check_dropout
@@ -17,6 +16,7 @@ from lora_kernels.model.targets import (
     Hyperparameters,
     candidates,
     check_wrappable,
+    lora_dtype,
     match_targets,
     plain_patterns,
 )
@@ -113,7 +113,7 @@ def put_adapters(
     for path, module in modules.items():
         if isinstance(module, MultiLoRALinear):
             for name, spec in specs[path].items():
-                dtype = _dtype(module.weight, autocast_adapter_dtype)
+                dtype = lora_dtype(module.weight, autocast_adapter_dtype)
                 module.add_adapter(name, spec, dtype)
     replace_modules(model, layers)
 
@@ -161,13 +161,8 @@ def _wrap(
         name: {"r": spec.r, "lora_alpha": spec.lora_alpha, "lora_dropout": spec.lora_dropout}
         for name, spec in specs.items()
     }
-    dtype = _dtype(module.weight, autocast_adapter_dtype)
+    dtype = lora_dtype(module.weight, autocast_adapter_dtype)
     layer = MultiLoRALinear.from_linear(module, options, dtype)
     layer.adapters = dict(specs)
     keep_hooks(module, layer)
     return layer
-
-
-def _dtype(weight: torch.Tensor, autocast_adapter_dtype: bool) -> torch.dtype | None:
-    sixteen_bit = weight.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if autocast_adapter_dtype and sixteen_bit else None

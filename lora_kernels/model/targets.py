@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_kernels import distributed
 from lora_kernels.checks import check_alpha, check_rank
@@ -30,7 +31,8 @@ from lora_kernels.spec import OutputSplits
 
 __all__ = [
     "Hyperparameters", "LayerSpec", "candidates", "check_dora", "check_wrappable",
-    "constructor_name", "constructor_of", "match_targets", "name_targets", "plain_patterns",
+    "constructor_name", "constructor_of", "lora_dtype", "match_targets", "name_targets",
+    "plain_patterns",
 ]  # fmt: skip
 
 
@@ -171,11 +173,11 @@ def _linear_paths(
         head = None
     paths, skipped = [], []
     for path, module in modules.items():
-        linear = isinstance(module, nn.Linear) or is_hf_conv1d(module) or is_quantised(module)
+        linear = isinstance(module, nn.Linear) or constructor_of(module) in _OF_LINEARS
         if module is head or not linear:
             continue
         taken = constructor_of(module) is not None or isinstance(module, LoRALayer)
-        (paths if taken or is_quantised(module) else skipped).append(path)
+        (paths if taken else skipped).append(path)
     if skipped:
         warnings.warn(
             f"target_modules='all-linear' leaves subclasses of nn.Linear as they are: "
@@ -236,6 +238,9 @@ _CONSTRUCTORS = {
     nn.Conv3d: LoRAConv3d.from_conv,
 }
 
+# What constructor_of returns for linears.
+_OF_LINEARS = (LoRALinear.from_linear, LoRAQuantizedLinear)
+
 
 def constructor_of(module: nn.Module) -> Callable[..., LoRALayer] | None:
     """What wraps a module of this kind: from_linear, from_embedding, from_conv, ..., or None."""
@@ -269,7 +274,7 @@ def check_dora(targets: Mapping[str, nn.Module], parameters: Collection[str]) ->
     no_linear = [
         f"{path} ({type(module).__name__})"
         for path, module in targets.items()
-        if constructor_of(module) not in (None, LoRALinear.from_linear, LoRAQuantizedLinear)
+        if constructor_of(module) not in (None, *_OF_LINEARS)
     ]
     for name in (*no_linear, *(f"target_parameters: {path}" for path in parameters)):
         raise ValueError(
@@ -307,3 +312,12 @@ def check_wrappable(targets: Mapping[str, nn.Module]) -> None:
         else:
             continue
         raise ValueError(f"{path} ({kind}) cannot get a LoRA layer: {reason}")
+
+
+# ---- what its factors are made of ----
+
+
+def lora_dtype(weight: Tensor | FrozenWeight, autocast_adapter_dtype: bool) -> torch.dtype | None:
+    """The dtype of factors over weight: float32 over 16 bits if asked for; None: the weight's."""
+    sixteen_bit = weight.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if autocast_adapter_dtype and sixteen_bit else None

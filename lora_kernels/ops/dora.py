@@ -3,48 +3,26 @@
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch.table import GemmShape
-from lora_kernels.ops.library import binds_positionally, compute, define, tma_if_asked
+from lora_kernels.ops.library import binds_positionally, compute, define
+from lora_kernels.ops.linear import backward_fake, backward_shape, forward_shape
 from lora_kernels.reference import dora as reference
 from lora_kernels.reference import dora_formula, formula
 from lora_kernels.reference.linear import accumulate_dtype
-from lora_kernels.spec import DoraNeeds, DoraSpec, OutputSplits
+from lora_kernels.spec import DoraNeeds, DoraSpec, Needs, OutputSplits
 
-__all__ = ["DoraLinear", "differentiable_backward", "dora_backward", "dora_forward"]
+__all__ = ["DoraLinear", "differentiable_backward", "dora_backward", "dora_forward", "to_save"]
 
 
 def _forward(x, w, a, b, bias, magnitude, seed, *constants):
-    (n, k), spec = w.shape, _spec(w.shape[0], *constants)
-    shape = GemmShape(
-        m=x.numel() // max(1, k),
-        n=n,
-        k=k,
-        r=b.shape[1],
-        dtype=x.dtype,
-        device=x.device,
-        dropout=spec.dropout_p > 0,
-        tma=tma_if_asked(x, w),
-    )
-    operands = (x, w, a, b, bias, magnitude, seed)
+    spec, operands = _spec(w.shape[0], *constants), (x, w, a, b, bias, magnitude, seed)
+    shape = forward_shape(x, w, b, spec.dropout_p)
     return compute(reference, "dora_forward", shape, (*operands, spec), operands)
 
 
 def _backward(*arguments):
     operands, spec, needs = _unpacked(arguments)
     dy, x, _, w, a, b, *_ = operands
-    n = dy.shape[-1]
-    wide = next((operand for operand in (x, w, a) if operand is not None), None)
-    shape = GemmShape(
-        m=dy.numel() // max(1, n),
-        n=n,
-        k=1 if wide is None else wide.shape[-1],
-        r=1 if b is None else b.shape[1],
-        dtype=dy.dtype,
-        device=dy.device,
-        dropout=spec.dropout_p > 0,
-        tma=tma_if_asked(dy, w),
-        backward=True,
-    )
+    shape = backward_shape(dy, x, w, a, b, spec.dropout_p)
     return compute(reference, "dora_backward", shape, (*operands, spec, needs), operands)
 
 
@@ -77,21 +55,9 @@ def _forward_fake(x, w, a, b, bias, magnitude, seed, *constants):
 
 
 def _backward_fake(dy, x, h, w, a, b, bias, magnitude, *others):
-    needs = DoraNeeds(*others[-1])
-    grads = []
-    if needs.x:
-        grads.append(dy.new_empty((*dy.shape[:-1], w.shape[1])))
-    if needs.w:
-        grads.append(dy.new_empty((dy.shape[-1], x.shape[-1])))
-    if needs.a:
-        grads.append(a.new_empty(a.shape))
-    if needs.b:
-        grads.append(b.new_empty(b.shape))
-    if needs.bias:
-        grads.append(dy.new_empty((dy.shape[-1],)))
-    if needs.magnitude:
-        grads.append(magnitude.new_empty(magnitude.shape))
-    return grads
+    *needs, needs_magnitude = others[-1]
+    grads = backward_fake(dy, x, w, a, b, Needs(*needs))
+    return [*grads, magnitude.new_empty(magnitude.shape)] if needs_magnitude else grads
 
 
 _forward_op = define(
@@ -127,6 +93,25 @@ def dora_backward(operands: tuple[Tensor | None, ...], spec: DoraSpec, needs: Do
     return _backward_op(*operands, spec.scaling, spec.dropout_p, spec.low_rank_only, needs)
 
 
+def to_save(
+    needs: DoraNeeds, spec: DoraSpec, x, h, w, a, b, bias, magnitude, seed, norm, y, c=None
+) -> tuple[Tensor | None, ...]:
+    """The operands of dora_backward besides dy, None for what these gradients do not depend on."""
+    drops = spec.drops_product
+    return (
+        x if needs.w or needs.a or needs.magnitude or (needs.x and needs.b) else None,
+        h if needs.b or needs.magnitude else None,
+        w if needs.x or needs.magnitude else None,
+        a if needs.x or needs.a else None,
+        b if needs.x or needs.a or needs.b or needs.magnitude else None,
+        bias if needs.magnitude and not drops else None,
+        magnitude,
+        seed,
+        norm,
+        (c if drops else y) if needs.magnitude else None,
+    )
+
+
 @binds_positionally
 class DoraLinear(torch.autograd.Function):
     """Saves what the backward will read of x, h, the seed and the parameters, and y, or c for y."""
@@ -142,18 +127,8 @@ class DoraLinear(torch.autograd.Function):
         ctx.mark_non_differentiable(h, norm, *c)
         ctx.set_materialize_grads(False)
         ctx.needs = needs = DoraNeeds(*ctx.needs_input_grad[:6])
-        drops = ctx.spec.drops_product
         ctx.save_for_backward(
-            x if needs.w or needs.a or needs.magnitude or (needs.x and needs.b) else None,
-            h if needs.b or needs.magnitude else None,
-            w if needs.x or needs.magnitude else None,
-            a if needs.x or needs.a else None,
-            b if needs.x or needs.a or needs.b or needs.magnitude else None,
-            bias if needs.magnitude and not drops else None,
-            magnitude,
-            seed,
-            norm,
-            (c[0] if drops else y) if needs.magnitude else None,
+            *to_save(needs, ctx.spec, x, h, w, a, b, bias, magnitude, seed, norm, y, *c)
         )
 
     @staticmethod

@@ -13,43 +13,55 @@ from lora_kernels.reference import linear as reference
 from lora_kernels.spec import LoraSpec, Needs, OutputSplits
 
 __all__ = [
-    "LoraLinear", "differentiable_backward", "lora_linear_backward", "lora_linear_forward",
+    "LoraLinear", "backward_fake", "backward_shape", "differentiable_backward", "forward_shape",
+    "lora_linear_backward", "lora_linear_forward",
 ]  # fmt: skip
 
 
-def _forward(x, w, a, b, bias, seed, *constants):
-    (n, k), spec = w.shape, _spec(*constants)
-    shape = GemmShape(
+def forward_shape(x: Tensor, w: Tensor, b: Tensor, dropout_p: float) -> GemmShape:
+    """What is asked for of a forward over x and w."""
+    n, k = w.shape
+    return GemmShape(
         m=x.numel() // max(1, k),
         n=n,
         k=k,
         r=b.shape[1],
         dtype=x.dtype,
         device=x.device,
-        dropout=spec.dropout_p > 0,
+        dropout=dropout_p > 0,
         tma=tma_if_asked(x, w),
     )
-    operands = (x, w, a, b, bias, seed)
-    return compute(reference, "lora_linear_forward", shape, (*operands, spec), operands)
 
 
-def _backward(dy, x, h, w, a, b, seed, *constants):
-    *constants, needs = constants
-    n, spec = dy.shape[-1], _spec(*constants)
+def backward_shape(dy, x, w, a, b, dropout_p: float) -> GemmShape:
+    """What is asked for of a backward, of which operands may be None."""
+    n = dy.shape[-1]
     wide = next((operand for operand in (x, w, a) if operand is not None), None)
-    shape = GemmShape(
+    return GemmShape(
         m=dy.numel() // max(1, n),
         n=n,
         k=1 if wide is None else wide.shape[-1],
         r=1 if b is None else b.shape[1],
         dtype=dy.dtype,
         device=dy.device,
-        dropout=spec.dropout_p > 0,
+        dropout=dropout_p > 0,
         tma=tma_if_asked(dy, w),
         backward=True,
     )
-    operands = (dy, x, h, w, a, b, seed)
+
+
+def _forward(x, w, a, b, bias, seed, *constants):
+    spec = _spec(*constants)
+    operands = (x, w, a, b, bias, seed)
+    shape = forward_shape(x, w, b, spec.dropout_p)
+    return compute(reference, "lora_linear_forward", shape, (*operands, spec), operands)
+
+
+def _backward(dy, x, h, w, a, b, seed, *constants):
+    *constants, needs = constants
+    spec, operands = _spec(*constants), (dy, x, h, w, a, b, seed)
     arguments = (*operands, spec, Needs(*needs))
+    shape = backward_shape(dy, x, w, a, b, spec.dropout_p)
     return compute(reference, "lora_linear_backward", shape, arguments, operands)
 
 
@@ -76,9 +88,8 @@ def _forward_fake(x, w, a, *_):
     return y, h
 
 
-def _backward_fake(dy, x, h, w, a, b, *others):
-    *_, needs = others
-    needs = Needs(*needs)
+def backward_fake(dy, x, w, a, b, needs: Needs) -> list[Tensor]:
+    """Tensors like the gradients that needs asks for."""
     grads = []
     if needs.x:
         grads.append(dy.new_empty((*dy.shape[:-1], w.shape[1])))
@@ -91,6 +102,10 @@ def _backward_fake(dy, x, h, w, a, b, *others):
     if needs.bias:
         grads.append(dy.new_empty((dy.shape[-1],)))
     return grads
+
+
+def _backward_fake(dy, x, h, w, a, b, *others):
+    return backward_fake(dy, x, w, a, b, Needs(*others[-1]))
 
 
 _forward_op = define(

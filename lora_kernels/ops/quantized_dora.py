@@ -3,7 +3,7 @@
 import torch
 
 from lora_kernels.ops.dequantize import dense
-from lora_kernels.ops.dora import differentiable_backward, dora_backward, dora_forward
+from lora_kernels.ops.dora import differentiable_backward, dora_backward, dora_forward, to_save
 from lora_kernels.ops.quantized_linear import dense_dtype
 from lora_kernels.quantization import FrozenWeight
 from lora_kernels.spec import DoraNeeds, DoraSpec
@@ -29,18 +29,9 @@ class DoraQuantizedLinear(torch.autograd.Function):
         own_bias = None if bias is None else bias.to(x.dtype)
         y, h, norm, *c = dora_forward(x, w, a, b, own_bias, magnitude, seed, spec)
         ctx.dense_dtype = dense_dtype(x.dtype, x, rows, backward=True)
-        drops = spec.drops_product
-        ctx.save_for_backward(
-            x if needs.a or needs.magnitude or (needs.x and needs.b) else None,
-            h if needs.b or needs.magnitude else None,
-            a if needs.x or needs.a else None,
-            b if needs.x or needs.a or needs.b or needs.magnitude else None,
-            own_bias if needs.magnitude and not drops else None,
-            magnitude,
-            seed,
-            norm,
-            (c[0] if drops else y) if needs.magnitude else None,
-        )
+        # The weight is made again.
+        saved = to_save(needs, spec, x, h, None, a, b, own_bias, magnitude, seed, norm, y, *c)
+        ctx.save_for_backward(*saved)
         return y
 
     @staticmethod
@@ -48,7 +39,7 @@ class DoraQuantizedLinear(torch.autograd.Function):
         needs = ctx.needs
         if dy is None or not any(needs):
             return (None,) * 8  # one for each argument of forward
-        x, h, a, b, *others = ctx.saved_tensors
+        x, h, _, a, b, *others = ctx.saved_tensors
         w = dense(ctx.frozen, ctx.dense_dtype) if needs.x or needs.magnitude else None
         operands = (dy, x, h, w, a, b, *others)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -1,6 +1,5 @@
 """PEFT's DoRA over linears: which adapters lora_linear computes with their magnitude."""
 
-import hashlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from lora_kernels.integrations.peft.guard import (
     not_plain_tensor,
     parameter,
 )
+from lora_kernels.integrations.peft.source import digest
 
 __all__ = ["magnitude_of", "register"]
 
@@ -43,8 +43,9 @@ def register() -> None:
         from peft.tuners.lora.variants import DoraLinearVariant
     except ImportError:  # before 0.16
         return
-    of_layer = DoraLinearLayer.forward, DoraLinearLayer.get_weight_norm
-    if all(map(_is_known, (DoraLinearVariant.forward, *of_layer))):
+    of_layer = DoraLinearLayer.forward, DoraLinearLayer.get_weight_norm  # under torch.no_grad
+    methods = map(inspect.unwrap, (DoraLinearVariant.forward, *of_layer))
+    if all(digest(method) in _KNOWN[method.__qualname__] for method in methods):
         for kind in (DoraLinearVariant, DoraLinearLayer):
             _forwards.setdefault(kind, kind.forward)
         VARIANTS[DoraLinearVariant] = magnitude_of
@@ -66,11 +67,3 @@ def magnitude_of(layer: nn.Module, adapter: str) -> Tensor | NotFused:
         or not_plain_tensor(magnitude, "lora_magnitude_vector.weight", 1)
         or magnitude
     )
-
-
-def _is_known(function: Callable) -> bool:
-    try:
-        source = inspect.getsource(function)
-    except OSError:
-        return False
-    return hashlib.sha256(source.encode()).hexdigest() in _KNOWN[function.__qualname__]
