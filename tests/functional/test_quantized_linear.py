@@ -206,6 +206,16 @@ def test_hooks_on_the_layer_act_forward_and_backward(products, seed, device, mon
         assert_close(result, exact[name], baseline[name], name)
 
 
+def test_a_record_keeps_the_seed_that_is_given(seed, device):
+    layer, problem = make_case(torch.float32, device, dropout_p=0.4)
+
+    def function(x):
+        return call(int8_weight(layer), problem, x, problem.a, problem.b)
+
+    recorded = torch.jit.trace(function, (problem.x,))
+    torch.testing.assert_close(recorded(problem.x), function(problem.x))
+
+
 def test_jagged(seed, device):
     layer, problem = make_case(torch.float32, device)
     parts = [torch.randn(m, 20, device=device) for m in (3, 5)]
