@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lora_kernels import dropout
 from lora_kernels.reference.linear import accumulate_dtype, low_rank_input, shaped_like
-from lora_kernels.reference.products import matmul
+from lora_kernels.reference.products import matmul, product_dtype
 from lora_kernels.spec import DoraNeeds, DoraSpec
 
 __all__ = [
@@ -111,6 +111,8 @@ def dora_forward(
     y [..., N], h [M, R] and norm [N] in accumulate_dtype, c [M, N].
     """
     rows = x.reshape(-1, x.shape[-1])
+    w = w.to(product_dtype(w.dtype, w.device, len(rows)))  # once, for the norms and all products
+    rows = rows.to(torch.promote_types(rows.dtype, w.dtype))
     norm = row_norms(w, a, b, spec.scaling) if norm is None else norm
     m = scale_of(magnitude, norm)
     if not spec.drops_product:
@@ -120,7 +122,8 @@ def dora_forward(
         return [shaped_like(x, y.to(x.dtype)), h, norm]
     x_hat, h = _dropped(rows, a, seed, spec.dropout_p)
     c = _product(x_hat, w, h, b, spec.scaling)
-    y = matmul(rows - x_hat, w.T).to(c.dtype).addcmul_(c, m)
+    rest = torch.sub(rows, x_hat, out=x_hat)  # fresh memory costs more than the difference
+    y = matmul(rest, w.T).to(c.dtype).addcmul_(c, m)
     y = y if bias is None else y.add_(bias)
     return [shaped_like(x, y.to(x.dtype)), h, norm, c.to(x.dtype)]
 
@@ -156,23 +159,25 @@ def dora_backward(
     dx = dw = da = db = dbias = dmagnitude = None
 
     wide_dy = dy_rows.to(acc)
-    if needs.magnitude:
-        dmagnitude = magnitude_gradient(wide_dy, rows, h, w, b, bias, m, norm, kept, spec)
+    dz = torch.empty_like(wide_dy) if needs.magnitude or needs.x else None
+    if needs.magnitude:  # in dz's memory, before dz is in it
+        dmagnitude = magnitude_gradient(wide_dy, rows, h, w, b, bias, m, norm, kept, spec, dz)
         dmagnitude = dmagnitude.to(magnitude.dtype)
     if needs.b:
         db = ((h.T @ wide_dy).T * (m * spec.scaling)[:, None]).to(b.dtype).contiguous()
     if needs.x:
-        dz = wide_dy * (m - 1 if spec.drops_product else m)
+        w = w.to(product_dtype(w.dtype, w.device, len(dy_rows), backward=True))
+        torch.mul(wide_dy, m - 1 if spec.drops_product else m, out=dz)
     if needs.x or needs.a:
         scale = spec.scaling * dropout.keep_scale(spec.dropout_p)
         dh = wide_dy @ (b.to(acc) * (m * scale)[:, None])
         update = dh @ a.to(acc) if needs.x else None
         if needs.x and spec.drops_product:
-            through = matmul(dz, w, backward=True)
-            update.add_(through, alpha=dropout.keep_scale(spec.dropout_p))
+            update = _plus_product_(update, dz, w, dropout.keep_scale(spec.dropout_p))
         da = _through_dropout(update, dh, rows if needs.a else None, seed, spec.dropout_p)
     if needs.x:
-        dx = _plus_product_(update, dy_rows if spec.drops_product else dz, w).to(dy.dtype)
+        whole = wide_dy if w.dtype == acc else dy_rows
+        dx = _plus_product_(update, whole if spec.drops_product else dz, w).to(dy.dtype)
         dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     if needs.w and spec.drops_product:
         x_hat, _ = _dropped(rows, None, seed, spec.dropout_p)
@@ -197,13 +202,13 @@ def magnitude_gradient(
     norm: Tensor,
     kept: Tensor,
     spec: DoraSpec,
+    memory: Tensor | None = None,
 ) -> Tensor:
     """dmagnitude, as dora_backward has it, in accumulate_dtype.
 
-    Shapes: dy [M, N] in accumulate_dtype, x [M, K], m [N].
+    memory: like dy, to be written to. Shapes: dy [M, N] in accumulate_dtype, x [M, K], m [N].
     """
-    kept = kept.reshape(dy.shape)
-    sums = (dy * kept).sum(0)
+    sums = torch.mul(dy, kept.reshape(dy.shape), out=memory).sum(0)
     if spec.drops_product:
         return over_norm(sums, norm)
     if bias is not None:
@@ -230,22 +235,22 @@ def _product(rows: Tensor, w: Tensor, h: Tensor, b: Tensor, scaling: float) -> T
     return matmul(rows, w.T).to(h.dtype).addmm_(h, b.to(h.dtype).T, alpha=scaling)
 
 
-def _plus_product_(update: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """update + left·right in place, in accumulate_dtype."""
+def _plus_product_(update: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """update + scale·left·right in place, in accumulate_dtype."""
     if update.dtype == left.dtype == right.dtype:
-        return update.addmm_(left, right)
-    return update.add_(matmul(left, right, backward=True))
+        return update.addmm_(left, right, alpha=scale)
+    return update.add_(matmul(left, right, backward=True), alpha=scale)
 
 
 def _dropped(
     rows: Tensor, a: Tensor | None, seed: Tensor, dropout_p: float
 ) -> tuple[Tensor, Tensor | None]:
-    """x_hat [M, K] in x's dtype and h = x_hat·aᵀ [M, R], which is not made of the rounded x_hat."""
+    """x_hat [M, K] in rows' dtype and h = x_hat·aᵀ [M, R], which is not made of a rounded x_hat."""
     acc = accumulate_dtype(rows.dtype)
     x_hat, parts = torch.empty_like(rows), []
     factor = None if a is None else a.to(acc).T
     for some, mask in dropout.masks(seed, *rows.shape, dropout_p, acc):
-        mask = mask * rows[some] * dropout.keep_scale(dropout_p)
+        mask.mul_(rows[some]).mul_(dropout.keep_scale(dropout_p))
         if a is not None:
             parts.append(mask @ factor)
         x_hat[some] = mask
