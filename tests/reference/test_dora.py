@@ -145,19 +145,20 @@ def test_norms_of_rows_that_nearly_cancel(left, seed, device):
     assert ((norms.double() - exact) / exact).abs().max() <= 1e-4
 
 
-class LargestNew(TorchDispatchMode):
-    """How many elements the largest new tensor has."""
+class Made(TorchDispatchMode):
+    """How many elements each new tensor of floats has."""
 
     def __init__(self):
         super().__init__()
-        self.largest, self._known = 0, set()
+        self.elements = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if _is(t)}
         results = func(*args, **(kwargs or {}))
         for result in filter(_is, tree_leaves(results)):
-            if result.untyped_storage().data_ptr() not in known:
-                self.largest = max(self.largest, result.numel())
+            fresh = result.untyped_storage().data_ptr() not in known
+            if fresh and result.is_floating_point():
+                self.elements.append(result.numel())
         return results
 
 
@@ -177,10 +178,29 @@ def test_nothing_of_the_weights_size_is_made(
         low_rank_only=low_rank_only,
     )  # fmt: skip
     needs = [True, False, True, True, True, True]
-    with LargestNew() as seen:
+    with Made() as made:
         y, h, norm, *c = forward(problem)
         backward(problem, h, norm, *(c or [y]), needs)
-    assert 5 * 128 <= seen.largest <= 1000 + 128
+    assert 5 * 128 <= max(made.elements) <= 1000 + 128
+
+
+@pytest.mark.parametrize(
+    ("law", "large"),
+    [
+        ("no dropout", ["y", "dz", "dx"]),
+        ("low rank only", ["mask", "y", "dz", "dx", "mask"]),
+        ("PEFT's", ["x_hat", "mask", "c", "y", "dz", "dx", "mask"]),
+    ],
+)
+def test_temporaries_of_a_step_share_memory(law, large, seed, device):
+    dropout_p, low_rank_only = LAWS[law]
+    problem = make_dora_problem(
+        8, 64, 64, 4, device=device, dropout_p=dropout_p, low_rank_only=low_rank_only
+    )
+    with Made() as made:
+        y, h, norm, *c = forward(problem)
+        backward(problem, h, norm, *(c or [y]), [True, False, True, True, True, True])
+    assert made.elements.count(8 * 64) == len(large)
 
 
 # ---- zeros ----
