@@ -29,8 +29,8 @@ class GemmConfig:
 
     tma: operands are read and written through tensor descriptors, and a program computes several
     tiles, one after the other. epilogue_subtile: into how many parts a tile is cut before a dropout
-    mask, which needs registers, is applied: 1, 2 or 4. BAND_M: how many tiles below each other are
-    computed before the next column of tiles.
+    mask or the scale of columns, which needs registers, is applied: 1, 2 or 4. BAND_M: how many
+    tiles below each other are computed before the next column of tiles.
     """
 
     BLOCK_M: int

@@ -3,7 +3,11 @@
 One program owns one tile of out: BLOCK_M rows and BLOCK_N columns of one group. The forward fills y
 with scaling · h · bᵀ + bias, the backward fills dx with mask ∘ (dh · a). Columns of a disabled
 group get the bias alone. With ADD out holds a large product already, which gets the update: then
-columns of a disabled group are neither read nor written.
+columns of a disabled group are neither read nor written. With a mask it is applied to the sum.
+
+With a magnitude col_scale multiplies the columns of that sum before bias is added. If dropout acts
+on the large product, too, which is x_hat · wᵀ then, the sum stays in out, and y gets what x · wᵀ
+lacks to be the layer's: col_scale ∘ sum - product + bias.
 """
 
 import torch
@@ -23,6 +27,7 @@ from lora_kernels.kernels.tile import (
     load_tile,
     locate,
     part_of,
+    scale_columns,
     store_tile,
     swizzle,
 )
@@ -57,7 +62,7 @@ TILES = Tiles(
 
 @triton.jit(do_not_specialize=["M"])
 def _expand_kernel(
-    left_ptr, right, bias, mask, out,
+    left_ptr, right, bias, col_scale, mask, out, y,
     M, R, rank_total, sizes, scale,
     ADD: tl.constexpr, LAYERS: tl.constexpr, ENABLED: tl.constexpr,
     RIGHT_T: tl.constexpr, NUMERICS: tl.constexpr,
@@ -75,6 +80,8 @@ def _expand_kernel(
         for layer in tl.range(LAYERS):
             of_layer = tl.cast(layer, tl.int64)
             update = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if ADD and mask is not None:
+                update = load_tile(out, row, column, M, end, BLOCK_M, BLOCK_N).to(tl.float32)
             update = add_low_rank(
                 update,
                 part_of(left, of_layer * M, group * R),
@@ -100,9 +107,15 @@ def _expand_kernel(
                 acc += update
     written = enabled if ADD else 1
     if written:
-        if ADD:
-            acc += load_tile(out, row, column, M, end, BLOCK_M, BLOCK_N).to(tl.float32)
-        acc = add_bias(acc, bias, column, end)
+        if ADD and mask is None:
+            product = load_tile(out, row, column, M, end, BLOCK_M, BLOCK_N).to(tl.float32)
+            acc += product
+        if y is not None:
+            lacking = scale_columns(acc, col_scale, column, end) - product
+            store_tile(y, add_bias(lacking, bias, column, end), row, column, M, end)
+        else:
+            acc = scale_columns(acc, col_scale, column, end)
+            acc = add_bias(acc, bias, column, end)
         store_tile(out, acc, row, column, M, end)
 
 
@@ -152,6 +165,69 @@ def expand_add_y(
     return y
 
 
+def expand_scale_y(
+    y: Tensor,
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    col_scale: Tensor,
+    spec: LoraSpec,
+    numerics: Numerics,
+    config: SkinnyConfig | None = None,
+) -> Tensor:
+    """y, after it became col_scale∘(y + scaling·h·bᵀ) + bias in place; for one group.
+
+    Shapes: as in expand_add_y; col_scale [N] float32.
+    """
+    r = b.shape[1]
+    config = config or config_for(h.device, r, numerics)
+    own = {"bias": bias, "mask": None, "scale": spec.scaling, "RIGHT_T": True, "ADD": True}
+    _launch(h, b, y, r, spec.splits, numerics, config, col_scale=col_scale, **own)
+    return y
+
+
+def expand_split_y(
+    c: Tensor,
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    col_scale: Tensor,
+    spec: LoraSpec,
+    numerics: Numerics,
+    config: SkinnyConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """c + scaling·h·bᵀ in place, and y = col_scale∘(that) - c + bias, for one group.
+
+    c: x_hat·wᵀ [M, N], rows of unit stride. Shapes: as in expand_scale_y.
+    """
+    r, y = b.shape[1], torch.empty(c.shape, dtype=c.dtype, device=c.device)
+    config = config or config_for(h.device, r, numerics)
+    own = {"bias": bias, "mask": None, "scale": spec.scaling, "RIGHT_T": True, "ADD": True}
+    _launch(h, b, c, r, spec.splits, numerics, config, col_scale=col_scale, y=matrix(y), **own)
+    return c, y
+
+
+def expand_mask_dx(
+    dx: Tensor,
+    dh: Tensor,
+    a: Tensor,
+    seed: Tensor,
+    dropout_p: float,
+    numerics: Numerics,
+    config: SkinnyConfig | None = None,
+) -> Tensor:
+    """dx, after it became mask ∘ (dx + dh·a) in place; dh includes the mask's scale.
+
+    Shapes: dx [M, K] of unit stride, dh [M, R], a [R, K].
+    """
+    r, k = a.shape
+    config = config or config_for(dh.device, r, numerics)
+    own = {"bias": None, "mask": mask(seed, dropout_p), "scale": 1.0}
+    own |= {"RIGHT_T": False, "ADD": True}
+    _launch(dh, a, dx, r, OutputSplits.whole(k), numerics, config, **own)
+    return dx
+
+
 def expand_dx(
     dh: Tensor,
     a: Tensor,
@@ -183,6 +259,8 @@ def _launch(
     splits: OutputSplits,
     numerics: Numerics,
     config: SkinnyConfig,
+    col_scale: Tensor | None = None,
+    y: Matrix | None = None,
     **own,
 ) -> None:
     m, block_r = len(out), rank_block(r, numerics.update)
@@ -193,6 +271,8 @@ def _launch(
         left_ptr=left,
         right=matrix(right),
         out=matrix(out),
+        col_scale=col_scale,
+        y=y,
         M=m,
         R=r,
         rank_total=left.shape[-1],

@@ -35,6 +35,57 @@ def expand_add_y(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
     return (o.dy.to(dtype) + _update(o, o.h, dtype),)
 
 
+def gemm_fwd_scaled(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
+    """y with col_scale, out of o.h."""
+    return (_scaled(o, _product(o, dtype) + _update(o, o.h, dtype), dtype),)
+
+
+def gemm_small_m_scaled(o: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """y with col_scale, and h."""
+    (h,) = shrink(o, dtype)
+    return _scaled(o, _product(o, dtype) + _update(o, h, dtype), dtype), h
+
+
+def expand_scale_y(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
+    """o.dy, taken for what a large product left in y, and the update, with col_scale and bias."""
+    return (_scaled(o, *expand_add_y(o, dtype), dtype),)
+
+
+def expand_split_y(o: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """c out of o.dy, and what x·wᵀ lacks to be y."""
+    (c,) = expand_add_y(o, dtype)
+    return c, _scaled(o, c, dtype) - o.dy.to(dtype)
+
+
+def expand_mask_dx(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
+    """o.x, taken for what a large product left in dx, and dh·a, both masked."""
+    return (o.mask.to(dtype) * (o.x.to(dtype) + o.dh.to(dtype) @ o.a.to(dtype)),)
+
+
+def grad_b_scaled(o: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """dh and db with col_scale, out of o.h.
+
+    col_scale∘b stands for b, in b's dtype unless dtype is float64.
+    """
+    scaled = o.col_scale.to(dtype)
+    b = o.b.to(dtype) * scaled[:, None]
+    b = b if dtype == torch.float64 else b.to(o.b.dtype).to(dtype)
+    dh = o.dy.to(dtype) @ b * (o.spec.scaling * o.keep_scale)
+    db = o.dy.to(dtype).T @ o.h.to(dtype) * (o.spec.scaling * scaled[:, None])
+    return dh, db
+
+
+def column_sums(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
+    """The sums out of o.kept."""
+    z = o.kept.to(dtype) - (0 if o.bias is None else o.bias.to(dtype))
+    return ((o.dy.to(dtype) * z).sum(0),)
+
+
+def apply_dropout(o: Operands, dtype: torch.dtype) -> tuple[Tensor]:
+    """x_hat."""
+    return (o.x.to(dtype) * o.mask.to(dtype) * o.keep_scale,)
+
+
 def grad_b(o: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """dh and db, out of o.h."""
     dh, db = torch.empty_like(o.h, dtype=dtype), torch.empty_like(o.b, dtype=dtype)
@@ -171,6 +222,15 @@ def _with_update_dx(o: GroupedOperands, out: Tensor, dtype: torch.dtype) -> Tens
 
 def _base(o: Operands, dtype: torch.dtype) -> Tensor:
     return F.linear(o.x.to(dtype), o.w.to(dtype), None if o.bias is None else o.bias.to(dtype))
+
+
+def _product(o: Operands, dtype: torch.dtype) -> Tensor:
+    return F.linear(o.x.to(dtype), o.w.to(dtype))
+
+
+def _scaled(o: Operands, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """col_scale∘y + bias."""
+    return y * o.col_scale.to(dtype) + (0 if o.bias is None else o.bias.to(dtype))
 
 
 def _update(o: Operands, h: Tensor, dtype: torch.dtype) -> Tensor:

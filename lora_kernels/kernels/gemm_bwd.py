@@ -24,7 +24,7 @@ from lora_kernels.kernels.launch import (
     tma_operand,
 )
 from lora_kernels.kernels.numerics import Numerics, bits_of
-from lora_kernels.kernels.tile import Matrix, add_low_rank, halves, matmul, store_tile, swizzle
+from lora_kernels.kernels.tile import Matrix, add_low_rank, cut, matmul, store_tile, swizzle
 
 TILES = Tiles(
     interpreter=[(When(), GemmConfig(64, 64, 64, num_warps=4, num_stages=1))],
@@ -99,11 +99,7 @@ def _gemm_bwd_kernel(
             store_tile(dx, acc, row, col, M, K, TMA_STORE)
         else:
             width: tl.constexpr = BLOCK_N // EPILOGUE_SUBTILE
-            parts = (acc,)
-            if EPILOGUE_SUBTILE >= 2:
-                parts = halves(acc)
-            if EPILOGUE_SUBTILE >= 4:
-                parts = halves(parts[0]) + halves(parts[1])
+            parts = cut(acc, EPILOGUE_SUBTILE)
             for i in tl.static_range(EPILOGUE_SUBTILE):
                 # Adds mask∘(dh·a) to a part of dy·w and stores it.
                 part_col = col + i * width

@@ -2,6 +2,8 @@
 
 A tile is BLOCK_M rows and BLOCK_N columns of one group. The product of rank R goes into the same
 accumulator once the loop over K is done, and costs no registers and no shared memory in that loop.
+With a magnitude the columns of both are multiplied by col_scale, before bias is added. A value for
+each column needs registers, so a tile may be cut for that.
 """
 
 import itertools
@@ -28,9 +30,11 @@ from lora_kernels.kernels.tile import (
     add_bias,
     add_low_rank,
     count_tiles,
+    cut,
     locate,
     matmul,
     part_of,
+    scale_columns,
     store_tile,
     swizzle,
 )
@@ -52,7 +56,10 @@ TILES = Tiles(
     sm_100=[
         (When(bits=32), GemmConfig(64, 32, 32, num_warps=8, num_stages=3)),
         (When(m=SMALL_M), GemmConfig(64, 64, 64, num_warps=8, num_stages=4)),
-        (When(tma=True), GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True)),
+        (
+            When(tma=True),
+            GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True, epilogue_subtile=2),
+        ),
         (When(), GemmConfig(128, 128, 32, num_warps=8, num_stages=3)),
     ],
     hip=[
@@ -70,10 +77,11 @@ TILES = Tiles(
 
 @triton.jit(do_not_specialize=["M"])
 def _gemm_fwd_kernel(
-    x, w, h_ptr, b, bias, y,
+    x, w, h_ptr, b, bias, col_scale, y,
     M, N, K, R, rank_total, sizes, scaling,
     ENABLED: tl.constexpr, W_T: tl.constexpr, NUMERICS: tl.constexpr,
-    TMA: tl.constexpr, TMA_STORE: tl.constexpr, BAND_M: tl.constexpr,
+    TMA: tl.constexpr, TMA_STORE: tl.constexpr,
+    EPILOGUE_SUBTILE: tl.constexpr, BAND_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -101,8 +109,17 @@ def _gemm_fwd_kernel(
                 BLOCK_R,
                 RANK_BLOCKS,
             )
-        acc = add_bias(acc, bias, column, end)
-        store_tile(y, acc, row, column, M, end, TMA_STORE)
+        if col_scale is None:
+            acc = add_bias(acc, bias, column, end)
+            store_tile(y, acc, row, column, M, end, TMA_STORE)
+        else:
+            width: tl.constexpr = BLOCK_N // EPILOGUE_SUBTILE
+            parts = cut(acc, EPILOGUE_SUBTILE)
+            for i in tl.static_range(EPILOGUE_SUBTILE):
+                part_col = column + i * width
+                finished = scale_columns(parts[i], col_scale, part_col, end)
+                finished = add_bias(finished, bias, part_col, end)
+                store_tile(y, finished, row, part_col, M, end, TMA_STORE)
 
 
 def config_for(x: Tensor, w: Tensor, r: int, spec: LoraSpec, numerics: Numerics) -> GemmConfig:
@@ -126,11 +143,14 @@ def gemm_fwd(
     spec: LoraSpec,
     numerics: Numerics,
     config: GemmConfig | None = None,
+    col_scale: Tensor | None = None,
 ) -> Tensor:
     """y = x·wᵀ + bias + scaling·h_g·b_gᵀ in the columns of each enabled group g.
 
+    col_scale multiplies the columns of y before bias is added.
     Shapes: x [M, K], w [N, K] with one unit stride, h [M, E·r] float32,
-    b [rows of the enabled groups, r] -> y [M, N]; x and b have a unit inner stride.
+    b [rows of the enabled groups, r], col_scale [N] float32 -> y [M, N]; x and b have a unit inner
+    stride.
     """
     (m, k), (n, r), splits = x.shape, (w.shape[0], b.shape[1]), spec.splits
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
@@ -139,6 +159,7 @@ def gemm_fwd(
     block_r = rank_block(r, numerics.update, beside_acc=True)
     config = config or config_for(x, w, r, spec, numerics)
     block_m, block_n, block_k, tma = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.tma
+    subtiles = 1 if col_scale is None else config.epilogue_subtile
     # A tile that the end of its group cuts off, not that of y, must not write what follows.
     whole_tiles = all(size % block_n == 0 for size in splits.sizes[:-1])
     tma_store = tma and whole_tiles and rows_fit_tma(n, y)
@@ -151,7 +172,8 @@ def gemm_fwd(
         h_ptr=h,
         b=matrix(b),
         bias=bias,
-        y=tma_operand(y, block_m, block_n, tma_store),
+        col_scale=col_scale,
+        y=tma_operand(y, block_m, block_n // subtiles, tma_store),
         M=m,
         N=n,
         K=k,
@@ -164,6 +186,7 @@ def gemm_fwd(
         NUMERICS=numerics,
         TMA=tma,
         TMA_STORE=tma_store,
+        EPILOGUE_SUBTILE=subtiles,
         BAND_M=config.BAND_M,
         BLOCK_M=block_m,
         BLOCK_N=block_n,

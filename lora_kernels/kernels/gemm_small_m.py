@@ -4,7 +4,8 @@ One program owns all rows of x and BLOCK_N columns of one group of y. With so fe
 bound by reading w, and the time of a launch counts. So each program computes the h that it needs,
 from the tiles of x that it multiplies with w. The first program of a group writes its h. Every
 program reads a and draws the mask again: a has R rows beside the N of w, and there is time for the
-mask while w is being read.
+mask while w is being read. With a magnitude the columns of y are multiplied by col_scale, before
+bias is added.
 """
 
 import torch
@@ -18,7 +19,7 @@ from lora_kernels.kernels.config import GemmConfig, Tiles, When, select, target_
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block
 from lora_kernels.kernels.numerics import Numerics, bits_of
-from lora_kernels.kernels.tile import add_bias, load_tile, locate, store_tile
+from lora_kernels.kernels.tile import add_bias, load_tile, locate, scale_columns, store_tile
 from lora_kernels.spec import LoraSpec
 
 TILES = Tiles(
@@ -53,7 +54,7 @@ TILES = Tiles(
 
 @triton.jit(do_not_specialize=["M"])
 def _gemm_small_m_kernel(
-    x, w, a, b, bias, mask, h_ptr, y,
+    x, w, a, b, bias, col_scale, mask, h_ptr, y,
     M, N, K, R, rank_total, sizes, scaling, keep_scale,
     ENABLED: tl.constexpr, W_T: tl.constexpr, NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -95,6 +96,7 @@ def _gemm_small_m_kernel(
         b_tile = load_tile(b, b_row, 0, b_row + end - column, R, BLOCK_N, BLOCK_R).T
         left, right = (h * scaling).to(NUMERICS.update), b_tile.to(NUMERICS.update)
         acc = tl.dot(left, right, acc, input_precision=NUMERICS.update_precision)
+    acc = scale_columns(acc, col_scale, column, end)
     acc = add_bias(acc, bias, column, end)
     store_tile(y, acc, 0, column, M, end)
 
@@ -125,12 +127,14 @@ def gemm_small_m(
     spec: LoraSpec,
     numerics: Numerics,
     config: GemmConfig | None = None,
+    col_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = x·wᵀ + bias + scaling·h_g·b_gᵀ in the columns of each enabled group g; h = dropout(x)·aᵀ.
 
+    col_scale multiplies the columns of y before bias is added.
     Shapes: x [M, K] with M up to BLOCK_M, w [N, K] with one unit stride, a [E·r, K],
-    b [rows of the enabled groups, r], seed [1] -> y [M, N], h [M, E·r] float32; x, a and b have a
-    unit inner stride.
+    b [rows of the enabled groups, r], seed [1], col_scale [N] float32 -> y [M, N], h [M, E·r]
+    float32; x, a and b have a unit inner stride.
     """
     (m, k), n, (ranks, r), splits = x.shape, w.shape[0], (a.shape[0], b.shape[1]), spec.splits
     config = config or config_for(x, numerics)
@@ -145,6 +149,7 @@ def gemm_small_m(
         a=matrix(a),
         b=matrix(b),
         bias=bias,
+        col_scale=col_scale,
         mask=mask(seed, spec.dropout_p),
         h_ptr=h,
         y=matrix(y),

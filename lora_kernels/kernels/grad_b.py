@@ -7,6 +7,9 @@ order. Disabled groups are not read.
 
 The parts of db are written and read again: 4·r / BLOCK_M times the bytes of a 16-bit dy. If that is
 more than reading dy again, db comes from grad_a's kernel instead: dbᵀ = scale_db · hᵀ · dy.
+
+With a magnitude col_scale ∘ dy stands for dy. The rows of db are multiplied by it here. Those of b
+are multiplied before, because a product of float32 tiles has no registers for that.
 """
 
 import torch
@@ -51,7 +54,7 @@ TILES = Tiles(
 
 @triton.jit(do_not_specialize=["M", "parts"])
 def _grad_b_kernel(
-    dy, b, h_ptr, dh_ptr, db_ptr,
+    dy, b, h_ptr, col_scale, dh_ptr, db_ptr,
     M, R, rank_total, b_rows, sizes, parts, scale_dh, scale_db,
     ENABLED: tl.constexpr, NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -96,6 +99,8 @@ def _grad_b_kernel(
             left = dy_tile.to(NUMERICS.rank).T
             db = tl.dot(left, h_tile, input_precision=NUMERICS.precision) * scale_db
             offs_n = n + tl.arange(0, BLOCK_N)
+            if col_scale is not None:
+                db *= tl.load(col_scale + start + offs_n, mask=offs_n < size, other=0.0)[:, None]
             offs_b = (pid_m * b_rows + b_start + offs_n)[:, None] * R + offs_r[None, :]
             tl.store(db_ptr + offs_b, db, mask=(offs_n < size)[:, None] & mask_r[None, :])
 
@@ -119,18 +124,23 @@ def grad_b(
     needs_dh: bool,
     numerics: Numerics,
     config: SkinnyConfig | None = None,
+    col_scale: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dh_g = scaling·keep_scale·dy_g·b_g and db_g = scaling·dy_gᵀ·h_g for each enabled group g.
 
-    Shapes: dy [M, N], b [rows of the enabled groups, r], h [M, E·r] -> dh [M, E·r] in numerics.dh,
-    db like b. dh is None if needs_dh is False, db is None if h is None.
+    With col_scale, for one group, col_scale∘dy stands for dy.
+    Shapes: dy [M, N], b [rows of the enabled groups, r], h [M, E·r], col_scale [N] float32 ->
+    dh [M, E·r] in numerics.dh, db like b. dh is None if needs_dh is False, db is None if h is None.
     """
     m, (b_rows, r), splits = dy.shape[0], b.shape, spec.splits
     groups = splits.count
     config = config or config_for(dy.device, r, numerics)
+    if col_scale is not None:
+        b = torch.mul(b, col_scale[:, None], out=torch.empty_like(b))
     db, needs_db = None, h is not None
     if needs_db and 4 * r > config.BLOCK_ROWS:
-        db, needs_db = _db_alone(dy, h, spec, r, numerics).to(b.dtype), False
+        db, needs_db = _db_alone(dy, h, spec, r, numerics), False
+        db = (db if col_scale is None else db * col_scale[:, None]).to(b.dtype)
     if not (needs_dh or needs_db):
         return None, db
     block_r = rank_block(r, numerics.rank)
@@ -150,6 +160,7 @@ def grad_b(
         h_ptr=h if needs_db else None,
         dh_ptr=dh_parts,
         db_ptr=db_parts,
+        col_scale=col_scale,
         M=m,
         R=r,
         rank_total=groups * r,

@@ -61,6 +61,16 @@ class Operands:
         return list(self.spec.splits.groups(self.r))
 
     @functools.cached_property
+    def col_scale(self) -> Tensor:
+        """What a magnitude multiplies the columns of y by: [N] float32."""
+        return 1 + 0.2 * _draw((self.spec.splits.columns,), self.x.device)
+
+    @functools.cached_property
+    def kept(self) -> Tensor:
+        """A matrix [M, N] like dy, taken for y."""
+        return _draw(tuple(self.dy.shape), self.x.device).to(self.dy.dtype)
+
+    @functools.cached_property
     def four_bit(self) -> FourBit:
         """A weight of w's shape in 4 bits; it has nothing to do with w."""
         return random_four_bit(tuple(self.w.shape), self.w.device)

@@ -4,15 +4,11 @@ The tests, the ahead-of-time gate, tuning and bench/ go through these entries. b
 launches by them, and computes which share of the machine's ceilings a kernel reaches.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
-
 from lora_kernels.kernels import (
+    apply_dropout,
+    column_sums,
     dequantize,
+    dora_launchers,
     expand,
     expand_grad_a,
     formulas,
@@ -31,78 +27,13 @@ from lora_kernels.kernels import (
     split_k_reduce,
     weight_norm,
 )
-from lora_kernels.kernels.config import Config, GemmConfig, Tiles, When, target_of
-from lora_kernels.kernels.launch import on_device_of
+from lora_kernels.kernels.config import Config, When, target_of
+from lora_kernels.kernels.launcher import Dims, Kernel, Launcher, dropout_of, drops, one_layer
 from lora_kernels.kernels.operands import Operands, copy_of
 
 __all__ = ["KERNELS", "LAUNCHERS", "Dims", "Kernel", "Launcher", "entry_for", "kernel_of"]
 
-Tensors = tuple[Tensor, ...]
 GROUPS = 4  # of Operands.grouped
-
-
-class Dims(NamedTuple):
-    """x [m, k], w [n, k], rank r; an element of h and dh has four bytes, any other e."""
-
-    m: int
-    k: int
-    n: int
-    r: int
-    e: int = 2
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """A launcher of a kernel: how it is called, what it computes, and what that costs.
-
-    depends_on: the dimensions that its time depends on; p stands for dropout. call: calls it on
-    Operands with a configuration; None takes the table's. formula: the same result in plain
-    PyTorch, in a given dtype. config_for: the table's configuration for Operands. flops, moved: the
-    FLOPs of one call, and the bytes that it moves. supports: whether it takes such Operands.
-    layers: whether it takes Operands of several layers over one x.
-    """
-
-    name: str
-    depends_on: str
-    call: Callable[[Operands, Config | None], Tensors]
-    formula: Callable[[Operands, torch.dtype], Tensors]
-    config_for: Callable[[Operands], Config]
-    flops: Callable[[Dims], int]
-    moved: Callable[[Dims], int]
-    supports: Callable[[Operands], bool] = lambda o: True
-    layers: bool = False
-
-    def __call__(self, o: Operands, config: Config | None = None) -> Tensors:
-        with on_device_of(o.x):
-            return self.call(o, config)
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel: its function, the table of its tiles, and what launches it.
-
-    A kernel without launchers is launched by the launchers of other kernels.
-    """
-
-    name: str
-    function: Callable
-    tiles: Tiles | None
-    launchers: tuple[Launcher, ...] = ()
-
-    @property
-    def is_gemm(self) -> bool:
-        """Whether it is a large product, so that its FLOPs count and not only its bytes."""
-        return self.tiles is not None and isinstance(self.tiles["other"][0][1], GemmConfig)
-
-
-def _one_layer(o: Operands) -> bool:
-    """Whether there is one layer, with one group of y's columns."""
-    return o.layers == 1 and o.spec.splits.enabled == (True,)
-
-
-def _dropout(o: Operands) -> tuple[Tensor, float]:
-    return o.seed, o.spec.dropout_p
-
 
 KERNELS = {
     kernel.name: kernel
@@ -110,7 +41,7 @@ KERNELS = {
         Kernel("shrink", shrink._shrink_kernel, shrink.TILES, (
             Launcher(
                 "shrink", "m k r p",
-                call=lambda o, c: (shrink.shrink(o.x, o.a, *_dropout(o), o.numerics, c),),
+                call=lambda o, c: (shrink.shrink(o.x, o.a, *dropout_of(o), o.numerics, c),),
                 formula=formulas.shrink,
                 config_for=lambda o: shrink.config_for(o.x.device, o.a.shape[-2], o.numerics),
                 flops=lambda d: 2 * d.m * d.k * d.r,
@@ -131,6 +62,7 @@ KERNELS = {
                     d.e * (d.m * d.k + d.n * d.k + d.m * d.n + d.n * d.r) + 4 * d.m * d.r
                 ),
             ),
+            *dora_launchers.GEMM_FWD,
         )),
         Kernel("gemm_small_m", gemm_small_m._gemm_small_m_kernel, gemm_small_m.TILES, (
             Launcher(
@@ -149,6 +81,7 @@ KERNELS = {
                     len(o.x), o.r, o.spec.dropout_p, o.numerics
                 ),
             ),
+            *dora_launchers.GEMM_SMALL_M,
         )),
         Kernel("expand", expand._expand_kernel, expand.TILES, (
             Launcher(
@@ -164,7 +97,7 @@ KERNELS = {
             Launcher(
                 "expand_dx", "m k r p",
                 call=lambda o, c: (
-                    expand.expand_dx(o.dh, o.a, *_dropout(o), o.x.dtype, o.numerics, c),
+                    expand.expand_dx(o.dh, o.a, *dropout_of(o), o.x.dtype, o.numerics, c),
                 ),
                 formula=formulas.expand_dx,
                 config_for=lambda o: expand.config_for(o.x.device, o.a.shape[-2], o.numerics),
@@ -183,12 +116,13 @@ KERNELS = {
                 flops=lambda d: 2 * d.m * d.n * d.r,
                 moved=lambda d: d.e * (4 * d.m * d.n + d.n * d.r) + 4 * d.m * d.r,
             ),
+            *dora_launchers.EXPAND,
         )),
         Kernel("expand_grad_a", expand_grad_a._expand_grad_a_kernel, expand_grad_a.TILES, (
             Launcher(
                 "expand_grad_a", "m k r p",
                 call=lambda o, c: expand_grad_a.expand_grad_a(
-                    o.dh, o.a, o.x, *_dropout(o), o.numerics, c
+                    o.dh, o.a, o.x, *dropout_of(o), o.numerics, c
                 ),
                 formula=lambda o, dtype: formulas.expand_dx(o, dtype) + formulas.grad_a(o, dtype),
                 config_for=lambda o: expand_grad_a.config_for(o.x.device, len(o.a), o.numerics),
@@ -206,12 +140,13 @@ KERNELS = {
                 flops=lambda d: 4 * d.m * d.n * d.r,
                 moved=lambda d: d.e * (d.m * d.n + 2 * d.n * d.r) + 8 * d.m * d.r,
             ),
+            *dora_launchers.GRAD_B,
         )),
         Kernel("gemm_bwd", gemm_bwd._gemm_bwd_kernel, gemm_bwd.TILES, (
             Launcher(
                 "gemm_bwd", "m k n r p",
                 call=lambda o, c: (
-                    gemm_bwd.gemm_bwd(o.dy, o.w, o.dh, o.a, *_dropout(o), o.numerics, c),
+                    gemm_bwd.gemm_bwd(o.dy, o.w, o.dh, o.a, *dropout_of(o), o.numerics, c),
                 ),
                 formula=formulas.gemm_bwd,
                 config_for=lambda o: gemm_bwd.config_for(o.dy, o.w, len(o.a), o.numerics),
@@ -225,13 +160,35 @@ KERNELS = {
             Launcher(
                 "grad_a", "m k r p",
                 call=lambda o, c: (
-                    grad_a.grad_a(o.dh, o.x, *_dropout(o), o.a.dtype, o.numerics, c),
+                    grad_a.grad_a(o.dh, o.x, *dropout_of(o), o.a.dtype, o.numerics, c),
                 ),
                 formula=formulas.grad_a,
                 config_for=lambda o: grad_a.config_for(o.x.device, o.numerics),
                 flops=lambda d: 2 * d.m * d.k * d.r,
                 moved=lambda d: d.e * (d.m * d.k + d.r * d.k) + 4 * d.m * d.r,
                 layers=True,
+            ),
+        )),
+        Kernel("apply_dropout", apply_dropout._apply_dropout_kernel, apply_dropout.TILES, (
+            Launcher(
+                "apply_dropout", "m k p",
+                call=lambda o, c: (apply_dropout.apply_dropout(o.x, *dropout_of(o), c),),
+                formula=formulas.apply_dropout,
+                config_for=lambda o: apply_dropout.config_for(o.x.device, o.x.dtype),
+                flops=lambda d: d.m * d.k,
+                moved=lambda d: 2 * d.e * d.m * d.k,
+                supports=drops,
+            ),
+        )),
+        Kernel("column_sums", column_sums._column_sums_kernel, column_sums.TILES, (
+            Launcher(
+                "column_sums", "m n",
+                call=lambda o, c: (column_sums.column_sums(o.dy, o.kept, o.bias, c),),
+                formula=formulas.column_sums,
+                config_for=lambda o: column_sums.config_for(o.dy.device, o.dy.dtype),
+                flops=lambda d: 2 * d.m * d.n,
+                moved=lambda d: 2 * d.e * d.m * d.n + 4 * d.n,
+                supports=one_layer,
             ),
         )),
         Kernel("dequantize", dequantize._dequantize_kernel, dequantize.TILES, (
@@ -256,7 +213,7 @@ KERNELS = {
                 config_for=lambda o: weight_norm.config_for(o.w.device, o.r, o.numerics),
                 flops=lambda d: 2 * d.n * d.k * (d.r + 2),
                 moved=lambda d: d.e * (d.n * d.k + d.r * d.k + d.n * d.r) + 4 * d.n,
-                supports=_one_layer,
+                supports=one_layer,
             ),
         )),
         Kernel("split_k_reduce", split_k_reduce._split_k_reduce_kernel, None),
@@ -268,7 +225,7 @@ KERNELS = {
                 config_for=lambda o: grouped_shrink.config_for(o.x.device, o.r, o.numerics),
                 flops=lambda d: 2 * d.m * d.k * d.r,
                 moved=lambda d: d.e * (d.m * d.k + GROUPS * d.r * d.k) + 4 * d.m * d.r,
-                supports=_one_layer,
+                supports=one_layer,
             ),
             Launcher(
                 "grouped_shrink_dh", "m n r",
@@ -277,7 +234,7 @@ KERNELS = {
                 config_for=lambda o: grouped_shrink.config_for(o.x.device, o.r, o.numerics),
                 flops=lambda d: 2 * d.m * d.n * d.r,
                 moved=lambda d: d.e * (d.m * d.n + GROUPS * d.r * d.n) + 4 * d.m * d.r,
-                supports=_one_layer,
+                supports=one_layer,
             ),
         )),
         Kernel("grouped_gemm", grouped_gemm._grouped_gemm_kernel, grouped_gemm.TILES, (
@@ -291,7 +248,7 @@ KERNELS = {
                     d.e * (d.m * d.k + d.n * d.k + d.m * d.n + GROUPS * d.n * d.r)
                     + 4 * d.m * d.r
                 ),
-                supports=_one_layer,
+                supports=one_layer,
             ),
             Launcher(
                 "grouped_gemm_dx", "m k n r p",
@@ -303,7 +260,7 @@ KERNELS = {
                     d.e * (d.m * d.n + d.n * d.k + d.m * d.k + GROUPS * d.r * d.k)
                     + 4 * d.m * d.r
                 ),
-                supports=_one_layer,
+                supports=one_layer,
             ),
         )),
         # They add to a copy of y or dx, which is made in the same time.
@@ -315,7 +272,7 @@ KERNELS = {
                 config_for=lambda o: grouped_expand.config_for(o.x.device, o.r, o.numerics),
                 flops=lambda d: 2 * d.m * d.n * d.r,
                 moved=lambda d: d.e * (4 * d.m * d.n + GROUPS * d.n * d.r) + 4 * d.m * d.r,
-                supports=_one_layer,
+                supports=one_layer,
             ),
             Launcher(
                 "grouped_expand_dx", "m k r p",
@@ -324,7 +281,7 @@ KERNELS = {
                 config_for=lambda o: grouped_expand.config_for(o.x.device, o.r, o.numerics),
                 flops=lambda d: 2 * d.m * d.k * d.r,
                 moved=lambda d: d.e * (4 * d.m * d.k + GROUPS * d.r * d.k) + 4 * d.m * d.r,
-                supports=_one_layer,
+                supports=one_layer,
             ),
         )),
         Kernel("grouped_grad", grouped_grad._grouped_grad_kernel, grouped_grad.TILES, (
@@ -335,7 +292,7 @@ KERNELS = {
                 config_for=lambda o: grouped_grad.config_for(o.x.device, o.r, o.numerics),
                 flops=lambda d: 2 * d.m * d.k * d.r,
                 moved=lambda d: d.e * (d.m * d.k + GROUPS * d.r * d.k) + 4 * d.m * d.r,
-                supports=_one_layer,
+                supports=one_layer,
             ),
             Launcher(
                 "grouped_grad_b", "m n r",
@@ -344,7 +301,7 @@ KERNELS = {
                 config_for=lambda o: grouped_grad.config_for(o.x.device, o.r, o.numerics),
                 flops=lambda d: 2 * d.m * d.n * d.r,
                 moved=lambda d: d.e * (d.m * d.n + GROUPS * d.n * d.r) + 4 * d.m * d.r,
-                supports=_one_layer,
+                supports=one_layer,
             ),
         )),
         Kernel("grouped_reduce", grouped_reduce._grouped_reduce_kernel, None),

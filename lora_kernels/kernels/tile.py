@@ -144,6 +144,15 @@ def add_low_rank(
 
 
 @triton.jit
+def scale_columns(acc, scale, column, end):
+    """acc · scale[column..end] in every row; acc itself if scale is None."""
+    if scale is not None:
+        offs = column + tl.arange(0, acc.shape[1])
+        acc *= tl.load(scale + offs, mask=offs < end, other=0.0)[None, :]
+    return acc
+
+
+@triton.jit
 def add_bias(acc, bias, column, end):
     """acc + bias[column..end] in every row; acc itself if bias is None."""
     if bias is not None:
@@ -158,3 +167,14 @@ def halves(tile):
     rows: tl.constexpr = tile.shape[0]
     cols: tl.constexpr = tile.shape[1]
     return tile.reshape(rows, 2, cols // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def cut(tile, PARTS: tl.constexpr):
+    """A tuple of 1, 2 or 4 parts of a tile's columns, from left to right."""
+    parts = (tile,)
+    if PARTS >= 2:
+        parts = halves(tile)
+    if PARTS >= 4:
+        parts = halves(parts[0]) + halves(parts[1])
+    return parts

@@ -44,11 +44,15 @@ def try_out(task: tuple[str, Shape, Config]) -> None:
 
 
 def as_run(name: str, shape: Shape, config: Config) -> Config:
-    """The configuration without what makes no difference: epilogue_subtile, without a mask."""
-    masked = name == "gemm_bwd" and shape.dropout_p > 0
-    if isinstance(config, SkinnyConfig) or masked:
+    """The configuration without what makes no difference: epilogue_subtile, if no tile is cut."""
+    if isinstance(config, SkinnyConfig) or _cuts_tiles(name, shape):
         return config
     return dataclasses.replace(config, epilogue_subtile=1)
+
+
+def _cuts_tiles(name: str, shape: Shape) -> bool:
+    """Whether the launcher cuts tiles, for a mask or for the scale of columns."""
+    return name == "gemm_fwd_scaled" or (name == "gemm_bwd" and shape.dropout_p > 0)
 
 
 ROWS, COLS, ELEMENTS = (32, 64, 128, 256), (32, 64, 128, 256), range(2048, 16384 + 1)
@@ -96,7 +100,7 @@ def grid(name: str, shape: Shape, when: When) -> list[Config]:
     kernel = kernel_of(name)
     if not kernel.is_gemm:
         pairs = STAGES_AND_PROGRAMS
-        if kernel.name.endswith(("expand", "dequantize")):
+        if kernel.name.endswith(("expand", "dequantize", "apply_dropout")):
             # It has no loop over the matrix that it writes, so nothing to prefetch or to cut.
             pairs = ONE_STAGE
         elif kernel.name in ("grouped_grad", "weight_norm"):  # cuts at a fixed length, or nothing
@@ -106,16 +110,16 @@ def grid(name: str, shape: Shape, when: When) -> list[Config]:
             for rows, cols, warps, pair in itertools.product(ROWS, COLS, SKINNY_WARPS, pairs)
             if rows * cols in ELEMENTS
         ]
-    if name == "gemm_small_m":
+    if kernel.name == "gemm_small_m":
         rows = min(when.m, SMALL_M)  # the most that the entry has to serve
         pairs = itertools.product(STRIPES, STRIPE_WARPS_AND_STAGES)
         return [GemmConfig(rows, *stripe, *pair) for stripe, pair in pairs]
     few = shape.m <= SMALL_M
-    masked = name == "gemm_bwd" and shape.dropout_p > 0 and not few
+    cuts = _cuts_tiles(name, shape) and not few
     configs = []
     for tma in (True, False) if when.tma else (False,):
         for tile, warps, stages in SMALL_M_TILES if few else LARGE_TILES:
-            subtiles = SUBTILES[tile[0] * tile[1] // (32 * warps)] if masked else (1,)
+            subtiles = SUBTILES[tile[0] * tile[1] // (32 * warps)] if cuts else (1,)
             # The first number of stages with every number of parts, the others with the first.
             pairs = [(stages[0], parts) for parts in subtiles]
             pairs += [(number, subtiles[0]) for number in stages[1:]]

@@ -71,8 +71,8 @@ def operands(
     few = m * min(k, n) <= FEW
     o = Operands(problem.without_cancellation() if few else problem)
     if few:
-        o.h, o.dh = o.h.abs(), o.dh.abs()
-    for name in ("x", "a", "b", "dy") + ("bias",) * bias:
+        o.h, o.dh, o.kept = o.h.abs(), o.dh.abs(), o.kept.abs()
+    for name in ("x", "a", "b", "dy", "kept", "col_scale") + ("bias",) * bias:
         setattr(o, name, between_nan(getattr(o, name), aligned))
     o.w = between_nan(o.w.T.contiguous(), aligned).T if transposed else between_nan(o.w, aligned)
     return o

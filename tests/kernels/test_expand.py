@@ -1,4 +1,4 @@
-"""expand: scaling · h · bᵀ + bias, y += scaling · h · bᵀ, and mask ∘ (dh · a)."""
+"""expand: scaling · h · bᵀ + bias, y += scaling · h · bᵀ, and mask ∘ (dh · a); with a magnitude."""
 
 import itertools
 
@@ -49,6 +49,29 @@ def test_expand_dx_is_its_formula(config, dtype, shape, dropout_p, seed, device)
 @pytest.mark.parametrize("config", tiles("expand"), ids=str)
 def test_expand_add_y_is_its_formula(config, dtype, shape, groups, seed, device):
     check("expand_add_y", operands(shape, dtype, device, groups=groups), config, y=dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@shapes
+@dtypes
+@skinny("expand")
+def test_expand_scale_y_is_its_formula(config, dtype, shape, bias, seed, device):
+    check("expand_scale_y", operands(shape, dtype, device, bias=bias), config, y=dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@shapes
+@dtypes
+@skinny("expand")
+def test_expand_split_y_is_its_formula(config, dtype, shape, bias, seed, device):
+    check("expand_split_y", operands(shape, dtype, device, bias=bias), config, c=dtype, y=dtype)
+
+
+@shapes
+@dtypes
+@skinny("expand")
+def test_expand_mask_dx_is_its_formula(config, dtype, shape, seed, device):
+    check("expand_mask_dx", operands(shape, dtype, device, dropout_p=0.3), config, dx=dtype)
 
 
 @pytest.mark.parametrize("y_dtype", DTYPES, ids=str)

@@ -1,5 +1,7 @@
 """gemm_fwd: y = x · wᵀ + bias + scaling · h · bᵀ."""
 
+import pytest
+
 from tests.kernels.cases import check, dtypes, gemms, linear_and_merged, operands, shapes
 
 
@@ -14,3 +16,14 @@ def test_gemm_fwd_is_its_formula(config, aligned, transposed, dtype, shape, grou
         shape, dtype, device, aligned=aligned, groups=groups, bias=aligned, transposed=transposed
     )
     check("gemm_fwd", o, config, y=dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@shapes
+@dtypes
+@gemms("gemm_fwd", subtiles=(1, 2, 4))
+def test_columns_are_scaled_before_bias_is_added(
+    config, aligned, transposed, dtype, shape, bias, seed, device
+):
+    o = operands(shape, dtype, device, aligned=aligned, bias=bias, transposed=transposed)
+    check("gemm_fwd_scaled", o, config, y=dtype)

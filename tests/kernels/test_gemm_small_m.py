@@ -46,6 +46,17 @@ def test_gemm_small_m_is_its_formula(
     check("gemm_small_m", o, config, y=dtype, h=torch.float32)
 
 
+@dropout
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@dtypes
+@pytest.mark.parametrize(("config", "shape"), list(rows_that_a_program_owns()), ids=str)
+def test_columns_are_scaled_before_bias_is_added(
+    config, shape, dtype, bias, dropout_p, seed, device
+):
+    o = operands(shape, dtype, device, dropout_p=dropout_p, bias=bias)
+    check("gemm_small_m_scaled", o, config, y=dtype, h=torch.float32)
+
+
 @pytest.mark.parametrize(
     ("m", "dtype", "lora", "rows"),
     [

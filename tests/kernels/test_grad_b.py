@@ -41,3 +41,11 @@ def test_grad_b_computes_one_alone_to_the_same_bits(
     alone, other, expected = (dh, db, both[0]) if needed == "dh" else (db, dh, both[1])
     assert other is None
     assert torch.equal(alone, expected)
+
+
+@shapes
+@dtypes
+@skinny("grad_b")
+def test_with_a_magnitude_grad_b_is_its_formula(config, dtype, shape, seed, device):
+    o = operands(shape, dtype, device, dropout_p=0.3)
+    check("grad_b_scaled", o, config, dh=o.numerics.dh, db=dtype)

@@ -14,7 +14,7 @@ SHAPE = Shape(80, 48, 40, 3, 0.25, dtype=torch.float16)
 SKINNY = [
     each.name for kernel in KERNELS.values() if not kernel.is_gemm for each in kernel.launchers
 ]
-LARGE = ["gemm_fwd", "gemm_bwd", "grouped_gemm_y", "grouped_gemm_dx"]
+LARGE = ["gemm_fwd", "gemm_fwd_scaled", "gemm_bwd", "grouped_gemm_y", "grouped_gemm_dx"]
 
 
 @pytest.mark.parametrize("name", SKINNY)
@@ -26,7 +26,7 @@ def test_grid_of_a_skinny_kernel_has_no_duplicates_and_keeps_its_limits(name):
         assert config.BLOCK_COLS in (32, 64, 128, 256)
         assert 2048 <= config.BLOCK_ROWS * config.BLOCK_COLS <= 16384
     assert {config.num_warps for config in grid} == {4, 8}
-    staged = not kernel_of(name).name.endswith(("expand", "dequantize"))
+    staged = not kernel_of(name).name.endswith(("expand", "dequantize", "apply_dropout"))
     cut = staged and kernel_of(name).name not in ("grouped_grad", "weight_norm")
     assert {config.num_stages for config in grid} == ({2, 3, 4} if staged else {1})
     assert {config.programs_per_sm for config in grid} == ({1, 2, 4} if cut else {2})
@@ -41,8 +41,9 @@ def test_grid_of_a_large_product_has_no_duplicates_and_keeps_its_limits(name, tm
     grid = candidates.grid(name, cell, When(tma=tma))
     assert 20 <= len(set(grid)) == len(grid) <= 70
     assert {config.tma for config in grid} == ({True, False} if tma else {False})
-    masked = name == "gemm_bwd" and dropout_p > 0 and m > 64
-    assert {config.epilogue_subtile for config in grid} == ({1, 2, 4} if masked else {1})
+    cuts = name == "gemm_fwd_scaled" or (name == "gemm_bwd" and dropout_p > 0)
+    subtiles = {1, 2, 4} if cuts and m > 64 else {1}
+    assert {config.epilogue_subtile for config in grid} == subtiles
     assert {config.BAND_M for config in grid} == ({8} if m <= 64 else {4, 8, 16})
     assert {config.num_stages for config in grid} == {3, 4, 5}
     assert max(config.BLOCK_M for config in grid) == (64 if m <= 64 else 256)

@@ -19,7 +19,7 @@ FAILING, WRONG, SLOW, RIGHT = (SkinnyConfig(16, cols, 4, 2) for cols in (16, 32,
 
 
 def shape_for(name):
-    return FEW if name == "gemm_small_m" else SHAPE
+    return FEW if kernel_of(name).name == "gemm_small_m" else SHAPE
 
 
 @pytest.fixture
@@ -70,6 +70,8 @@ def test_cases_join_shapes_that_do_not_differ_for_a_launcher():
         "shrink": 2, "gemm_fwd": 2, "gemm_small_m": 4, "expand_y": 2, "expand_dx": 2,
         "expand_add_y": 2, "expand_grad_a": 2, "grad_b": 2, "gemm_bwd": 4, "grad_a": 2,
         "dequantize_4bit": 2, "weight_norm": 2,
+        "gemm_fwd_scaled": 2, "gemm_small_m_scaled": 4, "expand_scale_y": 2, "expand_split_y": 2,
+        "expand_mask_dx": 1, "grad_b_scaled": 2, "apply_dropout": 1, "column_sums": 2,
         "grouped_shrink_h": 2, "grouped_shrink_dh": 2, "grouped_gemm_y": 2, "grouped_gemm_dx": 4,
         "grouped_expand_y": 2, "grouped_expand_dx": 2, "grouped_grad_a": 2, "grouped_grad_b": 2,
     }  # fmt: skip
@@ -89,7 +91,8 @@ def test_cases_tune_the_entry_that_the_launcher_takes(name, dtype, m, set_table,
         configs = [SkinnyConfig(*size, 4, 1) for size in sizes]
     entries = list(zip(whens, configs, strict=True))
     set_table(name, entries)
-    shape = dataclasses.replace(SHAPE, m=m, dtype=dtype, dropout_p=0.0)
+    dropout_p = 0.25 if name in ("apply_dropout", "expand_mask_dx") else 0.0
+    shape = dataclasses.replace(SHAPE, m=m, dtype=dtype, dropout_p=dropout_p)
     (case,) = cases.cases([name], [shape], limit=1)
     launched = []
     module = sys.modules[kernel_of(name).function.fn.__module__]
