@@ -114,7 +114,7 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
         weights = [member.oriented(member.base_weight()) for member in joined]
         taken = _algorithm(weights, layer.r, layer.active_dropout_p(), tokens)
         if layer.use_dora:
-            taken = _with_magnitude(taken, layer.dora_spec.drops_product)
+            taken = _with_magnitude(taken)
         if len(joined) > 1:
             others = f"{len(joined) - 1} other layer{'s' * (len(joined) > 2)}"
             taken = taken._replace(reason=f"{taken.reason}; in one call with {others}")
@@ -147,15 +147,13 @@ def _quantised_row(name: str, layer: LoRAQuantizedLinear, tokens: int) -> Row:
         kind = _frozen_kind(weight)
         taken = _over_frozen(weight, layer.lora_A, layer.active_dropout_p(), tokens)
         if layer.use_dora:
-            taken = _with_magnitude(taken, layer.dora_spec.drops_product)
+            taken = _with_magnitude(taken)
     dtype = None if isinstance(weight, NotFrozen) else weight.dtype
     return _row(name, f"{type(layer).__name__}({kind})", shape, dtype, (layer.r,), taken, reason)
 
 
-def _with_magnitude(taken: Algorithm, drops_product: bool) -> Algorithm:
-    """The algorithm of DoRA, given LoRA's; drops_product: see DoraSpec."""
-    if drops_product and taken.name != "reference":
-        return Algorithm("reference", "DoRA: no kernel has its dropout")
+def _with_magnitude(taken: Algorithm) -> Algorithm:
+    """The algorithm of DoRA, given LoRA's."""
     return taken._replace(reason=f"DoRA; {taken.reason}")
 
 
@@ -235,7 +233,7 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
     else:
         taken = _algorithm([weight], operands.a.shape[0], operands.dropout_p, tokens)
     if taken is not None and operands.magnitude is not None:
-        taken = _with_magnitude(taken, operands.dropout_p > 0)
+        taken = _with_magnitude(taken)
     if taken is not None and words:
         taken = taken._replace(reason="; ".join((*words, taken.reason)))
     return _row(name, kind, shape, dtype, ranks, taken, reason)

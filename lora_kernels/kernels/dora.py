@@ -1,21 +1,31 @@
-"""lora_linear with a magnitude and its backward, made of lora_linear's kernels.
+"""lora_linear with a magnitude and its backward, made of kernels.
 
-m is folded into w and b, or into y and dy, whichever is smaller: with m∘w for w and m∘b for b,
-lora_linear is what the magnitude asks for, and so are dx and da of its backward. The kernels of
-lora_linear know of no m yet, and of no x_hat in the product with w: if spec.drops_product,
-PyTorch's operators compute all but the norms.
+The forward is lora_linear's, by either algorithm, with m as the scale of y's columns. If
+spec.drops_product, y = x·wᵀ + (m∘c - x_hat·wᵀ) + bias: apply_dropout makes x_hat, cuBLAS both large
+products, and expand_split_y, out of the first one, c and what the second is added to.
+
+The backward has m in grad_b. For dx it is folded into w or into dy, whichever is smaller. If
+spec.drops_product, dx = mask∘(dz·w + dh·a) + dy·w with dz = (m - 1)/(1 - p)∘dy: cuBLAS makes both
+large products, and expand_mask_dx what is between them.
 """
 
 import torch
 from torch import Tensor
 
-from lora_kernels.kernels import linear
+from lora_kernels import dropout
+from lora_kernels.kernels.apply_dropout import apply_dropout
+from lora_kernels.kernels.column_sums import column_sums
+from lora_kernels.kernels.expand import expand_mask_dx, expand_split_y
+from lora_kernels.kernels.grad_a import grad_a
+from lora_kernels.kernels.grad_b import grad_b
 from lora_kernels.kernels.launch import as_rows, on_device_of, with_unit_stride
-from lora_kernels.kernels.numerics import numerics_of
+from lora_kernels.kernels.linear import add_product_, lora_linear_forward, of_x_and_a
+from lora_kernels.kernels.numerics import Numerics, numerics_of
+from lora_kernels.kernels.shrink import shrink
 from lora_kernels.kernels.weight_norm import weight_norm
-from lora_kernels.reference import dora as reference
-from lora_kernels.reference.dora import magnitude_gradient, scale_of
-from lora_kernels.spec import DoraNeeds, DoraSpec, Needs
+from lora_kernels.reference.dora import of_column_sums, scale_of
+from lora_kernels.reference.linear import shaped_like
+from lora_kernels.spec import DoraNeeds, DoraSpec
 
 __all__ = ["dora_backward", "dora_forward"]
 
@@ -33,18 +43,18 @@ def dora_forward(
 ) -> list[Tensor]:
     """reference.dora.dora_forward by algorithm "fused" or "addmm"."""
     with on_device_of(x):
-        numerics = numerics_of(w, a, b)
-        norm = weight_norm(with_unit_stride(w), as_rows(a), as_rows(b), spec.scaling, numerics)
-        if spec.drops_product:
-            return reference.dora_forward(x, w, a, b, bias, magnitude, seed, spec, norm)
+        w, numerics = with_unit_stride(w), numerics_of(w, a, b)
+        norm = weight_norm(w, as_rows(a), as_rows(b), spec.scaling, numerics)
         m = scale_of(magnitude, norm)
-        if _folds_weight(x, w):
-            operands = x, _scaled(w, m), a, _scaled(b, m), bias, seed
-            y, h = linear.lora_linear_forward(algorithm, *operands, spec)
-        else:
-            z, h = linear.lora_linear_forward(algorithm, x, w, a, b, None, seed, spec)
-            y = z.copy_(z * m if bias is None else torch.addcmul(bias.to(m.dtype), z, m))
-    return [y, h, norm]
+        if not spec.drops_product:
+            y, h = lora_linear_forward(algorithm, x, w, a, b, bias, seed, spec, m)
+            return [y, h, norm]
+        rows, a, b, numerics = as_rows(x), as_rows(a), as_rows(b), numerics_of(x, a, b)
+        bias = None if bias is None else bias.contiguous()
+        h = shrink(rows, a, seed, spec.dropout_p, numerics)
+        product = apply_dropout(rows, seed, spec.dropout_p) @ w.T
+        c, y = expand_split_y(product, h, b, bias, m, spec, numerics)
+        return [shaped_like(x, y.addmm_(rows, w.T)), h, norm, c]
 
 
 def dora_backward(
@@ -64,37 +74,72 @@ def dora_backward(
     needs: DoraNeeds,
 ) -> list[Tensor]:
     """reference.dora.dora_backward by algorithm "fused" or "addmm"."""
-    if spec.drops_product:
-        operands = dy, x, h, w, a, b, bias, magnitude, seed, norm, kept
-        return reference.dora_backward(*operands, spec, needs)
+    dy_rows, rows, a = as_rows(dy), as_rows(x), as_rows(a)
+    numerics, m = numerics_of(dy, a, b), scale_of(magnitude, norm)
+    dx = dw = da = db = dbias = dmagnitude = None
     with on_device_of(dy):
-        m, dx, dmagnitude = scale_of(magnitude, norm), [], []
-        rest, own_w, own_b = Needs(*needs[:5]), w, None if b is None else _scaled(b, m)
-        if needs.x and _folds_weight(dy, w):
-            own_w = _scaled(w, m)
-        elif needs.x:
-            # By itself: what dy loses as it is rounded with m in it, da and db do not lose.
-            dz, of_x = dy * m.to(dy.dtype), Needs(x=True)
-            dx = linear.lora_linear_backward(algorithm, dz, None, None, w, a, b, seed, spec, of_x)
-            rest = rest._replace(x=False)
-        operands = dy, x, h, own_w, a, own_b, seed
-        grads = rest.spread(linear.lora_linear_backward(algorithm, *operands, spec, rest))
-        grads = [
-            _scaled(grad, m) if name in ("w", "b") and grad is not None else grad
-            for name, grad in zip(rest._fields, grads, strict=True)
-        ]
+        needs_dh = needs.x or needs.a
+        if needs_dh or needs.b:
+            of_b = h.contiguous() if needs.b else None
+            operands = dy_rows, as_rows(b), of_b, spec, needs_dh, numerics
+            dh, db = grad_b(*operands, col_scale=m)
+        if needs_dh and spec.drops_product:
+            operands = dy_rows, rows, w, dh, a, seed, m
+            dx, da = _through_both_products(*operands, spec.dropout_p, numerics, needs)
+        elif needs_dh:
+            folded = dy_rows, w
+            if needs.x and _folds_weight(dy_rows, w):
+                folded = dy_rows, _scaled(w, m[:, None])
+            elif needs.x:
+                folded = _scaled(dy_rows, m), w
+            left, right = folded
+            operands = left, rows, right, dh, a, seed
+            dx, da = of_x_and_a(algorithm, *operands, spec.dropout_p, numerics, needs)
+        if needs.w and spec.drops_product:
+            x_hat = apply_dropout(rows, seed, spec.dropout_p)
+            dw = _scaled(dy_rows.T @ x_hat, (m - 1)[:, None]).addmm_(dy_rows.T, rows)
+        elif needs.w:
+            dw = _scaled(dy_rows.T @ rows, m[:, None])
+        if needs.bias:
+            dbias = dy_rows.sum(0)
         if needs.magnitude:
-            dy_rows, rows = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
-            operands = dy_rows.to(m.dtype), rows, h, w, b, bias, m, norm, kept
-            dmagnitude = [magnitude_gradient(*operands, spec).to(magnitude.dtype)]
-    return [grad for grad in (*dx, *grads, *dmagnitude) if grad is not None]
+            of_y = None if bias is None or spec.drops_product else bias.contiguous()
+            sums = column_sums(dy_rows, as_rows(kept), of_y)
+            dmagnitude = of_column_sums(sums, dy_rows, rows, h, w, b, m, norm, spec)
+            dmagnitude = dmagnitude.to(magnitude.dtype)
+    if dx is not None:
+        dx = dx.view(*dy.shape[:-1], dx.shape[1])
+    return [grad for grad in (dx, dw, da, db, dbias, dmagnitude) if grad is not None]
 
 
-def _folds_weight(rows: Tensor, w: Tensor) -> bool:
-    """Whether w is smaller than the matrix of y. Shapes: rows [..., K or N]."""
-    return rows.numel() // rows.shape[-1] > w.shape[1]
+def _through_both_products(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    dh: Tensor,
+    a: Tensor,
+    seed: Tensor,
+    m: Tensor,
+    dropout_p: float,
+    numerics: Numerics,
+    needs: DoraNeeds,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and da if dropout acts on the product with w, too, and they are needed."""
+    dx = da = None
+    if needs.x:
+        dz = _scaled(dy, (m - 1) * dropout.keep_scale(dropout_p))
+        dx = (dz.to(w.dtype) @ with_unit_stride(w)).to(dy.dtype)
+        add_product_(expand_mask_dx(dx, dh, a, seed, dropout_p, numerics), dy, w)
+    if needs.a:
+        da = grad_a(dh, x, seed, dropout_p, a.dtype, numerics)
+    return dx, da
 
 
-def _scaled(matrix: Tensor, m: Tensor) -> Tensor:
-    """m∘matrix, by rows, in its dtype. Shapes: [N, anything], [N]."""
-    return (matrix * m[:, None]).to(matrix.dtype)
+def _folds_weight(dy: Tensor, w: Tensor) -> bool:
+    """Whether w is smaller than dy. Shapes: [M, N], [N, K]."""
+    return len(dy) > w.shape[1]
+
+
+def _scaled(matrix: Tensor, scale: Tensor) -> Tensor:
+    """matrix·scale, rounded once to matrix's dtype. scale: a row or a column, in float32."""
+    return torch.mul(matrix, scale, out=torch.empty_like(matrix))

@@ -16,7 +16,7 @@ Gradients of weight and bias, which LoRA leaves frozen, are PyTorch's own produc
 
 from torch import Tensor
 
-from lora_kernels.kernels.expand import expand_dx, expand_y
+from lora_kernels.kernels.expand import expand_dx, expand_scale_y, expand_y
 from lora_kernels.kernels.expand_grad_a import expand_grad_a
 from lora_kernels.kernels.expand_grad_a import supports as takes_all_ranks
 from lora_kernels.kernels.gemm_bwd import gemm_bwd
@@ -28,9 +28,9 @@ from lora_kernels.kernels.launch import as_rows, on_device_of, with_unit_stride
 from lora_kernels.kernels.numerics import Numerics, numerics_of
 from lora_kernels.kernels.shrink import shrink
 from lora_kernels.reference.linear import shaped_like
-from lora_kernels.spec import LoraSpec, Needs
+from lora_kernels.spec import DoraNeeds, LoraSpec, Needs
 
-__all__ = ["lora_linear_backward", "lora_linear_forward", "output"]
+__all__ = ["add_product_", "lora_linear_backward", "lora_linear_forward", "of_x_and_a", "output"]
 
 
 def lora_linear_forward(
@@ -42,19 +42,22 @@ def lora_linear_forward(
     bias: Tensor | None,
     seed: Tensor | None,
     spec: LoraSpec,
+    col_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """reference.linear.lora_linear_forward by algorithm "fused" or "addmm"."""
+    """reference.linear.lora_linear_forward by algorithm "fused" or "addmm".
+
+    col_scale [N], for one group, multiplies the columns of y before bias is added.
+    """
     x_rows, a = as_rows(x), as_rows(a)
     numerics = numerics_of(x, a, b)
     with on_device_of(x):
         if algorithm == "fused" and supports(x_rows.shape[0], b.shape[1], spec.dropout_p, numerics):
             bias = None if bias is None else bias.contiguous()
-            y, h = gemm_small_m(
-                x_rows, with_unit_stride(w), a, as_rows(b), bias, seed, spec, numerics
-            )
+            operands = x_rows, with_unit_stride(w), a, as_rows(b), bias, seed
+            y, h = gemm_small_m(*operands, spec, numerics, col_scale=col_scale)
         else:
             h = shrink(x_rows, a, seed, spec.dropout_p, numerics)
-            y = output(algorithm, x_rows, w, h, b, bias, spec, numerics)
+            y = output(algorithm, x_rows, w, h, b, bias, spec, numerics, col_scale)
     return shaped_like(x, y), h
 
 
@@ -67,15 +70,18 @@ def output(
     bias: Tensor | None,
     spec: LoraSpec,
     numerics: Numerics,
+    col_scale: Tensor | None = None,
 ) -> Tensor:
-    """y = x·wᵀ + bias + scaling·h_g·b_gᵀ. Shapes: as in gemm_fwd.
+    """y = x·wᵀ + bias + scaling·h_g·b_gᵀ, with col_scale as in gemm_fwd. Shapes: as there.
 
     w, b and bias may have any strides; the rows of x and h have a unit stride.
     """
     w, b = with_unit_stride(w), as_rows(b)
     bias = None if bias is None else bias.contiguous()
     if algorithm == "fused":
-        return gemm_fwd(x, w, h, b, bias, spec, numerics)
+        return gemm_fwd(x, w, h, b, bias, spec, numerics, col_scale=col_scale)
+    if col_scale is not None:
+        return expand_scale_y(x @ w.T, h, b, bias, col_scale, spec, numerics)
     return expand_y(h, b, bias, spec, x.dtype, numerics).addmm_(x, w.T)
 
 
@@ -92,7 +98,6 @@ def lora_linear_backward(
     needs: Needs,
 ) -> list[Tensor]:
     """reference.linear.lora_linear_backward by algorithm "fused" or "addmm"."""
-    dropout_p = spec.dropout_p
     dy_rows, x_rows, a = as_rows(dy), as_rows(x), as_rows(a)
     h = h.contiguous() if needs.b else None
     numerics = numerics_of(dy, a, b)
@@ -100,23 +105,48 @@ def lora_linear_backward(
     with on_device_of(dy):
         if needs.x or needs.a or needs.b:
             dh, db = grad_b(dy_rows, as_rows(b), h, spec, needs.x or needs.a, numerics)
-        if needs.x and algorithm == "fused" and w.dtype == dy.dtype:
-            dx = gemm_bwd(dy_rows, with_unit_stride(w), dh, a, seed, dropout_p, numerics)
-        elif needs.x:
-            if needs.a and takes_all_ranks(len(a), numerics):
-                dx, da = expand_grad_a(dh, a, x_rows, seed, dropout_p, numerics)
-            else:
-                dx = expand_dx(dh, a, seed, dropout_p, dy.dtype, numerics)
-            if w.dtype == dy.dtype:
-                dx.addmm_(dy_rows, with_unit_stride(w))
-            else:
-                dx.add_(dy_rows.to(w.dtype) @ with_unit_stride(w))
+        if needs.x or needs.a:
+            operands = dy_rows, x_rows, w, dh, a, seed
+            dx, da = of_x_and_a(algorithm, *operands, spec.dropout_p, numerics, needs)
         if needs.w:
             dw = dy_rows.T @ x_rows
-        if needs.a and da is None:
-            da = grad_a(dh, x_rows, seed, dropout_p, a.dtype, numerics)
         if needs.bias:
             dbias = dy_rows.sum(0)
     if dx is not None:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
     return [grad for grad in (dx, dw, da, db, dbias) if grad is not None]
+
+
+def of_x_and_a(
+    algorithm: str,
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    dh: Tensor,
+    a: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    numerics: Numerics,
+    needs: Needs | DoraNeeds,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = dy·w + mask∘(dh·a) and da, if they are needed. Shapes: dy [M, N], x [M, K]."""
+    dx = da = None
+    if needs.x and algorithm == "fused" and w.dtype == dy.dtype:
+        dx = gemm_bwd(dy, with_unit_stride(w), dh, a, seed, dropout_p, numerics)
+    elif needs.x:
+        if needs.a and takes_all_ranks(len(a), numerics):
+            dx, da = expand_grad_a(dh, a, x, seed, dropout_p, numerics)
+        else:
+            dx = expand_dx(dh, a, seed, dropout_p, dy.dtype, numerics)
+        add_product_(dx, dy, w)
+    if needs.a and da is None:
+        da = grad_a(dh, x, seed, dropout_p, a.dtype, numerics)
+    return dx, da
+
+
+def add_product_(out: Tensor, left: Tensor, w: Tensor) -> None:
+    """out + left·w in place; in w's dtype, if that is another. Shapes: [M, K], [M, N], [N, K]."""
+    if w.dtype == left.dtype:
+        out.addmm_(left, with_unit_stride(w))
+    else:
+        out.add_(left.to(w.dtype) @ with_unit_stride(w))

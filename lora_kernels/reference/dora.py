@@ -28,7 +28,8 @@ from lora_kernels.reference.products import matmul, product_dtype
 from lora_kernels.spec import DoraNeeds, DoraSpec
 
 __all__ = [
-    "dora_backward", "dora_forward", "magnitude_gradient", "over_norm", "row_norms", "scale_of",
+    "dora_backward", "dora_forward", "magnitude_gradient", "of_column_sums", "over_norm",
+    "row_norms", "scale_of",
 ]  # fmt: skip
 
 _ZERO = torch.finfo(torch.float32).tiny  # below it, a norm is that of a row of zeros
@@ -209,10 +210,28 @@ def magnitude_gradient(
     memory: like dy, to be written to. Shapes: dy [M, N] in accumulate_dtype, x [M, K], m [N].
     """
     sums = torch.mul(dy, kept.reshape(dy.shape), out=memory).sum(0)
+    if bias is not None and not spec.drops_product:
+        sums -= bias.to(dy.dtype) * dy.sum(0)
+    return of_column_sums(sums, dy, x, h, w, b, m, norm, spec)
+
+
+def of_column_sums(
+    sums: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    w: Tensor,
+    b: Tensor,
+    m: Tensor,
+    norm: Tensor,
+    spec: DoraSpec,
+) -> Tensor:
+    """dmagnitude out of the column sums [N] of dy∘(y - bias), or of dy∘c if spec.drops_product.
+
+    sums is written to. Shapes: as in magnitude_gradient; dy in any dtype.
+    """
     if spec.drops_product:
         return over_norm(sums, norm)
-    if bias is not None:
-        sums -= bias.to(dy.dtype) * dy.sum(0)
     sums /= m
     some = _columns_without_z(m)
     if isinstance(some, slice) or len(some):

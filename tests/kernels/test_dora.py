@@ -1,29 +1,36 @@
-"""Both algorithms of DoRA: which matrices m is folded into, and random layers against float64."""
+"""Both algorithms of DoRA against float64, what is launched, and which matrix m is folded into."""
 
 import collections
 
 import pytest
 import torch
 
-from lora_kernels.kernels import linear, weight_norm
+from lora_kernels.kernels import dora, weight_norm
 from lora_kernels.reference import dora as reference
+from lora_kernels.spec import DoraNeeds
 from lora_kernels.testing.dora_problem import make_dora_problem
 from lora_kernels.testing.tolerance import assert_close, assert_close_together
 from tests.calls import solve
 
+LAWS = {"no dropout": (0.0, False), "PEFT's": (0.3, False), "low rank only": (0.3, True)}
+every_law = pytest.mark.parametrize(("dropout_p", "low_rank_only"), LAWS.values(), ids=LAWS)
 kernels = pytest.mark.parametrize("algorithm", ["fused", "addmm"], indirect=True)
 
 
 @kernels
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@every_law
 @pytest.mark.parametrize("lora_dtype", [None, torch.float32], ids=["same", "float32 adapters"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_layers_of_many_sizes(dtype, lora_dtype, dropout_p, seed, device):
+def test_layers_of_many_sizes(
+    dtype, lora_dtype, dropout_p, low_rank_only, monkeypatch, seed, device
+):
+    monkeypatch.setattr(reference, "dora_forward", None)
+    monkeypatch.setattr(reference, "dora_backward", None)
     found = collections.defaultdict(list)
     for shape in ((3, 64, 33, 7), (70, 40, 64, 16), (97, 31, 13, 3)):
         problem = make_dora_problem(
             *shape, device=device, dtype=dtype, lora_dtype=lora_dtype, dropout_p=dropout_p,
-            low_rank_only=True,
+            low_rank_only=low_rank_only, bias=shape[0] != 70,
         )  # fmt: skip
         problem.magnitude[1] = 0
         exact, baseline = problem.solve(torch.float64), problem.solve()
@@ -36,26 +43,46 @@ def test_layers_of_many_sizes(dtype, lora_dtype, dropout_p, seed, device):
         assert_close_together(triples, name)
 
 
+@every_law
+@pytest.mark.parametrize("algorithm", ["fused", "addmm"])
+def test_every_subset_of_gradients_has_the_same_bits(
+    algorithm, dropout_p, low_rank_only, seed, device
+):
+    problem = make_dora_problem(
+        (2, 35), 40, 24, 4, device=device, dropout_p=dropout_p, low_rank_only=low_rank_only
+    )
+    p = problem
+    operands = p.x, p.w, p.a, p.b, p.bias, p.magnitude, p.seed
+    y, h, norm, *c = dora.dora_forward(algorithm, *operands, p.spec)
+    operands = p.dy, p.x, h, p.w, p.a, p.b, p.bias, p.magnitude, p.seed, norm, *(c or [y])
+
+    def backward(needs):
+        grads = dora.dora_backward(algorithm, *operands, p.spec, needs)
+        return dict(zip([n for n, on in needs._asdict().items() if on], grads, strict=True))
+
+    whole = backward(DoraNeeds(*[True] * 6))
+    for name in DoraNeeds._fields:
+        (alone,) = backward(DoraNeeds(**{name: True})).values()
+        if name == "a" and algorithm == "addmm":  # by another kernel, which cuts the rows elsewhere
+            assert_close(alone, whole[name].double(), whole[name], name)
+        else:
+            assert torch.equal(alone, whole[name]), name
+
+
 @kernels
-@pytest.mark.parametrize(("m", "folded"), [(64, "y"), (65, "w")], ids=str)
-def test_m_is_folded_into_the_smaller_matrix(m, folded, algorithm, monkeypatch, seed, device):
-    problem = make_dora_problem(m, 64, 24, 4, device=device)
-    seen = []
-    real_forward, real_backward = linear.lora_linear_forward, linear.lora_linear_backward
+@pytest.mark.parametrize(("m", "folded"), [(64, "dy"), (65, "w")], ids=str)
+def test_for_dx_m_is_folded_into_the_smaller_matrix(m, folded, monkeypatch, seed, device):
+    problem, seen = make_dora_problem(m, 64, 24, 4, device=device), []
 
-    def forward(algorithm, x, w, *others):
-        seen.append("y" if w.equal(problem.w) else "w")
-        return real_forward(algorithm, x, w, *others)
+    def of_x_and_a(algorithm, dy, x, w, *others):
+        changed = {"dy": not dy.equal(problem.dy), "w": not w.equal(problem.w)}
+        seen.append([name for name, is_changed in changed.items() if is_changed])
+        return real(algorithm, dy, x, w, *others)
 
-    def backward(algorithm, dy, x, h, w, *others):
-        if others[-1].x:
-            seen.append("y" if w.equal(problem.w) else "w")
-        return real_backward(algorithm, dy, x, h, w, *others)
-
-    monkeypatch.setattr(linear, "lora_linear_forward", forward)
-    monkeypatch.setattr(linear, "lora_linear_backward", backward)
+    real = dora.of_x_and_a
+    monkeypatch.setattr(dora, "of_x_and_a", of_x_and_a)
     solve(problem)
-    assert seen == [folded] * 2
+    assert seen == [[folded]]
 
 
 @kernels
