@@ -141,7 +141,7 @@ def _quantised_row(name: str, layer: LoRAQuantizedLinear, tokens: int) -> Row:
         reason = f"its forward raises an error: {weight.reason}"
     elif type(layer).forward is not LoRAQuantizedLinear.forward or "forward" in layer.__dict__:
         reason = "it has a forward of its own"
-    elif is_hooked(layer.base_layer):
+    elif is_hooked(layer.base_layer) and not layer.use_dora:  # with it, they do not run
         reason = "base_layer has hooks"
     else:
         kind = _frozen_kind(weight)

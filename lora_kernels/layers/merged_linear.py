@@ -42,6 +42,11 @@ class LoRAMergedLinear(LinearLayer):
         out_splits: Sequence[int] | None = None,
         **kwargs,
     ):
+        if kwargs.get("use_dora"):
+            raise NotImplementedError(
+                f"{type(self).__name__}: use_dora=True, and its groups have no magnitude: take a "
+                f"LoRALinear with use_dora for each group"
+            )
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if isinstance(out_splits, Iterable) and not isinstance(out_splits, (list, tuple, str)):

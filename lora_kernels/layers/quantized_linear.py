@@ -25,7 +25,8 @@ class LoRAQuantizedLinear(TakesMagnitude, nn.Module):
     Kaiming uniform, lora_B zero. Dropout acts in training mode only. lora_dtype: that of the
     factors; None takes what base_layer multiplies in, or float32 if that is x's.
     use_dora, dropout_low_rank_only: as LoRALinear has them. With use_dora the forward multiplies by
-    the dense weight too, because the norms need it.
+    the dense weight too, because the norms need it. So base_layer is not called, and its hooks do
+    not run: a second product by its own kernels would double the cost.
     The layer never merges: eval() computes the update on the fly. ``merged_weight()`` is dense.
     Raises: TypeError if base_layer is of a kind without a frozen weight; ValueError if its state
     does not fit, and for bad r, lora_alpha or lora_dropout.

@@ -129,7 +129,7 @@ def both(tensors):
 
 
 BAD = {
-    "missing": (drop, "lin.lora_magnitude_vector: missing, though .* has use_dora"),
+    "missing": (drop, "lin.lora_magnitude_vector: missing, though .* has use_dora: .*to false"),
     "short": (put(lambda v: v[1:].clone()), r"lin.lora_magnitude_vector: shape must be \[6\]"),
     "a row": (put(lambda v: v[None].clone()), r"lin.lora_magnitude_vector: shape must be \[6\]"),
     "integers": (put(lambda v: v.long()), "lin.lora_magnitude_vector: dtype must be floating"),

@@ -132,3 +132,14 @@ def test_refuses_what_has_no_frozen_weight():
         LoRAQuantizedLinear(trained, 2)
     with pytest.raises(TypeError, match=r"Linear4bit is quantised: use LoRAQuantizedLinear"):
         LoRALinear.from_linear(quantised("nf4"), 2)
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+def test_hooks_of_the_base_run_without_a_magnitude_and_the_report_knows(use_dora, seed):
+    layer, seen = adapted("nf4-nested", use_dora=use_dora), []
+    layer.base_layer.register_forward_hook(lambda *_: seen.append("base"))
+    layer(torch.randn(5, K)).sum().backward()
+    assert seen == ([] if use_dora else ["base"])
+    (row,) = lora_kernels.report(layer)
+    assert row.fused is use_dora
+    assert "hooks" not in row.reason if use_dora else row.reason == "base_layer has hooks"

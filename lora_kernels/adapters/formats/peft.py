@@ -287,7 +287,10 @@ def _read_magnitude(
     if base.kind != "linear":
         raise ValueError(f"{source.config}: use_dora: only linears have it, {path} is {base.kind}")
     if magnitude is None:
-        raise ValueError(f"{place}: missing, though {source.config.name} has use_dora")
+        raise ValueError(
+            f"{place}: missing, though {source.config.name} has use_dora: save the adapter again, "
+            f"or set use_dora to false there for LoRA without a magnitude"
+        )
     if magnitude.dtype not in files.FLOATS:
         raise ValueError(f"{place}: dtype must be floating, got {magnitude.dtype}")
     if list(magnitude.shape) != [base.outputs]:
