@@ -11,6 +11,7 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "lora_kernels/__init__.py").read_text(), re.MULTILINE
 )[1]
 
+GGUF = ["gguf"]
 PEFT = ["peft", "transformers"]
 EXAMPLES = [
     "accelerate",
@@ -56,7 +57,8 @@ setup(
     extras_require={
         "bench": BENCH,
         "examples": EXAMPLES,
+        "gguf": GGUF,
         "peft": PEFT,
-        "test": sorted({*TEST, *PEFT, *EXAMPLES}),
+        "test": sorted({*TEST, *PEFT, *GGUF, *EXAMPLES}),
     },
 )

@@ -6,14 +6,20 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "naming", "read_json", "read_pickle", "read_safetensors", "replacing"]
+from lora_kernels.adapters import mapped
+
+__all__ = [
+    "FLOATS", "check_finite", "naming", "read_json", "read_pickle", "read_safetensors", "replacing",
+    "write_pickle",
+]  # fmt: skip
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -34,24 +40,29 @@ def read_json(path: Path) -> Any:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Tensors and metadata of a safetensors file; the tensors are mapped, so never write to them.
 
     Raises: ValueError for a damaged file and, naming the key, for a value that is not finite.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors, metadata = mapped.map_safetensors(path)
     except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from error
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype not in FLOATS:
             raise ValueError(f"{path}: {key}: dtype {tensor.dtype} is not supported")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{path}: {key}: holds NaN or infinite values")
+    check_finite(path, tensors)
     return tensors, metadata
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises: ValueError, naming file and key, for NaN and infinite values."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not mapped.is_finite(tensor):
+            raise ValueError(f"{path}: {key}: holds NaN or infinite values")
+        mapped.release()
 
 
 def read_pickle(path: Path) -> Any:
@@ -60,7 +71,9 @@ def read_pickle(path: Path) -> Any:
     Raises: ValueError for anything else, and for a damaged file.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except OSError:
         raise
     except pickle.UnpicklingError:
@@ -72,17 +85,33 @@ def read_pickle(path: Path) -> Any:
         raise ValueError(f"{path}: torch.load cannot read it: {error}") from None
 
 
+def write_pickle(path: Path, state: dict[str, Any]) -> None:
+    """Writes a new file by torch.save; of each tensor in state exactly its own numbers."""
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            value = value.detach().contiguous()
+            is_part = value.untyped_storage().nbytes() > value.numel() * value.dtype.itemsize
+            state[key] = value.clone() if is_part else value
+    with path.open("xb") as file:
+        torch.save(state, mapped.Releasing(file))
+
+
 @contextlib.contextmanager
 def replacing(directory: Path, names: Sequence[str]) -> Iterator[Path]:
     """Gives a folder to write files of these names in. Then they replace those in directory.
 
-    They do so in this order. If an error ends the writing, directory is unchanged.
+    They do so in this order. If an error ends the writing, directory is as it was.
     """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory))
     try:
         yield scratch
         for name in names:
             os.replace(scratch / name, directory / name)
+        made = []
     finally:
         shutil.rmtree(scratch)
+        with contextlib.suppress(OSError):  # another process has put something there
+            for path in made:
+                path.rmdir()

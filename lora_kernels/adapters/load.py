@@ -1,5 +1,6 @@
 """load_adapter: an Adapter is put into a model that it fits."""
 
+import logging
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -10,11 +11,9 @@ from torch import Tensor, nn
 
 from lora_kernels import distributed
 from lora_kernels.adapters.fit import fit, fit_named
-from lora_kernels.adapters.formats import peft
-from lora_kernels.adapters.formats.adapter import (
-    Adapter,
-    renamed,
-)
+from lora_kernels.adapters.formats import FORMATS, locate, peft
+from lora_kernels.adapters.formats.adapter import Adapter, Hints, renamed
+from lora_kernels.adapters.formats.base import Base
 from lora_kernels.adapters.formats.peft_experts import Stack
 from lora_kernels.layers.mixture import weight_of
 from lora_kernels.model.apply import wrap_modules
@@ -36,6 +35,8 @@ from lora_kernels.model.trainable import (
 
 __all__ = ["load_adapter"]
 
+_log = logging.getLogger("lora_kernels")
+
 
 def load_adapter(
     model: nn.Module,
@@ -43,9 +44,12 @@ def load_adapter(
     *,
     merge_weights: bool = False,
     adapter: str | None = None,
+    lora_alpha: float | None = None,
 ) -> nn.Module:
-    """Puts an adapter, from files of save_adapter or PEFT, into model; returns model.
+    """Puts an adapter, from files of save_adapter, PEFT or another tool, into model; returns model.
 
+    directory: also a file. Every format of ``lora-kernels convert`` is recognised by its content,
+    and the logger lora_kernels tells, at level INFO, what it was taken for.
     A plain model is wrapped as by apply_lora, with float32 adapters over 16-bit weights.
     merge_weights: whether eval() merges; a plain model in eval mode is merged at once. It trains
     what the adapter trained. Modules that the adapter holds as a whole are untied as by apply_lora,
@@ -58,6 +62,7 @@ def load_adapter(
     PEFT's lora_bias adds scaling·lora_B.bias to the biases of a plain model, which then train; they
     are saved as those of bias="lora_only". BD-LoRA with lora_B in blocks becomes LoRAMergedLinear.
     VeLoRA, which changes PEFT's backward alone, becomes LoRA.
+    lora_alpha: for files that do not hold it.
     adapter: a name, for a model with several adapters or a plain one that becomes such a model. An
     adapter of this name takes the values, and keeps its dropout; a new one joins the others. It may
     have factors of linears alone.
@@ -72,11 +77,21 @@ def load_adapter(
         stacks.update(_stacks(model, names))
         return stacks
 
-    read = peft.read(Path(directory), stacks=find_stacks)
+    path = Path(directory)
+    is_peft = not path.exists() or (path / peft.WEIGHTS).is_file()
+    found, file = ("peft", path) if is_peft else locate(path)
+    if found == "peft":
+        read = peft.read(path, stacks=find_stacks)
+    else:
+        read = FORMATS[found].read(file, Hints(lora_alpha=lora_alpha, base=Base.of(model)))
+    _log.info("load_adapter: %s: taken for the format of %s", file, found)
     name, adapter = adapter, _with_biases_of(model, _aligned(read, model), adapter)
     fitted = fit(model, adapter, stacks) if name is None else fit_named(model, adapter, name)
     for note in adapter.notes:
-        warnings.warn(f"load_adapter: {note}", RuntimeWarning, stacklevel=2)
+        if found == "peft":
+            warnings.warn(f"load_adapter: {note}", RuntimeWarning, stacklevel=2)
+        else:
+            _log.info("load_adapter: %s", note)
     if name is not None:
         load_plain_state(model, _distributed(fitted.state, plain_state(model)))
         return model

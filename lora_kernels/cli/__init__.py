@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lora_kernels.adapters.formats import FORMATS
 from lora_kernels.cli.errors import UsageError
 
 __all__ = ["main"]
@@ -88,16 +89,23 @@ def _add_convert(commands) -> None:
     convert = commands.add_parser(
         "convert",
         usage="%(prog)s SOURCE DESTINATION [options]",
-        help="convert an adapter between loralib's .pt and PEFT's directory",
-        description="If SOURCE is a directory with adapter_config.json and "
-        "adapter_model.safetensors, as PEFT and save_adapter write it, DESTINATION becomes a file "
-        "of torch.save with the keys of loralib's lora_state_dict. If SOURCE is such a file, "
-        "DESTINATION becomes such a directory. Nothing pickled is executed. Factors in loralib's "
-        "file do not tell a convolution from a Linear: the command prints what it took each module "
-        "for. For convolutions load the file into the model and call lora_kernels.save_adapter.",
+        help="convert an adapter from the files of one tool to those of another",
+        description=f"Formats: {', '.join(FORMATS)}. SOURCE's is recognised by its content. "
+        "Without --to, PEFT's directory (adapter_config.json and adapter_model.safetensors, as "
+        "save_adapter writes it, too) becomes a file of torch.save with the keys of loralib's "
+        "lora_state_dict, and everything else becomes such a directory. Nothing pickled is "
+        "executed. What the other format cannot hold is refused, or written in an equivalent form "
+        "with a remark. Factors in loralib's file do not tell a convolution from a Linear: the "
+        "command prints what it took each module for. For convolutions load the file into the "
+        "model and call lora_kernels.save_adapter.",
     )
-    convert.add_argument("source", metavar="SOURCE")
-    convert.add_argument("destination", metavar="DESTINATION")
+    convert.add_argument("source", metavar="SOURCE", help="a file or a directory")
+    convert.add_argument("destination", metavar="DESTINATION", help="must not be there yet")
+    convert.add_argument(
+        "--from", dest="source_format", choices=FORMATS, metavar="FORMAT", help="of SOURCE"
+    )
+    convert.add_argument("--to", choices=FORMATS, metavar="FORMAT", help="of DESTINATION")
+    _add_base(convert)
     convert.add_argument(
         "--merged",
         action="store_true",
@@ -107,11 +115,14 @@ def _add_convert(commands) -> None:
         "all layers, --enable-lora, --out-splits, --embedding and --fan-in-fan-out",
     )
     to_peft = convert.add_argument_group(
-        "from loralib to PEFT: what a loralib file does not hold",
+        "what SOURCE does not hold, as a loralib file does not",
         "NAME is the path of a module in the model, or the end of one.",
     )
     to_peft.add_argument(
-        "--lora-alpha", type=float, metavar="ALPHA", help="lora_alpha of the layers; required"
+        "--lora-alpha",
+        type=float,
+        metavar="ALPHA",
+        help="lora_alpha of the layers; required if the file does not tell it",
     )
     to_peft.add_argument(
         "--lora-dropout", type=float, default=0.0, metavar="P", help="(default: %(default)s)"
@@ -153,6 +164,15 @@ def _add_convert(commands) -> None:
         "LightningModule; names of other wrappers are taken off unasked",
     )
     convert.set_defaults(command=_convert)
+
+
+def _add_base(command) -> None:
+    command.add_argument(
+        "--base",
+        metavar="PATH",
+        help="the base model's directory, or its config.json: tells the heads of q_proj and k_proj "
+        "and, with weights, the paths of modules",
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

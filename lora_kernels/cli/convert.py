@@ -6,34 +6,60 @@ from pathlib import Path
 
 from lora_kernels.adapters import formats
 from lora_kernels.adapters.formats.adapter import Hints
+from lora_kernels.adapters.formats.base import Base
 from lora_kernels.adapters.formats.loralib_merged import unmerge
+from lora_kernels.adapters.formats.plain import summary
 from lora_kernels.cli.errors import UsageError
 
-__all__ = ["convert"]
+__all__ = ["convert", "hints_of"]
+
+_OWN_WORDS = {"peft", "loralib"}  # between these two, what they write says it all
 
 
 def convert(options: argparse.Namespace) -> list[str]:
     """Does what the command line asks for; returns lines that say what was done.
 
-    PEFT's directory becomes loralib's file. Every other format becomes PEFT's directory. With
-    --merged a state dict with merged weights becomes one with base weights.
+    Without --to, PEFT's directory becomes loralib's file, or GGUF if DESTINATION is called so.
+    Every other format becomes PEFT's directory. With --merged a state dict with merged weights
+    becomes one with base weights.
     Raises: UsageError, in one line, for all that cannot be read, converted or written.
     """
     source, destination = Path(options.source), Path(options.destination)
     if not source.exists():
         raise UsageError(f"convert: {source}: no such file or directory")
     try:
+        hints = hints_of(options)
         if options.merged:
-            return unmerge(source, destination, _hints(options))
-        found = formats.recognise(source)
-        wanted = "loralib" if found == "peft" else "peft"
-        adapter = formats.FORMATS[found].read(source, _hints(options))
-        return [*formats.FORMATS[wanted].write(adapter, destination), *adapter.notes]
+            return unmerge(source, destination, hints)
+        found, file = formats.locate(source, options.source_format)
+        wanted = options.to or _default(found, destination)
+        adapter = formats.FORMATS[found].read(file, hints)
+        if destination.is_dir() and any(destination.iterdir()):
+            raise ValueError(f"{destination}: is a directory that is not empty")
+        if destination.exists() and not destination.is_dir():
+            raise ValueError(f"{destination}: is there already")
+        written = formats.FORMATS[wanted].write(adapter, destination, hints)
+        taken = []
+        if not {found, wanted} <= _OWN_WORDS:
+            taken = [f"{file}: taken for {found}:", *summary(adapter)]
+        return [*taken, *written, *adapter.notes]
     except (ValueError, OSError) as error:
         raise UsageError(f"convert: {' '.join(str(error).split())}") from error
 
 
-def _hints(options: argparse.Namespace) -> Hints:
+def _default(found: str, destination: Path) -> str:
+    """The format that DESTINATION is to have if --to does not say it."""
+    if destination.suffix == ".gguf":
+        return "gguf"
+    if found != "peft":
+        return "peft"
+    if destination.suffix == ".safetensors":
+        raise ValueError(f"{destination}: loralib's file is a pickle: call it .pt, or give --to")
+    return "loralib"
+
+
+def hints_of(options: argparse.Namespace) -> Hints:
+    """What the options say that files lack. Raises: ValueError, OSError."""
     return Hints(
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
@@ -43,6 +69,7 @@ def _hints(options: argparse.Namespace) -> Hints:
         embedding=tuple(options.embedding),
         modules_to_save=tuple(options.modules_to_save),
         drop_prefix=options.drop_prefix,
+        **({} if options.base is None else {"base": Base.read(Path(options.base))}),
     )
 
 

@@ -7,36 +7,62 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_kernels.adapters.formats import loralib, peft
+from lora_kernels.adapters.formats import gguf, loralib, mlx, peft, torchtune
 from lora_kernels.adapters.formats.adapter import Adapter, Hints
+from lora_kernels.adapters.formats.contents import Contents, candidates, look
 
-__all__ = ["FORMATS", "Format", "recognise"]
+__all__ = ["FORMATS", "Format", "locate", "recognise"]
 
 
 class Format(NamedTuple):
     """One file format.
 
-    recognises: whether what is at a path looks like this format. read: makes an Adapter of it, with
-    hints from the user. write: writes an Adapter to a path; returns lines that say what is written.
+    recognises: whether contents look like this format. read: makes an Adapter of the file of
+    weights, or of a directory, with hints from the user. write: writes an Adapter to a path, with
+    the hints' base model; returns lines that say what is written.
     Raises: read and write raise ValueError and OSError, which name the file and the place in it,
     for what cannot be read, expressed or written.
     """
 
-    recognises: Callable[[Path], bool]
+    recognises: Callable[[Contents], bool]
     read: Callable[[Path, Hints], Adapter]
-    write: Callable[[Adapter, Path], list[str]]
+    write: Callable[[Adapter, Path, Hints], list[str]]
 
 
-# The first format that recognises a path reads it.
+# The first format that recognises contents reads them.
 FORMATS = {
+    "gguf": Format(gguf.recognises, gguf.read, gguf.write),
+    "torchtune": Format(torchtune.recognises, torchtune.read, torchtune.write),
+    "mlx": Format(mlx.recognises, mlx.read, mlx.write),
     "peft": Format(peft.recognises, peft.read, peft.write),
     "loralib": Format(loralib.recognises, loralib.read, loralib.write),
 }
 
 
 def recognise(path: Path) -> str:
-    """The name of the format of what is at path. Raises: ValueError if it has none of FORMATS."""
-    for name, form in FORMATS.items():
-        if form.recognises(path):
-            return name
-    raise ValueError(f"{path}: must be in one of these formats: {', '.join(FORMATS)}")
+    """The name of the format of what is at path. Raises: as locate."""
+    return locate(path)[0]
+
+
+def locate(path: Path, wanted: str | None = None) -> tuple[str, Path]:
+    """The format of the adapter at path, and the file of its weights, or its directory.
+
+    wanted: the format, if the user has told it.
+    Raises: ValueError if nothing there is in one of FORMATS, or in the one wanted, and if path is
+    a directory with several adapters; OSError.
+    """
+    looks = [look(file) for file in candidates(path)] or [look(path)]
+    found = []
+    for contents in looks:
+        name = next((name for name, form in FORMATS.items() if form.recognises(contents)), None)
+        if name is not None and wanted in (None, name):
+            found.append((name, contents.path))
+        elif wanted is not None and FORMATS[wanted].recognises(contents):
+            found.append((wanted, contents.path))
+    if not found:
+        known = ", ".join(FORMATS) if wanted is None else wanted
+        raise ValueError(f"{path}: must be in one of these formats: {known}")
+    if len(found) > 1:
+        names = ", ".join(f"{file.name} ({name})" for name, file in found)
+        raise ValueError(f"{path}: holds several adapters: {names}: give the path of one")
+    return found[0]

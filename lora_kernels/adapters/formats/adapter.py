@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.adapters.formats.base import UNKNOWN, Base
 from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
 from lora_kernels.model.paths import join
@@ -235,7 +236,7 @@ class Hints:
 
     enable_lora, out_splits: pairs of the name of a module, or the end of its path, and the numbers
     for it; "" stands for all modules. embedding, modules_to_save: names. drop_prefix: what no
-    key of the model begins with.
+    key of the model begins with. base: what is known of the base model.
     """
 
     lora_alpha: float | None = None
@@ -246,3 +247,4 @@ class Hints:
     embedding: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     drop_prefix: str = ""
+    base: Base = UNKNOWN

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters import files
@@ -25,6 +24,7 @@ from lora_kernels.adapters.formats.adapter import (
     Hints,
     Source,
 )
+from lora_kernels.adapters.formats.contents import Contents
 from lora_kernels.adapters.formats.keys import plain_keys
 from lora_kernels.checks import check_alpha, check_dropout
 from lora_kernels.layers.merged_state_dict import STATE_DICT_VERSION
@@ -48,9 +48,9 @@ _ALPHA = "lora_alpha"  # what the metadata calls it
 _LIGHTNING, _LIGHTNING_FRONT = "pytorch-lightning_version", "model."
 
 
-def recognises(path: Path) -> bool:
-    """Whether path is a file of any kind: what PyTorch pickles has no mark of its own."""
-    return not path.is_dir()
+def recognises(contents: Contents) -> bool:
+    """Whether it may be a pickle, of any content: these have no mark of their own."""
+    return contents.kind == "pickle"
 
 
 # ---- reading ----
@@ -344,7 +344,7 @@ def _matches(option: str, names: Iterable[str], paths: Collection[str]) -> set[s
 # ---- writing ----
 
 
-def write(adapter: Adapter, file: Path) -> list[str]:
+def write(adapter: Adapter, file: Path, hints: Hints | None = None) -> list[str]:
     """Writes the file; returns lines that say which layers of loralib it fits.
 
     Raises: ValueError for a convolution, for DoRA, and if file is a directory; OSError.
@@ -364,12 +364,12 @@ def write(adapter: Adapter, file: Path) -> list[str]:
             )
         state |= {join(path, "lora_A"): layer.lora_A, join(path, "lora_B"): layer.lora_B}
         calls[_call(layer)].append(path)
-    state = OrderedDict((key, value.contiguous()) for key, value in state.items())
+    state = OrderedDict(state)
     state._metadata = OrderedDict(
         (path, {_ALPHA: _alpha(layer.spec)}) for path, layer in adapter.layers.items()
     )
     with files.replacing(file.parent, [file.name]) as scratch:
-        torch.save(state, scratch / file.name)
+        files.write_pickle(scratch / file.name, state)
     lines = [f"{file}: LoRA on {len(adapter.layers)} modules; the layers it fits:"]
     return lines + [f"  {call}: {', '.join(paths)}" for call, paths in calls.items()]
 

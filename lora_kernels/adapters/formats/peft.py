@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lora_kernels.adapters import files
+from lora_kernels.adapters import files, mapped
 from lora_kernels.adapters.files import naming
 from lora_kernels.adapters.formats import peft_experts
 from lora_kernels.adapters.formats.adapter import (
@@ -27,6 +27,7 @@ from lora_kernels.adapters.formats.adapter import (
     Source,
     renamed,
 )
+from lora_kernels.adapters.formats.contents import Contents
 from lora_kernels.adapters.formats.keys import stripped
 from lora_kernels.adapters.formats.peft_config import AdapterConfig, make_config, parse_config
 from lora_kernels.adapters.formats.peft_experts import ORIENTED, Stack, Stacks
@@ -41,10 +42,10 @@ from lora_kernels.adapters.formats.peft_moe import rewritten_by_name
 from lora_kernels.adapters.formats.peft_saved import all_saved
 from lora_kernels.model.paths import is_inside, join, split, without_wrappers
 
-__all__ = ["Encoded", "encode", "read", "recognises", "write"]
+__all__ = ["WEIGHTS", "Encoded", "encode", "read", "recognises", "write"]
 
 _CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _ENDINGS: dict[Kind, tuple[str, str]] = {
@@ -58,9 +59,9 @@ _MAGNITUDE = "lora_magnitude_vector"  # of the module; PEFT leaves its ".weight"
 _COPIES = ("original_module", "modules_to_save")
 
 
-def recognises(path: Path) -> bool:
-    """Whether path is a directory."""
-    return path.is_dir()
+def recognises(contents: Contents) -> bool:
+    """Whether it is one of PEFT's files, or a directory without any adapter's."""
+    return contents.kind == "directory" or contents.path.name in (WEIGHTS, _PICKLE)
 
 
 # ---- keys ----
@@ -96,17 +97,18 @@ def _factor(key: str) -> tuple[str, str, Kind] | None:
 
 
 def read(directory: Path, hints: Hints | None = None, stacks: Stacks | None = None) -> Adapter:
-    """The adapter that PEFT or write put into directory; hints are not used.
+    """The adapter that PEFT or write put into directory, or that of its weights; hints are unused.
 
     stacks: what target_parameters means in the model, which alone can say it.
     Raises: FileNotFoundError; ValueError, naming file and key, for all that is damaged or does not
     fit together, and for what PEFT offers beyond LoRA. A pickle is never read.
     """
-    config_path, weights_path = directory / _CONFIG, directory / _WEIGHTS
+    directory = directory.parent if directory.name in (WEIGHTS, _PICKLE) else directory
+    config_path, weights_path = directory / _CONFIG, directory / WEIGHTS
     if not weights_path.is_file() and (directory / _PICKLE).exists():
         raise ValueError(
             f"{directory / _PICKLE}: a pickle can run code and is never read; have PEFT save the "
-            f"adapter as {_WEIGHTS}"
+            f"adapter as {WEIGHTS}"
         )
     for path in (config_path, weights_path):
         if not path.is_file():
@@ -334,15 +336,13 @@ class Encoded(NamedTuple):
 
     def write(self, directory: Path) -> None:
         """Puts both files into directory; both are complete before either replaces an older one."""
-        from safetensors.torch import save_file
-
-        with files.replacing(directory, (_WEIGHTS, _CONFIG)) as scratch:
-            save_file(self.tensors, scratch / _WEIGHTS, self.metadata)
+        with files.replacing(directory, (WEIGHTS, _CONFIG)) as scratch:
+            mapped.write_safetensors(scratch / WEIGHTS, self.tensors, self.metadata)
             text = json.dumps(self.config, indent=2, sort_keys=True)
             (scratch / _CONFIG).write_text(text + "\n")
 
 
-def write(adapter: Adapter, directory: Path) -> list[str]:
+def write(adapter: Adapter, directory: Path, hints: Hints | None = None) -> list[str]:
     """Writes the two files; returns lines about them. Raises: as encode, and OSError."""
     encode(adapter).write(directory)
     problem = rewritten_by_name(adapter.layers.keys() - set(adapter.stacks))
@@ -354,7 +354,7 @@ def write(adapter: Adapter, directory: Path) -> list[str]:
 
 
 def encode(adapter: Adapter) -> Encoded:
-    """The files of an adapter, with copies of its tensors on the CPU.
+    """The files of an adapter, with its own tensors.
 
     Raises: ValueError for a value that is not finite, a LoRA layer inside a saved module, layers
     with use_dora beside others without, and a convolution that PEFT cannot express: groups > 1,
@@ -389,7 +389,7 @@ def encode(adapter: Adapter) -> Encoded:
     for entry, value in adapter.entries.items():
         tensors[_key(entry, kinds)] = value
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not mapped.is_finite(tensor):
             raise ValueError(
                 f"save_adapter: {key} is not finite: an adapter cannot hold NaN or infinite values"
             )
@@ -398,5 +398,4 @@ def encode(adapter: Adapter) -> Encoded:
         metadata[METADATA] = json.dumps(records)
     if adapter.stacks:
         metadata[ORIENTED] = "lora_A is on the side of in"
-    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     return Encoded(tensors, metadata, make_config(adapter, ranks, saved))

@@ -1,0 +1,171 @@
+"""GGUF, llama.cpp's file of an adapter; the package gguf reads and writes it.
+
+Tensors are lora_a [r, in] and lora_b [out, r] of NAME.weight, but lora_a of token_embd is [num, r].
+Rows of q_proj and k_proj are interleaved for Llama and its relatives. The update is scaled by
+adapter.lora.alpha / r: there is one alpha for all, and neither rsLoRA nor DoRA.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lora_kernels.adapters import files
+from lora_kernels.adapters.files import naming
+from lora_kernels.adapters.formats.adapter import FACTORS, Adapter, Hints
+from lora_kernels.adapters.formats.contents import Contents
+from lora_kernels.adapters.formats.names import Names, halves, interleaved, rotated
+from lora_kernels.adapters.formats.plain import (
+    collect,
+    left_out,
+    make_adapter,
+    make_layer,
+    of_one_scaling,
+    plain_layers,
+)
+from lora_kernels.checks import check_alpha
+
+__all__ = ["read", "recognises", "write"]
+
+_ENDINGS = {"weight.lora_a": FACTORS[0], "weight.lora_b": FACTORS[1]}
+_NAMES = Names("llama.cpp")
+# Hugging Face's model_type -> llama.cpp's architecture, of models with the names of the table.
+_ARCHITECTURES = {
+    "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "granite": "granite",
+    "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "smollm3": "smollm3",
+}  # fmt: skip
+_INTERLEAVED = ("granite", "llama", "smollm3")
+_EMBEDDING = "token_embd"
+
+
+def recognises(contents: Contents) -> bool:
+    """Whether the file is a GGUF."""
+    return contents.kind == "gguf"
+
+
+def _gguf(file: Path) -> ModuleType:
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError(f"{file}: GGUF needs the package gguf: pip install gguf") from None
+    return gguf
+
+
+def read(file: Path, hints: Hints) -> Adapter:
+    """The adapter in a GGUF; for a Llama's q_proj and k_proj, hints' base tells the heads.
+
+    Raises: ValueError, naming file and key, for what is damaged, no adapter, without alpha, or of
+    an architecture that is not known; OSError.
+    """
+    gguf = _gguf(file)
+    try:
+        reader = gguf.GGUFReader(file)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name: _as_torch(gguf, tensor) for tensor in reader.tensors}
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{file}: damaged, or not a GGUF: {error}") from None
+    kinds = [fields.get(key) for key in ("general.type", "adapter.type")]
+    if kinds != ["adapter", "lora"]:
+        raise ValueError(f"{file}: general.type, adapter.type: must be adapter, lora, got {kinds}")
+    architecture = fields.get("general.architecture")
+    if architecture not in _ARCHITECTURES.values():
+        raise ValueError(f"{file}: general.architecture: {architecture!r} is not supported")
+    alpha = fields.get("adapter.lora.alpha") or hints.lora_alpha
+    if alpha is None:
+        raise ValueError(f"{file}: adapter.lora.alpha: missing, or 0: give --lora-alpha")
+    check_alpha(alpha, f"{file}: adapter.lora.alpha")
+    files.check_finite(file, tensors)
+    layers, keys = [], {}
+    for name, parts in collect(file, tensors, _ENDINGS).items():
+        a, b = (parts[factor].value for factor in FACTORS)
+        place, is_embedding = f"{file}: {parts[FACTORS[0]].key}", name == _EMBEDDING
+        a = a.mT if is_embedding and a.dim() == 2 else a
+        with naming(place):
+            path = _NAMES.to_hf(name)
+            scaling = alpha / a.shape[0]
+            kind = "embedding" if is_embedding else "linear"
+            layer = make_layer(
+                path, place, a, b, scaling, kind=kind, dropout=hints.lora_dropout, hints=hints
+            )
+            if architecture in _INTERLEAVED:
+                heads = rotated(path, hints.base, layer.base.outputs)
+                layer = layer if heads is None else replace(layer, lora_B=halves(b, heads))
+        layers.append(layer)
+        keys[path] = parts
+    return make_adapter(layers, keys, file, file, base_model=_base_name(fields))
+
+
+def _base_name(fields: Mapping) -> str | None:
+    name = fields.get("general.base_model.0.repo_url")
+    prefix = "https://huggingface.co/"
+    return name.removeprefix(prefix) if isinstance(name, str) and name else None
+
+
+def _as_torch(gguf: ModuleType, tensor) -> Tensor:
+    """A tensor of the reader; one of blocks becomes float32."""
+    kinds = gguf.GGMLQuantizationType
+    if tensor.tensor_type == kinds.BF16:
+        return torch.from_numpy(tensor.data).view(torch.bfloat16)
+    if tensor.tensor_type in (kinds.F32, kinds.F16, kinds.F64):
+        return torch.from_numpy(tensor.data)
+    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+
+
+def write(adapter: Adapter, file: Path, hints: Hints) -> list[str]:
+    """Writes the file; hints' base tells architecture and heads. Returns lines about it.
+
+    Raises: ValueError for what llama.cpp does not have, such as DoRA, and without a base; OSError.
+    """
+    gguf = _gguf(file)
+    if file.is_dir():
+        raise ValueError(f"{file}: is a directory, must be the file to write")
+    architecture = _ARCHITECTURES.get(hints.base.model_type)
+    if hints.base.model_type is None:
+        raise ValueError(
+            f"{file}: GGUF holds the architecture of the base model: give --base, its directory or "
+            f"config.json"
+        )
+    if architecture is None:
+        known = ", ".join(_ARCHITECTURES)
+        raise ValueError(f"{hints.base.place}: model_type: must be one of {known} for GGUF")
+    layers = plain_layers(adapter, "GGUF", ("linear", "embedding"))
+    layers, alpha, lines = of_one_scaling(layers, lambda layer: layer.scaling * layer.r)
+    written = torch.tensor(alpha, dtype=torch.float32).item()
+    if written != alpha:
+        lines.append(f"remark: alpha {alpha!r} is {written!r} in GGUF, a float32")
+    tensors = {}
+    for layer in layers:
+        name, a, b = _NAMES.from_hf(layer.path), layer.a, layer.b
+        if architecture in _INTERLEAVED:
+            heads = rotated(layer.path, hints.base, b.shape[0])
+            b = b if heads is None else interleaved(b, heads)
+        tensors[f"{name}.weight.lora_a"] = a.mT if name == _EMBEDDING else a
+        tensors[f"{name}.weight.lora_b"] = b
+    with files.replacing(file.parent, [file.name]) as scratch:
+        writer = gguf.GGUFWriter(scratch / file.name, architecture)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", alpha)
+        for name, tensor in tensors.items():
+            array, kind = _as_numpy(gguf, tensor.detach())
+            writer.add_tensor(name, array, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    lines = [f"{file}: LoRA on {len(layers)} modules for llama.cpp ({architecture})", *lines]
+    return [*lines, *left_out(adapter, "GGUF")]
+
+
+def _as_numpy(gguf: ModuleType, tensor: Tensor):
+    """Array and type for the writer; float64, which llama.cpp does not multiply, is rounded."""
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint8).numpy(), gguf.GGMLQuantizationType.BF16
+    return (tensor.float() if tensor.dtype == torch.float64 else tensor).numpy(), None
