@@ -17,8 +17,8 @@ from torch import Tensor
 from lora_kernels.adapters import mapped
 
 __all__ = [
-    "FLOATS", "check_finite", "naming", "read_json", "read_pickle", "read_safetensors", "replacing",
-    "write_pickle",
+    "FLOATS", "check_finite", "naming", "read_json", "read_pickle", "read_safetensors",
+    "read_state", "replacing", "write_pickle",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -85,15 +85,35 @@ def read_pickle(path: Path) -> Any:
         raise ValueError(f"{path}: torch.load cannot read it: {error}") from None
 
 
-def write_pickle(path: Path, state: dict[str, Any]) -> None:
-    """Writes a new file by torch.save; of each tensor in state exactly its own numbers."""
+def read_state(path: Path, envelope: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a state dict that torch.save wrote, as it is or under the key envelope.
+
+    Raises: ValueError, naming file and key, for all else, and for values that are not finite.
+    """
+    state = read_pickle(path)
+    if isinstance(state, dict) and isinstance(state.get(envelope), dict):
+        state = state[envelope]
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{path}: must hold a state dict, got {type(state).__name__}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {key}: must be a tensor, got {type(value).__name__}")
+    check_finite(path, state)
+    return state
+
+
+def write_pickle(path: Path, state: dict[str, Any], envelope: str | None = None) -> None:
+    """Writes a new file by torch.save; of each tensor in state exactly its own numbers.
+
+    envelope: the key that holds state in the file.
+    """
     for key, value in state.items():
         if isinstance(value, Tensor):
             value = value.detach().contiguous()
             is_part = value.untyped_storage().nbytes() > value.numel() * value.dtype.itemsize
             state[key] = value.clone() if is_part else value
     with path.open("xb") as file:
-        torch.save(state, mapped.Releasing(file))
+        torch.save({envelope: state} if envelope else state, mapped.Releasing(file))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_kernels.adapters.formats import gguf, loralib, mlx, peft, torchtune
+from lora_kernels.adapters.formats import (
+    adapterhub,
+    diffusers,
+    gguf,
+    kohya,
+    litgpt,
+    loralib,
+    mlx,
+    peft,
+    torchtune,
+)
 from lora_kernels.adapters.formats.adapter import Adapter, Hints
 from lora_kernels.adapters.formats.contents import Contents, candidates, look
 
@@ -33,8 +43,12 @@ class Format(NamedTuple):
 FORMATS = {
     "gguf": Format(gguf.recognises, gguf.read, gguf.write),
     "torchtune": Format(torchtune.recognises, torchtune.read, torchtune.write),
+    "kohya": Format(kohya.recognises, kohya.read, kohya.write),
+    "litgpt": Format(litgpt.recognises, litgpt.read, litgpt.write),
+    "adapterhub": Format(adapterhub.recognises, adapterhub.read, adapterhub.write),
     "mlx": Format(mlx.recognises, mlx.read, mlx.write),
     "peft": Format(peft.recognises, peft.read, peft.write),
+    "diffusers": Format(diffusers.recognises, diffusers.read, diffusers.write),
     "loralib": Format(loralib.recognises, loralib.read, loralib.write),
 }
 

@@ -33,7 +33,8 @@ from lora_kernels.model.targets import LayerSpec
 
 __all__ = [
     "EMBEDDINGS", "Part", "PlainLayer", "alpha_of", "base_weights", "collect", "left_out",
-    "make_adapter", "make_layer", "of_one_rank", "of_one_scaling", "plain_layers", "summary",
+    "make_adapter", "make_layer", "of_one_rank", "of_one_scaling", "plain_layers", "scale_of",
+    "summary",
 ]  # fmt: skip
 
 # Names of embeddings in models, for formats whose shapes do not tell them from linears.
@@ -85,6 +86,26 @@ def collect(
     if not layers:
         raise ValueError(f"{file}: holds no factors of LoRA")
     return layers
+
+
+def scale_of(
+    file: Path, path: str, parts: Mapping[str, Part], name: str, hint: float | None
+) -> float:
+    """alpha / r of a layer, by the part of this name, or else by the hint.
+
+    Raises: ValueError that names file and key, and for both at once.
+    """
+    r = parts[FACTORS[0]].value.shape[0]
+    if name not in parts:
+        if hint is None:
+            raise ValueError(f"{file}: {path}.{name}: missing: give --lora-alpha (r is {r})")
+        return check_alpha(hint, "--lora-alpha") / max(r, 1)
+    key, alpha = parts[name].key, parts[name].value
+    if alpha.numel() != 1:
+        raise ValueError(f"{file}: {key}: must be one number, got shape {list(alpha.shape)}")
+    if hint not in (None, alpha.item()):
+        raise ValueError(f"{file}: {key}: is {alpha.item():g}: leave out --lora-alpha {hint:g}")
+    return check_alpha(alpha.item(), f"{file}: {key}") / max(r, 1)
 
 
 def make_layer(
@@ -202,7 +223,8 @@ def plain_layers(
     layers = []
     for path, layer in adapter.layers.items():
         if layer.base.kind not in kinds:
-            raise ValueError(f"{file}{path}: {tool}'s format has no LoRA of a {layer.base.kind}")
+            kind = layer.base.kind
+            raise ValueError(f"{file}{path}: {tool}'s format has no LoRA of the kind {kind!r}")
         if layer.magnitude is not None and not dora:
             raise ValueError(f"{file}{path}: use_dora: {tool}'s format has no DoRA")
         conv = layer.base.conv

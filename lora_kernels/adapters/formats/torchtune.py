@@ -59,7 +59,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     if file.suffix == ".safetensors":
         tensors, _ = files.read_safetensors(file)
     else:
-        tensors = read_state(file)
+        tensors = files.read_state(file)
     found = collect(file, tensors, _ENDINGS)
     alpha, config = _alpha(file, hints), sibling_config(file)
     layers, keys = [], {}
@@ -80,18 +80,6 @@ def read(file: Path, hints: Hints) -> Adapter:
         layers.append(layer if heads is None else _in_halves(layer, heads))
         keys[path] = parts
     return make_adapter(layers, keys, file.parent / CONFIG, file)
-
-
-def read_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict that torch.save wrote. Raises: ValueError, OSError."""
-    state = files.read_pickle(file)
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"{file}: must hold a state dict, got {type(state).__name__}")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{file}: {key}: must be a tensor, got {type(value).__name__}")
-    files.check_finite(file, state)
-    return state
 
 
 def _alpha(file: Path, hints: Hints) -> float:

@@ -13,6 +13,7 @@ import pytest
 
 __all__ = ["PINNED", "python", "run"]
 
+REQUESTS = ["requests", "urllib3", "charset-normalizer", "idna", "certifi"]
 PINNED = {
     "mlx": ["mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"],
     "torchtune": [
@@ -22,10 +23,11 @@ PINNED = {
     "litgpt": [
         "litgpt==0.5.13", "lightning", "lightning-utilities", "torchmetrics", "jsonargparse",
     ],
-    "lycoris": ["lycoris-lora==4.1.3", "toml"],
-    "diffusers": ["diffusers==0.42.1"],
+    "lycoris": ["lycoris-lora==4.1.3", "toml", "einops"],
+    "diffusers": ["diffusers==0.42.1", "importlib-metadata", "zipp", *REQUESTS],
     "adapters": [
         "adapters==1.3.0", "transformers==4.57.6", "tokenizers==0.22.1", "huggingface-hub==0.36.0",
+        *REQUESTS,
     ],
 }  # fmt: skip
 _HERE = Path(__file__).parent

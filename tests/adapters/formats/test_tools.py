@@ -24,6 +24,9 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 TOOLS = {
     "mlx": ("mlx", "mlx_llama.py", ALL[:-1], True),
     "torchtune": ("torchtune", "torchtune_llama.py", ALL, True),
+    "litgpt": ("litgpt", "litgpt_llama.py", ALL, False),
+    "adapterhub": ("adapters", "adapterhub_llama.py", ALL[:3] + ALL[5:7], False),
+    "kohya": ("lycoris", "lycoris_llama.py", ALL, True),
 }
 CASES = [(name, dora) for name, tool in TOOLS.items() for dora in (False, True)[: 1 + tool[3]]]
 
@@ -39,6 +42,11 @@ def base(tmp_path, seed):
     ids = torch.randint(0, 64, (2, 10), dtype=torch.int32)
     save_file({"ids": ids}, tmp_path / "base" / "ids.safetensors")
     return model
+
+
+def path_for(name, folder):
+    """Where convert is to write for a tool: a directory, or the file in one."""
+    return folder / "lora.safetensors" if name == "kohya" else folder
 
 
 def convert(*arguments):
@@ -60,7 +68,8 @@ def same_tensors(one, other, but=()):
 
 
 def read(directory):
-    (file,) = (f for f in directory.iterdir() if f.suffix in (".safetensors", ".pt", ".lora"))
+    endings = (".safetensors", ".pt", ".lora", ".bin")
+    (file,) = (f for f in directory.iterdir() if f.suffix in endings)
     if file.suffix == ".safetensors":
         return load_file(file)
     state = torch.load(file, weights_only=True)
@@ -90,7 +99,7 @@ def test_an_adapter_that_a_tool_trained_gives_its_outputs_here(name, dora, base,
     in_peft = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "peft").eval()
     assert_same(logits(in_peft, tmp_path), expected, torch.float32)
     back = ["--to", name, "--base", tmp_path / "base"]
-    convert(tmp_path / "peft", tmp_path / "again", *back)
+    convert(tmp_path / "peft", path_for(name, tmp_path / "again"), *back)
     same_tensors(tmp_path / "theirs", tmp_path / "again")
 
 
@@ -101,7 +110,7 @@ def test_a_tool_computes_what_peft_computes_with_the_same_adapter(name, dora, ba
     model = randomise(peft.get_peft_model(copy.deepcopy(base), options)).eval()
     model.save_pretrained(tmp_path / "peft")
     to = ["--base", tmp_path / "base"]
-    convert(tmp_path / "peft", tmp_path / "theirs", "--to", name, *to)
+    convert(tmp_path / "peft", path_for(name, tmp_path / "theirs"), "--to", name, *to)
     flags = ["dora"] * dora
     run(
         tool,
