@@ -1,6 +1,7 @@
 """Files of adapters: checked when they are read, and replaced only by complete ones."""
 
 import contextlib
+import contextvars
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from lora_kernels.adapters import mapped
 
 __all__ = [
     "FLOATS", "check_finite", "naming", "read_json", "read_pickle", "read_safetensors",
-    "read_state", "replacing", "write_pickle",
+    "read_state", "replacing", "unchecked", "write_pickle",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -57,8 +58,23 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+_checks_numbers = contextvars.ContextVar("checks_numbers", default=True)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """NaN and infinite values are no errors inside: for looking at files, not for using them."""
+    token = _checks_numbers.set(False)
+    try:
+        yield
+    finally:
+        _checks_numbers.reset(token)
+
+
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises: ValueError, naming file and key, for NaN and infinite values."""
+    if not _checks_numbers.get():
+        return
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not mapped.is_finite(tensor):
             raise ValueError(f"{path}: {key}: holds NaN or infinite values")

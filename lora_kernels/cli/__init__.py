@@ -1,4 +1,6 @@
-"""The command line, ``lora-kernels`` or ``python -m lora_kernels``: run, doctor, convert.
+"""The command line, ``lora-kernels`` or ``python -m lora_kernels``.
+
+Its commands are run, doctor, convert and inspect.
 
 Exit codes: 0; 1 if doctor found something missing; 2, with one line on stderr, if an argument or a
 file is wrong. What ``run`` runs ends with its own exit code.
@@ -50,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lora-kernels", description="LoRA on Triton kernels.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for add in (_add_run, _add_doctor, _add_convert):
+    for add in (_add_run, _add_doctor, _add_convert, _add_inspect):
         add(commands)
     return parser
 
@@ -101,11 +103,7 @@ def _add_convert(commands) -> None:
     )
     convert.add_argument("source", metavar="SOURCE", help="a file or a directory")
     convert.add_argument("destination", metavar="DESTINATION", help="must not be there yet")
-    convert.add_argument(
-        "--from", dest="source_format", choices=FORMATS, metavar="FORMAT", help="of SOURCE"
-    )
     convert.add_argument("--to", choices=FORMATS, metavar="FORMAT", help="of DESTINATION")
-    _add_base(convert)
     convert.add_argument(
         "--merged",
         action="store_true",
@@ -114,64 +112,84 @@ def _add_convert(commands) -> None:
         "that loralib saved in train mode would be damaged. Takes --lora-alpha, which holds for "
         "all layers, --enable-lora, --out-splits, --embedding and --fan-in-fan-out",
     )
-    to_peft = convert.add_argument_group(
+    _add_hints(convert)
+    convert.set_defaults(command=_convert)
+
+
+def _add_inspect(commands) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        usage="%(prog)s SOURCE [options]",
+        help="show what an adapter's files hold, and what is suspicious about them",
+        description=f"Formats: {', '.join(FORMATS)}. Shows format, layers, ranks, scalings, dtypes "
+        "and size, and what is suspicious: lora_B of zeros, NaN, ranks that differ from the "
+        "config, names that no plain model has. With --base, also layers that are not in it.",
+    )
+    inspect.add_argument("source", metavar="SOURCE", help="a file or a directory")
+    inspect.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    _add_hints(inspect)
+    inspect.set_defaults(command=_inspect)
+
+
+def _add_hints(command) -> None:
+    """The options that tell what SOURCE does not."""
+    command.add_argument(
+        "--from", dest="source_format", choices=FORMATS, metavar="FORMAT", help="of SOURCE"
+    )
+    command.add_argument(
+        "--base",
+        metavar="PATH",
+        help="the base model's directory, or its config.json: tells the heads of q_proj and k_proj "
+        "and, with weights, the paths of modules",
+    )
+    lacking = command.add_argument_group(
         "what SOURCE does not hold, as a loralib file does not",
         "NAME is the path of a module in the model, or the end of one.",
     )
-    to_peft.add_argument(
+    lacking.add_argument(
         "--lora-alpha",
         type=float,
         metavar="ALPHA",
         help="lora_alpha of the layers; required if the file does not tell it",
     )
-    to_peft.add_argument(
+    lacking.add_argument(
         "--lora-dropout", type=float, default=0.0, metavar="P", help="(default: %(default)s)"
     )
-    to_peft.add_argument(
+    lacking.add_argument(
         "--fan-in-fan-out",
         action="store_true",
         help="the base weights are stored [in, out], as in GPT-2",
     )
-    to_peft.add_argument(
+    lacking.add_argument(
         "--enable-lora",
         action="append",
         default=[],
         metavar="[NAME=]1,0,1",
         help="enable_lora of a MergedLinear; without NAME, of all that have stacked factors",
     )
-    to_peft.add_argument(
+    lacking.add_argument(
         "--out-splits",
         action="append",
         default=[],
         metavar="[NAME=]4096,1024,1024",
         help="sizes of its groups if they are not equal",
     )
-    to_peft.add_argument(
+    lacking.add_argument(
         "--embedding", action="append", default=[], metavar="NAME", help="NAME is an Embedding"
     )
-    to_peft.add_argument(
+    lacking.add_argument(
         "--modules-to-save",
         action="append",
         default=[],
         metavar="NAME",
         help="NAME was trained as a whole, as a new head is",
     )
-    to_peft.add_argument(
+    lacking.add_argument(
         "--drop-prefix",
         default="",
         metavar="PREFIX",
         help="what the file has in front of every key and the model has not, such as model. of a "
         "LightningModule; names of other wrappers are taken off unasked",
-    )
-    convert.set_defaults(command=_convert)
-
-
-def _add_base(command) -> None:
-    command.add_argument(
-        "--base",
-        metavar="PATH",
-        help="the base model's directory, or its config.json: tells the heads of q_proj and k_proj "
-        "and, with weights, the paths of modules",
     )
 
 
@@ -195,4 +213,12 @@ def _convert(options: argparse.Namespace) -> int:
 
     for line in convert(options):
         print(line)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from lora_kernels.cli.inspect import as_json, as_text, inspect
+
+    found = inspect(options)
+    print(as_json(found) if options.json else as_text(found))
     return 0

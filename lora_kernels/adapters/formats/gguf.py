@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from lora_kernels.adapters.formats.plain import (
 )
 from lora_kernels.checks import check_alpha
 
-__all__ = ["read", "recognises", "write"]
+__all__ = ["contents_of", "read", "recognises", "write"]
 
 _ENDINGS = {"weight.lora_a": FACTORS[0], "weight.lora_b": FACTORS[1]}
 _NAMES = Names("llama.cpp")
@@ -61,15 +62,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     Raises: ValueError, naming file and key, for what is damaged, no adapter, without alpha, or of
     an architecture that is not known; OSError.
     """
-    gguf = _gguf(file)
-    try:
-        reader = gguf.GGUFReader(file)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: _as_torch(gguf, tensor) for tensor in reader.tensors}
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{file}: damaged, or not a GGUF: {error}") from None
+    fields, tensors = contents_of(file)
     kinds = [fields.get(key) for key in ("general.type", "adapter.type")]
     if kinds != ["adapter", "lora"]:
         raise ValueError(f"{file}: general.type, adapter.type: must be adapter, lora, got {kinds}")
@@ -85,7 +78,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     for name, parts in collect(file, tensors, _ENDINGS).items():
         a, b = (parts[factor].value for factor in FACTORS)
         place, is_embedding = f"{file}: {parts[FACTORS[0]].key}", name == _EMBEDDING
-        a = a.mT if is_embedding and a.dim() == 2 else a
+        a = a.mT if is_embedding else a
         with naming(place):
             path = _NAMES.to_hf(name)
             scaling = alpha / a.shape[0]
@@ -99,6 +92,19 @@ def read(file: Path, hints: Hints) -> Adapter:
         layers.append(layer)
         keys[path] = parts
     return make_adapter(layers, keys, file, file, base_model=_base_name(fields))
+
+
+def contents_of(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields and tensors of any GGUF. Raises: ValueError for a damaged one; OSError."""
+    gguf = _gguf(file)
+    try:
+        reader = gguf.GGUFReader(file)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        return fields, {tensor.name: _as_torch(gguf, tensor) for tensor in reader.tensors}
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{file}: damaged, or not a GGUF: {error}") from None
 
 
 def _base_name(fields: Mapping) -> str | None:

@@ -76,7 +76,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     for name, parts in found.items():
         a, b = (parts[factor].value for factor in FACTORS)
         place = f"{file}: {parts[FACTORS[0]].key}"
-        if a.dim() != 2 or b.dim() != 2 or 0 in (*a.shape, *b.shape) or a.shape[0] % b.shape[1]:
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] % b.shape[1]:
             raise ValueError(f"{place}: {list(a.shape)} does not go with lora_B {list(b.shape)}")
         with naming(place):
             path = _NAMES.to_hf(name)

@@ -60,7 +60,7 @@ def collect(
 
     endings: end of a key -> name of the part. Names of wrappers are taken off the paths.
     Raises: ValueError, naming file and key, for a key with another end, for two that become one,
-    for numbers that are not finite, and for a layer that lacks a part which is required.
+    for factors without two dimensions, and for a layer that lacks a part which is required.
     """
     strip, _ = stripped(tensors)
     layers: dict[str, dict[str, Part]] = {}
@@ -73,6 +73,9 @@ def collect(
         end = max(found, key=len)
         if value.dtype not in files.FLOATS:
             raise ValueError(f"{file}: {key}: dtype must be floating, got {value.dtype}")
+        if endings[end] in FACTORS and (value.dim() < 2 or 0 in value.shape):
+            shape = list(value.shape)
+            raise ValueError(f"{file}: {key}: must be a matrix with numbers in it, got {shape}")
         parts = layers.setdefault(plain.removesuffix(f".{end}"), {})
         if endings[end] in parts:
             raise ValueError(f"{file}: {key}: is there twice, also as {parts[endings[end]].key}")
@@ -116,7 +119,7 @@ def make_layer(
 
     Raises: ValueError if the shapes do not go together.
     """
-    if a.dim() != b.dim() or a.dim() < 2 or 0 in (*a.shape, *b.shape) or a.shape[0] != b.shape[1]:
+    if a.dim() != b.dim() or a.shape[0] != b.shape[1]:
         raise ValueError(
             f"{place}: A {list(a.shape)} and B {list(b.shape)} must be [r, in, ...] and "
             f"[out, r, ...], here as this package has them"

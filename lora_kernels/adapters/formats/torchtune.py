@@ -72,7 +72,7 @@ def read(file: Path, hints: Hints) -> Adapter:
             if config.get("r", a.shape[0]) != a.shape[0]:
                 raise ValueError(f"has rank {a.shape[0]}, {CONFIG} says r={config['r']}")
         layer = make_layer(
-            path, place, a, b, alpha / a.shape[0] if a.dim() == 2 and len(a) else alpha,
+            path, place, a, b, alpha / a.shape[0],
             dropout=hints.lora_dropout, magnitude=magnitude, hints=hints,
         )  # fmt: skip
         with naming(file):
