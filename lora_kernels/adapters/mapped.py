@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-__all__ = ["Releasing", "is_finite", "map_safetensors", "release", "write_safetensors"]
+__all__ = ["Releasing", "adopt", "is_finite", "map_safetensors", "release", "write_safetensors"]
 
 # What safetensors calls the dtypes; of others its own reader makes tensors.
 _DTYPES = {
@@ -35,6 +35,11 @@ def release() -> None:
             mapping.madvise(mmap.MADV_DONTNEED)
 
 
+def adopt(mapping: mmap.mmap) -> None:
+    """Has release() give back what is read of a private mapping that another package has made."""
+    _open.add(mapping)
+
+
 def map_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file. The tensors are the file's pages: never write.
 
@@ -45,7 +50,7 @@ def map_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt", device="cpu") as file, path.open("rb") as raw:
         metadata = file.metadata() or {}
         mapping = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)
-        _open.add(mapping)
+        adopt(mapping)
         start = 8 + int.from_bytes(mapping[:8], "little")
         header = json.loads(mapping[8:start])  # which safetensors has checked
         tensors = {}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.adapters import files
+from lora_kernels.adapters import files, mapped
 from lora_kernels.adapters.files import naming
 from lora_kernels.adapters.formats.adapter import FACTORS, Adapter, Hints
 from lora_kernels.adapters.formats.contents import Contents
@@ -98,7 +98,8 @@ def contents_of(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields and tensors of any GGUF. Raises: ValueError for a damaged one; OSError."""
     gguf = _gguf(file)
     try:
-        reader = gguf.GGUFReader(file)
+        reader = gguf.GGUFReader(file, "c")
+        mapped.adopt(reader.data.base)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         return fields, {tensor.name: _as_torch(gguf, tensor) for tensor in reader.tensors}
     except OSError:
@@ -159,19 +160,26 @@ def write(adapter: Adapter, file: Path, hints: Hints) -> list[str]:
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         for name, tensor in tensors.items():
-            array, kind = _as_numpy(gguf, tensor.detach())
-            writer.add_tensor(name, array, raw_dtype=kind)
+            kind = _kind(gguf, tensor)
+            size = tensor.numel() * (4 if kind.name == "F32" else 2)
+            writer.add_tensor_info(name, tensor.shape, None, size, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors.values():
+            writer.write_tensor_data(_as_numpy(tensor.detach()))
+            mapped.release()
         writer.close()
     lines = [f"{file}: LoRA on {len(layers)} modules for llama.cpp ({architecture})", *lines]
     return [*lines, *left_out(adapter, "GGUF")]
 
 
-def _as_numpy(gguf: ModuleType, tensor: Tensor):
-    """Array and type for the writer; float64, which llama.cpp does not multiply, is rounded."""
-    tensor = tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint8).numpy(), gguf.GGMLQuantizationType.BF16
-    return (tensor.float() if tensor.dtype == torch.float64 else tensor).numpy(), None
+def _kind(gguf: ModuleType, tensor: Tensor):
+    """GGUF's type; float64, which llama.cpp does not multiply, is rounded to float32."""
+    kinds = gguf.GGMLQuantizationType
+    return {torch.bfloat16: kinds.BF16, torch.float16: kinds.F16}.get(tensor.dtype, kinds.F32)
+
+
+def _as_numpy(tensor: Tensor):
+    tensor = (tensor.float() if tensor.dtype == torch.float64 else tensor).contiguous()
+    return (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor).numpy()

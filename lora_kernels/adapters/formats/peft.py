@@ -393,6 +393,7 @@ def encode(adapter: Adapter) -> Encoded:
             raise ValueError(
                 f"save_adapter: {key} is not finite: an adapter cannot hold NaN or infinite values"
             )
+        mapped.release()
     metadata = {"format": "pt"}
     if records:
         metadata[METADATA] = json.dumps(records)
