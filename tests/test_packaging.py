@@ -35,6 +35,7 @@ PUBLIC = [
 LEVELS = {
     "checks": 0,
     "distributed": 0,
+    "foreign": 0,
     "dropout": 0,
     "quantization": 0,
     "spec": 0,

@@ -15,6 +15,7 @@ from lora_kernels.adapters.formats import FORMATS, locate, peft
 from lora_kernels.adapters.formats.adapter import Adapter, Hints, renamed
 from lora_kernels.adapters.formats.base import Base
 from lora_kernels.adapters.formats.peft_experts import Stack
+from lora_kernels.foreign import check_no_peft
 from lora_kernels.layers.mixture import weight_of
 from lora_kernels.model.apply import wrap_modules
 from lora_kernels.model.parameters import match_parameters
@@ -68,9 +69,11 @@ def load_adapter(
     have factors of linears alone.
     Raises: FileNotFoundError for a missing directory or file; ValueError, naming file and key, for
     all that is damaged, does not fit together or does not fit the model, for pickles (never read)
-    and for what PEFT offers beyond LoRA and DoRA of linears (KaSA, layer_replication, ...).
+    for a model with adapters of PEFT, and for what PEFT offers beyond LoRA and DoRA of linears
+    (KaSA, layer_replication, ...).
     After an error model is unchanged.
     """
+    check_no_peft("load_adapter", model, "model.load_adapter(directory, name) loads another one")
     stacks: dict[str, Stack] = {}
 
     def find_stacks(names: Sequence[str]) -> dict[str, Stack]:

@@ -15,6 +15,7 @@ from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer, BaseMod
 from lora_kernels.adapters.formats.peft_moe import rewritten
 from lora_kernels.adapters.formats.peft_saved import saved_modules
 from lora_kernels.adapters.state_dict import entry_keys
+from lora_kernels.foreign import check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.experts import LoRAExperts
@@ -64,11 +65,14 @@ def save_adapter(
     dropout_low_rank_only is not in the file: PEFT has no such option.
     Warns: if PEFT would take some of the layers for others, as in some mixtures of experts; if
     dropout is left out.
-    Raises: ValueError for a model without LoRA, a name that no adapter has, a value that is not
-    finite, a LoRA layer inside a saved module, biases of experts that train, a layer of a user's
-    own kind, layers with use_dora beside others without, and a convolution that PEFT cannot
-    express: groups > 1, dilation, padding_mode.
+    Raises: ValueError for a model without LoRA or with adapters of PEFT, a file in the place of the
+    directory, a name that no adapter has, a value that is not finite, a LoRA layer inside a saved
+    module, biases of experts that train, a layer of a user's own kind, layers with use_dora beside
+    others without, and a convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
     """
+    check_no_peft("save_adapter", model, "model.save_pretrained(directory) saves them")
+    if Path(directory).is_file():
+        raise ValueError(f"save_adapter: directory={str(directory)!r} is a file")
     saved = as_names("modules_to_save", modules_to_save, model)
     neutral = adapter_of(model, saved, adapter)
     encoded = peft.encode(neutral)

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, nn
 
+from lora_kernels.foreign import check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.experts import LoRAExperts
@@ -38,18 +39,30 @@ def lora_state_dict(
     of each module in modules_to_save and of those recorded by mark_only_lora_as_trainable. As in
     model.state_dict(), parameters that fully_shard has sharded are DTensors: ``full_tensor()``, on
     every rank, gathers one.
-    Raises: NotImplementedError for another bias; ValueError for a name that no module has.
+    Warns: if there are none.
+    Raises: NotImplementedError for another bias; ValueError for a name that no module has, and for
+    a model with adapters of PEFT.
     Source: loralib's function, which also looks at names in the middle of a path.
     """
     check_bias(bias)
+    check_no_peft(
+        "lora_state_dict", model, "peft.get_peft_model_state_dict(model) returns their entries"
+    )
     saved = saved_paths(model, as_names("modules_to_save", modules_to_save, model))
     wanted = _bias_keys(model, bias)
     prefix = wrapper_prefix(model)
-    return {
+    found = {
         prefix + key: value
         for key, value in plain_state(model).items()
         if key in wanted or split(key)[1].startswith("lora_") or is_inside(key, saved)
     }
+    if not found:
+        warnings.warn(
+            "lora_state_dict: model has no LoRA parameter, so the dict is empty",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found
 
 
 def _bias_keys(model: nn.Module, bias: str) -> set[str]:
@@ -78,9 +91,13 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
     stay as they are, with a warning.
     Parameters that fully_shard has sharded are DTensors. Every rank has to call this then.
     adapter: which of the adapters of a model with several.
-    Raises: ValueError for a name that no adapter has, for an embedding with max_norm, which would
+    Raises: ValueError for a model with adapters of PEFT, for a name that no adapter has, for an
+    embedding with max_norm, which would
     limit the merged rows anew, and for weights that FSDP (not fully_shard) has sharded.
     """
+    check_no_peft(
+        "merged_state_dict", model, "model.merge_and_unload().state_dict() is the merged model's"
+    )
     one_adapter("merged_state_dict", model, adapter)  # raises
     renamed, dropped, merged, added, left = {}, set(), {}, {}, {}
     copies: dict[int | tuple[int, str], Tensor] = {}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_kernels import checks, distributed
+from lora_kernels.foreign import check_options
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merging import takes_merged_weight
 from lora_kernels.ops.obstacle import is_opaque, is_plain
@@ -60,6 +61,7 @@ class ConvLoRA(LoRALayer, nn.Module):
                 f"got {conv_module!r}"
             )
         _check_kernel(kernel_size, _DIMENSIONS[plain], layer)
+        check_options(type(self), conv_module, kwargs)
         self.conv = conv_module(in_channels, out_channels, kernel_size, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if self.r > 0:

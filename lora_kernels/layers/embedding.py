@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels import checks, distributed
+from lora_kernels.foreign import check_options
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merging import takes_merged_weight, undisturbed
 from lora_kernels.ops.obstacle import is_batched, is_opaque, obstacle
@@ -46,6 +47,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         merge_weights: bool = True,
         **kwargs,
     ):
+        check_options(type(self), nn.Embedding, kwargs)
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, 0.0, merge_weights)
         if self.r > 0:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels import checks, functional
+from lora_kernels.foreign import check_options
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.dora import TakesMagnitude
 from lora_kernels.layers.merging import takes_merged_weight
@@ -150,6 +151,7 @@ class LoRALinear(TakesMagnitude, LinearLayer):
         dropout_low_rank_only: bool = False,
         **kwargs,
     ):
+        check_options(type(self), nn.Linear, kwargs)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self._set_layout(fan_in_fan_out)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.foreign import check_options
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LinearLayer
 from lora_kernels.spec import OutputSplits
@@ -47,6 +48,7 @@ class LoRAMergedLinear(LinearLayer):
                 f"{type(self).__name__}: use_dora=True, and its groups have no magnitude: take a "
                 f"LoRALinear with use_dora for each group"
             )
+        check_options(type(self), nn.Linear, kwargs)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if isinstance(out_splits, Iterable) and not isinstance(out_splits, (list, tuple, str)):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lora_kernels import checks
 from lora_kernels.checks import check_alpha, check_dropout, check_rank
+from lora_kernels.foreign import check_options
 from lora_kernels.functional import lora_grouped_linear
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LinearLayer, LoRALinear
@@ -76,6 +77,7 @@ class MultiLoRALinear(LinearLayer):
         **kwargs,
     ):
         specs = self._specs_of(adapters)
+        check_options(type(self), nn.Linear, kwargs)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, 0, 1, 0.0, merge_weights=False)
         self._set_layout(fan_in_fan_out)

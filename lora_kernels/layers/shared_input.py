@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import checks, distributed
+from lora_kernels.foreign import check_no_peft
 from lora_kernels.functional import lora_shared_linear
 from lora_kernels.layers.linear import LoRALinear
 from lora_kernels.ops.obstacle import is_transformed
@@ -93,6 +94,7 @@ def share_inputs(
                     SharedInput(layers)
                     joined.append(paths)
     if not joined:
+        check_no_peft("share_inputs", model, "PEFT's layers compute each by itself")
         raise ValueError(
             f"share_inputs: no module has two LoRALinear children that agree in in_features, r, "
             f"dropout and dtypes under the names of one of groups={groups}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from lora_kernels.checks import check_dropout
+from lora_kernels.foreign import check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
@@ -30,6 +31,7 @@ from lora_kernels.model.targets import (
     lora_dtype,
     match_targets,
     plain_patterns,
+    unmatched_names,
 )
 from lora_kernels.model.trainable import (
     check_bias,
@@ -100,7 +102,10 @@ def apply_lora(
     the adapters that target it. A later call adds further adapters. ``route`` says which samples
     take which. Of other arguments autocast_adapter_dtype is allowed.
 
-    Raises: ValueError (NotImplementedError for bias) before anything has changed: bad or missing
+    Warns: of names in target_modules, rank_pattern and alpha_pattern that match nothing, with the
+    nearest name that the model has; of lora_alpha=0.
+    Raises: ValueError (NotImplementedError for bias) before anything has changed: a model with
+    adapters of PEFT, bad or missing
     numbers, an adapter that is there already, a pattern that is not a regular expression, no match,
     use_dora for what is no linear, a match that cannot be wrapped (parameters of experts without
     Transformers' experts interface among them), a model that is itself a linear, embedding or
@@ -114,6 +119,12 @@ def apply_lora(
         every = "all-linear" if target_modules is None else target_modules
         add_adapters(model, adapters, every, autocast_adapter_dtype)
         return model
+    check_no_peft(
+        "apply_lora",
+        model,
+        "call lora_kernels.patch_peft(), which runs them on this package; or model.unload(), which "
+        "gives the plain model back",
+    )
     check_no_named_adapters(model)
     check_bias(bias)
     dropout = check_dropout(lora_dropout, "apply_lora")
@@ -142,9 +153,13 @@ def apply_lora(
     check_wrappable(targets)
     if use_dora:
         check_dora(targets, parameters)
-    unmatched = numbers.unmatched(specs)
-    if unmatched is not None:
-        warnings.warn(f"apply_lora: {unmatched}", RuntimeWarning, stacklevel=2)
+    for told in (unmatched_names(model, target_modules), numbers.unmatched(specs)):
+        if told is not None:
+            warnings.warn(f"apply_lora: {told}", RuntimeWarning, stacklevel=2)
+    if any(spec.lora_alpha == 0 for spec in specs.values()):
+        warnings.warn(
+            "apply_lora: lora_alpha=0: LoRA changes nothing then", RuntimeWarning, stacklevel=2
+        )
     wrap_modules(model, specs, merge_weights, autocast_adapter_dtype)
     untie(model, saved_paths(model, saved))
     mark_only_lora_as_trainable(model, bias, saved)

@@ -4,6 +4,7 @@ import warnings
 
 from torch import nn
 
+from lora_kernels.foreign import check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merged_state_dict import use_merged_state_dict
 from lora_kernels.model.paths import adapted_layers, lora_layers
@@ -88,8 +89,6 @@ def _layers(model: nn.Module, function: str) -> list[LoRALayer]:
             f"weight for all: merged_state_dict(model, adapter=...) merges one of them"
         )
     if not layers:
-        raise ValueError(
-            f"{function}: {type(model).__name__} has no LoRA layer of lora_kernels; PEFT's models "
-            "have merge_adapter() and unmerge_adapter()"
-        )
+        check_no_peft(function, model, "its merge_adapter() and unmerge_adapter() merge them")
+        raise ValueError(f"{function}: {type(model).__name__} has no LoRA layer of lora_kernels")
     return layers

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_kernels import distributed
 from lora_kernels.checks import check_alpha, check_rank
+from lora_kernels.foreign import did_you_mean
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_kernels.layers.embedding import LoRAEmbedding
@@ -32,7 +33,7 @@ from lora_kernels.spec import OutputSplits
 __all__ = [
     "Hyperparameters", "LayerSpec", "candidates", "check_dora", "check_wrappable",
     "constructor_name", "constructor_of", "lora_dtype", "match_targets", "name_targets",
-    "plain_patterns",
+    "plain_patterns", "unmatched_names",
 ]  # fmt: skip
 
 
@@ -89,10 +90,34 @@ class Hyperparameters:
                 ("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern),
             )
         }  # fmt: skip
-        told = [f"{argument}: {patterns}" for argument, patterns in unused.items() if patterns]
+        told = [
+            f"{argument}: {', '.join(_with_nearest(pattern, paths) for pattern in patterns)}"
+            for argument, patterns in unused.items()
+            if patterns
+        ]
         if not told:
             return None
         return f"these keys match no module that gets LoRA, and are ignored: {'; '.join(told)}"
+
+
+def unmatched_names(model: nn.Module, target_modules: str | Iterable[str]) -> str | None:
+    """A sentence about names in a list of target_modules that no module has; None if all have."""
+    if isinstance(target_modules, str):
+        return None
+    paths = [path for path, _ in named_modules(model, remove_duplicate=False) if path]
+    names = as_names("target_modules", target_modules, model)
+    unused = [name for name in names if not any(is_named(path, [name]) for path in paths)]
+    if not unused:
+        return None
+    listed = ", ".join(_with_nearest(name, paths) for name in unused)
+    return f"these names in target_modules match no module, and are ignored: {listed}"
+
+
+def _with_nearest(name: str, paths: Collection[str]) -> str:
+    """name, and the nearest path, or end of one, in the model."""
+    ends = dict.fromkeys(split(path)[1] for path in paths)
+    nearest = did_you_mean(name, paths if "." in name else ends)
+    return repr(name) + (f" (did you mean {nearest!r}?)" if nearest else "")
 
 
 def plain_patterns(patterns: Mapping | None) -> Mapping | None:

@@ -1,9 +1,11 @@
 """What trains besides lora_A and lora_B: mark_only_lora_as_trainable, and the record of it."""
 
+import warnings
 from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from lora_kernels.foreign import check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.model.paths import (
     accept_plain_keys,
@@ -36,10 +38,17 @@ def mark_only_lora_as_trainable(
     stay as they are. bias: "none"; "all" biases (a parameter named bias, ..._bias or bias_...);
     "lora_only": those of LoRA layers. modules_to_save: paths, or ends of paths, of modules that
     train as a whole; lora_state_dict and save_adapter find them again.
-    Raises: NotImplementedError for another bias; ValueError for a name that no module has.
+    Warns: if model has no LoRA parameter.
+    Raises: NotImplementedError for another bias; ValueError for a name that no module has, and for
+    a model with adapters of PEFT.
     Source: loralib's function, which also looks at names in the middle of a path.
     """
     check_bias(bias)
+    check_no_peft(
+        "mark_only_lora_as_trainable",
+        model,
+        "get_peft_model() has marked what trains, and model.set_adapter(name) marks it anew",
+    )
     names = as_names("modules_to_save", modules_to_save, model)
     check_names_exist(model, names)
     trainable, left_alone = set(), set()
@@ -62,6 +71,13 @@ def mark_only_lora_as_trainable(
             parameter.requires_grad = parameter.is_floating_point()
         elif id(parameter) not in left_alone:
             parameter.requires_grad = False
+    if not trainable and not left_alone:
+        warnings.warn(
+            "mark_only_lora_as_trainable: model has no LoRA parameter, so nothing trains now: "
+            "apply_lora(model, ...) gives it LoRA layers",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 # ---- biases ----

@@ -1,0 +1,66 @@
+"""What is not this package's: PEFT's adapters in a model, and names that are nearly right."""
+
+import inspect
+import sys
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+__all__ = ["check_no_peft", "check_options", "did_you_mean", "peft_layer"]
+
+# What other libraries, or this one elsewhere, call an argument.
+_ALIASES = {
+    "rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
+    "lora_p": "lora_dropout", "p": "lora_dropout",
+}  # fmt: skip
+
+
+def peft_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Path and module of the first layer of PEFT in model; None if there is none.
+
+    Without an import: a model that holds one has imported PEFT.
+    """
+    module = sys.modules.get("peft.tuners.tuners_utils")
+    kind = getattr(module, "BaseTunerLayer", None)
+    if kind is None:
+        return None
+    return next((pair for pair in model.named_modules() if isinstance(pair[1], kind)), None)
+
+
+def check_no_peft(function: str, model: nn.Module, instead: str) -> None:
+    """model holds no adapters of PEFT, on which function would do harm, or nothing.
+
+    instead: what does for them what function does for this package's layers.
+    Raises: ValueError that names the first of PEFT's layers and says what to do.
+    """
+    found = peft_layer(model)
+    if found is not None:
+        path, layer = found
+        raise ValueError(
+            f"{function}: model holds adapters of PEFT ({path} is a {type(layer).__name__} of "
+            f"PEFT): {instead}"
+        )
+
+
+def check_options(layer: type[nn.Module], base: type[nn.Module], options: Mapping) -> None:
+    """The constructor of base takes all options that a layer's constructor passes on.
+
+    Raises: TypeError that names the layer, the argument, and one with nearly its name.
+    """
+    taken = inspect.signature(base.__init__).parameters
+    for name in options:
+        if name not in taken:
+            own = inspect.signature(layer.__init__).parameters
+            names = [*own, *taken]
+            meant = _ALIASES[name] if _ALIASES.get(name) in names else did_you_mean(name, names)
+            raise TypeError(
+                f"{layer.__name__}: got an unexpected argument {name!r}"
+                + (f": did you mean {meant}?" if meant else "")
+            )
+
+
+def did_you_mean(name: str, names: Collection[str]) -> str | None:
+    """The one of names that is most like name; None if none is."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
