@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,55 +22,26 @@ from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
 from lora_kernels.model.paths import join, named_modules
 from lora_kernels.ops.obstacle import is_hooked, obstacle
 from lora_kernels.quantization import FrozenWeight, NotFrozen, find
+from lora_kernels.report_rows import Report, Row
 
-__all__ = ["Report", "Row", "report"]
-
-
-class Row(NamedTuple):
-    """How one LoRA layer would run now."""
-
-    name: str  # in the model
-    kind: str  # its class; for one of PEFT's also that of its base layer
-    weight: tuple[int, ...]  # shape of the base weight: [N, K] of a linear, else as stored
-    ranks: tuple[int, ...]  # of the active adapters
-    dtype: torch.dtype | None  # of the base weight; of its products if it is quantised; None: x's
-    fused: bool  # whether the forward is lora_linear, lora_shared_linear or lora_grouped_linear
-    algorithm: str | None  # of the forward: "fused", "addmm" or "reference"; None if not fused
-    reason: str  # of the algorithm, and of the backward's if it is another; or why it is not fused
-
-    @property
-    def plan(self) -> str | None:
-        """The same as algorithm."""
-        return self.algorithm
+__all__ = ["report"]
 
 
-class Report(list[Row]):
-    """A list of rows; str() is a table."""
+def report(model: nn.Module, tokens: int = 4096, verbose: bool = False) -> Report:
+    """For every LoRA layer, on what it runs for so many tokens, and why.
 
-    def __init__(self, rows: list[Row], tokens: int):
-        super().__init__(rows)
-        self.tokens = tokens
-
-    def __str__(self) -> str:
-        fused = sum(row.fused for row in self)
-        summary = f"{len(self)} LoRA layers, {fused} fused; algorithms for {self.tokens} tokens"
-        head = ("layer", "kind", "weight", "rank", "dtype", "fused", "algorithm", "reason")
-        table = [head, *(_cells(row) for row in self)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
-        return "\n".join([summary, *(lines if self else [])])
-
-
-def report(model: nn.Module, tokens: int = 4096) -> Report:
-    """For every LoRA layer, by which algorithm it is fused for so many tokens, or why it is not.
+    The result is a list of rows; as text it is a table with a line for each kind of layer, or with
+    verbose for each layer; ``as_dict()`` is what JSON can hold.
 
     It says what the next forward and its backward would do with an input of the base weight's
     dtype: with the adapters that are active now, in the current mode and under the current
     autocast. Parameters that fully_shard has sharded are DTensors until a forward gathers them:
     call report inside of a forward.
 
-    Raises: ValueError if tokens is not an integer >= 1.
+    Raises: ValueError if tokens is not an integer >= 1; TypeError if model is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model must be an nn.Module, got {model!r}")
     if not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"report: tokens must be an integer >= 1, got {tokens!r}")
     # If peft was never imported, the model has no layer of it.
@@ -89,7 +59,7 @@ def report(model: nn.Module, tokens: int = 4096) -> Report:
             outermost.setdefault(module, module)
             outermost[module.base_layer] = outermost[module]
             rows.append(_experts_row(name, module, outermost[module], tokens))
-    return Report(rows, tokens)
+    return Report(rows, tokens, verbose)
 
 
 def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
@@ -296,16 +266,3 @@ def _over_frozen(weight: FrozenWeight, a: torch.Tensor, dropout_p: float, tokens
     )
     reason = "the layer's own product, then the update; backward by its weight made dense"
     return chosen._replace(reason=f"{reason}; {chosen.reason}")
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        row.name,
-        row.kind,
-        "x".join(map(str, row.weight)),
-        ", ".join(map(str, row.ranks)),
-        "" if row.dtype is None else str(row.dtype).removeprefix("torch."),
-        "yes" if row.fused else "no",
-        row.algorithm or "",
-        row.reason,
-    )

@@ -50,6 +50,7 @@ LEVELS = {
     "adapters": 7,
     "integrations": 8,
     "report": 8,
+    "report_rows": 0,
     "utils": 8,
     "": 9,  # lora_kernels/__init__.py
     "tuning": 10,

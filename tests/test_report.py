@@ -1,5 +1,6 @@
 """report(): what it says of each layer is what the layer then does."""
 
+import json
 import pickle
 
 import peft
@@ -15,7 +16,7 @@ import lora_kernels as lora
 from lora_kernels import patch_peft, report
 from lora_kernels.dispatch import algorithm
 from lora_kernels.dispatch.algorithm import Algorithm, GemmShape
-from lora_kernels.report import Report, Row
+from lora_kernels.report_rows import Report, Row
 from tests.op_calls import Calls
 from tests.tiny_models import tiny_gpt2, tiny_llama
 
@@ -330,15 +331,68 @@ def test_report_is_a_list_and_a_table(no_interpreter):
     copied = pickle.loads(pickle.dumps(rows))
     assert (copied, copied.tokens, str(copied)) == (rows, 12, str(rows))
     assert str(rows).splitlines() == [
-        "3 LoRA layers, 1 fused; algorithms for 12 tokens",
-        "layer  kind           weight  rank  dtype    fused  algorithm  reason",
-        "embed  LoRAEmbedding  11x16   3     float32  no                there are no kernels for "
-        "it: it runs PyTorch's operators",
-        "lin    LoRALinear     8x16    3     float32  yes    reference  CPU tensors reach the "
-        "kernels only under TRITON_INTERPRET=1",
-        "conv   LoRAConv1d     12x8x3  3     float32  no                there are no kernels for "
-        "it: it runs PyTorch's operators",
+        "3 LoRA layers: 2 on PyTorch's operators, 1 on one PyTorch op; for 12 tokens",
+        "layer  kind           weight  rank  dtype    runs on",
+        "embed  LoRAEmbedding  11x16   3     float32  PyTorch's operators  [1]",
+        "lin    LoRALinear     8x16    3     float32  one PyTorch op       [2]",
+        "conv   LoRAConv1d     12x8x3  3     float32  PyTorch's operators  [1]",
+        "[1] there are no kernels for it: it runs PyTorch's operators",
+        f"[2] {REFERENCE}",
     ]
+
+
+def deep(count: int) -> nn.Module:
+    """Layers of one kind at several places, and one that differs from them."""
+    blocks = nn.Sequential(*(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(count)))
+    others = {"head": nn.Linear(4, 6), "list": nn.Sequential(nn.Linear(4, 4))}
+    model = nn.ModuleDict({"blocks": blocks, **others})
+    return lora.apply_lora(model, r=2, lora_alpha=4, rank_pattern={"blocks.0.q": 1})
+
+
+def test_layers_of_one_kind_are_one_line(no_interpreter):
+    text = str(report(deep(5))).splitlines()
+    assert text[0] == "7 LoRA layers: 7 on one PyTorch op; for 4096 tokens"
+    assert [line.split()[0] for line in text[2:6]] == ["blocks.0.q", "q", "head", "list.0"]
+    assert text[3].split()[:3] == ["q", "x4", "LoRALinear"]
+    assert len(text) == 7
+    every = str(report(deep(5), verbose=True)).splitlines()
+    assert [line.split()[0] for line in every[2:9]] == [
+        *(f"blocks.{index}.q" for index in range(5)), "head", "list.0",
+    ]  # fmt: skip
+
+
+def test_the_table_fits_100_columns(no_interpreter):
+    patch_peft()
+    model = nn.ModuleDict({"a_name_that_is_far_too_long_for_any_column_of_a_table": deep(2)})
+    model["p"] = peft_model(tiny_llama(), target_modules="all-linear", use_dora=True)
+    for verbose in (False, True):
+        lines = str(report(model, verbose=verbose)).splitlines()
+        assert max(map(len, lines)) <= 100
+        assert sum(line.startswith("[") for line in lines) == len({r.reason for r in report(model)})
+
+
+def test_as_dict_is_json(no_interpreter):
+    found = json.loads(json.dumps(report(own_model(), tokens=7).as_dict()))
+    assert found["tokens"] == 7
+    assert found["runs_on"] == {"PyTorch's operators": 2, "one PyTorch op": 1}
+    assert found["layers"][1] == {
+        "name": "lin", "kind": "LoRALinear", "weight": [8, 16], "ranks": [2], "dtype": "float32",
+        "fused": True, "algorithm": "reference", "reason": REFERENCE, "runs_on": "one PyTorch op",
+    }  # fmt: skip
+
+
+def test_what_a_layer_runs_on(monkeypatch):
+    assert [row.runs_on for row in report(peft_model(target_modules=["lin"]))] == ["PEFT's code"]
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "addmm")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (row,) = report(own_model(target_modules=["lin"]))
+    assert row.runs_on == "Triton kernels"
+    assert "Triton kernels, addmm" in str(report(own_model(target_modules=["lin"])))
+
+
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match=r"report: model must be an nn\.Module, got 'x'"):
+        report("x")
 
 
 def test_report_of_what_fully_shard_gathers_is_fused_in_the_forward(tmp_path, device):
@@ -376,7 +430,7 @@ def test_report_of_a_model_without_lora():
     rows = report(nn.Linear(2, 2))
     assert isinstance(rows, Report)
     assert rows == []
-    assert str(rows) == "0 LoRA layers, 0 fused; algorithms for 4096 tokens"
+    assert str(rows) == "0 LoRA layers; for 4096 tokens"
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 1.5, None, "8"])

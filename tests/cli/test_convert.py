@@ -185,7 +185,7 @@ def test_convert_tells_keys_of_patterns_that_match_nothing(convert):
         peft.get_peft_model(plain(), config).save_pretrained("peft")
     code, lines, _ = convert("peft", "lora.pt")
     assert code == 0
-    assert "alpha_pattern: ['typo']" in lines[-1]
+    assert "alpha_pattern: 'typo'" in lines[-1]
 
 
 def test_convert_takes_biases_heads_and_embeddings_along(convert, seed):
