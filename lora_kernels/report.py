@@ -62,6 +62,15 @@ def report(model: nn.Module, tokens: int = 4096, verbose: bool = False) -> Repor
     return Report(rows, tokens, verbose)
 
 
+def report_of_layers(layers: Sequence[nn.Module], tokens: int = 4096) -> Report:
+    """report() of layers of PEFT by themselves, whose names are those of their classes."""
+    rows = []
+    for layer in layers:
+        found = report(nn.ModuleDict({"layer": layer}), tokens)
+        rows += [row._replace(name=type(layer).__name__) for row in found]
+    return Report(rows, tokens)
+
+
 def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     if isinstance(layer, MultiLoRALinear):
         return _multi_row(name, layer, tokens)

@@ -18,6 +18,9 @@ if not torch.cuda.is_available():
     os.environ["LORA_KERNELS_PLAN"] = "reference"
 
 
+os.environ["LORA_KERNELS_QUIET"] = "1"  # what training under patch_peft() says once
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,11 +3,12 @@
 Its commands are run, doctor, convert and inspect.
 
 Exit codes: 0; 1 if doctor found something missing; 2, with one line on stderr, if an argument or a
-file is wrong. What ``run`` runs ends with its own exit code.
+file is wrong; 130 after Ctrl-C. What ``run`` runs ends with its own exit code.
 """
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -25,12 +26,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     own, its = _split(argv)
-    options = _parser().parse_args(own, argparse.Namespace(arguments=its))
+    parser = _parser()
+    if not own:
+        parser.print_help()
+        return 2
+    options = parser.parse_args(own, argparse.Namespace(arguments=its))
     try:
         return options.command(options)
     except UsageError as error:
         print(f"lora-kernels: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if options.command is _run:  # the program's own end
+            raise
+        print("lora-kernels: interrupted", file=sys.stderr)
+        return 130
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -42,6 +52,14 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:end], argv[end:]
 
 
+def _version() -> str:
+    import torch
+
+    from lora_kernels import __version__
+
+    return f"lora_kernels {__version__}, torch {torch.__version__}"
+
+
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
@@ -51,6 +69,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lora-kernels", description="LoRA on Triton kernels.")
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for add in (_add_run, _add_doctor, _add_convert, _add_inspect):
         add(commands)
@@ -60,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run(commands) -> None:
     run = commands.add_parser(
         "run",
-        usage="%(prog)s [-m] SCRIPT_OR_MODULE [ARGUMENT ...]",
+        usage="%(prog)s [--report] [--quiet] [-m] SCRIPT_OR_MODULE [ARGUMENT ...]",
         help="run a Python script with PEFT's LoRA layers on this package's kernels",
         description="Runs a script as `python SCRIPT` does, or a module as `python -m MODULE` "
         "does, with PEFT patched as by lora_kernels.patch_peft() once the program imports PEFT. "
@@ -71,6 +90,17 @@ def _add_run(commands) -> None:
         "such as OMP_NUM_THREADS, outside of the program.",
     )
     run.add_argument("-m", dest="as_module", action="store_true", help="run a module by its name")
+    run.add_argument(
+        "--report",
+        action="store_true",
+        help="print on stderr, after the first training step, what PEFT's LoRA layers run on, and "
+        "why",
+    )
+    run.add_argument(
+        "--quiet",
+        action="store_true",
+        help="do not say after the first training step how many layers train on the kernels",
+    )
     run.add_argument("target", metavar="SCRIPT_OR_MODULE")
     run.set_defaults(command=_run)
 
@@ -196,6 +226,10 @@ def _add_hints(command) -> None:
 def _run(options: argparse.Namespace) -> int:
     from lora_kernels.cli.run import run_module, run_script
 
+    if options.quiet:
+        os.environ["LORA_KERNELS_QUIET"] = "1"  # in the processes that the program starts, too
+    if options.report:
+        os.environ["LORA_KERNELS_REPORT"] = "1"
     run = run_module if options.as_module else run_script
     return run(options.target, options.arguments)
 

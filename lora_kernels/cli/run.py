@@ -8,6 +8,7 @@ process and in the Python processes that it starts.
 import builtins
 import importlib.util
 import os
+import re
 import runpy
 import sys
 import types
@@ -31,7 +32,9 @@ def run_script(path: str, arguments: Sequence[str]) -> int:
     try:
         source = loader.get_data(file)
     except OSError as error:
-        raise UsageError(f"run: cannot open {path}: {error.strerror}") from None
+        raise UsageError(
+            f"run: cannot open {path}: {error.strerror}{_instead(path, arguments)}"
+        ) from None
     main = types.ModuleType("__main__")
     main.__dict__.update(__builtins__=builtins, __file__=file, __cached__=None, __loader__=loader)
     sys.modules["__main__"] = main
@@ -53,6 +56,21 @@ def run_module(name: str, arguments: Sequence[str]) -> int:
     if not _is_executable(name):
         raise UsageError(f"run: no module named {name} that can be run")
     return _outcome(lambda: runpy.run_module(name, run_name="__main__", alter_sys=True))
+
+
+def _instead(path: str, arguments: Sequence[str]) -> str:
+    """What was meant by a command in the place of a script."""
+    name = os.path.basename(path)
+    rest = " ".join(arguments)
+    if re.fullmatch(r"python[\d.]*", name):
+        return f"; did you mean lora-kernels run {rest}?"
+    if name in ("accelerate", "torchrun") and os.sep not in path:
+        script = next((word for word in arguments if word.endswith(".py")), "SCRIPT")
+        launcher = "accelerate launch" if name == "accelerate" else name
+        return f"; did you mean {launcher} -m lora_kernels run {script}?"
+    if not name.endswith(".py") and _is_executable(path):
+        return f"; did you mean lora-kernels run -m {' '.join([path, *arguments])}?"
+    return ""
 
 
 def _is_executable(module: str) -> bool:

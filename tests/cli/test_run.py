@@ -209,7 +209,6 @@ def test_a_child_without_this_package_goes_on_with_plain_peft(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "COMMAND"),
         (["walk"], "walk"),
         (["run"], "SCRIPT_OR_MODULE"),
         (["run", "--fast", "script.py"], "--fast"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_kernels import functional
 from lora_kernels.functional.dora import dora_forward
 from lora_kernels.integrations.peft import dora, experts, mixed, quantized, variants
+from lora_kernels.integrations.peft.census import Census
 from lora_kernels.integrations.peft.guard import BASES, NotFused, misfit, operands_of
 from lora_kernels.integrations.peft.source import digest
 from lora_kernels.layers import mixture
@@ -28,6 +29,19 @@ _KNOWN_FORWARDS = {
     "ec0a80f5c5ce05f5dd90027952bb5d29aaf910e9d2ab40486a90e8a03c7e1cd9",  # 0.18.0 to 0.21.2
 }
 
+
+def _why_not(layer: nn.Module) -> str | None:
+    """Why PEFT's own code runs a layer that reached a patched forward; None if it does not."""
+    if hasattr(layer, "parameter_name"):
+        found = patched_experts(layer)
+    else:
+        found = operands_of(layer)
+        if isinstance(found, NotFused):
+            found = variants.folded_of(layer)
+    return found.reason if isinstance(found, NotFused) else None
+
+
+_census = Census(_why_not)  # of the first training step since the patch
 _upstream: dict[type[nn.Module], Callable] = {}  # PEFT's forwards, while patched
 _endings: list[Callable[[], None]] = []  # what unpatch_peft() calls, too
 
@@ -47,6 +61,8 @@ def patch_peft() -> None:
     If a call is none of these, PEFT's own forward runs; ``report(model)`` says which and why.
     Without dropout the results are PEFT's within rounding. With dropout the masks are others.
     Call it before a model is compiled. A second call changes nothing.
+    One line on stderr says after the first training step how many layers train on this package, and
+    why others do not, unless LORA_KERNELS_QUIET=1 or the model is compiled.
 
     Warns: RuntimeWarning, once, if the forward of lora.Linear of this version of PEFT is not a
     known one. Over experts and quantised layers an unknown version runs PEFT's own forward.
@@ -54,8 +70,10 @@ def patch_peft() -> None:
     """
     from peft.tuners.lora import layer as peft
 
+    global _census
     if _upstream:
         return
+    _census = Census(_why_not)
     _warn_unless_known(peft.Linear.forward)
     BASES.setdefault(peft.Conv1D, peft.Conv1D.forward)
     dora.register()
@@ -86,6 +104,7 @@ def unpatch_peft() -> None:
         kind.forward = kind_forward
     while _endings:
         _endings.pop()()
+    _census.forget()
 
 
 def unreached(layer: nn.Module) -> NotFused | None:
@@ -130,6 +149,12 @@ def _patch_quantised(kind: type[nn.Module]) -> None:
 def _patched(upstream: Callable) -> Callable:
     @functools.wraps(upstream)
     def forward(self, x, *args, **kwargs):
+        y = compute(self, x, *args, **kwargs)
+        if not torch.compiler.is_compiling() and _census.is_open:
+            _census.note(self, y)
+        return y
+
+    def compute(self, x, *args, **kwargs):
         if args or kwargs or torch.jit.is_tracing():
             if kwargs.keys() == {"adapter_names"} and not args and not torch.jit.is_tracing():
                 found = mixed.mixed_of(self, x, kwargs["adapter_names"])
@@ -170,8 +195,12 @@ def _patched_experts(upstream: Callable) -> Callable:
             return upstream(self, x, *args, **kwargs)
         found = experts.experts_of(self, versions)
         if isinstance(found, NotFused) or experts.misfit_of_experts(x, found, args, kwargs):
-            return upstream(self, x, *args, **kwargs)
-        return mixture.compute(found.module, found.updates, x, *args)
+            y = upstream(self, x, *args, **kwargs)
+        else:
+            y = mixture.compute(found.module, found.updates, x, *args)
+        if not torch.compiler.is_compiling() and _census.is_open:
+            _census.note(self, y)
+        return y
 
     forward.versions = versions
     return forward
