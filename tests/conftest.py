@@ -1,7 +1,10 @@
 """Fixtures of every test: the device, the algorithm, and a seed that a failing test prints."""
 
+import atexit
 import os
 import random
+import shutil
+import tempfile
 import zlib
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -10,6 +13,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+
+# What the user's machine has measured is not what is tested, and tests leave no file there.
+os.environ["LORA_KERNELS_CACHE"] = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, os.environ["LORA_KERNELS_CACHE"], ignore_errors=True)
 
 if not torch.cuda.is_available():
     # Read when triton is imported: kernels run in its interpreter, on CPU tensors. Fixtures of a
@@ -49,6 +56,17 @@ def seed(request) -> int:
     print(f"seed: LORA_KERNELS_TEST_SEED={value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache directory, and nothing of it in this process, before the test and after it."""
+    from lora_kernels.dispatch import measured
+
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "cache"))
+    measured.forget()
+    yield tmp_path / "cache"
+    measured.forget()
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 """The command line, ``lora-kernels`` or ``python -m lora_kernels``.
 
-Its commands are run, doctor, convert and inspect.
-
-Exit codes: 0; 1 if doctor found something missing; 2, with one line on stderr, if an argument or a
-file is wrong; 130 after Ctrl-C. What ``run`` runs ends with its own exit code.
+Exit codes: 0; 1 if doctor found something missing, or check something wrong; 2, with one line on
+stderr, if an argument or a file is wrong; 130 after Ctrl-C. What ``run`` runs ends with its own
+exit code.
 """
 
 import argparse
@@ -71,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lora-kernels", description="LoRA on Triton kernels.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for add in (_add_run, _add_doctor, _add_convert, _add_inspect):
+    for add in (_add_run, _add_doctor, _add_check, _add_tune, _add_convert, _add_inspect):
         add(commands)
     return parser
 
@@ -115,6 +114,85 @@ def _add_doctor(commands) -> None:
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
     doctor.set_defaults(command=_doctor)
+
+
+def _add_check(commands) -> None:
+    check = commands.add_parser(
+        "check",
+        help="check every kernel on this GPU against float64",
+        description="Runs every kernel in every dtype on this GPU, twice, and compares the results "
+        "with float64 and with each other. Verdicts are kept in the cache directory "
+        "(LORA_KERNELS_CACHE, or ~/.cache/lora_kernels), where training runs read them: a kernel "
+        "that is wrong here is not used. Exit code: 0 if all are right, 1 if not.",
+    )
+    check.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    check.add_argument(
+        "--kernels", type=_names, default=[], metavar="LIST", help="only these, comma-separated"
+    )
+    check.add_argument(
+        "--seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="what has not begun by then is left out (default: %(default)g)",
+    )
+    check.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core)")
+    check.set_defaults(command=_check)
+
+
+def _add_tune(commands) -> None:
+    tune = commands.add_parser(
+        "tune",
+        usage="%(prog)s [MODEL] [options]",
+        help="measure on this GPU which kernels are fastest for a model, and keep it",
+        description="Times the algorithms (fused, addmm) and the tiles of the kernels at the "
+        "shapes of a model, after a check against float64, and keeps what is fastest in the cache "
+        "directory (LORA_KERNELS_CACHE, or ~/.cache/lora_kernels). Every later run on this GPU, "
+        "with this driver and these versions, takes it from there. LORA_KERNELS_TUNE=first-use "
+        "measures the algorithms in the first calls of a training run instead. Lists are "
+        "comma-separated.",
+    )
+    tune.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a folder with config.json, or that file"
+    )
+    tune.add_argument(
+        "--shapes", metavar="LIST", help="layers as KxN, such as 4096x1024, or llama3-8b"
+    )
+    numbers = {
+        "--tokens": (int, [], "numbers of tokens (default: 16,512,4096)"),
+        "--ranks": (int, [16], "ranks (default: 16)"),
+        "--dropout": (float, [0.0, 0.1], "dropout probabilities (default: 0,0.1)"),
+    }
+    for name, (kind, default, text) in numbers.items():
+        tune.add_argument(name, type=_list_of(kind), default=default, metavar="LIST", help=text)
+    tune.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="(default: bfloat16)"
+    )
+    tune.add_argument(
+        "--minutes",
+        type=float,
+        default=5.0,
+        metavar="T",
+        help="when to stop (default: %(default)g)",
+    )
+    tune.add_argument("--jobs", type=int, metavar="N", help="processes that compile")
+    instead = tune.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="print what would be measured")
+    instead.add_argument("--show", action="store_true", help="print what is kept for this GPU")
+    instead.add_argument("--clear", action="store_true", help="remove what is kept")
+    tune.set_defaults(command=_tune)
+
+
+def _names(text: str) -> list[str]:
+    from lora_kernels.tuning.check import names
+
+    return _list_of(str, names())(text)
+
+
+def _list_of(kind, choices=()):
+    from lora_kernels.tuning.options import listed
+
+    return listed(kind, choices)
 
 
 def _add_convert(commands) -> None:
@@ -240,6 +318,18 @@ def _doctor(options: argparse.Namespace) -> int:
     found = doctor.examine()
     print(doctor.as_json(found) if options.json else doctor.as_text(found))
     return 1 if found.missing else 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from lora_kernels.cli.check import check
+
+    return check(options)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from lora_kernels.cli.tune import tune
+
+    return tune(options)
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -12,16 +12,18 @@ from typing import NamedTuple
 
 import torch
 
+from lora_kernels.dispatch import measured
 from lora_kernels.dispatch.table import TABLE, GemmShape
 
 __all__ = [
-    "ALGORITHMS", "SMALL_M", "Algorithm", "GemmShape", "capability_of", "choose", "is_small_m",
-    "unmeasured",
+    "ALGORITHMS", "SMALL_M", "Algorithm", "GemmShape", "capability_of", "choose", "is_open",
+    "is_small_m", "unmeasured",
 ]  # fmt: skip
 
 ALGORITHMS = ("fused", "addmm", "reference")
 SMALL_M = 64  # up to so many rows a layer is bound by reading its weight
 _VARIABLE = "LORA_KERNELS_PLAN"
+_INTERPRETED, _UNMEASURED = "TRITON_INTERPRET=1", "no measurement"  # reasons of choose()
 _FORMER = {"sandwich": "addmm"}  # values of the variable that have another name now
 
 
@@ -69,13 +71,21 @@ def choose(shape: GemmShape) -> Algorithm:
         return Algorithm("reference", "triton 3.4 or newer is not installed")
     if asked != "auto":
         return Algorithm(asked, f"{_VARIABLE}={asked}")
-    if device.type == "cpu":
-        return Algorithm("fused", "TRITON_INTERPRET=1")
     capability = capability_of(device)
+    for entry in measured.entries(device, capability):
+        if entry.holds(shape, capability):
+            return Algorithm(entry.algorithm, f"measured on {entry.source}")
+    if device.type == "cpu":
+        return Algorithm("fused", _INTERPRETED)
     for entry in TABLE:
         if entry.holds(shape, capability):
             return Algorithm(entry.algorithm, f"measured: {entry.source}")
-    return Algorithm(unmeasured(shape), f"no measurement for capability {capability} holds here")
+    return Algorithm(unmeasured(shape), f"{_UNMEASURED} for capability {capability} holds here")
+
+
+def is_open(algorithm: Algorithm) -> bool:
+    """Whether neither the user nor a measurement has decided between fused and addmm."""
+    return algorithm.reason == _INTERPRETED or algorithm.reason.startswith(_UNMEASURED)
 
 
 def _asked() -> str:
@@ -94,7 +104,8 @@ def _asked() -> str:
 
 @functools.cache
 def capability_of(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    """The capability of a GPU; (0, 0) of the CPU that interprets."""
+    return (0, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 
 from lora_kernels.dispatch.algorithm import ALGORITHMS, Algorithm
 
-__all__ = ["failures", "run"]
+__all__ = ["failures", "is_a_kernels", "run"]
 
 _Result = TypeVar("_Result")
 
@@ -37,7 +37,7 @@ def run(
         try:
             return compute(name)
         except Exception as error:
-            if not _is_a_kernels(error):
+            if not is_a_kernels(error):
                 raise
             _give_up(name, what(), error)
     return compute("reference")
@@ -62,7 +62,7 @@ def _give_up(name: str, what: tuple, error: Exception) -> None:
     )
 
 
-def _is_a_kernels(error: Exception) -> bool:
+def is_a_kernels(error: Exception) -> bool:
     """Whether a kernel did not compile or launch; not whether the device or this package failed."""
     try:
         from triton.errors import TritonError

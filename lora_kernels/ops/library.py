@@ -16,15 +16,21 @@ import torch
 from torch import Tensor
 
 from lora_kernels.checks import is_autocast
-from lora_kernels.dispatch import algorithm, fallback
+from lora_kernels.dispatch import algorithm, fallback, first_use
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.dispatch.tma import is_tma_compliant
+from lora_kernels.ops import first_call
 
 __all__ = ["OP_LIBRARY", "binds_positionally", "compute", "define", "tma_if_asked"]
 
 OP_LIBRARY = torch.library.Library("lora_kernels", "DEF")
 
 
+# Ops that write to none of their operands, and that both algorithms compute.
+_REPEATABLE = (
+    "lora_linear_forward", "lora_linear_backward",
+    "lora_shared_linear_forward", "lora_shared_linear_backward",
+)  # fmt: skip
 # Other devices; tensors with a batch dimension of torch.func.vmap, or of is_grads_batched.
 _FORMULAS = ("CompositeExplicitAutograd", "FuncTorchBatched", "Batched")
 
@@ -67,13 +73,17 @@ def compute(
     def by(chosen: str):
         if chosen == "reference":
             return getattr(reference, name)(*operands)
-        return getattr(_kernels_of(reference), name)(chosen, *operands)
+        kernels = _kernels_of(reference)
+        first_call.prepare(getattr(reference, name), chosen, shape, operands)
+        return getattr(kernels, name)(chosen, *operands)
 
     def what() -> tuple:
         dtypes = dict.fromkeys(tensor.dtype for tensor in typed if tensor is not None)
         small = ("small m",) if shape.m <= algorithm.SMALL_M else ()  # has kernels of its own
         return (name, *small, shape.device, *dtypes)
 
+    if name in _REPEATABLE and algorithm.is_open(chosen) and first_use.is_asked(shape.device):
+        chosen = chosen._replace(name=first_use.decide(shape, by))
     return fallback.run(chosen, what, by)
 
 

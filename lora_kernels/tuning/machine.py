@@ -1,5 +1,6 @@
 """What a row says of the machine and of the code that was measured on it."""
 
+import os
 import platform
 import subprocess
 
@@ -7,9 +8,18 @@ import torch
 
 from lora_kernels.tuning import repository
 
-__all__ = ["describe", "gpu_name", "gpu_state"]
+__all__ = ["NO_KERNELS", "describe", "device_of_kernels", "gpu_name", "gpu_state"]
+
+NO_KERNELS = "there is no GPU; without one the kernels run under TRITON_INTERPRET=1 only"
 
 QUERY = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+
+
+def device_of_kernels() -> torch.device | None:
+    """Where this process runs the kernels: a GPU, or a CPU if it interprets them; or nowhere."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def describe(device: str) -> dict:

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lora_kernels.kernels.config import When
 from lora_kernels.kernels.registry import LAUNCHERS
 from lora_kernels.tuning import candidates, cases, machine, rows, shapes, workers
@@ -50,12 +48,12 @@ DROPOUT = (0.1,)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what each table is to say; 1 if of some entry nothing ran at all its shapes."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    device = "cuda" if torch.cuda.is_available() and not interpreted else "cpu"
     parser = _parser()
     options = parser.parse_args(arguments)
-    if device == "cpu" and not interpreted:
-        parser.error("without a GPU the kernels run under TRITON_INTERPRET=1 only")
+    found_on = machine.device_of_kernels()
+    if found_on is None:
+        parser.error(machine.NO_KERNELS)
+    device = found_on.type
     default = DEFAULTS[device]
     seconds = default.seconds if options.seconds is None else options.seconds
     found = cases.cases(options.kernels, _shapes(device, options), options.limit or default.limit)

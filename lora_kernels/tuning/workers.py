@@ -1,15 +1,18 @@
 """Runs tasks in processes of their own: one that fails, hangs or dies takes no other with it."""
 
 import concurrent.futures
+import math
 import multiprocessing
 import queue
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
 import torch
 
-__all__ = ["attempt", "reason"]
+__all__ = ["NOT_REACHED", "attempt", "reason"]
 
+NOT_REACHED = "not reached in time"
 TIMEOUT = 180.0  # seconds; a process starts in some ten, a kernel compiles in a few
 
 
@@ -18,20 +21,27 @@ def attempt(
     tasks: Sequence,
     jobs: int,
     timeout: float = TIMEOUT,
+    seconds: float = math.inf,
 ) -> list[str | None]:
     """Why function(task) fails, for each task; None if it does not.
 
     jobs: how many processes share the tasks; 1 is this process, which has no such protection.
-    function: one that a new process can import.
+    function: one that a new process can import. timeout: in seconds, of one task. seconds: tasks
+    that have not begun by then are NOT_REACHED.
     """
+    end = time.monotonic() + seconds
     if jobs <= 1 or not tasks:
-        return [_failure(function, task) for task in tasks]
+        return [
+            _failure(function, task) if time.monotonic() < end else NOT_REACHED for task in tasks
+        ]
     workers = [_Worker(function, timeout) for _ in range(min(jobs, len(tasks)))]
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in workers:
         idle.put(worker)
 
     def run(task) -> str | None:
+        if time.monotonic() >= end:
+            return NOT_REACHED
         worker = idle.get()
         try:
             return worker.run(task)

@@ -1,0 +1,35 @@
+"""lora-kernels check: every kernel on this machine's GPU, against float64."""
+
+import argparse
+import json
+
+from lora_kernels.cli.errors import UsageError
+from lora_kernels.dispatch import cache
+from lora_kernels.tuning import check as checks
+from lora_kernels.tuning import machine
+
+__all__ = ["check"]
+
+
+def check(options: argparse.Namespace) -> int:
+    """Prints what is right and what is not; 1 if something is wrong or was not reached.
+
+    Raises: UsageError if there is neither a GPU nor the interpreter.
+    """
+    device = machine.device_of_kernels()
+    if device is None:
+        raise UsageError(f"check: {machine.NO_KERNELS}")
+    checked = checks.check(device.type, options.kernels, options.jobs, options.seconds)
+    its = cache.machine(device)
+    if options.json:
+        print(json.dumps({"machine": its, "checked": [_as_json(each) for each in checked]}))
+    else:
+        print(f"{its['gpu']}, torch {its['torch']}, triton {its['triton']}: each kernel twice, "
+              "against float64", checks.as_text(checked), sep="\n")  # fmt: skip
+    return 0 if all(each.reason is None for each in checked) else 1
+
+
+def _as_json(each: checks.Checked) -> dict:
+    fields = each.variant._asdict()
+    dtypes = {name: str(fields[name]).removeprefix("torch.") for name in ("dtype", "lora_dtype")}
+    return {**fields, **dtypes, "reason": each.reason}

@@ -1,0 +1,119 @@
+"""lora-kernels tune: measures algorithms and tiles on this machine's GPU, and keeps them."""
+
+import argparse
+import json
+import os
+import sys
+
+import torch
+
+from lora_kernels.cli.errors import UsageError
+from lora_kernels.dispatch import cache, measured
+from lora_kernels.tuning import machine, model_shapes, user
+from lora_kernels.tuning.shapes import Layer
+from lora_kernels.tuning.user import Plan
+
+__all__ = ["tune"]
+
+MOST_JOBS = 16
+_INTERRUPTED = 130
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Does what the command line asks for: 0; 1 if the GPU failed on the way; 130 after Ctrl-C.
+
+    Raises: UsageError for arguments that are wrong, a directory that cannot be written, and another
+    process that tunes.
+    """
+    if options.clear:
+        paths = measured.clear()
+        print("\n".join(f"removed {path}" for path in paths) or "there was nothing to remove")
+        return 0
+    device = machine.device_of_kernels()
+    if device is None:
+        raise UsageError(f"tune: {machine.NO_KERNELS}")
+    path = cache.path_of(measured.KIND, device)
+    if options.show:
+        print(path, json.dumps(measured.content(device), indent=1), sep="\n")
+        return 0
+    plan = _plan(device, options)
+    if options.dry_run:
+        print(_outline(plan), f"results go to {path}", sep="\n")
+        return 0
+    try:
+        with cache.exclusive(measured.KIND):
+            return _run(plan, path)
+    except cache.BusyError as error:
+        raise UsageError(f"tune: another process is tuning: {error}") from error
+    except OSError as error:
+        raise UsageError(
+            f"tune: {cache.directory()} cannot be written ({error.strerror or error}): set "
+            f"LORA_KERNELS_CACHE to a directory that can"
+        ) from error
+
+
+def _run(plan: Plan, path: os.PathLike) -> int:
+    compared = 0
+
+    def write(line: str) -> None:
+        print(line, flush=True)
+
+    try:
+        compared = user.tune(plan, write)
+    except KeyboardInterrupt:
+        print(f"lora-kernels tune: stopped; what was measured is kept in {path}", file=sys.stderr)
+        return _INTERRUPTED
+    except RuntimeError as error:  # of the device; OutOfMemoryError is one as well
+        reason = " ".join(str(error).split())
+        print(
+            f"lora-kernels tune: error: {plan.device} failed ({reason}); what was measured is kept "
+            f"in {path}",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"{compared} of {len(user.cells(plan))} products were compared; kept in {path}")
+    return 0
+
+
+def _plan(device: torch.device, options: argparse.Namespace) -> Plan:
+    default = user.DEFAULTS[device.type]
+    if not options.minutes > 0:
+        raise UsageError(f"tune: --minutes must be more than 0, got {options.minutes:g}")
+    layers: tuple[Layer, ...] = ()
+    try:
+        if options.model:
+            layers += model_shapes.layers_of(options.model)
+        if options.shapes:
+            layers += model_shapes.parse_shapes(options.shapes)
+    except ValueError as error:
+        raise UsageError(f"tune: {error}") from error
+    layers = tuple(dict.fromkeys(layers)) or default.layers
+    if not layers:
+        raise UsageError("tune: give a model (its folder or config.json) or --shapes KxN,...")
+    return Plan(
+        device=device,
+        dtype=_DTYPES[options.dtype] if options.dtype else default.dtype,
+        layers=layers,
+        tokens=tuple(sorted(set(options.tokens or default.tokens))),
+        ranks=tuple(sorted(set(options.ranks))),
+        dropout=tuple(sorted(set(options.dropout))),
+        seconds=60 * options.minutes,
+        jobs=max(1, options.jobs or min(os.cpu_count() or 1, MOST_JOBS)),
+    )
+
+
+def _outline(plan: Plan) -> str:
+    """What would be measured."""
+    layers = ", ".join(f"{layer.k} -> {layer.n}" for layer in plan.layers)
+    tiles = plan.tile_cases()
+    count = sum(len(case.configs) for case in tiles)
+    return "\n".join(
+        (
+            f"layers: {layers}",
+            f"tokens {plan.tokens}, ranks {plan.ranks}, dropout {plan.dropout}, "
+            f"{str(plan.dtype).removeprefix('torch.')}, {plan.seconds / 60:g} minutes",
+            f"tiles: {count} candidates of {len(tiles)} launches in {plan.jobs} processes",
+            f"algorithms: {len(user.cells(plan))} products",
+        )
+    )

@@ -1,0 +1,103 @@
+"""LORA_KERNELS_TUNE=first-use: the first calls of a training run decide between algorithms.
+
+A product that no measurement holds for is computed by both algorithms a few times, in turn. The
+faster one is kept for products of its shape, here and in the user's cache directory.
+"""
+
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from lora_kernels.dispatch import fallback, measured
+from lora_kernels.dispatch.algorithm import capability_of
+from lora_kernels.dispatch.table import GemmShape, TuningEntry
+
+__all__ = ["decide", "is_asked"]
+
+_VARIABLE = "LORA_KERNELS_TUNE"
+_WARM_UP, _ROUNDS = 2, 7
+_NAMES = ("fused", "addmm")
+
+
+def is_asked(device: torch.device) -> bool:
+    """Whether calls are to be measured: not in a graph, whose launches take no time of their own.
+
+    Raises: ValueError if LORA_KERNELS_TUNE has an unknown value.
+    """
+    asked = os.environ.get(_VARIABLE, "0")
+    if asked not in ("0", "first-use"):
+        raise ValueError(f"{_VARIABLE} must be 0 or first-use, got {asked!r}")
+    if asked == "0" or device.type != "cuda":
+        return asked != "0"
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def decide(shape: GemmShape, compute: Callable[[str], object]) -> str:
+    """The faster algorithm, after both have computed a call a few times, in turn.
+
+    compute(algorithm): repeatable, with the same result each time. If one of them fails, the other
+    is taken; running out of memory and errors of the device are raised.
+    """
+    seconds: dict[str, list[float]] = {}
+    for name in _NAMES:
+        try:
+            for _ in range(_WARM_UP):
+                compute(name)
+            seconds[name] = []
+        except Exception as error:
+            if not fallback.is_a_kernels(error):
+                raise
+    for _ in range(_ROUNDS if len(seconds) > 1 else 0):
+        for name, taken in seconds.items():
+            taken.append(_seconds(lambda name=name: compute(name), shape.device))
+    best = min(seconds, key=lambda name: statistics.median(seconds[name] or [0.0]), default="addmm")
+    _keep(shape, best, seconds)
+    return best
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _keep(shape: GemmShape, best: str, seconds: dict[str, list[float]]) -> None:
+    """For as many rows to twice as many, by powers of two, and this n, k and r."""
+    least = 1 << (shape.m.bit_length() - 1)
+    entry = TuningEntry(
+        capability_of(shape.device),
+        shape.dtype,
+        best,
+        measured.SOURCE,
+        m=(least, 2 * least - 1),
+        n=(shape.n, shape.n),
+        k=(shape.k, shape.k),
+        r=(shape.r, shape.r),
+        dropout=shape.dropout,
+        tma=shape.tma,
+        backward=shape.backward,
+    )
+    ratio = None
+    if len(seconds) == len(_NAMES):
+        ratios = [fused / addmm for fused, addmm in zip(*seconds.values(), strict=True)]
+        ratio = statistics.median(ratios), min(ratios), max(ratios)
+    try:
+        measured.add(shape.device, [measured.as_json(entry, ratio)])
+    except OSError as error:
+        warnings.warn(
+            f"lora_kernels: {_VARIABLE}: what is measured stays in this process: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )

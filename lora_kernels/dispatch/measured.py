@@ -1,0 +1,121 @@
+"""What `lora-kernels tune` and LORA_KERNELS_TUNE=first-use have measured on this machine's GPU.
+
+Algorithms by GEMM shape, as entries that go before those of table.py; and tiles by kernel, which
+kernels/measured_tiles.py puts into the kernels' tables.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from lora_kernels.dispatch import cache
+from lora_kernels.dispatch.table import TuningEntry
+
+__all__ = ["KIND", "SOURCE", "add", "as_json", "clear", "content", "entries", "forget", "tiles"]
+
+KIND = "tuned"  # of the file in the cache
+SOURCE = "this GPU"
+_BOUNDS = ("m", "n", "k", "r")
+
+
+@functools.cache
+def content(device: torch.device) -> dict[str, list[dict]]:
+    """What the file holds: ``algorithms`` and ``tiles``; both empty if there is none, or a bad one.
+
+    It is read once in a process. A file that does not hold this is ignored, with one warning.
+    """
+    found = cache.read(KIND, device)
+    if not found:
+        return {"algorithms": [], "tiles": []}
+    try:
+        for entry in found["algorithms"]:
+            _entry(entry, (0, 0))
+        if not all(isinstance(tile, dict) for tile in found["tiles"]):
+            raise TypeError("tiles must be objects")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        cache.ignored(cache.path_of(KIND, device), f"{type(error).__name__}: {error}")
+        return {"algorithms": [], "tiles": []}
+    return found
+
+
+@functools.cache
+def entries(device: torch.device, capability: tuple[int, int]) -> tuple[TuningEntry, ...]:
+    """The algorithms of the file, the last that was measured first."""
+    found = content(device)["algorithms"]
+    return tuple(_entry(entry, capability) for entry in reversed(found))
+
+
+def tiles(device: torch.device) -> Sequence[Mapping]:
+    """The tiles of the file: kernel, when and config, as kernels/measured_tiles.py has them."""
+    return content(device)["tiles"]
+
+
+def add(
+    device: torch.device, algorithms: Sequence[Mapping] = (), tiles: Sequence[Mapping] = ()
+) -> None:
+    """Adds to what is measured: to the file, and in this process.
+
+    An equal entry with another verdict is replaced.
+    Raises: OSError if the file cannot be written; this process has the entries all the same.
+    """
+    own = content(device)
+    its = cache.read(KIND, device) or own  # another process may have added to it
+    merged = {
+        "algorithms": _merged(its["algorithms"], own["algorithms"], algorithms),
+        "tiles": _merged(its["tiles"], own["tiles"], tiles),
+    }
+    own.update(merged)
+    entries.cache_clear()
+    cache.write(KIND, device, merged)
+
+
+def clear() -> list:
+    """Removes what is measured, of all GPUs and versions; returns the files' paths."""
+    forget()
+    return cache.clear(KIND)
+
+
+def forget() -> None:
+    """The file is read again when something is asked."""
+    content.cache_clear()
+    entries.cache_clear()
+
+
+def as_json(entry: TuningEntry, ratio: Sequence[float] | None = None) -> dict:
+    """An entry as the file has it; ratio: the time of fused over that of addmm, with its bounds."""
+    found = {name: [_finite(bound) for bound in getattr(entry, name)] for name in _BOUNDS}
+    return {
+        **found,
+        "dtype": str(entry.dtype).removeprefix("torch."),
+        **{name: getattr(entry, name) for name in ("dropout", "tma", "backward", "algorithm")},
+        "ratio": None if ratio is None else list(ratio),
+    }
+
+
+def _entry(found: Mapping, capability: tuple[int, int]) -> TuningEntry:
+    bounds = {}
+    for name in _BOUNDS:
+        low, high = found[name]
+        bounds[name] = (float(low), math.inf if high is None else float(high))
+    dtype, algorithm = getattr(torch, found["dtype"]), found["algorithm"]
+    if not isinstance(dtype, torch.dtype) or algorithm not in ("fused", "addmm"):
+        raise ValueError(f"{found['dtype']}, {algorithm} must be a dtype, and fused or addmm")
+    flags = {name: found[name] for name in ("dropout", "tma", "backward")}
+    return TuningEntry(capability, dtype, algorithm, SOURCE, **bounds, **flags)
+
+
+def _finite(bound: float) -> float | None:
+    return None if math.isinf(bound) else bound
+
+
+def _merged(*lists: Sequence[Mapping]) -> list[dict]:
+    """All of the lists, the last one of those that differ in their verdict alone."""
+    verdicts = ("algorithm", "config", "ratio")
+    found = {}
+    for entry in (dict(entry) for entries in lists for entry in entries):
+        key = repr(sorted((name, value) for name, value in entry.items() if name not in verdicts))
+        found.pop(key, None)  # the last is the newest
+        found[key] = entry
+    return list(found.values())

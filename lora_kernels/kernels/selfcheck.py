@@ -1,0 +1,180 @@
+"""Whether the kernels are right on this GPU: launchers against their formulas in float64, twice.
+
+Compilers have faults that only some GPUs show. A variant is what one compilation of a kernel
+serves. Random operands of two tiles in each direction are enough to meet edges, loops and masks.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch import cache
+from lora_kernels.kernels.operands import Operands
+from lora_kernels.kernels.registry import LAUNCHERS, entry_for
+from lora_kernels.testing.memory import guarded_outputs
+from lora_kernels.testing.problem import make_problem
+from lora_kernels.testing.tolerance import assert_close
+
+__all__ = [
+    "Variant", "WrongKernelError", "fault", "first_use", "keep", "key_of", "of_launcher",
+    "wrong_result",
+]  # fmt: skip
+
+_KIND = "checked"  # of the file in the cache
+_VARIABLE = "LORA_KERNELS_CHECK"
+# m, n, k: more than two tiles on a GPU, where tiles have up to 256 rows and columns.
+_SIZES = {"cuda": (300, 520, 264), "cpu": (72, 80, 88)}
+_SMALL_M = 16
+_verdicts: dict[torch.device, dict[str, str | None]] = {}
+
+
+class WrongKernelError(RuntimeError):
+    """A kernel whose results are wrong on this GPU, or differ from run to run."""
+
+
+class Variant(NamedTuple):
+    """What decides about the machine code that a launcher takes.
+
+    dtype: of x, w and y; lora_dtype: of the factors. small_m: whether m is that of decoding.
+    aligned: whether tensor descriptors can describe the operands. transposed: whether w is stored
+    [K, N].
+    """
+
+    launcher: str
+    dtype: torch.dtype = torch.float32
+    lora_dtype: torch.dtype = torch.float32
+    r: int = 16
+    dropout: bool = True
+    small_m: bool = False
+    aligned: bool = True
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        flags = {
+            "dropout": self.dropout,
+            "small m": self.small_m,
+            "unaligned": not self.aligned,
+            "transposed": self.transposed,
+        }
+        parts = [self.launcher, self.dtypes, f"r={self.r}"]
+        return " ".join(parts + [name for name, holds in flags.items() if holds])
+
+    @property
+    def dtypes(self) -> str:
+        """Both dtypes in words; one if they are equal."""
+        both = dict.fromkeys((self.dtype, self.lora_dtype))
+        return "/".join(str(dtype).removeprefix("torch.") for dtype in both)
+
+
+def of_launcher(variant: Variant, device: torch.device) -> Operands:
+    """Random operands of a variant. The state of PyTorch's generators stays as it is."""
+    m, n, k = _SIZES[device.type]
+    m = _SMALL_M if variant.small_m else m
+    k = k if variant.aligned else k - 1
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), torch.device(device):
+        torch.manual_seed(0)
+        problem = make_problem(
+            m, k, n, variant.r, device=device, dtype=variant.dtype, lora_dtype=variant.lora_dtype,
+            dropout_p=0.25 if variant.dropout else 0.0,
+        )  # fmt: skip
+        if variant.transposed:
+            problem.w = problem.w.T.contiguous().T
+        return Operands(problem)
+
+
+def key_of(variant: Variant, device: torch.device) -> str | None:
+    """The variant with the tiles that it takes, as the file has it; None if it is not taken."""
+    o = of_launcher(variant, device)
+    if not LAUNCHERS[variant.launcher].supports(o):
+        return None
+    return f"{variant} {entry_for(variant.launcher, o)[1]}"
+
+
+def wrong_result(
+    outputs: Sequence[Tensor], exact: Sequence[Tensor], baseline: Sequence[Tensor]
+) -> str | None:
+    """What is wrong with results by the one tolerance; None if nothing is.
+
+    exact, baseline: the formula in float64 and in the dtype in which a result is judged, which for
+    h and dh is that of the layer that they serve.
+    """
+    try:
+        for output, *references in zip(outputs, exact, baseline, strict=True):
+            assert_close(output.to(references[1].dtype), *references, what="result")
+    except AssertionError as error:
+        return f"wrong: {error}"
+    return None
+
+
+def fault(variant: Variant, device: torch.device, guard: bool = False) -> str | None:
+    """Why a variant cannot be trusted; None if two runs are right and have the same bits.
+
+    guard: whether to look for elements that are not written, or written outside of the outputs.
+    All of the process must be at rest then.
+    Raises: what compiling and launching raise.
+    """
+    launcher, o = LAUNCHERS[variant.launcher], of_launcher(variant, device)
+    memory = guarded_outputs() if guard else contextlib.nullcontext()
+    try:
+        with torch.no_grad(), memory:
+            outputs = launcher(o)
+        with torch.no_grad():
+            again = launcher(o)
+            exact, baseline = (launcher.formula(o, t) for t in (torch.float64, o.x.dtype))
+    except AssertionError as error:
+        return f"wrong: {error}"
+    wrong = wrong_result(outputs, exact, baseline)
+    if wrong is None and not all(map(torch.equal, outputs, again)):
+        return "two runs differ"
+    return wrong
+
+
+# ---- at the first use ----
+
+
+def first_use(variants: Iterable[Variant], device: torch.device) -> None:
+    """Checks those of the variants that were not checked on this device before, here or elsewhere.
+
+    Verdicts are kept in the user's cache directory; if that cannot be written, in this process. On
+    a CPU, in the interpreter, nothing is checked unless LORA_KERNELS_CHECK=1. LORA_KERNELS_CHECK=0
+    turns it off. Nothing is checked while a CUDA graph is captured.
+    Raises: WrongKernelError for the first that is wrong; what compiling and launching raise.
+    """
+    if not _is_asked(device):
+        return
+    known = _verdicts.get(device)
+    if known is None:
+        known = _verdicts[device] = dict(cache.read(_KIND, device))
+    found = {}
+    for variant in variants:
+        key = key_of(variant, device)
+        if key is None:
+            continue
+        if key not in known:
+            found[key] = known[key] = fault(variant, device)
+        if known[key] is not None:
+            keep(found, device)
+            raise WrongKernelError(
+                f"{variant} is not right on this GPU ({known[key]}); please report it with the "
+                f"output of lora-kernels check. {_VARIABLE}=0 uses it all the same"
+            )
+    keep(found, device)
+
+
+def _is_asked(device: torch.device) -> bool:
+    asked = os.environ.get(_VARIABLE)
+    if device.type != "cuda":
+        return asked == "1"
+    return asked != "0" and not torch.cuda.is_current_stream_capturing()
+
+
+def keep(found: dict[str, str | None], device: torch.device) -> None:
+    """Adds verdicts, by key_of, to the file, if it can be written: it saves time and no more."""
+    if found:
+        with contextlib.suppress(OSError):
+            cache.write(_KIND, device, {**cache.read(_KIND, device), **found})

@@ -1,0 +1,105 @@
+"""What happens once, before kernels compute a product of a new kind.
+
+Tiles that were measured on this GPU come into the kernels' tables, and the kernels that will run
+are checked against float64 on small operands of the same kind.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch.algorithm import is_small_m
+from lora_kernels.dispatch.table import GemmShape
+from lora_kernels.dispatch.tma import is_tma_compliant
+
+__all__ = ["LAUNCHERS", "prepare"]
+
+# The launchers of each op by algorithm, as the modules of kernels/ compose them.
+LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "lora_linear_forward": {
+        "fused": ("shrink", "gemm_fwd", "gemm_small_m"),
+        "addmm": ("shrink", "expand_y"),
+    },
+    "lora_linear_backward": {
+        "fused": ("grad_b", "gemm_bwd", "grad_a", "expand_dx", "expand_grad_a"),
+        "addmm": ("grad_b", "expand_grad_a", "expand_dx", "grad_a"),
+    },
+    "lora_shared_linear_forward": {
+        "fused": ("shrink", "gemm_fwd"),
+        "addmm": ("shrink", "expand_y"),
+    },
+    "lora_shared_linear_backward": dict.fromkeys(
+        ("fused", "addmm"), ("grad_b", "expand_dx", "grad_a")
+    ),
+    "lora_grouped_linear_forward": {
+        "fused": ("grouped_shrink_h", "grouped_gemm_y"),
+        "addmm": ("grouped_shrink_h", "grouped_expand_y", "grouped_gemm_y"),
+    },
+    "lora_grouped_linear_backward": {
+        name: ("grouped_shrink_dh", *of_dx, "grouped_grad_a", "grouped_grad_b")
+        for name, of_dx in (
+            ("fused", ("grouped_gemm_dx",)),
+            ("addmm", ("grouped_expand_dx", "grouped_gemm_dx")),
+        )
+    },
+    "add_lora": dict.fromkeys(("fused", "addmm"), ("shrink", "expand_add_y")),
+    "dense_4bit": dict.fromkeys(("fused", "addmm"), ("dequantize_4bit",)),
+}
+LAUNCHERS["dora_forward"] = {
+    name: ("weight_norm", *launchers)
+    for name, launchers in LAUNCHERS["lora_linear_forward"].items()
+}
+LAUNCHERS["dora_backward"] = LAUNCHERS["lora_linear_backward"]
+_prepared: set[tuple] = set()
+
+
+def prepare(function: Callable, algorithm: str, shape: GemmShape, operands: tuple) -> None:
+    """Once for each kind: the kernels of an algorithm that are about to run are checked.
+
+    function: of reference/, which specifies what function(*operands) is.
+    Raises: WrongKernelError if a kernel is wrong here; what compiling and launching raise.
+    """
+    named = dict(zip(function.__code__.co_varnames, operands, strict=False))
+    w, factor = _first(named, "w"), _first(named, "a", "b")
+    kind = (
+        function.__name__,
+        algorithm,
+        shape.device,
+        shape.dtype,
+        shape.dtype if factor is None else factor.dtype,
+        shape.r,
+        shape.dropout,
+        is_small_m(shape.m, shape.dropout),
+        isinstance(w, Tensor) and w.stride(-1) != 1,
+        is_tma_compliant(*(t for t in (_first(named, "x", "dy"), w) if isinstance(t, Tensor))),
+    )
+    if kind in _prepared:
+        return
+    from lora_kernels.kernels import measured_tiles, selfcheck
+
+    measured_tiles.use(shape.device)
+    name, _, _, dtype, lora_dtype, r, has_dropout, small_m, transposed, aligned = kind
+    selfcheck.first_use(
+        [
+            selfcheck.Variant(
+                launcher, dtype, lora_dtype, r, has_dropout, small_m, aligned, transposed
+            )
+            for launcher in LAUNCHERS[name][algorithm]
+        ],
+        shape.device,
+    )
+    if shape.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        _prepared.add(kind)
+
+
+def _first(named: Mapping[str, Any], *names: str) -> Any:
+    """The first of these operands that is not None, or of a list of them, ws or bs, its first."""
+    for name in names:
+        found = named.get(name)
+        if found is None:
+            found = next(iter(named.get(f"{name}s") or ()), None)
+        if found is not None:
+            return found
+    return None

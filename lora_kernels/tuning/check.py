@@ -1,0 +1,165 @@
+"""Every kernel, dtype and algorithm, checked on this GPU against float64 in processes of their own.
+
+Each variant runs twice and must have the same bits. Verdicts go into the user's cache directory,
+so that a training run need not find them again.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import torch
+
+from lora_kernels.kernels import linear, selfcheck
+from lora_kernels.kernels.registry import LAUNCHERS
+from lora_kernels.kernels.selfcheck import Variant, WrongKernelError, of_launcher
+from lora_kernels.spec import Needs
+from lora_kernels.tuning import workers
+
+__all__ = [
+    "ALGORITHMS", "Checked", "as_text", "check", "names", "variants", "verify", "wrong",
+]  # fmt: skip
+
+ALGORITHMS = ("fused", "addmm")  # of lora_linear, checked as a whole
+MOST_JOBS = 16
+_F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
+# Of a layer and of its factors.
+_DTYPES = ((_BF16, _BF16), (_F16, _F16), (_F32, _F32), (_BF16, _F32), (_F16, _F32))
+_HIGH_RANK = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A variant and why it cannot be trusted; None if it is right."""
+
+    variant: Variant
+    reason: str | None
+
+
+def names() -> list[str]:
+    """All that can be checked."""
+    return [*LAUNCHERS, *ALGORITHMS]
+
+
+def variants(only: Sequence[str] = ()) -> list[Variant]:
+    """What is checked of these launchers and algorithms, of all if none is named.
+
+    The most common come first: every dtype, then a layer in bfloat16 that differs in one thing.
+    """
+    chosen = list(only) or names()
+    found = [Variant(name, *dtypes) for dtypes in _DTYPES for name in chosen]
+    plain = [Variant(name, _BF16, _BF16) for name in chosen]
+    for change in (
+        {"dropout": False},
+        {"small_m": True},
+        {"aligned": False},
+        {"r": _HIGH_RANK},
+        {"transposed": True},
+    ):
+        found += [v._replace(**change) for v in plain if _differs(v.launcher, *change)]
+    return found
+
+
+def _differs(name: str, field: str) -> bool:
+    """Whether a field of a variant makes a difference to what a launcher compiles."""
+    if name in ALGORITHMS:
+        return True
+    needed = LAUNCHERS[name].depends_on.split()
+    return {
+        "dropout": "p" in needed,
+        "small_m": "m" in needed,
+        "aligned": True,
+        "r": "r" in needed,
+        "transposed": {"n", "k"} <= set(needed),
+    }[field]
+
+
+def verify(task: tuple[Variant, str]) -> None:
+    """Checks a variant on a device, "cuda" or "cpu". Raises: WrongKernelError; any of a launch."""
+    variant, device = task[0], torch.device(task[1])
+    if variant.launcher in ALGORITHMS:
+        reason = _fault_of_algorithm(variant, device)
+    else:
+        reason = selfcheck.fault(variant, device, guard=True)
+    if reason is not None:
+        raise WrongKernelError(reason)
+
+
+def _fault_of_algorithm(variant: Variant, device: torch.device) -> str | None:
+    """selfcheck.fault of lora_linear and its backward, by the kernels of an algorithm."""
+    o = of_launcher(variant, device)
+
+    def run() -> list[torch.Tensor]:
+        problem, algorithm = o.problem, variant.launcher
+        operands = (problem.x, problem.w, problem.a, problem.b)
+        y, h = linear.lora_linear_forward(
+            algorithm, *operands, problem.bias, problem.seed, problem.spec
+        )
+        x, w, a, b = operands
+        grads = linear.lora_linear_backward(
+            algorithm, problem.dy, x, h, w, a, b, problem.seed, problem.spec,
+            Needs(x=True, a=True, b=True),
+        )  # fmt: skip
+        return [y, *grads]
+
+    with torch.no_grad():
+        outputs, again = run(), run()
+    exact, baseline = (
+        [solved[name] for name in ("y", "x", "a", "b")]
+        for solved in (o.problem.solve(torch.float64), o.problem.solve())
+    )
+    wrong = selfcheck.wrong_result(outputs, exact, baseline)
+    if wrong is None and not all(map(torch.equal, outputs, again)):
+        return "two runs differ"
+    return wrong
+
+
+def check(
+    device: str, only: Sequence[str] = (), jobs: int | None = None, seconds: float = 60.0
+) -> list[Checked]:
+    """Checks the variants that the launchers take; those not begun within seconds say so.
+
+    device: "cuda", or "cpu" for the interpreter. jobs: processes; 1 is this one.
+    """
+    jobs = min(os.cpu_count() or 1, MOST_JOBS) if jobs is None else jobs
+    on, found = torch.device(device), []
+    for variant in variants(only):
+        key = None if variant.launcher in ALGORITHMS else selfcheck.key_of(variant, on)
+        if key is not None or variant.launcher in ALGORITHMS:
+            found.append((variant, key))
+    reasons = workers.attempt(verify, [(v, device) for v, _ in found], jobs, seconds=seconds)
+    verdicts = {
+        key: reason
+        for (_, key), reason in zip(found, reasons, strict=True)
+        if key and (reason is None or reason.startswith(WrongKernelError.__name__))
+    }
+    selfcheck.keep(verdicts, on)
+    return [Checked(v, reason) for (v, _), reason in zip(found, reasons, strict=True)]
+
+
+def as_text(checked: Sequence[Checked]) -> str:
+    """A row for each kernel: how many of its variants are right, by dtype; then all others."""
+    counts: dict[str, dict[str, list[int]]] = {}
+    for each in checked:
+        right = counts.setdefault(each.variant.launcher, {}).setdefault(each.variant.dtypes, [0, 0])
+        right[0] += each.reason is None
+        right[1] += 1
+    columns = list(dict.fromkeys(each.variant.dtypes for each in checked))
+    wide = max(map(len, counts))
+    widths = [max(len(name), 7) for name in columns]
+    head = "  ".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))
+    lines = [f"{'right of':{wide}}  {head}"]
+    for name, row in counts.items():
+        cells = ("{} of {}".format(*row[c]) if c in row else "" for c in columns)
+        cells = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"{name:{wide}}  {cells}".rstrip())
+    lines += [f"{each.variant}: {each.reason}" for each in wrong(checked)]
+    left = sum(each.reason == workers.NOT_REACHED for each in checked)
+    if left:
+        lines.append(f"{left} of {len(checked)} were {workers.NOT_REACHED}: give more --seconds")
+    return "\n".join(lines)
+
+
+def wrong(checked: Sequence[Checked]) -> list[Checked]:
+    """Those that failed; not those that were not reached."""
+    return [each for each in checked if each.reason not in (None, workers.NOT_REACHED)]

@@ -1,0 +1,170 @@
+"""The check of kernels at their first use: what it finds, when it runs, and what follows."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from lora_kernels import LoRALinear
+from lora_kernels.dispatch import fallback
+from lora_kernels.kernels import expand, registry, selfcheck, shrink
+from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.registry import LAUNCHERS
+from lora_kernels.kernels.selfcheck import Variant, WrongKernelError, fault, first_use
+from lora_kernels.ops import first_call
+
+SHRINK = Variant("shrink")
+
+
+@pytest.fixture(autouse=True)
+def fresh(cache, monkeypatch):
+    """No kernel was checked or has failed yet."""
+    monkeypatch.setattr(selfcheck, "_verdicts", {})
+    monkeypatch.setattr(first_call, "_prepared", set())
+    monkeypatch.setattr(fallback, "_failed", {})
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CHECK", "1")
+
+
+def scaled_output(kernel: str, factor: float, monkeypatch):
+    """Plants a fault: outputs of a launcher's kernel are a little off."""
+
+    def wrong(function, grid, **arguments):
+        launch(function, grid, **arguments)
+        arguments["h_ptr"].mul_(factor)
+
+    monkeypatch.setattr(shrink, "launch", wrong)
+
+
+@pytest.fixture
+def wrong_shrink(monkeypatch):
+    scaled_output("shrink", 1.01, monkeypatch)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_is_right(name, device):
+    variant = Variant(name, torch.float16, torch.float32, r=4)
+    if selfcheck.key_of(variant, device) is None:  # gemm_small_m
+        variant = variant._replace(lora_dtype=torch.float16, small_m=True)
+    assert selfcheck.key_of(variant, device) is not None
+    assert fault(variant, device, guard=True) is None
+
+
+def test_a_wrong_result_is_a_fault(wrong_shrink, device):
+    assert fault(SHRINK, device).startswith("wrong: result rms error")
+
+
+def test_runs_that_differ_are_a_fault(monkeypatch, device):
+    factors = iter((1.0, 1 + 1e-7))  # within the tolerance
+
+    def unsteady(function, grid, **arguments):
+        launch(function, grid, **arguments)
+        arguments["h_ptr"].mul_(next(factors))
+
+    monkeypatch.setattr(shrink, "launch", unsteady)
+    assert fault(SHRINK, device) == "two runs differ"
+
+
+def test_an_element_that_is_not_written_is_a_fault(monkeypatch, device):
+    def forgetful(function, grid, **arguments):
+        kept = arguments["h_ptr"][..., -1, -1].clone()
+        launch(function, grid, **arguments)
+        arguments["h_ptr"][..., -1, -1] = kept
+
+    monkeypatch.setattr(shrink, "launch", forgetful)
+    assert "was not written" in fault(SHRINK, device, guard=True)
+
+
+def test_generators_stay_as_they_are(device):
+    torch.manual_seed(3)
+    expected = torch.rand(4), torch.rand(4, device=device)
+    torch.manual_seed(3)
+    fault(SHRINK, device)
+    assert torch.equal(expected[0], torch.rand(4))
+    assert torch.equal(expected[1], torch.rand(4, device=device))
+
+
+def test_first_use_checks_once_and_keeps_the_verdict(asked, monkeypatch, device, cache):
+    checked = []
+    monkeypatch.setattr(selfcheck, "fault", lambda variant, device: checked.append(variant))
+    first_use([SHRINK, Variant("expand_y")], device)
+    first_use([SHRINK], device)
+    assert checked == [SHRINK, Variant("expand_y")]
+    (path,) = cache.glob("checked-*.json")
+    verdicts = json.loads(path.read_text())["content"]
+    assert list(verdicts.values()) == [None, None]
+    assert all(key.startswith(("shrink float32 r=16", "expand_y float32")) for key in verdicts)
+    selfcheck._verdicts.clear()  # a new process
+    first_use([SHRINK, Variant("grad_b")], device)
+    assert checked[2:] == [Variant("grad_b")]
+
+
+def test_another_configuration_is_checked_for_itself(asked, monkeypatch, device):
+    checked = []
+    monkeypatch.setattr(selfcheck, "fault", lambda variant, device: checked.append(variant))
+    first_use([SHRINK], device)
+    when, _ = registry.entry_for("shrink", selfcheck.of_launcher(SHRINK, device))
+    monkeypatch.setattr(selfcheck, "entry_for", lambda name, o: (when, "another"))
+    first_use([SHRINK], device)
+    assert checked == [SHRINK, SHRINK]
+
+
+def test_a_wrong_kernel_is_refused_in_this_process_and_the_next(asked, wrong_shrink, device):
+    for _ in range(2):
+        with pytest.raises(WrongKernelError, match=r"shrink float32 .* is not right .*wrong: "):
+            first_use([Variant("expand_y"), SHRINK], device)
+        selfcheck._verdicts.clear()
+
+
+@pytest.mark.parametrize("value", ["0", None])
+def test_it_can_be_turned_off(value, wrong_shrink, monkeypatch, device):
+    if value is None:
+        if device.type == "cuda":
+            pytest.skip("a GPU is checked unasked")
+        monkeypatch.delenv("LORA_KERNELS_CHECK", raising=False)
+    else:
+        monkeypatch.setenv("LORA_KERNELS_CHECK", value)
+    first_use([SHRINK], device)
+
+
+def test_a_directory_that_cannot_be_written_stops_nothing(asked, monkeypatch, device, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "file"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        first_use([SHRINK], device)
+
+
+@pytest.mark.parametrize("algorithm", ["fused"], indirect=True)
+def test_a_layer_does_without_a_kernel_that_is_wrong(algorithm, asked, wrong_shrink, device, seed):
+    layer = LoRALinear(24, 20, r=4, lora_alpha=8).to(device)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(70, 24, device=device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = layer(x)
+        layer(x)
+    said = [str(w.message) for w in caught if "lora_linear_forward" in str(w.message)]
+    assert len(said) == 2  # fused and addmm, once each
+    assert all("shrink float32 r=4 is not right on this GPU (wrong:" in line for line in said)
+    assert "LORA_KERNELS_CHECK=0" in said[0]
+    expected = torch.nn.functional.linear(x, layer.weight + 2 * layer.lora_B @ layer.lora_A)
+    torch.testing.assert_close(y, expected + layer.bias)
+
+
+@pytest.mark.parametrize("algorithm", ["fused"], indirect=True)
+def test_a_kernel_that_the_call_does_not_need_may_be_wrong(
+    algorithm, asked, monkeypatch, device, seed
+):
+    def wrong(function, grid, **arguments):
+        raise AssertionError("not launched")
+
+    monkeypatch.setattr(expand, "launch", wrong)
+    x = torch.randn(70, 24, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        LoRALinear(24, 20, r=4).to(device)(x)

@@ -1,0 +1,155 @@
+"""lora-kernels tune on a small shape: what is timed, what is kept, and what is not chosen."""
+
+import pytest
+import torch
+
+from lora_kernels.dispatch import measured
+from lora_kernels.dispatch.algorithm import choose
+from lora_kernels.dispatch.table import GemmShape
+from lora_kernels.kernels import linear, measured_tiles
+from lora_kernels.tuning import cases, user
+from lora_kernels.tuning.shapes import Layer
+from lora_kernels.tuning.user import Plan, tune
+from lora_kernels.tuning.verdicts import Verdict
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="counts on the interpreter")
+
+
+def plan(device, seconds=1000.0, **changes) -> Plan:
+    values = {
+        "dtype": torch.float32, "layers": (Layer(24, 20),), "tokens": (70,), "ranks": (4,),
+        "dropout": (0.3,), "seconds": seconds, "jobs": 1,
+    }  # fmt: skip
+    return Plan(device, **{**values, **changes})
+
+
+@pytest.fixture
+def quick(cache, monkeypatch):
+    """Two rounds each, no tiles, and the choice as a user's process makes it."""
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "auto")
+    monkeypatch.setattr(user.stopwatch, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(user.stopwatch, "WARMUP_ROUNDS", 0)
+    monkeypatch.setattr(user, "_LEAST", 1e9)  # there is never time for more than MIN_ROUNDS
+    monkeypatch.setattr(user, "_tune_tiles", lambda *others: [])
+    measured_tiles.use.cache_clear()
+    yield
+    measured_tiles.use.cache_clear()
+
+
+@pytest.fixture
+def all_cells(quick, monkeypatch):
+    monkeypatch.setattr(user, "_LEAST", -1e9)
+
+
+def asked(device, **changes) -> GemmShape:
+    return GemmShape(**{"m": 70, "n": 20, "k": 24, "r": 4, "dtype": torch.float32,
+                        "device": device, "dropout": True, **changes})  # fmt: skip
+
+
+def slow(name: str, monkeypatch):
+    """Plants a slow algorithm: by the stopwatch it takes twice as long as any other, always."""
+    last = []
+
+    def stopwatch(call) -> float:
+        call()
+        return 2.0 if last[-1] == name else 1.0
+
+    for function in ("lora_linear_forward", "lora_linear_backward"):
+        original = getattr(linear, function)
+
+        def noted(algorithm, *operands, original=original):
+            last.append(algorithm)
+            return original(algorithm, *operands)
+
+        monkeypatch.setattr(linear, function, noted)
+    monkeypatch.setattr(user.stopwatch, "stopwatch_of", lambda device, hide_launch: stopwatch)
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("name", ["fused", "addmm"])
+def test_a_slow_plan_is_not_chosen(name, all_cells, monkeypatch, device):
+    slow(name, monkeypatch)
+    lines = []
+    assert tune(plan(device, seconds=0.0), lines.append) == 2
+    other = {"fused": "addmm", "addmm": "fused"}[name]
+    for backward in (False, True):
+        chosen = choose(asked(device, backward=backward))
+        assert chosen == (other, "measured on this GPU"), lines
+    assert len(lines) == 3
+    assert all(line.endswith(f": {other}") for line in lines[1:])
+
+
+@needs_no_gpu
+def test_a_wrong_algorithm_is_not_chosen(all_cells, monkeypatch, device):
+    slow("addmm", monkeypatch)
+    forward = linear.lora_linear_forward
+
+    def wrong(algorithm, *operands):
+        y, h = forward(algorithm, *operands)
+        return (y * 1.1 if algorithm == "fused" else y), h
+
+    monkeypatch.setattr(linear, "lora_linear_forward", wrong)
+    lines = []
+    tune(plan(device, seconds=0.0), lines.append)
+    assert choose(asked(device)) == ("addmm", "measured on this GPU")
+    assert any("fused at rank 4 is not used: WrongKernelError" in line for line in lines)
+
+
+@needs_no_gpu
+def test_entries_reach_halfway_to_their_neighbours(all_cells, monkeypatch, device):
+    slow("fused", monkeypatch)
+    tune(plan(device, seconds=0.0, tokens=(16, 64)), lambda line: None)
+    entries = measured.entries(device, (0, 0))
+    assert {entry.m for entry in entries} == {(8, 32), (32, 128)}
+    assert choose(asked(device, m=129)).reason == "TRITON_INTERPRET=1"
+    assert choose(asked(device, m=8)).reason == "measured on this GPU"
+
+
+@needs_no_gpu
+def test_what_was_measured_before_an_end_is_kept(quick, monkeypatch, device):
+    lines = []
+    assert tune(plan(device, seconds=0.0), lines.append) == 1
+    assert "1 of 2 products were not reached in time" in lines[-1]
+    measured.forget()
+    assert choose(asked(device)).reason == "measured on this GPU"
+
+
+@needs_no_gpu
+def test_tiles_that_win_are_kept_and_used(cache, monkeypatch, device):
+    from lora_kernels.kernels.config import SkinnyConfig
+
+    best = SkinnyConfig(32, 32, num_warps=4, num_stages=1)
+    tables = {name: list(k.tiles["interpreter"]) for name, k in measured_tiles.KERNELS.items()
+              if k.tiles}  # fmt: skip
+
+    def confirm(group, samples, seconds):
+        case = group[0]
+        if case.name != "shrink":
+            return [], None
+        return [], Verdict(case.entry, case.when, case.table, best, (0.8, 0.7, 0.9), (0.8,))
+
+    monkeypatch.setattr(user, "confirm", confirm)
+    monkeypatch.setattr(user, "TUNED", ("shrink", "grad_b"))
+    monkeypatch.setattr(user.cases, "measure", lambda *arguments: ([], {}))
+    monkeypatch.setattr(user, "_compare", lambda *arguments: 0)
+    measured_tiles.use.cache_clear()
+    lines = []
+    try:
+        tune(plan(device), lines.append)
+        assert any("shrink.py interpreter (any product): 0.800" in line for line in lines)
+        (tile,) = measured.tiles(device)
+        assert tile["kernel"] == "shrink"
+        o = cases.candidates.operands(plan(device).shapes()[0])
+        assert cases.entry_for("shrink", o)[1] == best
+    finally:
+        for name, table in tables.items():
+            measured_tiles.KERNELS[name].tiles["interpreter"][:] = table
+        measured_tiles.use.cache_clear()
+        measured_tiles.select.cache_clear()
+
+
+def test_candidates_fit_the_time(device):
+    few, many = (plan(device, seconds=s).tile_cases() for s in (1.0, 100.0))
+    assert [case.name for case in few] == [case.name for case in many]
+    assert max(len(case.others) for case in few) == 1
+    assert max(len(case.others) for case in many) > 1
