@@ -63,7 +63,7 @@ def random_problem(seed, device):
 
 
 @kernels
-@pytest.mark.parametrize("part", range(20))
+@pytest.mark.parametrize("part", range(20 if GPU else 10))
 def test_random_layers(part, algorithm, seed, device):
     found = collections.defaultdict(list)
     for case in range(8):
@@ -122,7 +122,7 @@ def test_ten_runs_give_the_same_bits(dtype, groups, seed, device):
         groups=[(size * scale, on) for size, on in groups] if groups else None,
     )  # fmt: skip
     first = solve(problem)
-    for _ in range(9 if GPU else 2):
+    for _ in range(9 if GPU else 1):  # the interpreter has no threads to differ by
         for name, result in solve(problem).items():
             assert torch.equal(result, first[name]), name
 

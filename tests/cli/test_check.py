@@ -1,0 +1,80 @@
+"""lora-kernels check: exit codes, the table and JSON."""
+
+import json
+
+import pytest
+import torch
+
+from lora_kernels.cli import main
+from lora_kernels.kernels import shrink
+from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.registry import LAUNCHERS
+from lora_kernels.tuning import check as checks
+
+ARGUMENTS = ["check", "--kernels=shrink", "--jobs=1"]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch, cache):
+    everything = checks.variants
+    monkeypatch.setattr(checks, "variants", lambda only: everything(only)[:3])
+
+
+def wrong(function, grid, **arguments):
+    launch(function, grid, **arguments)
+    arguments["h_ptr"].mul_(2)
+
+
+def test_right_kernels_are_a_table_and_0(capsys):
+    assert main(ARGUMENTS) == 0
+    title, head, row = capsys.readouterr().out.splitlines()
+    assert "each kernel twice, against float64" in title
+    assert f"torch {torch.__version__}" in title
+    assert head.startswith("right of")
+    assert row.split() == ["shrink"] + ["1", "of", "1"] * 3
+
+
+def test_a_wrong_kernel_is_named_and_1(capsys, monkeypatch):
+    monkeypatch.setattr(shrink, "launch", wrong)
+    assert main(ARGUMENTS) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["shrink"] + ["0", "of", "1"] * 3
+    assert lines[3].startswith("shrink bfloat16 r=16 dropout: WrongKernelError: wrong: ")
+    assert len(lines) == 6
+
+
+def test_json_has_every_variant(capsys, monkeypatch):
+    monkeypatch.setattr(shrink, "launch", wrong)
+    assert main([*ARGUMENTS, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"]["torch"] == torch.__version__
+    assert [each["dtype"] for each in found["checked"]] == ["bfloat16", "float16", "float32"]
+    assert all(each["reason"].startswith("WrongKernelError") for each in found["checked"])
+    assert found["checked"][0].keys() == {
+        "launcher", "dtype", "lora_dtype", "r", "dropout", "small_m", "aligned", "transposed",
+        "reason",
+    }  # fmt: skip
+
+
+def test_what_is_not_reached_is_1(capsys):
+    assert main([*ARGUMENTS, "--seconds=0"]) == 1
+    assert "3 of 3 were not reached in time: give more --seconds" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_one_line_and_2(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert main(ARGUMENTS) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        "lora-kernels: error: check: there is no GPU; without one the kernels run under "
+        "TRITON_INTERPRET=1 only\n"
+    )
+
+
+def test_another_kernel_is_named(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["check", "--kernels=shrink,grow"])
+    assert raised.value.code == 2
+    assert f"'grow' is not one of {', '.join(LAUNCHERS)}, fused, addmm" in capsys.readouterr().err

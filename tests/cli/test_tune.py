@@ -1,0 +1,183 @@
+"""lora-kernels tune: what it refuses, prints, keeps and removes. What it measures: tests/tuning."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_kernels.cli import main
+from lora_kernels.dispatch import cache as caches
+from lora_kernels.dispatch import measured
+from lora_kernels.tuning import user
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+SHAPES = ["--shapes=48x40", "--jobs=1"]
+
+
+@pytest.fixture(autouse=True)
+def own(cache):
+    return cache
+
+
+@pytest.fixture
+def tune(monkeypatch, capsys):
+    """Runs it: exit code, lines of stdout, stderr. result: what measuring returns or raises."""
+
+    def run(*arguments, result=4):
+        def measure(plan, write):
+            write("measuring")
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        monkeypatch.setattr(user, "tune", measure)
+        capsys.readouterr()
+        try:
+            code = main(["tune", *arguments])
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return run
+
+
+def refused(result) -> str:
+    code, lines, err = result
+    assert code == 2
+    assert lines == []
+    assert err.startswith("lora-kernels")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_it_says_what_was_compared_and_where_it_is_kept(tune, device):
+    code, lines, err = tune(*SHAPES)
+    assert (code, err) == (0, "")
+    path = caches.path_of("tuned", device)
+    assert lines == ["measuring", f"4 of {4 * 1} products were compared; kept in {path}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes=0"], "--minutes must be more than 0, got 0"),
+        (["--minutes=-1"], "--minutes must be more than 0, got -1"),
+        (["--minutes=nan"], "--minutes must be more than 0, got nan"),
+        (["--minutes=soon"], "invalid float value"),
+        (["--shapes=48"], "'48' must be KxN"),
+        (["--tokens=many"], "int()"),
+        (["nowhere/at/all"], "nowhere/at/all: "),
+        (["--dtype=float64"], "float64"),
+        (["--show", "--clear"], "not allowed with"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tune, arguments, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert message in refused(tune(*arguments))
+
+
+@without_gpu
+def test_without_a_gpu_it_is_one_line(tune, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "there is no GPU" in refused(tune(*SHAPES))
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tune, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "file"))
+    err = refused(tune(*SHAPES))
+    assert "file cannot be written" in err
+    assert "set LORA_KERNELS_CACHE to a directory that can" in err
+
+
+def test_two_processes_do_not_tune_at_once(tune, own):
+    code = """
+import sys
+from lora_kernels.dispatch import cache
+with cache.exclusive("tuned"):
+    print("inside", flush=True)
+    sys.stdin.read()
+"""
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "inside\n"
+        assert f"another process is tuning: process {other.pid} holds" in refused(tune(*SHAPES))
+    finally:
+        other.communicate("")
+    assert tune(*SHAPES)[0] == 0
+
+
+def test_a_gpu_that_disappears_is_one_line_and_1(tune, device):
+    error = RuntimeError("CUDA error: device not ready\nCompile with TORCH_USE_CUDA_DSA")
+    code, lines, err = tune(*SHAPES, result=error)
+    assert code == 1
+    assert lines == ["measuring"]
+    assert err.count("\n") == 1
+    assert "failed (CUDA error: device not ready Compile" in err
+    assert f"what was measured is kept in {caches.path_of('tuned', device)}" in err
+
+
+def test_an_interrupt_is_one_line_and_130(tune):
+    code, _, err = tune(*SHAPES, result=KeyboardInterrupt())
+    assert code == 130
+    assert err.startswith("lora-kernels tune: stopped; what was measured is kept in")
+    assert err.count("\n") == 1
+
+
+def test_dry_run_measures_nothing(tune, own, device):
+    code, lines, _ = tune(*SHAPES, "--dry-run", "--tokens=16,512", "--ranks=8")
+    assert code == 0
+    assert lines[0] == "layers: 48 -> 40"
+    assert lines[1].startswith("tokens (16, 512), ranks (8,), dropout (0.0, 0.1), ")
+    assert lines[2].startswith("tiles: ")
+    assert lines[3] == "algorithms: 8 products"
+    assert lines[4] == f"results go to {caches.path_of('tuned', device)}"
+    assert not own.exists()
+
+
+def test_a_model_gives_the_layers(tune, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1,
+                vocab_size=9).save_pretrained(tmp_path / "model")  # fmt: skip
+    _, lines, _ = tune(str(tmp_path / "model"), "--dry-run")
+    assert lines[0] == "layers: 32 -> 32, 32 -> 48, 48 -> 32"
+
+
+def test_show_and_clear(tune, device, own):
+    _, lines, _ = tune("--show")
+    assert lines[0] == str(caches.path_of("tuned", device))
+    assert json.loads("\n".join(lines[1:])) == {"algorithms": [], "tiles": []}
+    assert tune("--clear") == (0, ["there was nothing to remove"], "")
+    measured.add(device, tiles=[{"kernel": "shrink"}])
+    _, lines, _ = tune("--show")
+    assert json.loads("\n".join(lines[1:]))["tiles"] == [{"kernel": "shrink"}]
+    assert tune("--clear") == (0, [f"removed {lines[0]}"], "")
+    assert json.loads("\n".join(tune("--show")[1][1:]))["tiles"] == []
+
+
+@without_gpu
+def test_a_run_in_the_interpreter_is_read_by_the_next_process(own):
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, check=False
+        )
+
+    done = run("-m", "lora_kernels", "tune", "--minutes=0.02", "--jobs=1", "--dropout=0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " of 2 products were compared" in done.stdout
+    code = """
+import torch
+from lora_kernels.dispatch.algorithm import choose, GemmShape
+print(choose(GemmShape(32, 40, 48, 16, torch.float32, torch.device("cpu"))).reason)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os; os.environ['LORA_KERNELS_PLAN'] = 'auto'\n{code}"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "measured on this GPU\n", done.stderr
