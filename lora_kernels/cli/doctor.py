@@ -16,6 +16,8 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels import functional
+from lora_kernels.cli import advice
+from lora_kernels.cli.advice import Missing
 from lora_kernels.dispatch import algorithm
 from lora_kernels.dispatch.algorithm import GemmShape
 from lora_kernels.integrations import patch_peft, unpatch_peft
@@ -24,7 +26,10 @@ from lora_kernels.report import report
 __all__ = ["Findings", "Missing", "as_json", "as_text", "examine"]
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate")
-VARIABLES = ("LORA_KERNELS_PLAN", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+VARIABLES = (
+    "LORA_KERNELS_PLAN", "LORA_KERNELS_CHECK", "LORA_KERNELS_TUNE", "LORA_KERNELS_CACHE",
+    "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
 # Tokens and pass of products with a 4096 x 4096 weight at rank 16, as in a model of 7 billion
 # parameters.
 PRODUCTS = {
@@ -35,19 +40,12 @@ PRODUCTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Missing:
-    """Something that keeps the kernels from running, and the command that fixes it."""
-
-    what: str
-    fix: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Findings:
     """What was found. None: a package is not installed, a variable is not set.
 
     gpus: device, name, capability, driver of each; no_gpu: why there is none. algorithms: device,
     product, algorithm and reason. peft: what patch_peft() does to the installed PEFT.
+    notes: what could be faster, and files of the cache that are in use; with what changes it.
     missing: empty if the kernels will run on every GPU, and for PEFT too if it is installed.
     """
 
@@ -58,6 +56,7 @@ class Findings:
     no_gpu: str | None
     algorithms: list[dict[str, str]]
     peft: str
+    notes: list[Missing]
     missing: list[Missing]
 
 
@@ -66,7 +65,7 @@ def examine() -> Findings:
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
     no_gpu = None if gpus else _why_no_gpu()
     missing = [no_gpu] if no_gpu else []
-    algorithms = []
+    algorithms, notes = [], []
     for name in [gpu["device"] for gpu in gpus] or ["cpu"]:
         device = torch.device(name)
         try:
@@ -75,8 +74,9 @@ def examine() -> Findings:
             missing.append(Missing(str(error), "unset LORA_KERNELS_PLAN"))
             break
         algorithms += chosen
+        notes += advice.notes(chosen, device)
         if gpus:
-            missing += _why_reference(chosen) or _failures(device)
+            missing += _why_reference(chosen) or advice.compiler() or _failures(device)
     peft, not_fused = _peft()
     return Findings(
         python=f"{platform.python_version()}, {sys.executable}",
@@ -87,6 +87,7 @@ def examine() -> Findings:
         no_gpu=no_gpu and no_gpu.what,
         algorithms=algorithms,
         peft=peft,
+        notes=list(dict.fromkeys(notes)),
         missing=list(dict.fromkeys(missing + not_fused)),
     )
 
@@ -115,6 +116,7 @@ def as_text(findings: Findings) -> str:
         for row in findings.algorithms
     ]
     rows.append(("patch_peft()", findings.peft))
+    rows += [("note", f"{note.what}: {note.fix}") for note in findings.notes]
     rows += [("missing", f"{missing.what}: {missing.fix}") for missing in findings.missing]
     if not findings.missing:
         rows.append(("missing", "nothing"))

@@ -19,7 +19,9 @@ from lora_kernels.dispatch.table import TuningEntry
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a CPU")
 FORWARD = PeftLinear.forward
-KEYS = {"python", "versions", "variables", "gpus", "no_gpu", "algorithms", "peft", "missing"}
+KEYS = {
+    "python", "versions", "variables", "gpus", "no_gpu", "algorithms", "peft", "notes", "missing",
+}  # fmt: skip
 
 
 def found(capsys) -> tuple[int, dict]:
@@ -137,6 +139,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(doctor, "_driver", lambda: "580.1")
     monkeypatch.setattr(doctor, "_failures", lambda device: [])
+    monkeypatch.setattr(doctor.advice, "compiler", list)
 
 
 @pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
