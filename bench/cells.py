@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from lora_kernels.tuning.rows import BOTH, EAGER, FORWARD, GRAPH
 from lora_kernels.tuning.shapes import (
@@ -29,14 +31,21 @@ class Cell(Shape):
         groups = "".join("01"[on] for on in self.enable_lora)
         layer = f"merged{groups}" if self.merged else "linear"
         graph = f" {GRAPH}" if self.execution == GRAPH else ""
+        factors = "" if self.factors is None else f"/{_word(self.factors)}"
         return (
             f"{layer} {self.k}x{self.n} m{self.m} r{self.r} p{self.dropout_p:g} "
-            f"{self.dtype_name} {self.device} {self.mode}{graph}"
+            f"{self.dtype_name}{factors} {self.device} {self.mode}{graph}"
         )
 
     def fields(self) -> dict:
         """What a result row says of this cell."""
-        return {"kind": "layer", "cell": str(self), **vars(self), "dtype": self.dtype_name}
+        factors = None if self.factors is None else _word(self.factors)
+        own = {**vars(self), "dtype": self.dtype_name, "factors": factors}
+        return {"kind": "layer", "cell": str(self), **own}
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # What a set of layers is multiplied by on a device, unless asked otherwise; of the set "all" with
@@ -57,12 +66,17 @@ def select(
     tokens: Collection[int] = (),
     ranks: Collection[int] = (),
     dropout: Collection[float] = (),
+    factors: torch.dtype | None = None,
 ) -> list[Cell]:
     """The cells of sets of layers, or without sets the representative ones.
 
     Of an axis that is named only those values: a set takes them in place of its own, the
-    representative cells are thinned out by them.
+    representative cells are thinned out by them. factors: the dtype of all factors.
     """
+    if factors is not None:
+        axes = {"mode": mode, "execution": execution, "tokens": tokens, "ranks": ranks}
+        found = select(device, sets, dropout=dropout, **axes)
+        return [replace(cell, factors=factors) for cell in found]
     if not sets:
         wanted = {
             "mode": mode, "execution": execution, "m": tokens, "r": ranks, "dropout_p": dropout,

@@ -62,6 +62,8 @@ def pytest_addoption(parser):
     }
     for name, (kind, text) in lists.items():
         add(name, text, type=kind, default=[], metavar="LIST")
+    factors = "the dtype of lora_A and lora_B; default: that of the layer"
+    add("--factors", factors, choices=("float32",))
     add("--base", "one more peer: this package as it is at the commit", metavar="COMMIT")
     add("--bench-device", "default: cuda if there is a GPU", choices=("cpu", "cuda"))
     seconds = "time to spend on a cell; default: 6 on a CPU, 2 on a GPU"

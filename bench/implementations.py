@@ -103,6 +103,8 @@ def loralib_layer(lora: ModuleType, problem: Problem) -> nn.Module:
     if layer.bias is not None:
         layer.bias.requires_grad_(False)
     layer.weight.data = (w.T if fan_in_fan_out else w).clone()
+    for factor in (layer.lora_A, layer.lora_B):
+        factor.data = factor.data.to(problem.a.dtype)
     return fill(
         layer, (layer.bias, problem.bias), (layer.lora_A, problem.a), (layer.lora_B, problem.b)
     )
@@ -121,6 +123,8 @@ def peft(problem: Problem) -> nn.Module:
     )  # fmt: skip
     layer = model[0].to(problem.w.dtype)  # adapters in the dtype of the base, as all have them
     factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    for factor in factors:
+        factor.data = factor.data.to(problem.a.dtype)
     return fill(layer, (factors[0], problem.a), (factors[1], problem.b))
 
 

@@ -1,5 +1,7 @@
 """LoRA's layers and whole models: never slower than a peer, which --bench-assert enforces."""
 
+import torch
+
 from bench import rows
 from bench.cells import select
 from bench.models import model_cells
@@ -23,7 +25,9 @@ def test_model(row, enforced):
 def cells(test, device, option):
     """The cells of a test among those that the options choose; models if no set of layers is."""
     if test is test_model:
-        return [] if option.shapes else model_cells(device)
+        return [] if option.shapes or option.factors else model_cells(device)
     axes = ("mode", "execution", "tokens", "ranks", "dropout")
-    layers = select(device, option.shapes, **{axis: getattr(option, axis) for axis in axes})
+    chosen = {axis: getattr(option, axis) for axis in axes}
+    factors = option.factors and getattr(torch, option.factors)
+    layers = select(device, option.shapes, factors=factors, **chosen)
     return [cell for cell in layers if cell.merged == (test is test_merged_linear)]

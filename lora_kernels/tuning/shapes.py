@@ -27,7 +27,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer at one number of tokens and one rank: x [m, k] -> y [m, n]."""
+    """One layer at one number of tokens and one rank: x [m, k] -> y [m, n].
+
+    factors: the dtype of lora_A and lora_B; None is that of the layer.
+    """
 
     m: int
     k: int
@@ -38,6 +41,7 @@ class Shape:
     out_splits: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    factors: torch.dtype | None = None
 
     @property
     def merged(self) -> bool:
@@ -62,6 +66,7 @@ class Shape:
                 self.r,
                 device=self.device,
                 dtype=self.dtype,
+                lora_dtype=self.factors,
                 dropout_p=self.dropout_p,
                 groups=list(zip(sizes, self.enable_lora, strict=True)),
             )
