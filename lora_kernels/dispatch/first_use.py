@@ -5,7 +5,6 @@ faster one is kept for products of its shape, here and in the user's cache direc
 """
 
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -54,7 +53,7 @@ def decide(shape: GemmShape, compute: Callable[[str], object]) -> str:
     for _ in range(_ROUNDS if len(seconds) > 1 else 0):
         for name, taken in seconds.items():
             taken.append(_seconds(lambda name=name: compute(name), shape.device))
-    best = min(seconds, key=lambda name: statistics.median(seconds[name] or [0.0]), default="addmm")
+    best = min(seconds, key=lambda name: _median(seconds[name] or [0.0]), default="addmm")
     _keep(shape, best, seconds)
     return best
 
@@ -71,6 +70,10 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def _keep(shape: GemmShape, best: str, seconds: dict[str, list[float]]) -> None:
@@ -92,7 +95,7 @@ def _keep(shape: GemmShape, best: str, seconds: dict[str, list[float]]) -> None:
     ratio = None
     if len(seconds) == len(_NAMES):
         ratios = [fused / addmm for fused, addmm in zip(*seconds.values(), strict=True)]
-        ratio = statistics.median(ratios), min(ratios), max(ratios)
+        ratio = _median(ratios), min(ratios), max(ratios)
     try:
         measured.add(shape.device, [measured.as_json(entry, ratio)])
     except OSError as error:
