@@ -54,9 +54,9 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 def _version() -> str:
     import torch
 
-    from lora_kernels import __version__
+    import lora_kernels
 
-    return f"lora_kernels {__version__}, torch {torch.__version__}"
+    return f"lora_kernels {lora_kernels.__version__}, torch {torch.__version__}"
 
 
 class _Parser(argparse.ArgumentParser):

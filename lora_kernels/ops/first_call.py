@@ -47,11 +47,15 @@ LAUNCHERS: dict[str, dict[str, tuple[str, ...]]] = {
     "add_lora": dict.fromkeys(("fused", "addmm"), ("shrink", "expand_add_y")),
     "dense_4bit": dict.fromkeys(("fused", "addmm"), ("dequantize_4bit",)),
 }
+_DROPPED = ("apply_dropout", "expand_split_y")  # of DoRA with PEFT's dropout
 LAUNCHERS["dora_forward"] = {
-    name: ("weight_norm", *launchers)
-    for name, launchers in LAUNCHERS["lora_linear_forward"].items()
+    "fused": ("weight_norm", "shrink", "gemm_fwd_scaled", "gemm_small_m_scaled", *_DROPPED),
+    "addmm": ("weight_norm", "shrink", "expand_scale_y", *_DROPPED),
 }
-LAUNCHERS["dora_backward"] = LAUNCHERS["lora_linear_backward"]
+LAUNCHERS["dora_backward"] = {
+    name: ("grad_b_scaled", "column_sums", "apply_dropout", "expand_mask_dx", *launchers[1:])
+    for name, launchers in LAUNCHERS["lora_linear_backward"].items()
+}
 _prepared: set[tuple] = set()
 
 

@@ -69,7 +69,11 @@ def grouped(device):
 
 def dora(device):
     for m in (9, 70):
-        solve(make_dora_problem(m, 24, 20, 4, device=device))
+        for p in (0.0, 0.3):
+            solve(make_dora_problem(m, 24, 20, 4, device=device, dropout_p=p))
+    p = make_dora_problem(70, 24, 20, 4, device=device, dropout_p=0.3)
+    p.w.requires_grad_()
+    solve(p)
 
 
 def quantised(device):
