@@ -53,9 +53,9 @@ def test_every_configuration_compiles_without_spills(target):
 
 RECOMPILATION = """
 import torch
-from lora_kernels.kernels import linear
+from lora_kernels.kernels import dora, linear
 from lora_kernels.kernels.registry import KERNELS
-from lora_kernels.spec import LoraSpec, Needs, OutputSplits
+from lora_kernels.spec import DoraNeeds, DoraSpec, LoraSpec, Needs, OutputSplits
 from tests.kernels import aot
 
 def layer(m, n, k, scaling, dropout_p):
@@ -66,6 +66,11 @@ def layer(m, n, k, scaling, dropout_p):
     _, h = linear.lora_linear_forward(ALGORITHM, x, w, a, b, None, seed, spec)
     needs = Needs(x=True, a=True, b=True)
     linear.lora_linear_backward(ALGORITHM, dy, x, h, w, a, b, seed, spec, needs)
+    operands, spec = (meta(n), seed), DoraSpec(scaling, dropout_p, OutputSplits.whole(n))
+    _, h, norm, c = dora.dora_forward(ALGORITHM, x, w, a, b, None, *operands, spec)
+    needs = DoraNeeds(x=True, a=True, b=True, magnitude=True)
+    operands = (*operands, norm, c)
+    dora.dora_backward(ALGORITHM, dy, x, h, w, a, b, None, *operands, spec, needs)
 
 def compilations():
     return [len(kernel.function.device_caches[0][0]) for kernel in KERNELS.values()]
