@@ -25,7 +25,8 @@ CONFIG = {
 }  # fmt: skip
 SIZES = {
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 1024),
-    "self_attn.v_proj": (4096, 1024), "mlp.up_proj": (4096, 14336), "mlp.down_proj": (14336, 4096),
+    "self_attn.v_proj": (4096, 1024), "mlp.gate_proj": (4096, 14336),
+    "mlp.up_proj": (4096, 14336), "mlp.down_proj": (14336, 4096),
 }  # fmt: skip
 SUFFIXES = {"gguf": ".gguf", "kohya": ".safetensors", "loralib": ".pt"}
 
@@ -99,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     from lora_kernels.adapters.formats import FORMATS
 
     names = options.formats.split(",") if options.formats else list(FORMATS)
+    names = [name for name in names if name != "adapterhub"]  # has no gate_proj
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         _run("make", folder / "peft", options.megabytes)

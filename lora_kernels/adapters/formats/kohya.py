@@ -43,6 +43,7 @@ _PREFIXES = {
     "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3",
     "lora_transformer_": "transformer", "lycoris_": "",
 }  # fmt: skip
+_FRONT = "model_"  # of a whole Llama; its decoder alone has it not
 # Names with underscores in the models of diffusers and Transformers that these tools adapt.
 _NAMES = (
     "add_k_proj", "add_q_proj", "add_v_proj", "context_embedder", "conv_in", "conv_out",
@@ -140,7 +141,8 @@ def _paths(file: Path, names: Iterable[str], base: Base) -> tuple[dict[str, str]
     for name, front in fronts.items():
         inside, component = name.removeprefix(front), _PREFIXES.get(front, "")
         if base.paths is not None and alone:
-            path = known.get(inside)
+            tried = (inside, inside.removeprefix(_FRONT), _FRONT + inside)
+            path = next((known[flat] for flat in tried if flat in known), None)
             if path is None:
                 why = "two modules" if inside in known else "no module"
                 raise ValueError(f"{file}: {name}: {why} of {base.place} can be called so")

@@ -203,7 +203,7 @@ def _flags(blocks: Mapping[str, Mapping[str, PlainLayer]]) -> dict[str, bool]:
                 missing = [name for name in names if name not in block]
                 if missing:
                     raise ValueError(
-                        f"{join(parent, missing[0])}: has no LoRA, which litgpt cannot express: "
+                        f"{parent}: {missing[0]} has no LoRA, which litgpt cannot express: "
                         f"{flag} is for {', '.join(names)} of every block"
                     )
     return flags
