@@ -91,7 +91,7 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     else:
         joined = layer.computed_together
         weights = [member.oriented(member.base_weight()) for member in joined]
-        taken = _algorithm(weights, layer.r, layer.active_dropout_p(), tokens)
+        taken = _algorithm(weights, layer.r, layer.active_dropout_p(), tokens, layer.lora_B.dtype)
         if layer.use_dora:
             taken = _with_magnitude(taken)
         if len(joined) > 1:
@@ -210,7 +210,9 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
     elif isinstance(weight, FrozenWeight):
         taken = _over_frozen(weight, operands.a, operands.dropout_p, tokens)
     else:
-        taken = _algorithm([weight], operands.a.shape[0], operands.dropout_p, tokens)
+        taken = _algorithm(
+            [weight], operands.a.shape[0], operands.dropout_p, tokens, operands.b.dtype
+        )
     if taken is not None and operands.magnitude is not None:
         taken = _with_magnitude(taken)
     if taken is not None and words:
@@ -242,8 +244,16 @@ def _example(weight: torch.Tensor) -> torch.Tensor:
     return torch.empty((0, weight.shape[1]), dtype=weight.dtype, device=weight.device)
 
 
-def _algorithm(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens: int) -> Algorithm:
+def _algorithm(
+    weights: Sequence[torch.Tensor],
+    r: int,
+    dropout_p: float,
+    tokens: int,
+    lora_dtype: torch.dtype | None = None,
+) -> Algorithm:
     """The forward's, of one layer or of those that one call computes for the same x.
+
+    lora_dtype: that of the factors; None for x's.
 
     The reason names the backward's algorithm too if it is another.
     """
@@ -253,7 +263,8 @@ def _algorithm(weights: Sequence[torch.Tensor], r: int, dropout_p: float, tokens
     if dtype != x.dtype:  # with the strides that autocast gives them
         weights = [torch.empty_like(weight, dtype=dtype, device="meta") for weight in weights]
     dys = [torch.empty((0, w.shape[0]), dtype=dtype, device="meta") for w in weights]
-    shape = GemmShape(tokens, n, k, r, dtype, x.device, dropout_p > 0)
+    uniform = lora_dtype in (None, dtype)
+    shape = GemmShape(tokens, n, k, r, dtype, x.device, dropout_p > 0, uniform=uniform)
     forward = algorithm.choose(shape._replace(tma=is_tma_compliant(x, *weights)))
     backward = algorithm.choose(shape._replace(tma=is_tma_compliant(*dys, *weights), backward=True))
     if backward.name == forward.name:

@@ -4,6 +4,7 @@ They hold no tensors and are compared and hashed by value. torch.compile traces 
 autograd Function without recompiling.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -143,6 +144,12 @@ class LoraSpec:
     splits: OutputSplits
 
 
+@functools.lru_cache(1024, typed=True)  # 1 and 1.0 are not the same to a kernel
+def linear_spec(scaling: float, dropout_p: float, columns: int) -> LoraSpec:
+    """The values of a plain layer's update, which asks for the same ones in every call."""
+    return LoraSpec(scaling, dropout_p, OutputSplits.whole(columns))
+
+
 @dataclass(frozen=True)
 class DoraSpec(LoraSpec):
     """The values of an update with a magnitude that are not tensors; splits has one group.
@@ -195,7 +202,7 @@ class Needs(NamedTuple):
     def spread(self, grads: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
         """The gradients of the needed operands, in order, with None in the places of the others."""
         following = iter(grads)
-        return tuple(next(following) if needed else None for needed in self)
+        return tuple([next(following) if needed else None for needed in self])
 
 
 class DoraNeeds(NamedTuple):

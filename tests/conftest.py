@@ -4,6 +4,7 @@ import atexit
 import os
 import random
 import shutil
+import sys
 import tempfile
 import zlib
 
@@ -43,6 +44,13 @@ def algorithm(monkeypatch, request) -> str:
     name = getattr(request, "param", default)
     monkeypatch.setenv("LORA_KERNELS_PLAN", name)
     return name
+
+
+@pytest.fixture(autouse=True)
+def unrecorded():
+    """No call is computed by the record of another test, which may have put in other launchers."""
+    if records := sys.modules.get("lora_kernels.kernels.records"):
+        records.forget()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ environment variable LORA_KERNELS_PLAN = auto | fused | addmm | reference is rea
 import functools
 import importlib.util
 import os
+import re
 import warnings
 from typing import NamedTuple
 
@@ -16,14 +17,20 @@ from lora_kernels.dispatch import measured
 from lora_kernels.dispatch.table import TABLE, GemmShape
 
 __all__ = [
-    "ALGORITHMS", "SMALL_M", "Algorithm", "GemmShape", "capability_of", "choose", "is_open",
-    "is_small_m", "unmeasured",
+    "ALGORITHMS", "SMALL_M", "Algorithm", "GemmShape", "asked", "capability_of", "choose",
+    "is_open", "is_small_m", "machine_obstacle", "tf32_allowed", "unmeasured", "warn_of_machine",
 ]  # fmt: skip
 
 ALGORITHMS = ("fused", "addmm", "reference")
+FLOOR = (8, 0)  # the lowest capability for which Triton makes matrix instructions
+BLACKWELL = (3, 7, 1)  # the first Triton with the fences between copies and tcgen05 products
 SMALL_M = 64  # up to so many rows a layer is bound by reading its weight
 _VARIABLE = "LORA_KERNELS_PLAN"
 _INTERPRETED, _UNMEASURED = "TRITON_INTERPRET=1", "no measurement"  # reasons of choose()
+# What os.environ keeps the variables in. Its own get() raises and catches, which takes as long as
+# an allocation on a GPU does.
+_environ = getattr(os.environ, "_data", None) if os.name == "posix" else None
+_ENCODED = os.fsencode(_VARIABLE)
 _FORMER = {"sandwich": "addmm"}  # values of the variable that have another name now
 
 
@@ -44,9 +51,12 @@ def unmeasured(shape: GemmShape) -> str:
 
     It is addmm: cuBLAS computes its large part, so it is never far from the best. The exception is
     the forward of a small m up to rank 32. There addmm takes three launches besides cuBLAS's, and
-    fused takes one in all.
+    fused takes one in all. Without matrix instructions, which float32 has under TF32 alone, that
+    one takes longer than cuBLAS.
     """
+    narrow = shape.dtype.itemsize == 2 and shape.uniform
     one_launch = is_small_m(shape.m, shape.dropout) and shape.r <= 32 and not shape.backward
+    one_launch = one_launch and (narrow or tf32_allowed())
     return "fused" if one_launch else "addmm"
 
 
@@ -55,9 +65,9 @@ def choose(shape: GemmShape) -> Algorithm:
 
     Raises: ValueError if LORA_KERNELS_PLAN has an unknown value.
     """
-    asked = _asked()
+    plan = _plan(asked())
     device = shape.device
-    if asked == "reference":
+    if plan == "reference":
         return Algorithm("reference", f"{_VARIABLE}=reference")
     if min(shape.m, shape.n, shape.k, shape.r) == 0:
         return Algorithm("reference", "the product is empty")
@@ -67,10 +77,10 @@ def choose(shape: GemmShape) -> Algorithm:
         return Algorithm("reference", f"there are no kernels for {device.type}")
     if device.type == "cpu" and not _interpreted():
         return Algorithm("reference", "CPU tensors reach the kernels only under TRITON_INTERPRET=1")
-    if not _has_triton():
-        return Algorithm("reference", "triton 3.4 or newer is not installed")
-    if asked != "auto":
-        return Algorithm(asked, f"{_VARIABLE}={asked}")
+    if (obstacle := machine_obstacle(device)) is not None:
+        return Algorithm("reference", obstacle)
+    if plan != "auto":
+        return Algorithm(plan, f"{_VARIABLE}={plan}")
     capability = capability_of(device)
     for entry in measured.entries(device, capability):
         if entry.holds(shape, capability):
@@ -88,8 +98,16 @@ def is_open(algorithm: Algorithm) -> bool:
     return algorithm.reason == _INTERPRETED or algorithm.reason.startswith(_UNMEASURED)
 
 
-def _asked() -> str:
-    asked = os.environ.get(_VARIABLE, "auto")
+def asked() -> str:
+    """The value of LORA_KERNELS_PLAN as it is now, which choose checks."""
+    if _environ is None:
+        return os.environ.get(_VARIABLE, "auto")
+    value = _environ.get(_ENCODED)
+    return "auto" if value is None else os.fsdecode(value)
+
+
+def _plan(asked: str) -> str:
+    """asked by the name that it has now. Raises: ValueError."""
     if asked in _FORMER:
         warnings.warn(
             f"{_VARIABLE}={asked} is called {_VARIABLE}={_FORMER[asked]} now",
@@ -100,6 +118,53 @@ def _asked() -> str:
     if asked not in ("auto", *ALGORITHMS):
         raise ValueError(f"{_VARIABLE} must be one of auto, {', '.join(ALGORITHMS)}, got {asked!r}")
     return asked
+
+
+@functools.cache
+def machine_obstacle(device: torch.device) -> str | None:
+    """Why no product takes the kernels on this device, in words; None if they run there."""
+    if not _has_triton():
+        return "triton 3.4 or newer is not installed"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = capability_of(device)
+    if capability < FLOOR:
+        return (
+            f"Triton multiplies without matrix instructions on capability {capability}, below 8.0"
+        )
+    if capability >= (10, 0) and _triton_version() < BLACKWELL:
+        return (
+            f"Triton before 3.7.1 leaves out fences in the kernels on capability {capability}, so "
+            f"results could be wrong: install triton 3.7.1 or newer"
+        )
+    return None
+
+
+def warn_of_machine(device: torch.device) -> None:
+    """Says once if a GPU does not run the kernels. What PyTorch computes instead is slower."""
+    obstacle = machine_obstacle(device) if device.type == "cuda" else None
+    if obstacle is not None and asked() != "reference" and obstacle not in _said:
+        _said.add(obstacle)
+        warnings.warn(
+            f"lora_kernels: plain PyTorch computes on {device}: {obstacle}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+_said: set[str] = set()
+
+
+def tf32_allowed() -> bool:
+    """Whether torch's own float32 products may use TF32 now."""
+    if _fp32_precision is not None:
+        return _fp32_precision("cuda", "matmul") == "tf32"
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+# What torch.backends.cuda.matmul.fp32_precision reads, for a tenth of the time. The older of the
+# two settings cannot be read if the newer one was used.
+_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 @functools.cache
@@ -115,6 +180,12 @@ def _has_triton() -> bool:
         return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
     except ModuleNotFoundError:
         return False
+
+
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
 
 
 def _interpreted() -> bool:

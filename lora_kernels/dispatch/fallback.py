@@ -1,18 +1,23 @@
 """What takes over if the kernels of an algorithm do not compile or launch."""
 
+import contextlib
 import re
-import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 
 from lora_kernels.dispatch.algorithm import ALGORITHMS, Algorithm
 
-__all__ = ["failures", "is_a_kernels", "run"]
+__all__ = ["KernelError", "count", "failures", "of_kernels", "run"]
 
 _Result = TypeVar("_Result")
+
+
+class KernelError(RuntimeError):
+    """A kernel did not compile or launch, for the reason that its cause gives."""
+
 
 _failed: dict[tuple[str, tuple], str] = {}
 # Errors of the device, which any later call may raise, and running out of memory.
@@ -23,22 +28,33 @@ _NOT_OURS = re.compile(
 )
 
 
+@contextlib.contextmanager
+def of_kernels() -> Iterator[None]:
+    """Whatever goes wrong within is a KernelError; not running out of memory, nor the device."""
+    try:
+        yield
+    except Exception as error:
+        outside = isinstance(error, torch.OutOfMemoryError) or _NOT_OURS.search(str(error))
+        if isinstance(error, KernelError) or outside:
+            raise
+        raise KernelError(f"{type(error).__name__}: {error}") from error
+
+
 def run(
     algorithm: Algorithm, what: Callable[[], tuple], compute: Callable[[str], _Result]
 ) -> _Result:
-    """compute(algorithm.name), or the next algorithm's result if kernels do not compile or launch.
+    """compute(algorithm.name), or the next algorithm's result after a KernelError.
 
-    what: returns the op, device and dtypes. An algorithm that has failed for these is not tried
-    again, and one warning says so. Running out of memory and the device's own errors are raised.
+    what: returns the op, the device and what else decides which kernels are compiled. An algorithm
+    that has failed for these is not tried again, and one warning says so. All other errors are
+    raised: those of the device, of PyTorch's own operators, and faults of this package.
     """
     for name in ALGORITHMS[ALGORITHMS.index(algorithm.name) : -1]:
         if _failed and (name, what()) in _failed:
             continue
         try:
             return compute(name)
-        except Exception as error:
-            if not is_a_kernels(error):
-                raise
+        except KernelError as error:
             _give_up(name, what(), error)
     return compute("reference")
 
@@ -51,8 +67,14 @@ def failures() -> dict[tuple[str, tuple], str]:
     return dict(_failed)
 
 
-def _give_up(name: str, what: tuple, error: Exception) -> None:
-    reason = _failed[name, what] = f"{type(error).__name__}: {error}"
+def count() -> int:
+    """How many failures there are, which decides what is tried."""
+    return len(_failed)
+
+
+def _give_up(name: str, what: tuple, error: KernelError) -> None:
+    kind = "" if type(error) is KernelError else f"{type(error).__name__}: "
+    reason = _failed[name, what] = f"{kind}{error}"
     following = ALGORITHMS[ALGORITHMS.index(name) + 1]
     warnings.warn(
         f"lora_kernels: algorithm {name} failed for {' '.join(map(str, what))} and {following} "
@@ -60,16 +82,3 @@ def _give_up(name: str, what: tuple, error: Exception) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-def is_a_kernels(error: Exception) -> bool:
-    """Whether a kernel did not compile or launch; not whether the device or this package failed."""
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return isinstance(error, ImportError)
-    if isinstance(error, TritonError):
-        return True
-    faults = (ImportError, OSError, RuntimeError, subprocess.SubprocessError)
-    outside = isinstance(error, torch.OutOfMemoryError) or _NOT_OURS.search(str(error))
-    return isinstance(error, faults) and not outside

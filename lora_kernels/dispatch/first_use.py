@@ -47,9 +47,8 @@ def decide(shape: GemmShape, compute: Callable[[str], object]) -> str:
             for _ in range(_WARM_UP):
                 compute(name)
             seconds[name] = []
-        except Exception as error:
-            if not fallback.is_a_kernels(error):
-                raise
+        except fallback.KernelError:
+            continue
     for _ in range(_ROUNDS if len(seconds) > 1 else 0):
         for name, taken in seconds.items():
             taken.append(_seconds(lambda name=name: compute(name), shape.device))

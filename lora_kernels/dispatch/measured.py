@@ -13,10 +13,13 @@ import torch
 from lora_kernels.dispatch import cache
 from lora_kernels.dispatch.table import TuningEntry
 
-__all__ = ["KIND", "SOURCE", "add", "as_json", "clear", "content", "entries", "forget", "tiles"]
+__all__ = [
+    "KIND", "SOURCE", "add", "as_json", "changes", "clear", "content", "entries", "forget", "tiles",
+]  # fmt: skip
 
 KIND = "tuned"  # of the file in the cache
 SOURCE = "this GPU"
+_changes = [0]
 _BOUNDS = ("m", "n", "k", "r")
 
 
@@ -67,7 +70,7 @@ def add(
         "tiles": _merged(its["tiles"], own["tiles"], tiles),
     }
     own.update(merged)
-    entries.cache_clear()
+    _changed()
     cache.write(KIND, device, merged)
 
 
@@ -80,7 +83,17 @@ def clear() -> list:
 def forget() -> None:
     """The file is read again when something is asked."""
     content.cache_clear()
+    _changed()
+
+
+def changes() -> int:
+    """How often what is measured has changed in this process."""
+    return _changes[0]
+
+
+def _changed() -> None:
     entries.cache_clear()
+    _changes[0] += 1
 
 
 def as_json(entry: TuningEntry, ratio: Sequence[float] | None = None) -> dict:

@@ -13,7 +13,8 @@ class GemmShape(NamedTuple):
     """What an algorithm is chosen by: x [m, k], w [n, k], rank r, and how they are stored.
 
     tma: whether tensor descriptors can describe the large operands, see tma.py. backward: whether
-    the large product is dy·w, to which a masked update is added, instead of x·wᵀ.
+    the large product is dy·w, to which a masked update is added, instead of x·wᵀ. uniform: whether
+    the factors have dtype, too.
     """
 
     m: int
@@ -25,6 +26,7 @@ class GemmShape(NamedTuple):
     dropout: bool = False
     tma: bool = True
     backward: bool = False
+    uniform: bool = True
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def keep_mask(
     """
     octets = -(-cols // LANES)
     mask = torch.empty((rows, octets * LANES), dtype=dtype, device=seed.device)
-    for some in _slices(rows, octets):
+    for some in _slices(rows, octets, seed.device):
         _draw(mask[some], seed, first_row + some.start, threshold(dropout_p))
     return mask if cols == mask.shape[1] else mask[:, :cols]
 
@@ -49,16 +49,16 @@ def masks(
     next slice overwrites it.
     """
     octets = -(-cols // LANES)
-    for some in _slices(rows, octets):
+    for some in _slices(rows, octets, seed.device):
         count = some.stop - some.start
         mask = _scratch(count * octets * LANES, dtype, seed.device).view(count, octets * LANES)
         _draw(mask, seed, first_row + some.start, threshold(dropout_p))
         yield some, mask if cols == mask.shape[1] else mask[:, :cols]
 
 
-def _slices(rows: int, octets: int) -> Iterator[slice]:
+def _slices(rows: int, octets: int, device: torch.device) -> Iterator[slice]:
     """Slices of rows, each of which is drawn at once; one empty slice if there are no rows."""
-    at_once = max(1, _CALLS_AT_ONCE // max(1, octets))
+    at_once = max(1, _calls_at_once(device) // max(1, octets))
     for start in range(0, max(1, rows), at_once):
         yield slice(start, min(start + at_once, rows))
 
@@ -193,8 +193,14 @@ def _upper(words: Tensor) -> Tensor:
 
 # The most calls of the generator that are made at once: 8 MiB of memory do for a mask of any size.
 _CALLS_AT_ONCE = 1 << 17
+# On a GPU a slice is 55 launches, whatever its size: 256 MiB do for 2^25 elements.
+_CALLS_AT_ONCE_ELSEWHERE = 1 << 22
 _GENERATORS = 64  # shapes that a thread remembers
 _thread = threading.local()
+
+
+def _calls_at_once(device: torch.device) -> int:
+    return _CALLS_AT_ONCE if device.type == "cpu" else _CALLS_AT_ONCE_ELSEWHERE
 
 
 def _keeps(calls: int, device: torch.device) -> bool:

@@ -6,7 +6,7 @@ from lora_kernels import checks
 from lora_kernels.functional.operands import of_formula, over_values, prepare
 from lora_kernels.functional.quantized_linear import check_over_frozen
 from lora_kernels.functional.seeds import seeds_for
-from lora_kernels.ops.dora import DoraLinear
+from lora_kernels.ops.dora import apply_dora_linear
 from lora_kernels.ops.obstacle import is_jagged, is_opaque, is_transformed, obstacle
 from lora_kernels.ops.quantized_dora import DoraQuantizedLinear
 from lora_kernels.quantization import FrozenWeight
@@ -36,7 +36,7 @@ def dora_forward(
     x, weight, bias = prepare(layer, x, weight, a, b, bias, spec)
     checks.check_magnitude(layer, magnitude, weight)
     seed = seeds_for(layer, x, spec.dropout_p, seed)
-    y, *_ = DoraLinear.apply(x, weight, a, b, bias, magnitude, seed, spec)
+    y, *_ = apply_dora_linear(x, weight, a, b, bias, magnitude, seed, spec)
     return y
 
 

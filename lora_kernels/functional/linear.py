@@ -9,16 +9,18 @@ import functools
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled
 from torch.fx import Proxy
 from torch.nn import functional as F
 
 from lora_kernels import checks
 from lora_kernels.functional.dora import dora_forward
-from lora_kernels.functional.operands import of_formula, over_values, prepare
+from lora_kernels.functional.operands import cast, of_formula, over_values, prepare
 from lora_kernels.functional.quantized_linear import quantized_forward
-from lora_kernels.functional.seeds import seeds_for
+from lora_kernels.functional.seeds import draw_like, like_drawn, seeds_for
 from lora_kernels.ops import shared_input
-from lora_kernels.ops.linear import LoraLinear
+from lora_kernels.ops.library import is_direct
+from lora_kernels.ops.linear import apply_lora_linear, repeat_lora_linear
 from lora_kernels.ops.obstacle import is_jagged, obstacle
 from lora_kernels.quantization import FrozenWeight
 from lora_kernels.reference import formula
@@ -202,12 +204,24 @@ def lora_forward(
     seed: Tensor | None = None,
 ) -> Tensor:
     """lora_linear and lora_merged_linear for a layer, which names itself in errors."""
-    if obstacle(x, weight, a, b, bias) is not None:
+    if seed is None and isinstance(x, Tensor) and is_direct(x, weight, a, b, bias):
+        casted = cast(x, weight, bias) if _is_any_autocast_enabled() else (x, weight, bias)
+        y = _repeat(*casted, a, b, spec)
+        if y is not None:
+            return y
+    elif obstacle(x, weight, a, b, bias) is not None:
         return _without_op(layer, x, weight, a, b, bias, spec, seed)
     x, weight, bias = prepare(layer, x, weight, a, b, bias, spec)
     seed = seeds_for(layer, x, spec.dropout_p, seed)
-    y, _ = LoraLinear.apply(x, weight, a, b, bias, seed, spec)
-    return y
+    return apply_lora_linear(x, weight, a, b, bias, seed, spec)
+
+
+def _repeat(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, spec: LoraSpec
+) -> Tensor | None:
+    """y by the record of an earlier call of this kind, which has passed the checks, or None."""
+    like_seed = like_drawn(x.device) if spec.dropout_p > 0 else None
+    return repeat_lora_linear(x, weight, a, b, bias, spec, like_seed, draw_like)
 
 
 def _without_op(

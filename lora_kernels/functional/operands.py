@@ -13,7 +13,7 @@ from lora_kernels.reference import formula
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import LoraSpec
 
-__all__ = ["of_formula", "over_values", "own_dropout", "prepare"]
+__all__ = ["cast", "of_formula", "over_values", "own_dropout", "prepare"]
 
 
 def prepare(
@@ -30,13 +30,19 @@ def prepare(
     checks.check_shape(layer, x, weight)
     if bias is not None:
         checks.check_tensor(layer, "bias", bias)
+    x, weight, bias = cast(x, weight, bias)
+    checks.check_device_and_dtype(layer, x, weight)
+    checks.check_operands(layer, weight, a, b, bias, spec.splits)
+    checks.check_spec(layer, spec)
+    return x, weight, bias
+
+
+def cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, weight and bias in the dtype of autocast, if it is on."""
     dtype = checks.autocast_dtype(x)
     if dtype is not None and is_plain(type(weight)):  # other classes cast in their own way
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    checks.check_device_and_dtype(layer, x, weight)
-    checks.check_operands(layer, weight, a, b, bias, spec.splits)
-    checks.check_spec(layer, spec)
     return x, weight, bias
 
 

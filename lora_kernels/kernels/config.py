@@ -3,6 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -77,13 +78,21 @@ def select(
     return next(config for when, config in table[target] if when.holds(bits, m, r, tma))
 
 
+class Stand(NamedTuple):
+    """What stands for the device of CPU tensors: the key in the tables, and multiprocessors."""
+
+    target: str
+    num_sms: int
+
+
+CPU = Stand("interpreter", 4)  # which runs programs one by one
 _TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
 
 def target_of(device: torch.device) -> str:
     """The key of a device in the tables."""
     if device.type == "cpu":
-        return "interpreter"
+        return CPU.target
     if torch.version.hip is not None:
         return "hip"
     return _TARGETS.get(capability_of(device), "other")
@@ -91,7 +100,7 @@ def target_of(device: torch.device) -> str:
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors of a device; 4 in the interpreter, which runs programs one by one."""
+    """Multiprocessors of a device."""
     if device.type == "cpu":
-        return 4
+        return CPU.num_sms
     return torch.cuda.get_device_properties(device).multi_processor_count

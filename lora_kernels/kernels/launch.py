@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_kernels.dispatch.fallback import of_kernels
+from lora_kernels.kernels import records
 from lora_kernels.kernels.config import GemmConfig, num_sms
 from lora_kernels.kernels.dropout import Mask, word_threshold
 from lora_kernels.kernels.tile import Matrix
@@ -24,7 +26,10 @@ def mask(seed: Tensor | None, dropout_p: float) -> Mask | None:
 
 def tma_operand(tensor: Tensor, block_rows: int, block_cols: int, tma: bool):
     """What a kernel gets for a matrix: its descriptor for tiles of this shape, or a Matrix."""
-    return TensorDescriptor.from_tensor(tensor, [block_rows, block_cols]) if tma else matrix(tensor)
+    if not tma:
+        return matrix(tensor)
+    with of_kernels():
+        return TensorDescriptor.from_tensor(tensor, [block_rows, block_cols])
 
 
 def as_rows(tensor: Tensor | None) -> Tensor | None:
@@ -86,4 +91,9 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
     """Every launch of a kernel goes through here."""
-    kernel.run(grid=grid, warmup=False, **arguments)  # what kernel[grid] does, in fewer calls
+    tape = records.current()
+    with of_kernels():
+        if tape is None:
+            kernel.run(grid=grid, warmup=False, **arguments)  # kernel[grid], in fewer calls
+        else:
+            tape.launch(kernel, grid, arguments)

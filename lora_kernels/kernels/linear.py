@@ -112,7 +112,7 @@ def lora_linear_backward(
             dw = dy_rows.T @ x_rows
         if needs.bias:
             dbias = dy_rows.sum(0)
-    if dx is not None:
+    if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
     return [grad for grad in (dx, dw, da, db, dbias) if grad is not None]
 

@@ -7,6 +7,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.dispatch.algorithm import tf32_allowed
 from lora_kernels.kernels.config import target_of
 
 
@@ -49,7 +50,7 @@ def numerics_of(x: Tensor, *factors: Tensor | None) -> Numerics:
     these are float32.
     """
     uniform = all(factor is None or factor.dtype == x.dtype for factor in factors)
-    return _numerics(x.dtype, uniform, target_of(x.device), _tf32_allowed())
+    return _numerics(x.dtype, uniform, target_of(x.device), tf32_allowed())
 
 
 def bits_of(dtype: tl.dtype) -> int:
@@ -58,8 +59,8 @@ def bits_of(dtype: tl.dtype) -> int:
 
 
 @functools.cache
-def _numerics(dtype: torch.dtype, uniform: bool, target: str, tf32_allowed: bool) -> Numerics:
-    """uniform: the factors are in the layer's dtype."""
+def _numerics(dtype: torch.dtype, uniform: bool, target: str, allowed: bool) -> Numerics:
+    """uniform: the factors are in the layer's dtype. allowed: whether TF32 is."""
     # Not all of AMD's GPUs have TF32.
     tf32, exact = ("ieee", "ieee") if target == "hip" else ("tf32", "tf32x3")
     # Triton's interpreter would multiply bfloat16 as integers.
@@ -67,17 +68,9 @@ def _numerics(dtype: torch.dtype, uniform: bool, target: str, tf32_allowed: bool
     main = tl.float32 if interpreted_bf16 else _TL[dtype]
     update = main if main is tl.bfloat16 else tl.float32
     if dtype == torch.float32:
-        precision = tf32 if tf32_allowed else "ieee"
+        precision = tf32 if allowed else "ieee"
         return Numerics(main, main, main, main, precision, precision)
     if uniform:
         return Numerics(main, main, update, update, tf32, tf32)
-    precision = tf32 if tf32_allowed else exact
+    precision = tf32 if allowed else exact
     return Numerics(main, tl.float32, tl.float32, update, precision, tf32)
-
-
-def _tf32_allowed() -> bool:
-    matmul = torch.backends.cuda.matmul
-    # The older of the two settings cannot be read if the newer one was used.
-    if hasattr(matmul, "fp32_precision"):
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import cache
+from lora_kernels.dispatch.fallback import KernelError
 from lora_kernels.kernels.operands import Operands
 from lora_kernels.kernels.registry import LAUNCHERS, entry_for
 from lora_kernels.testing.memory import guarded_outputs
@@ -32,7 +33,7 @@ _SMALL_M = 16
 _verdicts: dict[torch.device, dict[str, str | None]] = {}
 
 
-class WrongKernelError(RuntimeError):
+class WrongKernelError(KernelError):
     """A kernel whose results are wrong on this GPU, or differ from run to run."""
 
 

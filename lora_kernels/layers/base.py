@@ -97,7 +97,8 @@ class LoRALayer(MergesOnEval):
     @property
     def has_lora(self) -> bool:
         """Whether the layer holds lora_A and lora_B."""
-        return hasattr(self, "lora_A")  # also of parametrized, pruned and replicated layers
+        # Parametrized, pruned and replicated layers have it as an attribute.
+        return "lora_A" in self._parameters or hasattr(self, "lora_A")
 
     @property
     def factor_names(self) -> tuple[str, ...]:

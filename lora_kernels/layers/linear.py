@@ -13,7 +13,7 @@ from lora_kernels.layers.dora import TakesMagnitude
 from lora_kernels.layers.merging import takes_merged_weight
 from lora_kernels.ops.obstacle import is_opaque, obstacle
 from lora_kernels.quantization import is_quantised
-from lora_kernels.spec import LoraSpec, OutputSplits
+from lora_kernels.spec import LoraSpec, OutputSplits, linear_spec
 
 __all__ = ["LinearLayer", "LoRALinear", "is_hf_conv1d"]
 
@@ -94,6 +94,10 @@ class LinearLayer(LoRALayer, nn.Linear):
         shared = self._shared_input
         return shared.layers if shared is not None and shared.together() else (self,)
 
+    def _spec(self, weight: Tensor) -> LoraSpec:
+        """The values of this call's update; weight is oriented."""
+        return LoraSpec(self.scaling, self.active_dropout_p(), self.output_splits)
+
     @takes_merged_weight
     def forward(self, x: Tensor) -> Tensor:
         complete = self.complete_weight()
@@ -110,7 +114,7 @@ class LinearLayer(LoRALayer, nn.Linear):
             y = self._shared_input.output(self, x)
             if y is not None:
                 return y
-        spec = LoraSpec(self.scaling, self.active_dropout_p(), self.output_splits)
+        spec = self._spec(weight)
         return functional.lora_forward(self, x, weight, a, b, bias, spec)
 
     def extra_repr(self) -> str:
@@ -191,6 +195,12 @@ class LoRALinear(TakesMagnitude, LinearLayer):
     def reset_lora_parameters(self) -> None:
         super().reset_lora_parameters()
         self._reset_magnitude()
+
+    def _spec(self, weight: Tensor) -> LoraSpec:
+        columns = weight.shape[0]
+        if type(columns) is not int or torch.compiler.is_compiling():
+            return super()._spec(weight)
+        return linear_spec(self.scaling, self.active_dropout_p(), columns)
 
     def delta_weight(self) -> Tensor:
         acc = torch.promote_types(self.weight.dtype, torch.float32)

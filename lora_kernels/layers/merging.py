@@ -145,11 +145,11 @@ class MergesOnEval:
         by this mixin. It is None if the layer is not merged, and for a call that is to give the
         base weight a gradient.
         """
-        weight = self.weight
         if not self.has_lora:
-            return weight
+            return self.weight
         if not self.merged:
             return None
+        weight = self.weight
         merged = self._merged_weight
         if merged is None:
             return weight

@@ -1,5 +1,7 @@
 """dense(): the matrix of a frozen weight, by a kernel if there is one for it."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def _shape(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> 
 
 def _dense_4bit(packed, absmax, code, blocksize, n, k, dtype, *nested):
     w = FourBit(packed, absmax, code, blocksize, (n, k), None if nested[0] is None else nested)
-    shape = _shape((n, k), dtype, packed.device)
+    shape = functools.partial(_shape, (n, k), dtype, packed.device)
     return compute(reference, "dense_4bit", shape, (w, dtype), (packed,))
 
 

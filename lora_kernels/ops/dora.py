@@ -1,28 +1,33 @@
 """The op behind lora_linear with a magnitude (DoRA)."""
 
+import functools
+
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.library import binds_positionally, compute, define
+from lora_kernels.ops.library import applier, compute, define
 from lora_kernels.ops.linear import backward_fake, backward_shape, forward_shape
 from lora_kernels.reference import dora as reference
 from lora_kernels.reference import dora_formula, formula
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import DoraNeeds, DoraSpec, Needs, OutputSplits
 
-__all__ = ["DoraLinear", "differentiable_backward", "dora_backward", "dora_forward", "to_save"]
+__all__ = [
+    "DoraLinear", "apply_dora_linear", "differentiable_backward", "dora_backward", "dora_forward",
+    "to_save",
+]  # fmt: skip
 
 
 def _forward(x, w, a, b, bias, magnitude, seed, *constants):
     spec, operands = _spec(w.shape[0], *constants), (x, w, a, b, bias, magnitude, seed)
-    shape = forward_shape(x, w, b, spec.dropout_p)
+    shape = functools.partial(forward_shape, x, w, b, spec.dropout_p)
     return compute(reference, "dora_forward", shape, (*operands, spec), operands)
 
 
 def _backward(*arguments):
     operands, spec, needs = _unpacked(arguments)
     dy, x, _, w, a, b, *_ = operands
-    shape = backward_shape(dy, x, w, a, b, spec.dropout_p)
+    shape = functools.partial(backward_shape, dy, x, w, a, b, spec.dropout_p)
     return compute(reference, "dora_backward", shape, (*operands, spec, needs), operands)
 
 
@@ -112,7 +117,6 @@ def to_save(
     )
 
 
-@binds_positionally
 class DoraLinear(torch.autograd.Function):
     """Saves what the backward will read of x, h, the seed and the parameters, and y, or c for y."""
 
@@ -142,6 +146,9 @@ class DoraLinear(torch.autograd.Function):
         else:
             grads = dora_backward(operands, ctx.spec, needs)
         return (*needs.spread(grads), None, None)
+
+
+apply_dora_linear = applier(DoraLinear)
 
 
 def differentiable_backward(operands, spec: DoraSpec, needs: DoraNeeds) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """The op behind lora_grouped_linear: low-rank products by segments of rows."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ __all__ = ["lora_grouped_linear"]
 
 def _forward(x, w, a, b, bias, ends, groups, index, seeds, scalings, dropout_ps):
     spec = GroupedSpec(tuple(scalings), tuple(dropout_ps))
-    shape = _shape(x if index is None else index, x, w, a, ends, spec)
+    shape = functools.partial(_shape, x if index is None else index, x, w, a, ends, spec)
     operands = (x, w, a, b, bias, ends, groups, index, seeds)
     typed = (x, w, a, b, bias)
     return compute(reference, "lora_grouped_linear_forward", shape, (*operands, spec), typed)
@@ -26,7 +27,7 @@ def _forward(x, w, a, b, bias, ends, groups, index, seeds, scalings, dropout_ps)
 
 def _backward(dy, x, h, w, a, b, ends, groups, index, seeds, sources, scalings, dropout_ps, needs):
     spec = GroupedSpec(tuple(scalings), tuple(dropout_ps))
-    shape = _shape(dy, dy, w, a, ends, spec, backward=True)
+    shape = functools.partial(_shape, dy, dy, w, a, ends, spec, backward=True)
     operands = (dy, x, h, w, a, b, ends, groups, index, seeds, sources, spec, Needs(*needs))
     return compute(reference, "lora_grouped_linear_backward", shape, operands, (dy, w, a, b))
 

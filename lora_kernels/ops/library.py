@@ -7,22 +7,34 @@ kernels imports them, and triton with them.
 
 import functools
 import importlib
-import inspect
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C import (
+    _are_functorch_transforms_active,
+    _DisableAutocast,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
+from torch.autograd import _profiler_enabled, forward_ad
 
-from lora_kernels.checks import is_autocast
-from lora_kernels.dispatch import algorithm, fallback, first_use
+from lora_kernels.dispatch import algorithm, fallback, first_use, measured
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.dispatch.tma import is_tma_compliant
 from lora_kernels.ops import first_call
 
-__all__ = ["OP_LIBRARY", "binds_positionally", "compute", "define", "tma_if_asked"]
+__all__ = [
+    "OP_LIBRARY", "applier", "call_of", "compute", "define", "is_direct", "tma_if_asked",
+    "without_autocast",
+]  # fmt: skip
 
+_PLAIN = {Tensor, nn.Parameter}
 OP_LIBRARY = torch.library.Library("lora_kernels", "DEF")
 
 
@@ -46,28 +58,68 @@ def define(
     """
     OP_LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA"):
-        OP_LIBRARY.impl(name, _without_autocast(implementation), key)
+        OP_LIBRARY.impl(name, without_autocast(implementation), key)
     for key in _FORMULAS if formula else _FORMULAS[:1]:
-        OP_LIBRARY.impl(name, _without_autocast(formula or implementation), key)
+        OP_LIBRARY.impl(name, without_autocast(formula or implementation), key)
     torch.library.register_fake(f"lora_kernels::{name}", fake, lib=OP_LIBRARY)
     return getattr(torch.ops.lora_kernels, name).default
 
 
+def is_direct(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether an op's implementation may be called without PyTorch's dispatcher.
+
+    The dispatcher costs more than an implementation does, and is for those who look at operators:
+    tracing, modes, profilers, transforms, tensors that are more than their memory. Autograd is one,
+    too, so the caller is a Function, or makes the call by one. first: x, or a gradient. others: the
+    rest of the operands, on the same device.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _profiler_enabled()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
+        or not (first.is_cpu or first.is_cuda)
+        or first.layout is not torch.strided
+        or is_legacy_batchedtensor(first)
+        or type(first) not in _PLAIN
+        or first.is_neg()
+    ):
+        return False
+    for other in others:
+        if other is not None and (type(other) not in _PLAIN or other.is_neg()):
+            return False
+    return True
+
+
 def tma_if_asked(*matrices: Tensor | None) -> bool:
     """Whether descriptors hold the matrices; True, unasked, while no measurement depends on it."""
-    return not algorithm.TABLE or is_tma_compliant(*matrices)
+    return not algorithm.TABLE or is_tma_compliant(*matrices[:2])
 
 
 def compute(
-    reference: ModuleType, name: str, shape: GemmShape, operands: tuple, typed: Sequence[Tensor]
+    reference: ModuleType,
+    name: str,
+    shape: Callable[[], GemmShape],
+    operands: tuple,
+    typed: Sequence[Tensor],
 ):
-    """The result that reference.name(*operands) specifies, by the algorithm chosen for shape.
+    """The result that reference.name(*operands) specifies, by the algorithm chosen for shape().
 
     The module of the same name in kernels/ has a function of the same name, whose first argument is
     the algorithm. typed: the tensors whose dtypes decide which kernels are compiled.
     """
+    call = call_of(name, operands)
+    if call is not None and call.record is not None:
+        result = call.run()
+        if result is not NotImplemented:
+            return result
+    shape = shape()
     chosen = algorithm.choose(shape)
     if chosen.name == "reference":
+        algorithm.warn_of_machine(shape.device)
         return getattr(reference, name)(*operands)
 
     def by(chosen: str):
@@ -75,56 +127,67 @@ def compute(
             return getattr(reference, name)(*operands)
         kernels = _kernels_of(reference)
         first_call.prepare(getattr(reference, name), chosen, shape, operands)
-        return getattr(kernels, name)(chosen, *operands)
+        run = functools.partial(getattr(kernels, name), chosen, *operands)
+        return run() if call is None else _records().observe(call, run)
 
     def what() -> tuple:
         dtypes = dict.fromkeys(tensor.dtype for tensor in typed if tensor is not None)
-        small = ("small m",) if shape.m <= algorithm.SMALL_M else ()  # has kernels of its own
-        return (name, *small, shape.device, *dtypes)
+        words = ["small m"] * (shape.m <= algorithm.SMALL_M)  # has kernels of its own
+        words += [f"r <= {1 << (shape.r - 1).bit_length()}", *["dropout"] * shape.dropout]
+        matrices = [tensor for tensor in typed if tensor is not None and tensor.dim() > 1]
+        words += ["unaligned"] * (not is_tma_compliant(*matrices))
+        return (name, *words, shape.device, *dtypes)
 
     if name in _REPEATABLE and algorithm.is_open(chosen) and first_use.is_asked(shape.device):
         chosen = chosen._replace(name=first_use.decide(shape, by))
     return fallback.run(chosen, what, by)
 
 
+def call_of(name: str, operands: Sequence):
+    """The call of the op as kernels/records.py knows it; None if it is none for the kernels."""
+    records = _records()
+    if records is None:
+        return None
+    depends = algorithm.TABLE, fallback.count(), measured.changes()
+    return records.call_of(name, (algorithm.asked(), *operands), *depends)
+
+
+def _records() -> ModuleType | None:
+    """kernels/records.py, once something else has imported it, and triton with it."""
+    return sys.modules.get("lora_kernels.kernels.records")
+
+
 @functools.cache
 def _kernels_of(reference: ModuleType) -> ModuleType:
-    return importlib.import_module(reference.__name__.replace(".reference.", ".kernels."))
+    with fallback.of_kernels():
+        return importlib.import_module(reference.__name__.replace(".reference.", ".kernels."))
 
 
-def _without_autocast(implementation: Callable) -> Callable:
+def without_autocast(implementation: Callable) -> Callable:
     """implementation with autocast off: its operands have the right dtypes already."""
 
     @functools.wraps(implementation)
-    def wrapper(first, *args):
-        device = (first if isinstance(first, Tensor) else first[0]).device
-        if not is_autocast(device):
-            return implementation(first, *args)
-        with torch.autocast(device.type, enabled=False):
-            return implementation(first, *args)
+    def wrapper(*args):
+        if not _is_any_autocast_enabled():
+            return implementation(*args)
+        with _DisableAutocast():
+            return implementation(*args)
 
     return wrapper
 
 
-class _PositionalSignature(inspect.Signature):
-    """A signature whose bind() takes all arguments by position, without a check."""
+def applier(function: type[torch.autograd.Function]) -> Callable:
+    """function.apply for all arguments by position, at a third of its cost to the host.
 
-    class Bound(NamedTuple):
-        args: tuple
-        kwargs: dict
-
-        def apply_defaults(self) -> None:
-            """There are none to apply."""
-
-    def bind(self, *args):
-        return self.Bound(args, {})
-
-
-def binds_positionally(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Makes apply() cheaper for a Function that always gets all arguments, by position.
-
-    Function.apply binds its arguments to forward's signature in every call. The general bind()
-    costs as much as a small product: 30 of the 75 µs of a forward.
+    Function.apply binds its arguments to forward's signature in every call, which costs as much as
+    a small product. What traces or transforms knows apply itself alone.
     """
-    function.forward.__signature__ = _PositionalSignature.from_callable(function.forward)
-    return function
+    below = super(torch.autograd.Function, function).apply  # what apply ends in
+
+    def apply(*args):
+        """The Function's apply, for all arguments by position."""
+        if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+            return function.apply(*args)
+        return below(*[unwrap_if_dead(arg) if type(arg) in _PLAIN else arg for arg in args])
+
+    return apply

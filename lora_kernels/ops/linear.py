@@ -1,20 +1,30 @@
 """The op behind lora_linear and lora_merged_linear."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.table import GemmShape
-from lora_kernels.ops.library import binds_positionally, compute, define, tma_if_asked
+from lora_kernels.ops.library import (
+    applier,
+    call_of,
+    compute,
+    define,
+    is_direct,
+    tma_if_asked,
+    without_autocast,
+)
 from lora_kernels.ops.obstacle import is_batched
 from lora_kernels.reference import formula
 from lora_kernels.reference import linear as reference
 from lora_kernels.spec import LoraSpec, Needs, OutputSplits
 
 __all__ = [
-    "LoraLinear", "backward_fake", "backward_shape", "differentiable_backward", "forward_shape",
-    "lora_linear_backward", "lora_linear_forward",
+    "LoraLinear", "apply_lora_linear", "backward_fake", "backward_shape",
+    "differentiable_backward", "forward_shape", "lora_linear_backward", "lora_linear_forward",
+    "repeat_lora_linear",
 ]  # fmt: skip
 
 
@@ -30,6 +40,7 @@ def forward_shape(x: Tensor, w: Tensor, b: Tensor, dropout_p: float) -> GemmShap
         device=x.device,
         dropout=dropout_p > 0,
         tma=tma_if_asked(x, w),
+        uniform=b.dtype == x.dtype,
     )
 
 
@@ -50,19 +61,28 @@ def backward_shape(dy, x, w, a, b, dropout_p: float) -> GemmShape:
     )
 
 
-def _forward(x, w, a, b, bias, seed, *constants):
-    spec = _spec(*constants)
+@without_autocast
+def _compute_forward(x, w, a, b, bias, seed, spec: LoraSpec):
     operands = (x, w, a, b, bias, seed)
-    shape = forward_shape(x, w, b, spec.dropout_p)
+    shape = functools.partial(forward_shape, x, w, b, spec.dropout_p)
     return compute(reference, "lora_linear_forward", shape, (*operands, spec), operands)
+
+
+@without_autocast
+def _compute_backward(dy, x, h, w, a, b, seed, spec: LoraSpec, needs: Needs):
+    operands = (dy, x, h, w, a, b, seed)
+    arguments = (*operands, spec, needs)
+    shape = functools.partial(backward_shape, dy, x, w, a, b, spec.dropout_p)
+    return compute(reference, "lora_linear_backward", shape, arguments, operands)
+
+
+def _forward(x, w, a, b, bias, seed, *constants):
+    return _compute_forward(x, w, a, b, bias, seed, _spec(*constants))
 
 
 def _backward(dy, x, h, w, a, b, seed, *constants):
     *constants, needs = constants
-    spec, operands = _spec(*constants), (dy, x, h, w, a, b, seed)
-    arguments = (*operands, spec, Needs(*needs))
-    shape = backward_shape(dy, x, w, a, b, spec.dropout_p)
-    return compute(reference, "lora_linear_backward", shape, arguments, operands)
+    return _compute_backward(dy, x, h, w, a, b, seed, _spec(*constants), Needs(*needs))
 
 
 def _forward_formula(x, w, a, b, bias, seed, *constants):
@@ -129,6 +149,8 @@ _backward_op = define(
 
 def lora_linear_forward(x, w, a, b, bias, seed, spec: LoraSpec) -> tuple[Tensor, Tensor]:
     """y and h, as reference.linear specifies them, by the op."""
+    if not torch.is_grad_enabled() and is_direct(x, w, a, b, bias, seed):
+        return _compute_forward(x, w, a, b, bias, seed, spec)
     splits = spec.splits
     return _forward_op(
         x, w, a, b, bias, seed, spec.scaling, spec.dropout_p, splits.sizes, splits.enabled
@@ -140,23 +162,31 @@ def lora_linear_backward(operands: Sequence[Tensor | None], spec: LoraSpec, need
 
     operands: dy, x, h, w, a, b, seed.
     """
+    if not torch.is_grad_enabled() and is_direct(*operands):
+        return _compute_backward(*operands, spec, needs)
     splits = spec.splits
     return _backward_op(
         *operands, spec.scaling, spec.dropout_p, splits.sizes, splits.enabled, needs
     )
 
 
-@binds_positionally
 class LoraLinear(torch.autograd.Function):
-    """Saves what the backward will read of x, h, the seed and the parameters, and nothing else."""
+    """Saves what the backward will read of x, h, the seed and the parameters, and nothing else.
+
+    call: the call as kernels/records.py knows it, if it has a record.
+    """
 
     @staticmethod
-    def forward(x, w, a, b, bias, seed, spec):
+    def forward(x, w, a, b, bias, seed, spec, call):
+        if call is not None:
+            result = call.run()
+            if result is not NotImplemented:
+                return result
         return lora_linear_forward(x, w, a, b, bias, seed, spec)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, a, b, _, seed, ctx.spec = inputs
+        x, w, a, b, _, seed, ctx.spec, _ = inputs
         _, h = output
         ctx.mark_non_differentiable(h)
         ctx.set_materialize_grads(False)
@@ -174,13 +204,40 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx, dy, _):
         needs = ctx.needs
         if dy is None or not any(needs):
-            return (None,) * 7  # one for each argument of forward
+            return (None,) * 8  # one for each argument of forward
         operands = (dy, *ctx.saved_tensors)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = differentiable_backward(*operands, ctx.spec, needs)
         else:
             grads = lora_linear_backward(operands, ctx.spec, needs)
-        return (*needs.spread(grads), None, None)
+        return (*needs.spread(grads), None, None, None)
+
+
+_apply = applier(LoraLinear)
+
+
+def apply_lora_linear(x, w, a, b, bias, seed, spec: LoraSpec) -> Tensor:
+    """y, with a gradient for each operand that wants one."""
+    y, _ = _apply(x, w, a, b, bias, seed, spec, None)
+    return y
+
+
+def repeat_lora_linear(
+    x, w, a, b, bias, spec: LoraSpec, like_seed: Tensor | None, draw: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """apply_lora_linear by the record of a call of this kind; None if there is no record.
+
+    A record tells that operands of this kind have passed all checks. The operands are direct.
+    like_seed: a seed of the kind that draw(like_seed) returns, which is called if there is one.
+    """
+    call = call_of("lora_linear_forward", (x, w, a, b, bias, like_seed, spec))
+    if call is None or call.record is None:
+        return None
+    seed = None
+    if like_seed is not None:
+        seed = call.tensors[-1] = draw(like_seed)
+    y, _ = _apply(x, w, a, b, bias, seed, spec, call)
+    return y
 
 
 def differentiable_backward(dy, x, h, w, a, b, seed, spec: LoraSpec, needs: Needs):

@@ -1,5 +1,7 @@
 """The op behind lora_linear over a frozen weight that is not dense, and its autograd Function."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,8 @@ __all__ = ["LoraQuantizedLinear", "add_lora", "dense_dtype"]
 def _add_lora(y, x, a, b, seed, scaling, dropout_p, sizes, enabled):
     spec = LoraSpec(scaling, dropout_p, OutputSplits(tuple(sizes), tuple(enabled)))
     k, n = x.shape[-1], y.shape[-1]
-    shape = GemmShape(
+    shape = functools.partial(
+        GemmShape,
         m=x.numel() // max(1, k),
         n=n,
         k=k,

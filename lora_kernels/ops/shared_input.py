@@ -1,12 +1,13 @@
 """The op behind lora_shared_linear: several LoRA linears over one x."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.table import GemmShape
-from lora_kernels.ops.library import binds_positionally, compute, define, tma_if_asked
+from lora_kernels.ops.library import applier, compute, define, tma_if_asked
 from lora_kernels.ops.linear import differentiable_backward
 from lora_kernels.ops.obstacle import is_transformed
 from lora_kernels.reference import formula
@@ -19,7 +20,8 @@ __all__ = ["lora_shared_linear"]
 
 def _forward(x, ws, a, bs, biases, seeds, *constants):
     specs = _specs(ws, *constants)
-    shape = GemmShape(
+    shape = functools.partial(
+        GemmShape,
         m=x.numel() // max(1, x.shape[-1]),
         n=sum(w.shape[0] for w in ws),
         k=x.shape[-1],
@@ -36,7 +38,8 @@ def _forward(x, ws, a, bs, biases, seeds, *constants):
 def _backward(dys, x, h, ws, a, bs, seeds, *constants):
     *constants, needs = constants
     dy, specs = dys[0], _specs(ws, *constants)
-    shape = GemmShape(
+    shape = functools.partial(
+        GemmShape,
         m=dy.numel() // max(1, dy.shape[-1]),
         n=sum(w.shape[0] for w in ws),
         k=a.shape[2],
@@ -126,7 +129,7 @@ def lora_shared_linear(
     if not recorded and (torch.compiler.is_compiling() or not is_transformed()):
         *ys, _ = _compute(x, seeds, specs, *operands)
     else:
-        *ys, _ = _LoraSharedLinear.apply(x, seeds, specs, *operands)
+        *ys, _ = _apply(x, seeds, specs, *operands)
     return ys
 
 
@@ -136,7 +139,6 @@ def _compute(x, seeds, specs, *operands) -> tuple[Tensor, ...]:
     return tuple(_forward_op(x, ws, torch.stack(factors), bs, biases, seeds, scalings, dropout_p))
 
 
-@binds_positionally
 class _LoraSharedLinear(torch.autograd.Function):
     """Saves the seeds and parameters, and of x and h what the backward will read."""
 
@@ -197,6 +199,9 @@ class _LoraSharedLinear(torch.autograd.Function):
         asked = zip(ctx.needs_input_grad[3:], used * 4, strict=True)
         kept = (g if all(ask) else None for g, ask in zip(spread, asked, strict=True))
         return (grad_x, None, None, *kept)
+
+
+_apply = applier(_LoraSharedLinear)
 
 
 def _quarters(operands: Sequence) -> tuple[list, list, list, list]:

@@ -1,5 +1,6 @@
 """Which algorithm a product takes and why, read off a table or not."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,8 @@ def shape(**changes):
 
 @pytest.fixture
 def h200(monkeypatch):
-    """A process that has an H200, as far as the choice of a algorithm can see, and no wish."""
+    """A process that has an H200, as far as the choice of an algorithm can see, and no wish."""
+    algorithms.machine_obstacle.cache_clear()
     monkeypatch.setattr(algorithms, "capability_of", lambda device: (9, 0))
     monkeypatch.setenv("LORA_KERNELS_PLAN", "auto")
 
@@ -56,6 +58,8 @@ def test_without_a_measurement_cublas_takes_the_large_shape(h200):
         ({"m": 17, "dropout": True}, "addmm"),
         ({"m": 1, "r": 33}, "addmm"),
         ({"m": 1, "backward": True}, "addmm"),
+        ({"m": 1, "dtype": torch.float32}, "addmm"),
+        ({"m": 1, "uniform": False}, "addmm"),
     ],
     ids=str,
 )
@@ -95,7 +99,68 @@ def test_cpu_tensors_reach_the_kernels_in_the_interpreter(h200, monkeypatch):
 
 def test_without_triton(h200, monkeypatch):
     monkeypatch.setattr(algorithms, "_has_triton", lambda: False)
+    algorithms.machine_obstacle.cache_clear()
     assert choose(shape()) == Algorithm("reference", "triton 3.4 or newer is not installed")
+    algorithms.machine_obstacle.cache_clear()
+
+
+def test_float32_of_a_small_m_takes_one_launch_if_tf32_is_allowed(h200, monkeypatch):
+    monkeypatch.setattr(algorithms, "tf32_allowed", lambda: True)
+    assert choose(shape(m=1, dtype=torch.float32)).name == "fused"
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets the capability and the version of Triton that the choice sees."""
+
+    def become(capability, triton="3.9.0"):
+        monkeypatch.setattr(algorithms, "capability_of", lambda device: capability)
+        monkeypatch.setattr("triton.__version__", triton)
+        algorithms.machine_obstacle.cache_clear()
+
+    yield become
+    algorithms.machine_obstacle.cache_clear()
+    algorithms._said.clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "reason"),
+    [
+        ((7, 5), "3.9.0", "(7, 5), below 8.0"),
+        ((6, 1), "3.9.0", "matrix instructions"),
+        ((8, 0), "3.4.0", None),
+        ((9, 0), "3.6.0", None),
+        ((10, 0), "3.6.0", "3.7.1 or newer"),
+        ((10, 3), "3.7.0", "fences"),
+        ((12, 0), "3.7.0+git1", "fences"),
+        ((10, 0), "3.7.1", None),
+        ((12, 0), "3.10.0+git1", None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("asked", ["auto", "fused"])
+def test_gpus_on_which_kernels_would_be_slow_or_wrong_take_the_reference(
+    asked, capability, triton, reason, machine, monkeypatch
+):
+    monkeypatch.setenv("LORA_KERNELS_PLAN", asked)
+    machine(capability, triton)
+    chosen = choose(shape())
+    assert (chosen.name == "reference") == (reason is not None)
+    if reason is not None:
+        assert reason in chosen.reason
+
+
+def test_a_gpu_without_kernels_is_named_once(machine, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "auto")
+    machine((7, 5))
+    with pytest.warns(RuntimeWarning, match=r"plain PyTorch computes on cuda:0: .*below 8\.0"):
+        algorithms.warn_of_machine(H200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        algorithms.warn_of_machine(H200)
+        algorithms.warn_of_machine(torch.device("cpu"))
+        machine((9, 0))
+        algorithms.warn_of_machine(H200)
 
 
 ROW = TuningEntry(

@@ -12,8 +12,11 @@ from tests.calls import call, solve
 
 
 def broken(error):
+    """A launch that ends in this error of Triton's, or of what Triton calls."""
+
     def launch(*args, **kwargs):
-        raise error
+        with fallback.of_kernels():
+            raise error
 
     return launch
 
@@ -64,7 +67,9 @@ def test_a_small_m_fails_alone(forgetful, monkeypatch, device):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         call(few)
-        monkeypatch.setattr("lora_kernels.kernels.expand.launch", broken(KeyError("not fused")))
+        monkeypatch.setattr(
+            "lora_kernels.kernels.expand.launch", broken(torch.OutOfMemoryError("not fused"))
+        )
         call(many)
 
 
@@ -90,7 +95,7 @@ def test_a_plan_that_failed_is_not_tried_again(forgetful, monkeypatch, device):
 
     def launch(*args, **kwargs):
         tried.append(args)
-        raise subprocess.CalledProcessError(1, "gcc")
+        broken(subprocess.CalledProcessError(1, "gcc"))()
 
     monkeypatch.setenv("LORA_KERNELS_PLAN", "addmm")
     monkeypatch.setattr(shrink, "launch", launch)
@@ -108,7 +113,7 @@ def test_a_plan_that_failed_is_not_tried_again(forgetful, monkeypatch, device):
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("out of memory"), ValueError("a bug"), KeyError("a bug"),
+        torch.OutOfMemoryError("out of memory"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
@@ -122,3 +127,70 @@ def test_other_errors_are_raised(error, monkeypatch, device):
     monkeypatch.setattr(shrink, "launch", broken(error))
     with pytest.raises(type(error)):
         call(make_problem(70, 8, 7, 2, device=device))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AssertionError("libcuda.so cannot found!"), TypeError("no argument"), KeyError("tt.dot")],
+    ids=str,
+)
+def test_any_error_of_a_launch_is_a_kernels(error, forgetful, monkeypatch, device):
+    """Triton's own faults are of any type; another release may raise others."""
+    import triton
+
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "addmm")
+    problem = make_problem(70, 8, 7, 2, device=device)
+    expected = call(problem)
+
+    def run(self, *args, **kwargs):
+        raise error
+
+    kind = triton.JITFunction if device.type == "cuda" else triton.runtime.interpreter
+    kind = getattr(kind, "InterpretedFunction", kind)
+    monkeypatch.setattr(kind, "run", run)
+    with pytest.warns(RuntimeWarning, match=type(error).__name__):
+        torch.testing.assert_close(call(problem), expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` "
+        "or `at::Context::setDeterministicAlgorithms(true)`, but this operation is not "
+        "deterministic because it uses CuBLAS and you have CUDA >= 10.2.",
+        "CUBLAS_STATUS_NOT_SUPPORTED when calling cublasGemmEx",
+        "a bug",
+    ],
+)
+def test_errors_of_torchs_operators_are_raised_and_not_counted(
+    text, forgetful, monkeypatch, device
+):
+    from lora_kernels.kernels import linear
+
+    def output(*args):
+        raise RuntimeError(text)
+
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "addmm")
+    monkeypatch.setattr(linear, "output", output)
+    with pytest.raises(RuntimeError) as caught:
+        call(make_problem(70, 8, 7, 2, device=device))
+    assert str(caught.value) == text
+    assert not fallback.failures()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"r": 20}, {"dropout_p": 0.0}, {"m": 60}, {"dtype": torch.float16}], ids=str
+)
+def test_layers_of_another_class_still_take_the_kernels(changes, forgetful, monkeypatch, device):
+    from lora_kernels.kernels import shrink
+
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "addmm")
+    failing = {"m": 70, "k": 24, "n": 8, "r": 2, "dropout_p": 0.3, "device": device}
+    monkeypatch.setattr(shrink, "launch", broken(RuntimeError("PassManager::run failed")))
+    with pytest.warns(RuntimeWarning, match="PassManager"):
+        call(make_problem(**failing))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        call(make_problem(**failing | {"m": 75}))  # of the same class
+        with pytest.raises(RuntimeWarning, match="PassManager"):
+            call(make_problem(**failing | changes))

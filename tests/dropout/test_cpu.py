@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import dropout
 from lora_kernels.dropout import cpu
@@ -79,7 +80,7 @@ def test_masks_of_several_shapes_and_seeds_do_not_disturb_each_other(nothing_rem
 def test_a_large_mask_is_made_in_several_goes(nothing_remembered, dtype, device, monkeypatch):
     expected = dropout.keep_mask(seed_tensor(7, device), 70, 90, 0.3)
     vars(cpu._thread).clear()
-    monkeypatch.setattr(cpu, "_CALLS_AT_ONCE", 64)  # 12 calls a row: 5 rows, 14 times
+    monkeypatch.setattr(cpu, "_calls_at_once", lambda device: 64)  # 12 a row: 5 rows, 14 times
     mask = dropout.keep_mask(seed_tensor(7, device), 70, 90, 0.3, dtype=dtype)
     assert mask.dtype == dtype
     assert torch.equal(mask.bool(), expected)
@@ -94,7 +95,7 @@ def test_masks_are_keep_mask_in_slices_that_may_be_written_to(
 ):
     whole = dropout.keep_mask(seed_tensor(7, device), *shape, 0.3, dtype=dtype)
     vars(cpu._thread).clear()
-    monkeypatch.setattr(cpu, "_CALLS_AT_ONCE", 64)
+    monkeypatch.setattr(cpu, "_calls_at_once", lambda device: 64)
     for _ in range(2):
         ends = [0]
         for some, mask in dropout.masks(seed_tensor(7, device), *shape, 0.3, dtype):
@@ -181,3 +182,27 @@ def test_every_row_and_column_has_its_own_fair_share(axis, seed, device):
     # z² over n lines is chi-square with n degrees of freedom: mean n, variance 2n
     assert abs(z.square().sum().item() - n) <= 5 * math.sqrt(2 * n)
     assert z.abs().max().item() <= 6
+
+
+def test_a_gpu_takes_a_layers_mask_in_one_go(nothing_remembered, monkeypatch):
+    """Each operator is a launch there: 55 in all, and not for every million elements."""
+    monkeypatch.setattr(cpu, "_calls_at_once", lambda device: cpu._CALLS_AT_ONCE_ELSEWHERE)
+    monkeypatch.setattr(cpu, "_keeps", lambda calls, device: False)
+    seen = Operators()
+    with seen:
+        slices = list(dropout.masks(seed_tensor(7, "cpu"), 2048, 4096, 0.1, torch.float32))
+    assert len(slices) == 1
+    assert len(seen.names) < 60, seen.names
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not any(returned.alias_info for returned in func._schema.returns) or "_" in func._opname:
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))

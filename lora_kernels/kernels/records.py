@@ -1,0 +1,153 @@
+"""Records of calls: all that an op does with operands of a kind, without the code that decides it.
+
+What a launcher decides, and what Triton makes of it, follows from shapes, strides, alignment,
+dtypes and constants, and costs the host more than the kernels of a small layer take. So the second
+call of a kind is recorded while it runs: each of PyTorch's operators, each launch, and which memory
+each argument is in. From the third call on, the record computes. It is straight Python code, of
+calls alone:
+
+    v6 = e1((1, 65, 8), (520, 8, 1), c2)  # allocates
+    k4(2, 1, 1, stream, ..., (t0.data_ptr(), 16), (t2.data_ptr(), 16), v6.data_ptr(), 65, 16, ...)
+
+An operator is recorded if it is seen, so nothing can be forgotten; what a record cannot hold is
+computed as before. A change of what records depend on, such as the tables of algorithms or Triton's
+driver, drops all of them. While a profiler has hooked launches none is used.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, nn
+from triton import knobs
+from triton.runtime import driver
+
+from lora_kernels.dispatch.algorithm import tf32_allowed
+from lora_kernels.kernels import config
+from lora_kernels.kernels.tape import Tape
+from lora_kernels.spec import DoraNeeds, DoraSpec, GroupedSpec, LoraSpec, Needs, OutputSplits
+
+__all__ = ["Call", "call_of", "current", "forget", "observe"]
+
+_MOST = 2048  # records; each takes about 10 KB
+_TENSORS = frozenset((Tensor, nn.Parameter))
+_CONSTANTS = frozenset((int, float, bool, str, type(None), torch.dtype, Needs, DoraNeeds))
+_SPECS = frozenset((DoraSpec, GroupedSpec, OutputSplits))
+# Of these Triton versions it is known how a compiled kernel is launched.
+_KNOWN = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10)
+
+_records: dict[tuple, "Callable | str | None"] = {}  # None: seen once; str: why there is none
+_valid_for: list = [()]  # what call_of was told that they depend on
+_thread = threading.local()
+
+
+class Call:
+    """A call of an op: of what kind its operands are, those that are tensors, and the record."""
+
+    __slots__ = ("key", "record", "tensors")
+
+    def __init__(self, key: tuple, tensors: list[Tensor]):
+        self.key, self.tensors = key, tensors
+        record = _records.get(key)
+        self.record = record if callable(record) else None
+
+    def run(self) -> Any:
+        """What the record computes; NotImplemented if it cannot, which drops it."""
+        active, index = driver.active, self.tensors[0].get_device()
+        try:
+            if index < 0 or index == active.get_current_device():
+                return self.record(active.get_current_stream(max(index, 0)), *self.tensors)
+            with torch.cuda.device(index):
+                return self.record(active.get_current_stream(index), *self.tensors)
+        except Exception as error:  # the ordinary path meets it, too, or knows better
+            _records[self.key] = f"{type(error).__name__}: {error}"
+            return NotImplemented
+
+
+def call_of(name: str, operands: Sequence, *depends: object) -> Call | None:
+    """The call, if a record can hold it and Triton is as records know it.
+
+    depends: all else that algorithms are chosen by. If it is not what it was, no record is valid.
+    """
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    # None, an empty chain or, of older versions, no chain at all.
+    if (
+        not _KNOWN
+        or (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
+    ):
+        return None
+    key, tensors = [name], []
+    if not _describe(operands, key, tensors) or (
+        tensors[0].is_cpu and config.CPU.target == "interpreter"
+    ):
+        return None
+    depends = driver.active, tf32_allowed(), *depends
+    if depends != _valid_for[0]:
+        _records.clear()
+        _valid_for[0] = depends
+    return Call(tuple(key), tensors)
+
+
+def _describe(values: Iterable, key: list, tensors: list[Tensor]) -> bool:
+    """Appends what matters of each value; False if one is of an unknown class."""
+    for value in values:
+        kind = type(value)
+        if kind in _TENSORS:
+            tensors.append(value)
+            key += (
+                value.shape,
+                value.stride(),
+                value.dtype,
+                value.get_device(),
+                value.data_ptr() % 16,
+            )
+        elif kind in _CONSTANTS:
+            key += (kind, value)  # 1, 1.0 and True are equal, and not the same to a kernel
+        elif kind is LoraSpec:
+            splits, scaling = value.splits, value.scaling
+            key += (type(scaling), scaling, value.dropout_p, splits.sizes, splits.enabled)
+        elif kind in _SPECS or kind in (list, tuple):
+            parts = vars(value).values() if kind in _SPECS else value
+            key += (kind, len(parts))
+            if not _describe(parts, key, tensors):
+                return False
+        else:
+            return False
+    return True
+
+
+def current() -> "Tape | None":
+    """What records the launches of this thread; None if nothing does."""
+    return getattr(_thread, "tape", None)
+
+
+def forget() -> None:
+    """Drops all records."""
+    _records.clear()
+
+
+def observe(call: Call, compute: Callable[[], Any]) -> Any:
+    """compute(), which the second call of its kind records."""
+    key = call.key
+    if key not in _records:
+        while len(_records) >= _MOST:
+            _records.pop(next(iter(_records)), None)
+        _records[key] = None
+    elif _records[key] is None and current() is None and _are_different(call.tensors):
+        tape = _thread.tape = Tape(call.tensors)
+        try:
+            with tape:
+                result = compute()
+        finally:
+            _thread.tape = None
+        _records[key] = tape.finish(result)
+        return result
+    return compute()
+
+
+def _are_different(tensors: list[Tensor]) -> bool:
+    """Whether no tensor is there twice: a record would take each of the two for the same one."""
+    return len(set(map(id, tensors))) == len(tensors)
