@@ -30,7 +30,7 @@ _INTERPRETED, _UNMEASURED = "TRITON_INTERPRET=1", "no measurement"  # reasons of
 # What os.environ keeps the variables in. Its own get() raises and catches, which takes as long as
 # an allocation on a GPU does.
 _environ = getattr(os.environ, "_data", None) if os.name == "posix" else None
-_ENCODED = os.fsencode(_VARIABLE)
+_ENCODED = {name: os.fsencode(name) for name in (_VARIABLE, "TRITON_INTERPRET")}
 _FORMER = {"sandwich": "addmm"}  # values of the variable that have another name now
 
 
@@ -75,8 +75,8 @@ def choose(shape: GemmShape) -> Algorithm:
         return Algorithm("reference", f"the kernels do not take {shape.dtype}")
     if device.type not in ("cpu", "cuda"):
         return Algorithm("reference", f"there are no kernels for {device.type}")
-    if device.type == "cpu" and not _interpreted():
-        return Algorithm("reference", "CPU tensors reach the kernels only under TRITON_INTERPRET=1")
+    if device.type == "cpu" and not interpreted():
+        return Algorithm("reference", "on a CPU PyTorch's operators run")
     if (obstacle := machine_obstacle(device)) is not None:
         return Algorithm("reference", obstacle)
     if plan != "auto":
@@ -100,10 +100,16 @@ def is_open(algorithm: Algorithm) -> bool:
 
 def asked() -> str:
     """The value of LORA_KERNELS_PLAN as it is now, which choose checks."""
+    value = _read(_VARIABLE)
+    return "auto" if value is None else value
+
+
+def _read(variable: str) -> str | None:
+    """A variable of the environment as it is now."""
     if _environ is None:
-        return os.environ.get(_VARIABLE, "auto")
-    value = _environ.get(_ENCODED)
-    return "auto" if value is None else os.fsdecode(value)
+        return os.environ.get(variable)
+    value = _environ.get(_ENCODED[variable])
+    return None if value is None else os.fsdecode(value)
 
 
 def _plan(asked: str) -> str:
@@ -188,5 +194,7 @@ def _triton_version() -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU, which is for tests alone."""
+    value = _read("TRITON_INTERPRET")
+    return value is not None and value.lower() in ("1", "true", "yes", "on", "y")

@@ -18,6 +18,7 @@ from lora_kernels.functional.dora import dora_forward
 from lora_kernels.functional.operands import cast, of_formula, over_values, prepare
 from lora_kernels.functional.quantized_linear import quantized_forward
 from lora_kernels.functional.seeds import draw_like, like_drawn, seeds_for
+from lora_kernels.functional.small import is_small, small_lora_linear
 from lora_kernels.ops import shared_input
 from lora_kernels.ops.library import is_direct
 from lora_kernels.ops.linear import apply_lora_linear, repeat_lora_linear
@@ -204,6 +205,10 @@ def lora_forward(
     seed: Tensor | None = None,
 ) -> Tensor:
     """lora_linear and lora_merged_linear for a layer, which names itself in errors."""
+    if seed is None and isinstance(x, Tensor) and x.is_cpu:
+        small = is_small(x, weight, a, b, bias, spec)
+        if small and obstacle(x, weight, a, b, bias) is None:
+            return small_lora_linear(x, weight, a, b, bias, spec)
     if seed is None and isinstance(x, Tensor) and is_direct(x, weight, a, b, bias):
         casted = cast(x, weight, bias) if _is_any_autocast_enabled() else (x, weight, bias)
         y = _repeat(*casted, a, b, spec)

@@ -1,0 +1,85 @@
+"""Small float32 products on a CPU, by PyTorch's own operators and their autograd.
+
+There the op's checks, mask and bookkeeping take longer than what they save. The formula is the
+same. Two things differ: autograd keeps what its operators need, with dropout the mask and the
+dropped-out x too, which is less than three megabytes; and the mask is that of F.dropout, so it
+follows from the state of PyTorch's generator, as in PEFT and loralib.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_kernels.dispatch.algorithm import asked, interpreted
+from lora_kernels.spec import LoraSpec
+
+__all__ = ["LARGEST", "is_small", "small_lora_linear"]
+
+# m·n·k up to which PyTorch's operators are as fast as the op: for 768 x 768, 254 rows. Measured
+# with one thread; and elements of x or y, so that little is kept.
+LARGEST = 150_000_000
+_MOST_ELEMENTS = 1 << 18
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_small(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, spec: LoraSpec
+) -> bool:
+    """Whether small_lora_linear computes a call: valid, plain, float32, on a CPU, and small.
+
+    Not under torch.compile, nor if LORA_KERNELS_PLAN or TRITON_INTERPRET asks for an algorithm.
+    """
+    if not (
+        type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and type(a) in _PLAIN
+        and type(b) in _PLAIN
+        and x.is_cpu
+        and x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and a.dtype is torch.float32
+        and b.dtype is torch.float32
+        and weight.is_cpu
+        and a.is_cpu
+        and b.is_cpu
+        and x.layout is torch.strided
+        and not torch.compiler.is_compiling()
+    ):
+        return False
+    if bias is not None and not (
+        type(bias) in _PLAIN
+        and bias.dtype is torch.float32
+        and bias.is_cpu
+        and bias.shape == weight.shape[:1]
+    ):
+        return False
+    n, k = weight.shape if weight.dim() == 2 else (0, 0)
+    elements = x.numel()
+    return (
+        0 < elements <= _MOST_ELEMENTS
+        and x.dim() > 0
+        and x.shape[-1] == k
+        and elements * n <= LARGEST
+        and elements * n <= _MOST_ELEMENTS * k
+        and b.dim() == 2
+        and b.shape[0] == n
+        and a.shape == (b.shape[1], k)
+        and spec.splits.enabled == (True,)
+        and type(spec.scaling) in (float, int)
+        and spec.scaling - spec.scaling == 0  # finite
+        and type(spec.dropout_p) in (float, int)
+        and 0 <= spec.dropout_p < 1
+        and not torch.is_autocast_enabled("cpu")
+        and asked() == "auto"
+        and not interpreted()
+    )
+
+
+def small_lora_linear(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, spec: LoraSpec
+) -> Tensor:
+    """y = x·weightᵀ + bias + scaling·(dropout(x)·aᵀ)·bᵀ; shapes as in reference/linear.py."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    x_hat = F.dropout(rows, spec.dropout_p) if spec.dropout_p > 0 else rows
+    y = torch.addmm(F.linear(rows, weight, bias), F.linear(x_hat, a), b.t(), alpha=spec.scaling)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
