@@ -113,7 +113,7 @@ def running_on(target: str) -> Iterator[None]:
     driver.set_active(stand_in)
     cpu = config.Stand(target, device.num_sms)
     with (
-        mock.patch.object(algorithm, "_interpreted", return_value=True),
+        mock.patch.object(algorithm, "interpreted", return_value=True),
         mock.patch.object(config, "CPU", cpu),
     ):
         config.num_sms.cache_clear()

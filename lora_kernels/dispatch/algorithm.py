@@ -86,6 +86,7 @@ def choose(shape: GemmShape) -> Algorithm:
         if entry.holds(shape, capability):
             return Algorithm(entry.algorithm, f"measured on {entry.source}")
     if device.type == "cpu":
+        _warn_of_interpreter()
         return Algorithm("fused", _INTERPRETED)
     for entry in TABLE:
         if entry.holds(shape, capability):
@@ -155,6 +156,19 @@ def warn_of_machine(device: torch.device) -> None:
             f"lora_kernels: plain PyTorch computes on {device}: {obstacle}",
             RuntimeWarning,
             stacklevel=3,
+        )
+
+
+def _warn_of_interpreter() -> None:
+    """Says once that kernels are interpreted, outside of tests."""
+    if _INTERPRETED not in _said and "PYTEST_CURRENT_TEST" not in os.environ:
+        _said.add(_INTERPRETED)
+        warnings.warn(
+            "lora_kernels: TRITON_INTERPRET is set: kernels run in Triton's interpreter, which is "
+            "for tests and takes hundreds of times as long as PyTorch's operators, which run "
+            "without it",
+            RuntimeWarning,
+            stacklevel=4,
         )
 
 

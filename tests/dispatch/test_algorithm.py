@@ -78,7 +78,7 @@ def test_choose_without_a_measurement_has_the_fewest_launches_for_a_small_m(
     [
         ({"m": 0}, "empty"),
         ({"dtype": torch.float64}, "float64"),
-        ({"device": torch.device("cpu")}, "TRITON_INTERPRET"),
+        ({"device": torch.device("cpu")}, "on a CPU"),
         ({"device": torch.device("meta")}, "meta"),
     ],
     ids=str,
@@ -212,3 +212,20 @@ def test_sandwich_is_the_former_name_of_addmm(h200, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_PLAN", "sandwich")
     with pytest.warns(FutureWarning, match="LORA_KERNELS_PLAN=addmm"):
         assert choose(shape()) == Algorithm("addmm", "LORA_KERNELS_PLAN=addmm")
+
+
+def test_the_interpreter_outside_of_tests_is_told_once(monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "auto")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(algorithms, "_said", set())
+    asked = shape(device=torch.device("cpu"), dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose(asked)  # in a test
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    with pytest.warns(RuntimeWarning, match="Triton's interpreter, which is for tests"):
+        choose(asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose(asked)
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "back")
