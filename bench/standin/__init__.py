@@ -21,6 +21,8 @@ __all__ = ["DEVICES", "Launch", "launches", "running_on", "why_not"]
 
 
 class _Device(NamedTuple):
+    """shared: the most memory of a program that its threads share, in bytes."""
+
     capability: int
     num_sms: int
     shared: int
@@ -28,8 +30,11 @@ class _Device(NamedTuple):
 
 DEVICES = {
     "sm_80": _Device(80, 108, 166912),
+    "sm_86": _Device(86, 82, 101376),
+    "sm_89": _Device(89, 128, 101376),
     "sm_90": _Device(90, 132, 232448),
     "sm_100": _Device(100, 148, 232448),
+    "sm_120": _Device(120, 170, 101376),
 }
 
 
@@ -61,6 +66,7 @@ def _compiler() -> str | None:
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
+_TABLED = ("sm_80", "sm_90", "sm_100")  # the targets that have tiles of their own
 _library: ctypes.CDLL | None = None
 
 
@@ -111,7 +117,7 @@ def running_on(target: str) -> Iterator[None]:
     stand_in.get_active_torch_device = lambda: torch.device("cpu")
     stand_in.get_current_target = lambda: GPUTarget("cuda", device.capability, 32)
     driver.set_active(stand_in)
-    cpu = config.Stand(target, device.num_sms)
+    cpu = config.Stand(target if target in _TABLED else "other", device.num_sms)
     with (
         mock.patch.object(algorithm, "interpreted", return_value=True),
         mock.patch.object(config, "CPU", cpu),

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from lora_kernels.dispatch import first_use, measured
+from lora_kernels.dispatch import fallback, first_use, measured
 from lora_kernels.dispatch.algorithm import choose
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.kernels import linear
@@ -89,7 +89,7 @@ def test_an_algorithm_that_fails_leaves_the_other(asked, device, monkeypatch):
 
     def broken(algorithm, *operands):
         if algorithm == "fused":
-            raise RuntimeError("no such instruction")
+            raise fallback.KernelError("RuntimeError: no such instruction")
         return forward(algorithm, *operands)
 
     problem = make_problem(70, 8, 7, 2, device=device)

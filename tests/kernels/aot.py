@@ -20,10 +20,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from bench import standin
+from tests.kernels import wgmma
+
 # Largest shared memory of one program, in bytes, and multiprocessors.
-SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+SHARED = {target: device.shared for target, device in standin.DEVICES.items()}
+PROCESSORS = {target: device.num_sms for target, device in standin.DEVICES.items()}
+SHARED |= dict.fromkeys(("gfx90a", "gfx942", "gfx1100"), 65536)
+PROCESSORS |= {"gfx90a": 110, "gfx942": 304, "gfx1100": 96}
 TARGETS = tuple(SHARED)
+TESTED = ("sm_80", "sm_90", "sm_100", "gfx942")  # by the ordinary tests, for want of time
+_HIP_CAPABILITY = {"gfx90a": (9, 0), "gfx942": (9, 4), "gfx1100": (11, 0)}
 
 
 class _Driver:
@@ -31,7 +38,7 @@ class _Driver:
 
     def __init__(self, target: str):
         self._target = (
-            GPUTarget("hip", target, 64)
+            GPUTarget("hip", target, 32 if target.startswith("gfx1") else 64)
             if target.startswith("gfx")
             else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
         )
@@ -61,7 +68,7 @@ class _Driver:
 def compiling_for(target: str) -> Iterator[None]:
     """Launches compile for the target and do nothing more; "sm_90", "gfx942", …"""
     hip = target.startswith("gfx")
-    capability = (9, 4) if hip else divmod(int(target.removeprefix("sm_")), 10)
+    capability = _HIP_CAPABILITY[target] if hip else divmod(int(target.removeprefix("sm_")), 10)
     properties = types.SimpleNamespace(multi_processor_count=PROCESSORS[target])
     driver.set_active(_Driver(target))
     with (
@@ -81,6 +88,7 @@ class Report:
     spills: int
     matrix_instructions: int
     needs_matrix: bool
+    hazards: int = 0
 
     def faults(self, target: str) -> list[str]:
         found = []
@@ -90,6 +98,8 @@ class Report:
             found.append(f"{self.shared} bytes of shared memory")
         if self.needs_matrix and not self.matrix_instructions:
             found.append("no matrix instruction")
+        if self.hazards:
+            found.append(f"{self.hazards} registers overwritten while a WGMMA reads them")
         return found
 
 
@@ -106,18 +116,19 @@ def _inspect(compiled) -> Report:
     dots = re.findall(r"tt\.dot .*", compiled.asm["ttir"])
     needs_matrix = any(re.search(r"tensor<\w+x(bf16|f16)>", dot) or "tf32" in dot for dot in dots)
     read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
-    registers, spills, matrix = read(compiled)
-    return Report(registers, compiled.metadata.shared, spills, matrix, needs_matrix)
+    registers, spills, matrix, hazards = read(compiled)
+    return Report(registers, compiled.metadata.shared, spills, matrix, needs_matrix, hazards)
 
 
-def _read_cubin(compiled) -> tuple[int, int, int]:
+def _read_cubin(compiled) -> tuple[int, int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, code = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))  # stores to and loads from local memory
-    return registers, spills, len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", code))
+    matrix = len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", code))
+    return registers, spills, matrix, len(wgmma.hazards(code))
 
 
 def _cuobjdump(*arguments: str) -> str:
@@ -126,11 +137,11 @@ def _cuobjdump(*arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def _read_amdgcn(compiled) -> tuple[int, int, int]:
+def _read_amdgcn(compiled) -> tuple[int, int, int, int]:
     code = compiled.asm["amdgcn"]
     # Scalar registers that run out move to lanes of vector registers; memory is what counts.
     registers, spilled, scratch = (
         int(re.search(rf"\.{field}:\s+(\d+)", code)[1])
         for field in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     )
-    return registers, max(spilled, scratch), len(re.findall(r"\bv_mfma", code))
+    return registers, max(spilled, scratch), len(re.findall(r"\bv_(?:mfma|wmma)", code)), 0

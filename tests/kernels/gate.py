@@ -10,10 +10,12 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 
+from bench import standin
 from lora_kernels.kernels.operands import Operands
 from lora_kernels.kernels.registry import KERNELS
 from lora_kernels.testing.problem import make_problem
@@ -99,12 +101,17 @@ def run(
     cases: tuple[Case, ...],
     kernels: Collection[str] = KERNELS,
     write: Callable[[str], None] = print,
+    launch: bool = False,
 ) -> int:
-    """Compiles the cases, writes the table, and returns the number of faults."""
+    """Compiles the cases, writes the table, and returns the number of faults.
+
+    launch: what is compiled is launched, too, over a stand-in for NVIDIA's driver, which checks
+    grids, shared memory and tensor maps.
+    """
     seen: dict[str, set] = {name: set() for name in KERNELS}
     count = faults = 0
     write(f"{target:8} {'kernel':18} {'registers':>9} {'shared':>7} {'spills':>6} {'matrix':>6}")
-    with aot.compiling_for(target):
+    with aot.compiling_for(target), standin.running_on(target) if launch else nullcontext():
         for case in cases:
             try:
                 compile_layer(case, kernels)
@@ -130,9 +137,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("target", choices=aot.TARGETS)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--launch", action="store_true", help="over the stand-in driver as well")
     options = parser.parse_args(arguments)
+    launch, reason = options.launch and options.target.startswith("sm_"), standin.why_not()
+    if launch and reason is not None:
+        print(f"{options.target:8} nothing is launched: {reason}")
     cases = tuple(every_case()) if options.all else REPRESENTATIVES
-    return min(run(options.target, cases, options.kernels), 1)
+    launch = launch and reason is None
+    return min(run(options.target, cases, options.kernels, launch=launch), 1)
 
 
 if __name__ == "__main__":

@@ -185,9 +185,15 @@ def test_nested_batches_of_strided_layout(merge_weights, seed, device):
         "lora_linear_backward",
         "lora_shared_linear_forward",
         "lora_shared_linear_backward",
+        "lora_grouped_linear_forward",
+        "lora_grouped_linear_backward",
+        "dora_forward",
+        "dora_backward",
+        "add_lora",
+        "dense_4bit",
     ],
 )
-@pytest.mark.parametrize("key", ["MPS", "XPU", "HPU", "PrivateUse1", "Lazy", "XLA"])
+@pytest.mark.parametrize("key", ["MPS", "XPU", "HPU", "PrivateUse1", "Lazy", "XLA", "MTIA"])
 def test_ops_have_a_kernel_on_every_device(op, key):  # fmt: skip
     name = f"lora_kernels::{op}"
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key)
