@@ -1,15 +1,23 @@
 """The ahead-of-time gate, in processes that do not interpret kernels."""
 
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
+from lora_kernels.dispatch.algorithm import BLACKWELL
 from tests.kernels.aot import TARGETS, TESTED
 
 # Named by triton 3.9 as what it has always done; without it every process warns.
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+
+
+TRITON = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("triton"))[:3]))
+# Those on which no GPU runs the kernels with this Triton need not compile.
+USED = [target for target in TESTED if target != "sm_100" or TRITON >= BLACKWELL]
 
 
 def gate(*arguments):
@@ -41,7 +49,7 @@ def check(process):
     assert "0 faults" in table.splitlines()[-1]
 
 
-@pytest.mark.parametrize("target", TESTED)
+@pytest.mark.parametrize("target", USED)
 def test_representatives_compile_without_spills(running, target):
     check(running[target])
 
