@@ -81,6 +81,7 @@ def pytest_configure(config):
     stash[COMPARED] = {"layer": IMPLEMENTATIONS, "model": MODEL_IMPLEMENTATIONS}
     if option.bench_seconds is None:
         option.bench_seconds = 2.0 if stash[DEVICE] == "cuda" else 6.0
+    _check(option, stash[DEVICE])
     try:  # before minutes are spent
         if option.bench_record:
             gpu = machine.gpu_name(stash[DEVICE])
@@ -94,6 +95,18 @@ def pytest_configure(config):
     except (repository.DirtyTreeError, base.UnknownCommitError) as error:
         raise pytest.UsageError(str(error)) from None
     option.benchmark_quiet = True  # the table below says more; -v prints both
+
+
+def _check(option, device: str) -> None:
+    """What is asked for can be measured. Raises: pytest.UsageError, one line."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--bench-device cuda: PyTorch sees no GPU here")
+    if not option.bench_seconds >= 0:
+        raise pytest.UsageError(f"--bench-seconds must not be negative, got {option.bench_seconds}")
+    for name, least in (("tokens", 1), ("ranks", 1), ("dropout", 0)):
+        for value in getattr(option, name):
+            if not least <= value or (name == "dropout" and not value < 1):
+                raise pytest.UsageError(f"--{name}: {value} is out of range")
 
 
 def pytest_generate_tests(metafunc):

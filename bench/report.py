@@ -5,6 +5,7 @@ The files are those of one commit, and of one that is committed. What is made li
 
 import argparse
 import json
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from bench.implementations import FLOOR
 from lora_kernels.tuning import repository
 from lora_kernels.tuning.rows import BOTH, load, ratio_text
 
+BUSY = 1.5  # p90 over p10 of a step
+
 __all__ = ["main", "markdown", "summarise", "terminal", "tokens_per_second"]
 
 
@@ -24,37 +27,54 @@ def terminal(measured: Sequence[Mapping]) -> str:
     The cells lost to a peer come first there too, marked with an exclamation mark.
     """
     losses = rows.losses(measured)
-    cells = {row["cell"] for row in measured}
+    outcomes = Counter(rows.outcomes(measured).values())
     timed = [row for row in rows.losses_first(measured) if not row["skipped"]]
     return "\n".join(
         [
-            f"cells lost to a peer: {len(losses)} of {len(cells)}",
+            *_busy(timed),
+            "cells: " + ", ".join(f"{outcomes[name]} {name}" for name in rows.OUTCOMES),
+            *["lost to:"] * bool(losses),
             *(f"  {cell}: {name}" for cell, names in losses.items() for name in names),
             *_skipped(measured),
             "ceilings: copy {copy_tb_s:.3f} TB/s, product {product_tflop_s:.3f} TFLOP/s, "
             "launch {launch_us:.2f} us".format_map(measured[0]),
             "",
-            *_table(timed, max(len(cell) for cell in cells)),
+            *_table(timed),
             *_kernels(timed),
             *_models(timed),
         ]
     )
 
 
-def _table(timed: Sequence[Mapping], wide: int) -> list[str]:
-    name = max(len("implementation"), *(len(row["implementation"]) for row in timed), 0)
+def _busy(timed: Sequence[Mapping]) -> list[str]:
+    """A loud line if the same step took very different times, so that no figure is worth much."""
+    spreads = [row["p90_ms"] / row["p10_ms"] for row in timed if row["implementation"] == FLOOR]
+    spread = statistics.median(spreads) if spreads else 1.0
+    if spread < BUSY:
+        return []
+    return [
+        f"!!! THE MACHINE WAS BUSY: steps of the frozen layer differ by a factor of {spread:.1f}. "
+        f"Measure again",
+        "!!! with nothing else running: these figures say little.",
+    ]
+
+
+def _table(timed: Sequence[Mapping]) -> list[str]:
+    """A line with the name of a cell, then a line for each implementation: 100 columns."""
+    name = max(len("implementation"), *(len(row["implementation"]) for row in timed), 0) + 2
     lines = [
-        f"{'cell':{wide}} {'implementation':{name}} {'median ms':>9} {'p10':>8} {'p90':>8} "
+        f"{'  implementation':{name}} {'median ms':>9} {'p10':>8} {'p90':>8} "
         f"{'/frozen':>8} {'saved MB':>8}  ours/peer (99 %)"
     ]
     previous = None
     for row in timed:
-        cell = row["cell"] if row["cell"] != previous else ""
+        if row["cell"] != previous:
+            lines.append(row["cell"])
         mark = " !" if rows.lost(row) else ""
         saved, ratio = _megabytes(row["saved_bytes"]), ratio_text(row["ours_over_peer"])
         frozen = "" if row["over_frozen"] is None else f"{row['over_frozen']:.3f}"
         lines.append(
-            f"{cell:{wide}} {row['implementation']:{name}} {row['median_ms']:9.3f} "
+            f"{'  ' + row['implementation']:{name}} {row['median_ms']:9.3f} "
             f"{row['p10_ms']:8.3f} {row['p90_ms']:8.3f} {frozen:>8} "
             f"{saved:>8}  {ratio}{mark}".rstrip()
         )

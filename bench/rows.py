@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from bench.implementations import FLOOR
 from lora_kernels.tuning.rows import ADDMM, FUSED, OURS, paired_ratio, quantiles
 
-__all__ = ["is_ours", "losses", "losses_first", "lost", "make_rows"]
+__all__ = ["OUTCOMES", "is_ours", "losses", "losses_first", "lost", "make_rows", "outcomes"]
+
+OUTCOMES = ("won", "lost", "undecided", "without a peer")  # of a cell, for this package
 
 # What a row has beside the fields of its cell; the values if nothing was measured.
 UNMEASURED = {"rounds": 0} | dict.fromkeys((
@@ -65,6 +67,27 @@ def losses(measured: Iterable[Mapping]) -> dict[str, list[str]]:
         if lost(row):
             winners.setdefault(row["cell"], []).append(row["implementation"])
     return winners
+
+
+def outcomes(measured: Iterable[Mapping]) -> dict[str, str]:
+    """Of each cell, one of OUTCOMES: won against every peer, lost to one, or neither beyond doubt.
+
+    Against a peer it is beyond doubt if the 99 % interval of the ratio lies on one side of 1.
+    """
+    ratios: dict[str, list[Sequence[float]]] = {}
+    for row in measured:
+        of_cell = ratios.setdefault(row["cell"], [])
+        if row["ours_over_peer"] is not None:
+            of_cell.append(row["ours_over_peer"])
+    found = {}
+    for cell, of_cell in ratios.items():
+        if not of_cell:
+            found[cell] = "without a peer"
+        elif any(low > 1 for _, low, _ in of_cell):
+            found[cell] = "lost"
+        else:
+            found[cell] = "won" if all(high < 1 for *_, high in of_cell) else "undecided"
+    return found
 
 
 def losses_first(measured: Sequence[Mapping]) -> list[Mapping]:

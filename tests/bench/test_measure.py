@@ -62,7 +62,7 @@ def test_measure_of_a_package_as_slow_as_that_loses_the_cell():
     fast = Implementation("formula", peers.Formula)
     by_name, _ = measure(CELL, LayerSubject(CELL), choose(CELL, (), (FLOOR, fast, slow)), 0.0)
     assert rows.lost(by_name["formula"])
-    assert "cells lost to a peer: 1 of 1" in report.terminal(list(complete(by_name)))
+    assert "cells: 0 won, 1 lost, 0 undecided" in report.terminal(list(complete(by_name)))
 
 
 @pytest.mark.parametrize(

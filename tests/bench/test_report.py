@@ -42,21 +42,24 @@ def canned_rows(**changes):
 
 
 TERMINAL = """\
-cells lost to a peer: 1 of 2
+cells: 1 won, 1 lost, 0 undecided, 0 without a peer
+lost to:
   linear 768x768 m512 r8 p0.1 float32 cpu forward+backward: loralib
 skipped:
   addmm: wrong: addmm y rms error 1e-3 > 1e-6 (2 cells)
 ceilings: copy 0.020 TB/s, product 0.100 TFLOP/s, launch 1.00 us
 
-cell                                                          implementation median ms      p10      p90  /frozen saved MB  ours/peer (99 %)
-linear 768x768 m512 r8 p0.1 float32 cpu forward+backward      frozen            10.000   10.000   10.000    1.000     0.00
-                                                              loralib           12.000   12.000   12.000    1.200     1.00  1.042 (1.042-1.042) !
-                                                              peft              15.000   15.000   15.000    1.500     1.00  0.833 (0.833-0.833)
-                                                              lora_kernels      12.500   12.500   12.500    1.250     1.00
-merged101 1024x3072 m512 r8 p0.1 float32 cpu forward+backward frozen            10.000   10.000   10.000    1.000     0.00
-                                                              loralib           30.000   30.000   30.000    3.000     1.00  0.400 (0.400-0.400)
-                                                              lora_kernels      12.000   12.000   12.000    1.200     1.00
-"""  # noqa: E501
+  implementation median ms      p10      p90  /frozen saved MB  ours/peer (99 %)
+linear 768x768 m512 r8 p0.1 float32 cpu forward+backward
+  frozen            10.000   10.000   10.000    1.000     0.00
+  loralib           12.000   12.000   12.000    1.200     1.00  1.042 (1.042-1.042) !
+  peft              15.000   15.000   15.000    1.500     1.00  0.833 (0.833-0.833)
+  lora_kernels      12.500   12.500   12.500    1.250     1.00
+merged101 1024x3072 m512 r8 p0.1 float32 cpu forward+backward
+  frozen            10.000   10.000   10.000    1.000     0.00
+  loralib           30.000   30.000   30.000    3.000     1.00  0.400 (0.400-0.400)
+  lora_kernels      12.000   12.000   12.000    1.200     1.00
+"""
 
 MARKDOWN = """\
 | forward + backward, ms (over frozen) | frozen | loralib | peft | addmm | lora_kernels |
@@ -123,6 +126,36 @@ def test_terminal_tells_tokens_per_second_of_models():
     row = {**canned_rows()[0], "kind": "model", "model": "m", "m": 256, "peak_bytes": 2_000_000}
     assert report.tokens_per_second(row) == pytest.approx(25_600)
     assert report.terminal([row]).endswith(", frozen: 25600 tokens/s, peak 2.00 MB")
+
+
+def test_a_busy_machine_is_told_loudly():
+    made = canned_rows()
+    for row in made:
+        if row["implementation"] == FLOOR:
+            row["p90_ms"] *= 3
+    first = report.terminal(made).splitlines()[0]
+    assert first.startswith(
+        "!!! THE MACHINE WAS BUSY: steps of the frozen layer differ by a factor of 3"
+    )
+    assert "BUSY" not in report.terminal(canned_rows())
+
+
+def test_the_table_fits_100_columns():
+    long = {"lora_kernels[reference]": 0.02, "compiled formula": 0.02, "peft": 10.0}
+    text = report.terminal(canned(LOST, {FLOOR: 0.010, **long, OURS: 0.0125}))
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("ratios", "outcome"),
+    [
+        ([(0.8, 0.7, 0.9)], "won"), ([(0.8, 0.7, 0.9), (1.0, 0.9, 1.1)], "undecided"),
+        ([(0.8, 0.7, 0.9), (1.2, 1.1, 1.3)], "lost"), ([], "without a peer"),
+    ],
+)  # fmt: skip
+def test_outcomes_of_a_cell(ratios, outcome):
+    made = [{"cell": "a", "ours_over_peer": ratio} for ratio in [None, *ratios]]
+    assert rows.outcomes(made) == {"a": outcome}
 
 
 @pytest.mark.parametrize("path", CPU_RESULTS, ids=lambda path: path.name)

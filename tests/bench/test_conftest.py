@@ -1,0 +1,31 @@
+"""pytest bench/: what it refuses, in one line and before it measures."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        pytest.param(
+            "--bench-device=cuda",
+            "--bench-device cuda: PyTorch sees no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        ("--bench-seconds=-1", "--bench-seconds must not be negative, got -1.0"),
+        ("--ranks=0", "--ranks: 0 is out of range"),
+        ("--dropout=1", "--dropout: 1.0 is out of range"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(option, message):
+    command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", option]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert done.stdout == ""
+    assert done.stderr.strip() == f"ERROR: {message}"
