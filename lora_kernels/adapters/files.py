@@ -18,8 +18,8 @@ from torch import Tensor
 from lora_kernels.adapters import mapped
 
 __all__ = [
-    "FLOATS", "check_finite", "naming", "read_json", "read_pickle", "read_safetensors",
-    "read_state", "replacing", "unchecked", "write_pickle",
+    "FLOATS", "check_finite", "is_safetensors", "naming", "read_json", "read_pickle",
+    "read_safetensors", "read_state", "read_tensors", "replacing", "unchecked", "write_pickle",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -86,10 +86,12 @@ def read_pickle(path: Path) -> Any:
 
     Raises: ValueError for anything else, and for a damaged file.
     """
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        if path.suffix == ".safetensors":  # by which torch.load would take it for such a file
+            with path.open("rb") as file:
+                return torch.load(file, **options)
+        return torch.load(path, mmap=zipfile.is_zipfile(path), **options)
     except OSError:
         raise
     except pickle.UnpicklingError:
@@ -99,6 +101,17 @@ def read_pickle(path: Path) -> Any:
         ) from None
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path}: torch.load cannot read it: {error}") from None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as one of safetensors does."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or a pickled state dict. Raises: ValueError, OSError."""
+    return read_safetensors(path)[0] if is_safetensors(path) else read_state(path)
 
 
 def read_state(path: Path, envelope: str | None = None) -> dict[str, Tensor]:

@@ -312,6 +312,10 @@ def test_convert_refuses_places_that_cannot_be_read_or_written(refused, director
     assert "DESTINATION" in refused("lora.pt")
 
 
+def test_convert_writes_no_pickle_with_the_name_of_another_format(refused, directory):
+    assert "give --to" in refused("peft", "lora.safetensors")
+
+
 def test_convert_warns_if_peft_may_rewrite_the_targets(convert):
     path = "layers.0.mlp.shared_experts.up_proj"
     torch.save({f"{path}.lora_A": A, f"{path}.lora_B": B}, "lora.pt")

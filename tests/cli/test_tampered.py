@@ -3,16 +3,19 @@
 convert answers each with one line and exit code 2, and changes no file.
 """
 
+import contextlib
 import importlib.util
 import json
 import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_kernels.adapters.formats import FORMATS, peft
 from lora_kernels.adapters.formats.adapter import Hints
+from lora_kernels.adapters.formats.base import Base
 from tests.adapters.formats import made
 
 HAS_GGUF = importlib.util.find_spec("gguf") is not None
@@ -359,3 +362,46 @@ def test_valid_adapters_are_taken(valid, tmp_path):
             hints = Hints(base=made.BASE, lora_alpha=6.0 if name == "loralib" else None)
             path = valid / name if name == "peft" else valid / name / WEIGHTS[name]
             assert Q in FORMATS[name].read(path, hints).layers
+
+
+STRANGE = [None, True, -1, 0, 1.5, 10**400, float("nan"), "x", "", [], [[]], [None], {}, {"a": 1}]
+
+
+def is_read_or_refused(name, path, hints=made.HINTS):
+    """Reads; any other error than the two that become one line ends the test."""
+    with contextlib.suppress(ValueError, OSError):
+        FORMATS[name].read(path, hints)
+
+
+@pytest.mark.parametrize("name", ["mlx", "torchtune", "adapterhub", "peft"])
+def test_no_value_of_a_config_is_a_bug(place, name):
+    """Whatever JSON a config holds, it is taken, or refused in a line."""
+    config = place(name) / CONFIGS[name]
+    path = config.parent if name == "peft" else config.parent / WEIGHTS[name]
+    told = json.loads(config.read_text())
+    nested = [key for key, value in told.items() if isinstance(value, dict)]
+    keys = [(key, None) for key in told] + [(key, k) for key in nested for k in told[key]]
+    for key, inner in keys:
+        for value in STRANGE:
+            forged = json.loads(json.dumps(told))
+            (forged if inner is None else forged[key])[key if inner is None else inner] = value
+            config.write_text(json.dumps(forged))
+            is_read_or_refused(name, path)
+
+
+def test_no_value_of_a_header_or_a_base_is_a_bug(place, tmp_path):
+    diffusers, base = place("diffusers") / WEIGHTS["diffusers"], tmp_path / "base" / "config.json"
+    torchtune = place("torchtune", "b") / WEIGHTS["torchtune"]
+    with safe_open(diffusers, "pt") as file:
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    tensors = load_file(diffusers)
+    for key in told:
+        for value in STRANGE:
+            header = json.dumps(told | {key: value})
+            save_file(tensors, diffusers, {"lora_adapter_metadata": header})
+            is_read_or_refused("diffusers", diffusers)
+    for key in (*made.CONFIG, "head_dim", "text_config"):
+        for value in STRANGE:
+            base.write_text(json.dumps(made.CONFIG | {key: value}))
+            with contextlib.suppress(ValueError):
+                is_read_or_refused("torchtune", torchtune, Hints(base=Base.read(base)))

@@ -27,7 +27,7 @@ from lora_kernels.adapters.formats.plain import (
     of_one_scaling,
     plain_layers,
 )
-from lora_kernels.checks import check_alpha, check_rank
+from lora_kernels.checks import check_alpha, check_dropout, check_rank
 from lora_kernels.model.paths import is_named, join, split
 from lora_kernels.spec import OutputSplits
 
@@ -66,10 +66,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     raw = files.read_json(config)
     with naming(config):
         r, alpha, dropout, matrices, notes = _parse(raw)
-    if file.suffix == ".safetensors":
-        tensors, _ = files.read_safetensors(file)
-    else:
-        tensors = files.read_state(file)
+    tensors = files.read_tensors(file)
     plain, keys_of = {}, {}
     for key, value in tensors.items():
         match = _LORAS.match(key)
@@ -120,14 +117,14 @@ def _parse(raw) -> tuple[int, float, float, list[str], list[str]]:
         raise ValueError("config: alpha: missing")
     alpha = check_alpha(config["alpha"], "config")
     matrices = config.get("attn_matrices", [])
-    if not isinstance(matrices, list) or not set(matrices) <= set(_MATRICES):
+    if not isinstance(matrices, list) or any(letter not in _MATRICES for letter in matrices):
         raise ValueError(f"config: attn_matrices: must be of 'q', 'k', 'v', got {matrices!r}")
     version, notes = raw.get("version", ""), []
     numbers = re.match(r"adapters\.(\d+)\.(\d+)", version if isinstance(version, str) else "")
     if numbers and tuple(map(int, numbers.groups())) < _FIXED and alpha != r:
         notes.append(f"remark: {version} multiplied by 1, not by alpha / r: so does the result")
         alpha = float(r)
-    return r, alpha, float(config.get("dropout") or 0.0), matrices, notes
+    return r, alpha, check_dropout(config.get("dropout") or 0.0, "config"), matrices, notes
 
 
 def _fused(

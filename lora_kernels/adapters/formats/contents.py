@@ -65,10 +65,10 @@ def look(path: Path) -> Contents:
         return Contents(path, "directory")
     config = sibling_config(path)
     with path.open("rb") as file:
-        start = file.read(9)
-    if start[:4] == b"GGUF":
+        is_gguf = file.read(4) == b"GGUF"
+    if is_gguf:
         return Contents(path, "gguf", config=config)
-    if start[8:] == b"{":
+    if files.is_safetensors(path):
         with contextlib.suppress(Exception):  # its reader says what is wrong
             tensors, metadata = mapped.map_safetensors(path)
             return Contents(path, "safetensors", tuple(tensors), metadata, config)

@@ -40,7 +40,8 @@ _ARCHITECTURES = {
     "smollm3": "smollm3",
 }  # fmt: skip
 _INTERLEAVED = ("granite", "llama", "smollm3")
-_EMBEDDING = "token_embd"
+_EMBEDDING, _HEAD = "token_embd", "output"
+_WITHOUT_HEAD = ("gemma", "gemma2")  # whose embedding is their head
 
 
 def recognises(contents: Contents) -> bool:
@@ -149,6 +150,8 @@ def write(adapter: Adapter, file: Path, hints: Hints) -> list[str]:
     tensors = {}
     for layer in layers:
         name, a, b = _NAMES.from_hf(layer.path), layer.a, layer.b
+        if name == _HEAD and architecture in _WITHOUT_HEAD:
+            raise ValueError(f"{layer.path}: llama.cpp's {architecture} has no head of its own")
         if architecture in _INTERLEAVED:
             heads = rotated(layer.path, hints.base, b.shape[0])
             b = b if heads is None else interleaved(b, heads)

@@ -77,10 +77,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     Raises: ValueError, naming file and key, for what is damaged, does not fit together, has no
     alpha, is not LoRA (LoHa, LoKr, ...), or is no module of the base; OSError.
     """
-    if file.suffix == ".safetensors":
-        tensors, _ = files.read_safetensors(file)
-    else:
-        tensors = files.read_state(file)
+    tensors = files.read_tensors(file)
     for key in tensors:
         if key.rpartition(".")[2].removesuffix(".weight") in _OTHERS:
             raise ValueError(f"{file}: {key}: LoHa, LoKr, OFT and full weights are no LoRA")

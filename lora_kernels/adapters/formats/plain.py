@@ -53,14 +53,13 @@ class Part:
 
 
 def collect(
-    file: Path, tensors: Mapping[str, Tensor], endings: Mapping[str, str],
-    required: Collection[str] = FACTORS,
-) -> dict[str, dict[str, Part]]:  # fmt: skip
+    file: Path, tensors: Mapping[str, Tensor], endings: Mapping[str, str]
+) -> dict[str, dict[str, Part]]:
     """The parts of each layer by path, in the order of the file.
 
     endings: end of a key -> name of the part. Names of wrappers are taken off the paths.
     Raises: ValueError, naming file and key, for a key with another end, for two that become one,
-    for factors without two dimensions, and for a layer that lacks a part which is required.
+    for factors without two dimensions, and for a layer that lacks one of them.
     """
     strip, _ = stripped(tensors)
     layers: dict[str, dict[str, Part]] = {}
@@ -82,7 +81,7 @@ def collect(
         parts[endings[end]] = Part(key, value)
     names = {part: end for end, part in reversed(endings.items())}
     for path, parts in layers.items():
-        for name in required:
+        for name in FACTORS:
             if name not in parts:
                 other = next(iter(parts.values())).key
                 raise ValueError(f"{file}: {path}.{names[name]}: missing, though {other} is there")
@@ -102,13 +101,13 @@ def scale_of(
     if name not in parts:
         if hint is None:
             raise ValueError(f"{file}: {path}.{name}: missing: give --lora-alpha (r is {r})")
-        return check_alpha(hint, "--lora-alpha") / max(r, 1)
+        return check_alpha(hint, "--lora-alpha") / r
     key, alpha = parts[name].key, parts[name].value
     if alpha.numel() != 1:
         raise ValueError(f"{file}: {key}: must be one number, got shape {list(alpha.shape)}")
     if hint not in (None, alpha.item()):
         raise ValueError(f"{file}: {key}: is {alpha.item():g}: leave out --lora-alpha {hint:g}")
-    return check_alpha(alpha.item(), f"{file}: {key}") / max(r, 1)
+    return check_alpha(alpha.item(), f"{file}: {key}") / r
 
 
 def make_layer(

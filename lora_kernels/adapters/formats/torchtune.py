@@ -1,7 +1,7 @@
 """torchtune's adapter_model.pt (adapter_N.pt before 0.5): a state dict under torchtune's names.
 
 Factors are lora_a.weight [r, in] and lora_b.weight [out, r], DoRA's magnitude is magnitude [out].
-Rows of q_proj and k_proj, of lora_b and of magnitude, are interleaved, but not of Qwen2 and Phi-3.
+Rows of q_proj and k_proj, of lora_b and of magnitude, are interleaved, but not of Qwen2.
 alpha is not in the file but in adapter_config.json beside it.
 
 Beside it torchtune writes PEFT's files, too. There the magnitudes of q_proj and k_proj are wrong:
@@ -39,8 +39,8 @@ __all__ = ["read", "recognises", "write"]
 _WEIGHTS = "adapter_model.pt"
 _ENDINGS = {"lora_a.weight": FACTORS[0], "lora_b.weight": FACTORS[1], "magnitude": MAGNITUDE}
 _NAMES = Names("torchtune")
-# Models of which torchtune keeps the rows as Hugging Face has them.
-_NOT_INTERLEAVED = ("qwen2", "phi3")
+# Hugging Face's model_type -> whether rows are interleaved, of models with the names of the table.
+_INTERLEAVED = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False}
 
 
 def recognises(contents: Contents) -> bool:
@@ -56,10 +56,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     Raises: ValueError, naming file and key, for what is damaged, does not fit together, or cannot
     be understood without --base or --lora-alpha; OSError.
     """
-    if file.suffix == ".safetensors":
-        tensors, _ = files.read_safetensors(file)
-    else:
-        tensors = files.read_state(file)
+    tensors = files.read_tensors(file)
     found = collect(file, tensors, _ENDINGS)
     alpha, config = _alpha(file, hints), sibling_config(file)
     layers, keys = [], {}
@@ -97,7 +94,11 @@ def _alpha(file: Path, hints: Hints) -> float:
 
 
 def _heads(path: str, base: Base, outputs: int) -> tuple[int, int] | None:
-    return None if base.model_type in _NOT_INTERLEAVED else rotated(path, base, outputs)
+    kind = base.model_type
+    if kind is not None and kind not in _INTERLEAVED:
+        known = ", ".join(_INTERLEAVED)
+        raise ValueError(f"{base.place}: model_type: {kind!r} is none of torchtune's: {known}")
+    return rotated(path, base, outputs) if _INTERLEAVED.get(kind, True) else None
 
 
 def _in_halves(layer: AdapterLayer, heads: tuple[int, int]) -> AdapterLayer:

@@ -98,6 +98,11 @@ def test_what_llama_cpp_lacks_is_refused(tmp_path, seed):
         (made.adapter(dora=True), made.HINTS, "use_dora: GGUF's format has no DoRA"),
         (made.adapter(), Hints(), "give --base"),
         (made.adapter(), Hints(base=replace(made.BASE, model_type="bert")), "model_type: must be"),
+        (
+            made.adapter({"lm_head": (4, 4)}),
+            Hints(base=replace(made.BASE, model_type="gemma")),
+            "gemma has no head",
+        ),
         (made.adapter({"odd.name": (4, 4)}), made.HINTS, r"odd\.name: llama\.cpp"),
     ):
         with pytest.raises(ValueError, match=match):
