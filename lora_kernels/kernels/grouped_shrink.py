@@ -31,8 +31,8 @@ from lora_kernels.kernels.tile import Matrix, load_tile, part_of, store_tile
 TILES = Tiles(
     interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
     sm_80=[
-        (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
-        (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=3)),
+        (When(bits=32), SkinnyConfig(64, 32, num_warps=4, num_stages=3)),
+        (When(), SkinnyConfig(64, 64, num_warps=8, num_stages=3)),
     ],
     sm_90=[
         (When(bits=32, r=16), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
@@ -40,7 +40,7 @@ TILES = Tiles(
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=3)),
     ],
     sm_100=[
-        (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
+        (When(bits=32), SkinnyConfig(64, 32, num_warps=4, num_stages=3)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=3)),
     ],
     hip=[
@@ -68,7 +68,9 @@ def _grouped_shrink_kernel(
         group = group_of(segments, Q, segment)
         part = tl.program_id(1)
         first_k = part * k_slice
-        acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        # Transposed: x under a mask is in registers, and code for Hopper overwrites the left operand
+        # of a product while it is read. The right one goes through shared memory.
+        acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
         if group >= 0:
             factor = of_group(factors, group)
             rows, inside = source_rows(index, row, end, BLOCK_M)
@@ -86,10 +88,10 @@ def _grouped_shrink_kernel(
                     keep = keep_tile(seed, threshold, mask_row, k, BLOCK_M, BLOCK_K)
                     x_tile = tl.where(keep, x_tile, 0.0)
                 x_tile, other = x_tile.to(NUMERICS.factor), other.to(NUMERICS.factor)
-                acc = tl.dot(x_tile, other, acc, input_precision=NUMERICS.precision)
+                acc = tl.dot(other.T, x_tile.T, acc, input_precision=NUMERICS.precision)
             acc *= tl.load(scales + group)
         h = part_of(Matrix(h_ptr, R), tl.cast(part, tl.int64) * S, 0)
-        store_tile(h, acc, row, r, end, R)
+        store_tile(h, acc.T, row, r, end, R)
 
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:

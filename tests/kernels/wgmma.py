@@ -24,10 +24,10 @@ _ROUNDS = 3  # of a loop, in which what is pending at its end meets its beginnin
 
 
 def hazards(code: str) -> list[str]:
-    """The instructions of machine code (SASS) that write a register which a WGMMA still reads."""
+    """The instructions of loops in machine code (SASS) that write what a WGMMA still reads."""
     lines = [(int(address, 16), text) for address, text in _LINE.findall(code)]
     found: dict[str, None] = {}
-    for body in [lines, *_loops(lines)]:
+    for body in _loops(lines):
         if any(_PRODUCT.search(text) for _, text in body):
             found |= dict.fromkeys(_in(body))
     return list(found)
