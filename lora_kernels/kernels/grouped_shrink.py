@@ -68,8 +68,8 @@ def _grouped_shrink_kernel(
         group = group_of(segments, Q, segment)
         part = tl.program_id(1)
         first_k = part * k_slice
-        # Transposed: x under a mask is in registers, and code for Hopper overwrites the left operand
-        # of a product while it is read. The right one goes through shared memory.
+        # Transposed: x under a mask is in registers, where code for Hopper would overwrite the left
+        # operand of a product while it is read. The right one goes through shared memory.
         acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
         if group >= 0:
             factor = of_group(factors, group)
