@@ -9,7 +9,7 @@ from lora_kernels.functional import (
     lora_merged_linear,
     lora_shared_linear,
 )
-from lora_kernels.integrations import patch_peft, unpatch_peft
+from lora_kernels.integrations import adapter_callback, patch_peft, unpatch_peft
 from lora_kernels.layers import (
     Conv1d,
     Conv2d,
@@ -33,7 +33,7 @@ from lora_kernels.layers import (
 from lora_kernels.model.apply import apply_lora
 from lora_kernels.model.merge import merge_lora, unmerge_lora, use_merged_state_dicts
 from lora_kernels.model.route import adapter_parameters, route
-from lora_kernels.model.trainable import mark_only_lora_as_trainable
+from lora_kernels.model.trainable import mark_only_lora_as_trainable, print_trainable_parameters
 from lora_kernels.quantization import frozen_weight
 from lora_kernels.report import report
 
@@ -57,6 +57,7 @@ __all__ = [
     "LoRAQuantizedLinear",
     "MergedLinear",
     "MultiLoRALinear",
+    "adapter_callback",
     "adapter_parameters",
     "apply_lora",
     "frozen_weight",
@@ -70,6 +71,7 @@ __all__ = [
     "merge_lora",
     "merged_state_dict",
     "patch_peft",
+    "print_trainable_parameters",
     "report",
     "route",
     "save_adapter",

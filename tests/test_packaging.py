@@ -28,7 +28,7 @@ PUBLIC = [
     "share_inputs",
     "apply_lora", "save_adapter", "load_adapter", "merged_state_dict", "merge_lora", "unmerge_lora",
     "use_merged_state_dicts",
-    "patch_peft", "unpatch_peft", "report",
+    "patch_peft", "unpatch_peft", "report", "print_trainable_parameters", "adapter_callback",
 ]  # fmt: skip
 
 # One direction of travel: a module may import those of its own level and below.

@@ -19,8 +19,9 @@ from lora_kernels.model.paths import (
 )
 
 __all__ = [
-    "BIAS", "bias_names", "check_bias", "is_bias", "mark_only_lora_as_trainable", "record_trained",
-    "recorded_biases", "saved_paths", "untie", "with_tied",
+    "BIAS", "bias_names", "check_bias", "is_bias", "mark_only_lora_as_trainable",
+    "print_trainable_parameters", "record_trained", "recorded_biases", "saved_paths", "untie",
+    "with_tied",
 ]  # fmt: skip
 
 BIAS = ("none", "all", "lora_only")
@@ -78,6 +79,18 @@ def mark_only_lora_as_trainable(
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints how many parameters of model train, how many there are, and the share, as PEFT does.
+
+    A parameter under several names counts once.
+    """
+    counts = [(parameter.requires_grad, parameter.numel()) for parameter in model.parameters()]
+    every = sum(count for _, count in counts)
+    train = sum(count for trains, count in counts if trains)
+    share = 100 * train / every if every else 0.0
+    print(f"trainable params: {train:,d} || all params: {every:,d} || trainable%: {share:.4f}")
 
 
 # ---- biases ----

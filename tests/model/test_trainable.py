@@ -1,11 +1,14 @@
 """mark_only_lora_as_trainable, against loralib's, and parameters that are tied."""
 
+import copy
+
 import loralib
+import peft
 import pytest
 import torch
 from torch import nn
 
-from lora_kernels import apply_lora, mark_only_lora_as_trainable
+from lora_kernels import apply_lora, mark_only_lora_as_trainable, print_trainable_parameters
 from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.embedding import LoRAEmbedding
 from lora_kernels.layers.linear import LoRALinear
@@ -115,3 +118,15 @@ def test_untie_keeps_ties_within_a_saved_module(seed):
     assert head[0].bias is not model["other"].bias
     assert torch.equal(head[0].bias, model["other"].bias)
     assert not model["other"].bias.requires_grad
+
+
+def test_trainable_parameters_are_printed_as_peft_prints_them(capsys):
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["0"]))
+    theirs.print_trainable_parameters()
+    ours = apply_lora(base, r=2, lora_alpha=2, target_modules=["0"])
+    print_trainable_parameters(ours)
+    expected, printed = capsys.readouterr().out.splitlines()
+    assert printed == expected
+    print_trainable_parameters(nn.Module())
+    assert capsys.readouterr().out.startswith("trainable params: 0 || all params: 0")

@@ -1,0 +1,65 @@
+"""Checkpoints of Hugging Face's Trainer, and TRL's, that hold the adapter of this package's layers.
+
+Trainer writes every weight of a model that is no PeftModel, and no library finds the adapter among
+them.
+"""
+
+import functools
+import os
+import re
+from pathlib import Path
+
+from torch import nn
+
+from lora_kernels.adapters.save import save_adapter
+from lora_kernels.adapters.state_dict import lora_state_dict
+
+__all__ = ["adapter_callback"]
+
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
+
+def adapter_callback(only: bool = False):
+    """A TrainerCallback: every checkpoint gets a folder ``adapter``, as save_adapter writes it.
+
+    load_adapter and PEFT open it. only: the checkpoint's model.safetensors then holds what LoRA
+    trains, under the keys of lora_state_dict, and nothing of the base model. Trainer resumes from
+    such a checkpoint, and loads the best one at the end, into a model that has its base weights.
+    Usage: ``Trainer(..., callbacks=[lora_kernels.adapter_callback()])``.
+    Raises: ImportError if transformers is not installed; when a checkpoint is written, what
+    save_adapter raises.
+    """
+    return _callback_class()(only)
+
+
+@functools.cache
+def _callback_class() -> type:
+    from transformers import TrainerCallback
+
+    class AdapterCallback(TrainerCallback):
+        def __init__(self, only: bool):
+            self.only = only
+
+        def on_save(self, args, state, control, model=None, **others):
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_adapter(model, folder / "adapter")  # on every rank: they gather what is sharded
+            if self.only and state.is_world_process_zero:
+                _keep_only_lora(model, folder)
+
+    return AdapterCallback
+
+
+def _keep_only_lora(model: nn.Module, folder: Path) -> None:
+    """Puts what LoRA trains in place of all weights in a folder of a checkpoint."""
+    from safetensors.torch import save_file
+
+    kept = {
+        key: value.detach().cpu().clone().contiguous()  # tied tensors share memory
+        for key, value in lora_state_dict(model).items()
+    }
+    beside = folder / ".lora.safetensors"
+    save_file(kept, beside, metadata={"format": "pt"})
+    for path in list(folder.iterdir()):
+        if _WEIGHTS.fullmatch(path.name):
+            path.unlink()
+    os.replace(beside, folder / "model.safetensors")
