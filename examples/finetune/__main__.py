@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.errors import InputError
+from examples.errors import InputError, until_interrupted
 from examples.finetune import data
 from examples.options import names, number
 
@@ -73,4 +73,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_interrupted(main, "nothing was saved; start it again"))

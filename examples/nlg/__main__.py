@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from examples.errors import InputError
+from examples.errors import InputError, until_interrupted
 from examples.nlg import data
 from examples.options import number
 
@@ -272,4 +272,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_interrupted(main, "train --resume goes on from the newest checkpoint"))

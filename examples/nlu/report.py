@@ -176,9 +176,12 @@ def peak_memory(device) -> int:
 
 
 def versions() -> dict[str, str]:
+    import lora_kernels  # its own word: from a clone it need not be installed
+
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "lora_kernels")},
+        **{name: version(name) for name in ("torch", "transformers")},
+        "lora_kernels": lora_kernels.__version__,
     }
 
 
