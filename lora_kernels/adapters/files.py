@@ -127,6 +127,7 @@ def read_state(path: Path, envelope: str | None = None) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path}: {key}: must be a tensor, got {type(value).__name__}")
+    state = mapped.map_pickle(path, state)
     check_finite(path, state)
     return state
 

@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import weakref
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +14,15 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-__all__ = ["Releasing", "adopt", "is_finite", "map_safetensors", "release", "write_safetensors"]
+__all__ = [
+    "Releasing",
+    "adopt",
+    "is_finite",
+    "map_pickle",
+    "map_safetensors",
+    "release",
+    "write_safetensors",
+]
 
 # What safetensors calls the dtypes; of others its own reader makes tensors.
 _DTYPES = {
@@ -63,6 +72,46 @@ def map_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset)
             tensors[key] = flat.view(shape)
     return tensors, metadata
+
+
+def map_pickle(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """state, which torch.load has mapped from the file at path, over pages that release() knows.
+
+    It is returned as it is if the file holds other tensors, too, or something is unexpected.
+    """
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()
+    }
+    with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError):
+        with path.open("rb") as raw:
+            records = _records(raw)
+            mapping = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)
+        shift = min(storages) - min(records)
+        if {pointer - shift: size for pointer, size in storages.items()} != records:
+            return dict(state)
+        again = {}
+        for key, old in state.items():
+            storage, dtype = old.untyped_storage(), old.dtype
+            count, offset = storage.nbytes() // dtype.itemsize, storage.data_ptr() - shift
+            flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset)
+            again[key] = flat.as_strided(old.shape, old.stride(), old.storage_offset())
+        ends = [[t.flatten()[i] for t in s.values() for i in (0, -1)] for s in (state, again)]
+        if all(map(torch.equal, *ends)):
+            adopt(mapping)
+            return again
+    return dict(state)
+
+
+def _records(raw: BinaryIO) -> dict[int, int]:
+    """Offset -> size of the storages in a file of torch.save, which stores them as they are."""
+    found = {}
+    with zipfile.ZipFile(raw) as archive:
+        for info in archive.infolist():
+            if "/data/" in info.filename and info.file_size and info.compress_type == 0:
+                raw.seek(info.header_offset + 26)  # lengths of the name and the rest of the header
+                name, extra = (int.from_bytes(raw.read(2), "little") for _ in range(2))
+                found[info.header_offset + 30 + name + extra] = info.file_size
+    return found
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -38,6 +38,32 @@ def test_files_of_safetensors_are_read_as_by_their_package(tmp_path, seed):
     assert_same(found, load_file(tmp_path / "a.safetensors"))
 
 
+def test_pickles_are_mapped_bit_for_bit(tmp_path, seed):
+    whole = torch.randn(6, 10)
+    state = {key: value for key, value in tensors().items() if value.numel()}
+    state |= {"t": whole.T, "part": whole[1:4, ::2], "row": whole[2]}
+    torch.save(state, tmp_path / "a.pt")
+    loaded = read_pickle(tmp_path / "a.pt")
+    found = mapped.map_pickle(tmp_path / "a.pt", loaded)
+    assert all(found[key] is not value for key, value in loaded.items())
+    assert_same(found, state)
+    mapped.release()
+    assert_same(found, state)
+    assert {key: value.stride() for key, value in found.items()} == {
+        key: value.stride() for key, value in loaded.items()
+    }
+
+
+def test_pickles_that_hold_more_are_left_as_they_are(tmp_path, seed):
+    torch.save({"a": torch.ones(3), "b": torch.ones(4)}, tmp_path / "a.pt")
+    loaded = read_pickle(tmp_path / "a.pt")
+    found = mapped.map_pickle(tmp_path / "a.pt", {"b": loaded["b"]})
+    assert found["b"] is loaded["b"]
+    torch.save({"a": torch.ones(3)}, tmp_path / "b.pt", _use_new_zipfile_serialization=False)
+    loaded = read_pickle(tmp_path / "b.pt")
+    assert mapped.map_pickle(tmp_path / "b.pt", loaded)["a"] is loaded["a"]
+
+
 def test_files_are_written_as_by_their_package(tmp_path, seed):
     state = tensors()
     save_file(state, tmp_path / "a.safetensors", {"format": "pt"})

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lora_kernels.adapters import files
+from lora_kernels.adapters import files, mapped
 from lora_kernels.adapters.formats.adapter import (
     FACTORS,
     MAGNITUDE,
@@ -135,7 +135,8 @@ def read_state(file: Path, hints: Hints) -> FileState:
             alphas[split(plain[key])[0]] = about[_ALPHA]
         if split(key)[1] in FACTORS:
             is_own |= about.get("version") == STATE_DICT_VERSION
-    return FileState({plain[key]: v for key, v in state.items()}, alphas, notes, is_own)
+    state = mapped.map_pickle(file, {plain[key]: value for key, value in state.items()})
+    return FileState(state, alphas, notes, is_own)
 
 
 def factor_paths(state: Iterable[str]) -> list[str]:
