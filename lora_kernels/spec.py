@@ -136,12 +136,14 @@ class LoraSpec:
     """The values of an update that are not tensors.
 
     scaling: the factor of h·lora_Bᵀ. dropout_p: the probability in [0, 1) that an element of x is
-    dropped before lora_A. splits: the groups of output columns.
+    dropped before lora_A. splits: the groups of output columns. narrow: whether a product may round
+    the factors to x's dtype, as autocast does.
     """
 
     scaling: float
     dropout_p: float
     splits: OutputSplits
+    narrow: bool = False
 
 
 @functools.lru_cache(1024, typed=True)  # 1 and 1.0 are not the same to a kernel

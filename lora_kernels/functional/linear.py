@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lora_kernels import checks
 from lora_kernels.functional.dora import dora_forward
-from lora_kernels.functional.operands import cast, of_formula, over_values, prepare
+from lora_kernels.functional.operands import cast, of_formula, over_values, prepare, under_autocast
 from lora_kernels.functional.quantized_linear import quantized_forward
 from lora_kernels.functional.seeds import draw_like, like_drawn, seeds_for
 from lora_kernels.functional.small import is_small, small_lora_linear
@@ -210,21 +210,24 @@ def lora_forward(
         if small and obstacle(x, weight, a, b, bias) is None:
             return small_lora_linear(x, weight, a, b, bias, spec)
     if seed is None and isinstance(x, Tensor) and is_direct(x, weight, a, b, bias):
-        casted = cast(x, weight, bias) if _is_any_autocast_enabled() else (x, weight, bias)
-        y = _repeat(*casted, a, b, spec)
+        y = _repeat(x, weight, a, b, bias, spec)
         if y is not None:
             return y
     elif obstacle(x, weight, a, b, bias) is not None:
         return _without_op(layer, x, weight, a, b, bias, spec, seed)
     x, weight, bias = prepare(layer, x, weight, a, b, bias, spec)
     seed = seeds_for(layer, x, spec.dropout_p, seed)
+    spec = under_autocast(spec, x, a, b)
     return apply_lora_linear(x, weight, a, b, bias, seed, spec)
 
 
 def _repeat(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, spec: LoraSpec
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, spec: LoraSpec
 ) -> Tensor | None:
     """y by the record of an earlier call of this kind, which has passed the checks, or None."""
+    if _is_any_autocast_enabled():
+        x, weight, bias = cast(x, weight, bias)
+        spec = under_autocast(spec, x, a, b)
     like_seed = like_drawn(x.device) if spec.dropout_p > 0 else None
     return repeat_lora_linear(x, weight, a, b, bias, spec, like_seed, draw_like)
 

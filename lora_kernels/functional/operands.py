@@ -13,7 +13,7 @@ from lora_kernels.reference import formula
 from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.spec import LoraSpec
 
-__all__ = ["cast", "of_formula", "over_values", "own_dropout", "prepare"]
+__all__ = ["cast", "of_formula", "over_values", "own_dropout", "prepare", "under_autocast"]
 
 
 def prepare(
@@ -44,6 +44,14 @@ def cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     return x, weight, bias
+
+
+def under_autocast(spec: LoraSpec, x: Tensor, a: Tensor, b: Tensor) -> LoraSpec:
+    """spec for products of a 16-bit x: if autocast is on, they may round float32 factors."""
+    mixed = x.dtype.itemsize == 2 and (a.dtype != x.dtype or b.dtype != x.dtype)
+    if not mixed or not checks.is_autocast(x.device):
+        return spec
+    return LoraSpec(spec.scaling, spec.dropout_p, spec.splits, narrow=True)
 
 
 def of_formula(

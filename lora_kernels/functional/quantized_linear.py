@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import checks
-from lora_kernels.functional.operands import over_values, own_dropout
+from lora_kernels.functional.operands import over_values, own_dropout, under_autocast
 from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops.obstacle import (
     is_hooked,
@@ -50,6 +50,7 @@ def quantized_forward(
             and not _has_any_global_hook()
             and (bias is None or not bias.requires_grad or _stays(bias, x, frozen))
         ):
+            spec = under_autocast(spec, x, a, b)
             return LoraQuantizedLinear.apply(x, a, b, bias, seed, frozen, spec)
         x_hat = formula.dropped(x, seed, spec.dropout_p, accumulate_dtype(x.dtype))
     else:

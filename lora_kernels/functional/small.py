@@ -30,7 +30,9 @@ def is_small(
     Not under torch.compile, nor if LORA_KERNELS_PLAN or TRITON_INTERPRET asks for an algorithm.
     """
     if not (
-        type(x) in _PLAIN
+        not torch.compiler.is_compiling()
+        and asked() == "auto"
+        and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and type(a) in _PLAIN
         and type(b) in _PLAIN
@@ -43,7 +45,6 @@ def is_small(
         and a.is_cpu
         and b.is_cpu
         and x.layout is torch.strided
-        and not torch.compiler.is_compiling()
     ):
         return False
     if bias is not None and not (
@@ -70,7 +71,6 @@ def is_small(
         and type(spec.dropout_p) in (float, int)
         and 0 <= spec.dropout_p < 1
         and not torch.is_autocast_enabled("cpu")
-        and asked() == "auto"
         and not interpreted()
     )
 

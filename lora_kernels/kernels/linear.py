@@ -49,7 +49,7 @@ def lora_linear_forward(
     col_scale [N], for one group, multiplies the columns of y before bias is added.
     """
     x_rows, a = as_rows(x), as_rows(a)
-    numerics = numerics_of(x, a, b)
+    numerics = numerics_of(x, a, b, narrow=spec.narrow)
     with on_device_of(x):
         if algorithm == "fused" and supports(x_rows.shape[0], b.shape[1], spec.dropout_p, numerics):
             bias = None if bias is None else bias.contiguous()
@@ -100,7 +100,7 @@ def lora_linear_backward(
     """reference.linear.lora_linear_backward by algorithm "fused" or "addmm"."""
     dy_rows, x_rows, a = as_rows(dy), as_rows(x), as_rows(a)
     h = h.contiguous() if needs.b else None
-    numerics = numerics_of(dy, a, b)
+    numerics = numerics_of(dy, a, b, narrow=spec.narrow)
     dx = dw = da = db = dbias = None
     with on_device_of(dy):
         if needs.x or needs.a or needs.b:

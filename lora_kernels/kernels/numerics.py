@@ -40,16 +40,16 @@ class Numerics(NamedTuple):
 _TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def numerics_of(x: Tensor, *factors: Tensor | None) -> Numerics:
+def numerics_of(x: Tensor, *factors: Tensor | None, narrow: bool = False) -> Numerics:
     """The numerics of a layer whose x, or dy, and factors are these.
 
     float32 layers multiply as torch's float32 products do, with TF32 only if that is allowed.
     16-bit layers multiply in their dtype, except that h and dh of a float16 layer are float32 and
     are multiplied as TF32: it has as many bits of mantissa as float16, and a range that no scaling
     overflows. float32 factors over a 16-bit layer get float32 gradients, so the products that make
-    these are float32.
+    these are float32; unless they are narrow, because autocast rounds the factors to x's dtype.
     """
-    uniform = all(factor is None or factor.dtype == x.dtype for factor in factors)
+    uniform = narrow or all(factor is None or factor.dtype == x.dtype for factor in factors)
     return _numerics(x.dtype, uniform, target_of(x.device), tf32_allowed())
 
 

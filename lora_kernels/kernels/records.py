@@ -108,7 +108,8 @@ def _describe(values: Iterable, key: list, tensors: list[Tensor]) -> bool:
             key += (kind, value)  # 1, 1.0 and True are equal, and not the same to a kernel
         elif kind is LoraSpec:
             splits, scaling = value.splits, value.scaling
-            key += (type(scaling), scaling, value.dropout_p, splits.sizes, splits.enabled)
+            key += (type(scaling), scaling, value.dropout_p, value.narrow)
+            key += (splits.sizes, splits.enabled)
         elif kind in _SPECS or kind in (list, tuple):
             parts = vars(value).values() if kind in _SPECS else value
             key += (kind, len(parts))

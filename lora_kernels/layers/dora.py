@@ -60,7 +60,9 @@ class TakesMagnitude(LoRALayer):
     def dora_spec(self) -> DoraSpec:
         """The values of a forward now that are not tensors."""
         p = self.active_dropout_p()
-        return DoraSpec(self.scaling, p, self.output_splits, self.dropout_low_rank_only)
+        return DoraSpec(
+            self.scaling, p, self.output_splits, low_rank_only=self.dropout_low_rank_only
+        )
 
     def _dora_forward(self, x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None):
         factors = self.lora_A, self.lora_B

@@ -42,7 +42,7 @@ def _backward_formula(*arguments):
 
 
 def _spec(n: int, scaling: float, dropout_p: float, low_rank_only: bool) -> DoraSpec:
-    return DoraSpec(scaling, dropout_p, OutputSplits.whole(n), low_rank_only)
+    return DoraSpec(scaling, dropout_p, OutputSplits.whole(n), low_rank_only=low_rank_only)
 
 
 def _unpacked(arguments: tuple) -> tuple[tuple, DoraSpec, DoraNeeds]:

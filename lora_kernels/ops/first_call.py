@@ -67,6 +67,8 @@ def prepare(function: Callable, algorithm: str, shape: GemmShape, operands: tupl
     """
     named = dict(zip(function.__code__.co_varnames, operands, strict=False))
     w, factor = _first(named, "w"), _first(named, "a", "b")
+    if getattr(named.get("spec"), "narrow", False):
+        factor = None  # the products are those of factors in x's dtype
     kind = (
         function.__name__,
         algorithm,

@@ -28,7 +28,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-def forward_shape(x: Tensor, w: Tensor, b: Tensor, dropout_p: float) -> GemmShape:
+def forward_shape(
+    x: Tensor, w: Tensor, b: Tensor, dropout_p: float, narrow: bool = False
+) -> GemmShape:
     """What is asked for of a forward over x and w."""
     n, k = w.shape
     return GemmShape(
@@ -40,7 +42,7 @@ def forward_shape(x: Tensor, w: Tensor, b: Tensor, dropout_p: float) -> GemmShap
         device=x.device,
         dropout=dropout_p > 0,
         tma=tma_if_asked(x, w),
-        uniform=b.dtype == x.dtype,
+        uniform=narrow or b.dtype == x.dtype,
     )
 
 
@@ -64,7 +66,7 @@ def backward_shape(dy, x, w, a, b, dropout_p: float) -> GemmShape:
 @without_autocast
 def _compute_forward(x, w, a, b, bias, seed, spec: LoraSpec):
     operands = (x, w, a, b, bias, seed)
-    shape = functools.partial(forward_shape, x, w, b, spec.dropout_p)
+    shape = functools.partial(forward_shape, x, w, b, spec.dropout_p, spec.narrow)
     return compute(reference, "lora_linear_forward", shape, (*operands, spec), operands)
 
 
@@ -81,8 +83,8 @@ def _forward(x, w, a, b, bias, seed, *constants):
 
 
 def _backward(dy, x, h, w, a, b, seed, *constants):
-    *constants, needs = constants
-    return _compute_backward(dy, x, h, w, a, b, seed, _spec(*constants), Needs(*needs))
+    spec, needs = _unpacked(*constants)
+    return _compute_backward(dy, x, h, w, a, b, seed, spec, needs)
 
 
 def _forward_formula(x, w, a, b, bias, seed, *constants):
@@ -90,15 +92,22 @@ def _forward_formula(x, w, a, b, bias, seed, *constants):
 
 
 def _backward_formula(dy, x, h, w, a, b, seed, *constants):
-    *constants, needs = constants
-    spec, needs = _spec(*constants), Needs(*needs)
+    spec, needs = _unpacked(*constants)
     return formula.lora_linear_backward(dy, x, h, w, a, b, seed, spec, needs)
 
 
 def _spec(
-    scaling: float, dropout_p: float, sizes: Sequence[int], enabled: Sequence[bool]
+    scaling: float,
+    dropout_p: float,
+    sizes: Sequence[int],
+    enabled: Sequence[bool],
+    narrow: bool = False,
 ) -> LoraSpec:
-    return LoraSpec(scaling, dropout_p, OutputSplits(tuple(sizes), tuple(enabled)))
+    return LoraSpec(scaling, dropout_p, OutputSplits(tuple(sizes), tuple(enabled)), narrow)
+
+
+def _unpacked(scaling, dropout_p, sizes, enabled, needs, narrow=False) -> tuple[LoraSpec, Needs]:
+    return _spec(scaling, dropout_p, sizes, enabled, narrow), Needs(*needs)
 
 
 def _forward_fake(x, w, a, *_):
@@ -124,14 +133,15 @@ def backward_fake(dy, x, w, a, b, needs: Needs) -> list[Tensor]:
     return grads
 
 
-def _backward_fake(dy, x, h, w, a, b, *others):
-    return backward_fake(dy, x, w, a, b, Needs(*others[-1]))
+def _backward_fake(dy, x, h, w, a, b, seed, *constants):
+    return backward_fake(dy, x, w, a, b, _unpacked(*constants)[1])
 
 
 _forward_op = define(
     "lora_linear_forward",
     "(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? seed, float scaling, "
-    "float dropout_p, SymInt[] out_splits, bool[] enable_lora) -> (Tensor, Tensor)",
+    "float dropout_p, SymInt[] out_splits, bool[] enable_lora, bool narrow=False) "
+    "-> (Tensor, Tensor)",
     _forward,
     _forward_formula,
     _forward_fake,
@@ -139,7 +149,8 @@ _forward_op = define(
 _backward_op = define(
     "lora_linear_backward",
     "(Tensor dy, Tensor? x, Tensor? h, Tensor? w, Tensor? a, Tensor? b, Tensor? seed, "
-    "float scaling, float dropout_p, SymInt[] out_splits, bool[] enable_lora, bool[] needs) "
+    "float scaling, float dropout_p, SymInt[] out_splits, bool[] enable_lora, bool[] needs, "
+    "bool narrow=False) "
     "-> Tensor[]",
     _backward,
     _backward_formula,
@@ -151,10 +162,9 @@ def lora_linear_forward(x, w, a, b, bias, seed, spec: LoraSpec) -> tuple[Tensor,
     """y and h, as reference.linear specifies them, by the op."""
     if not torch.is_grad_enabled() and is_direct(x, w, a, b, bias, seed):
         return _compute_forward(x, w, a, b, bias, seed, spec)
-    splits = spec.splits
-    return _forward_op(
-        x, w, a, b, bias, seed, spec.scaling, spec.dropout_p, splits.sizes, splits.enabled
-    )
+    operands, splits = (x, w, a, b, bias, seed), spec.splits
+    constants = spec.scaling, spec.dropout_p, splits.sizes, splits.enabled
+    return _forward_op(*operands, *constants, spec.narrow)
 
 
 def lora_linear_backward(operands: Sequence[Tensor | None], spec: LoraSpec, needs: Needs):
@@ -165,9 +175,8 @@ def lora_linear_backward(operands: Sequence[Tensor | None], spec: LoraSpec, need
     if not torch.is_grad_enabled() and is_direct(*operands):
         return _compute_backward(*operands, spec, needs)
     splits = spec.splits
-    return _backward_op(
-        *operands, spec.scaling, spec.dropout_p, splits.sizes, splits.enabled, needs
-    )
+    constants = spec.scaling, spec.dropout_p, splits.sizes, splits.enabled
+    return _backward_op(*operands, *constants, needs, spec.narrow)
 
 
 class LoraLinear(torch.autograd.Function):

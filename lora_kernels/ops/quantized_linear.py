@@ -23,8 +23,8 @@ from lora_kernels.spec import LoraSpec, Needs, OutputSplits
 __all__ = ["LoraQuantizedLinear", "add_lora", "dense_dtype"]
 
 
-def _add_lora(y, x, a, b, seed, scaling, dropout_p, sizes, enabled):
-    spec = LoraSpec(scaling, dropout_p, OutputSplits(tuple(sizes), tuple(enabled)))
+def _add_lora(y, x, a, b, seed, scaling, dropout_p, sizes, enabled, narrow=False):
+    spec = LoraSpec(scaling, dropout_p, OutputSplits(tuple(sizes), tuple(enabled)), narrow)
     k, n = x.shape[-1], y.shape[-1]
     shape = functools.partial(
         GemmShape,
@@ -47,7 +47,7 @@ def _fake(y, x, a, *_):
 _op = define(
     "add_lora",
     "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor? seed, float scaling, float dropout_p, "
-    "SymInt[] out_splits, bool[] enable_lora) -> Tensor",
+    "SymInt[] out_splits, bool[] enable_lora, bool narrow=False) -> Tensor",
     _add_lora,
     None,
     _fake,
@@ -59,7 +59,8 @@ def add_lora(
 ) -> Tensor:
     """h, and the update added to y in place, as reference.quantized_linear specifies, by the op."""
     splits = spec.splits
-    return _op(y, x, a, b, seed, spec.scaling, spec.dropout_p, splits.sizes, splits.enabled)
+    constants = spec.scaling, spec.dropout_p, splits.sizes, splits.enabled
+    return _op(y, x, a, b, seed, *constants, spec.narrow)
 
 
 class LoraQuantizedLinear(torch.autograd.Function):

@@ -67,7 +67,7 @@ def make_dora_problem(*sizes, low_rank_only: bool = False, **options) -> DoraPro
     """make_problem with a magnitude near the norms; low_rank_only: of its spec."""
     plain = make_problem(*sizes, **options)
     fields = {name: getattr(plain, name) for name in vars(plain)}
-    fields["spec"] = spec = DoraSpec(*vars(plain.spec).values(), low_rank_only)
+    fields["spec"] = spec = DoraSpec(**vars(plain.spec), low_rank_only=low_rank_only)
     acc = torch.promote_types(plain.w.dtype, torch.float32)
     total = plain.w.to(acc) + spec.scaling * plain.b.to(acc) @ plain.a.to(acc)
     norm = torch.linalg.vector_norm(total, dim=1)

@@ -238,6 +238,32 @@ def test_autocast_casts_x_weight_and_bias_but_not_the_adapters(dtype, x_dtype, s
         assert torch.equal(grad, expected[name].to(leaf.dtype)), name
 
 
+@pytest.mark.parametrize("algorithm", ["fused", "addmm"], indirect=True)
+@pytest.mark.parametrize("under", [True, False])
+def test_under_autocast_products_round_float32_factors_and_gradients_do_not(
+    under, algorithm, seed, device, monkeypatch
+):
+    from lora_kernels.kernels import linear
+
+    asked, of = [], linear.numerics_of
+
+    def numerics_of(*operands, narrow):
+        asked.append(narrow)
+        return of(*operands, narrow=narrow)
+
+    monkeypatch.setattr(linear, "numerics_of", numerics_of)
+    problem = make_problem(
+        5, 8, 6, 2, device=device, dtype=torch.float16, lora_dtype=torch.float32, bias=False
+    )
+    x, w, a, b = (t.requires_grad_() for t in (problem.x, problem.w, problem.a, problem.b))
+    with torch.autocast(device.type, torch.float16, enabled=under):
+        y = lora_kernels.lora_linear(x, w.detach(), a, b)
+    y.sum().backward()
+    assert asked == [under, under]
+    assert (y.dtype, x.grad.dtype) == (torch.float16,) * 2
+    assert (a.grad.dtype, b.grad.dtype) == (torch.float32,) * 2
+
+
 def test_autocast_leaves_float64_alone(seed, device):
     problem = make_problem(3, 4, 5, 2, device=device, dtype=torch.float64)
     with torch.autocast(device.type, torch.bfloat16):

@@ -40,6 +40,12 @@ def test_numerics_of_a_layer(hopper, x, factor, allow_tf32, expected):
     assert numerics_of(operands[0], None, operands[1]) == expected
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_narrow_products_are_those_of_factors_in_the_layers_dtype(hopper, dtype):
+    x, a, wide = (torch.empty(4, 4, dtype=d, device=META) for d in (dtype, dtype, F32))
+    assert numerics_of(x, wide, wide, narrow=True) == numerics_of(x, a, a)
+
+
 def test_numerics_of_amd_parts_multiply_float32_as_float32(hopper, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.0")
     x, a = torch.empty(4, 4, dtype=F16, device=META), torch.empty(4, 4, device=META)
