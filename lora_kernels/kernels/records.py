@@ -10,7 +10,8 @@ calls alone:
     k4(2, 1, 1, stream, ..., (t0.data_ptr(), 16), (t2.data_ptr(), 16), v6.data_ptr(), 65, 16, ...)
 
 An operator is recorded if it is seen, so nothing can be forgotten; what a record cannot hold is
-computed as before. A change of what records depend on, such as the tables of algorithms or Triton's
+computed as before. On a GPU a new record runs once more, and is kept if its results have the same
+bits. A change of what records depend on, such as the tables of algorithms or Triton's
 driver, drops all of them. While a profiler has hooked launches none is used.
 """
 
@@ -41,6 +42,8 @@ _KNOWN = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10)
 _records: dict[tuple, "Callable | str | None"] = {}  # None: seen once; str: why there is none
 _valid_for: list = [()]  # what call_of was told that they depend on
 _thread = threading.local()
+_recording = threading.Lock()
+_WRITING = ("add_lora",)  # ops that write to an operand
 
 
 class Call:
@@ -137,16 +140,49 @@ def observe(call: Call, compute: Callable[[], Any]) -> Any:
         while len(_records) >= _MOST:
             _records.pop(next(iter(_records)), None)
         _records[key] = None
-    elif _records[key] is None and current() is None and _are_different(call.tensors):
+    elif (
+        _records[key] is None
+        and current() is None
+        and _are_different(call.tensors)
+        and _recording.acquire(blocking=False)  # a tape puts itself into Triton's launchers
+    ):
         tape = _thread.tape = Tape(call.tensors)
         try:
             with tape:
                 result = compute()
         finally:
             _thread.tape = None
-        _records[key] = tape.finish(result)
+            _recording.release()
+        record = tape.finish(result)
+        if callable(record) and _can_repeat(call) and not _repeats(record, call, result):
+            record = "it does not have the bits of the recorded call"
+        _records[key] = record
         return result
     return compute()
+
+
+def _can_repeat(call: Call) -> bool:
+    """Whether the call can run again: on a GPU, outside of a capture, and writing to no operand."""
+    on_gpu = call.tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing()
+    return on_gpu and call.key[0] not in _WRITING
+
+
+def _repeats(record: Callable, call: Call, result: Any) -> bool:
+    """Whether a record gives the same bits as the call that it was made of."""
+    try:
+        active = driver.active
+        again = record(active.get_current_stream(active.get_current_device()), *call.tensors)
+        return _equal(again, result)
+    except Exception:  # whatever it is, such a record is not kept
+        return False
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one == other
 
 
 def _are_different(tensors: list[Tensor]) -> bool:
