@@ -8,6 +8,7 @@ exit code.
 import argparse
 import itertools
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -315,8 +316,15 @@ def _run(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from lora_kernels.cli import doctor
 
-    found = doctor.examine()
-    print(doctor.as_json(found) if options.json else doctor.as_text(found))
+    if options.json:
+        found = doctor.examine()
+        print(doctor.as_json(found))
+        return 1 if found.missing else 0
+    columns = shutil.get_terminal_size().columns
+    found = doctor.examine_machine()
+    print(doctor.machine_as_text(found, columns), flush=True)  # PEFT takes seconds to import
+    found = doctor.with_peft(found)
+    print(doctor.rest_as_text(found, columns))
     return 1 if found.missing else 0
 
 

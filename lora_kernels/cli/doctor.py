@@ -9,7 +9,9 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -23,7 +25,10 @@ from lora_kernels.dispatch.algorithm import GemmShape
 from lora_kernels.integrations import patch_peft, unpatch_peft
 from lora_kernels.report import report
 
-__all__ = ["Findings", "Missing", "as_json", "as_text", "examine"]
+__all__ = [
+    "Findings", "Missing", "as_json", "as_text", "examine", "examine_machine", "machine_as_text",
+    "rest_as_text", "with_peft",
+]  # fmt: skip
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate")
 VARIABLES = (
@@ -61,6 +66,18 @@ class Findings:
 
 
 def examine() -> Findings:
+    """examine_machine(), and what patch_peft() does to the installed PEFT."""
+    return with_peft(examine_machine())
+
+
+def with_peft(findings: Findings) -> Findings:
+    """findings with what patch_peft() does to the installed PEFT, which takes seconds to import."""
+    peft, not_fused = _peft()
+    missing = list(dict.fromkeys(findings.missing + not_fused))
+    return dataclasses.replace(findings, peft=peft, missing=missing)
+
+
+def examine_machine() -> Findings:
     """Looks at the environment of this process and runs a small product on every GPU."""
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
     no_gpu = None if gpus else _why_no_gpu()
@@ -77,7 +94,6 @@ def examine() -> Findings:
         notes += advice.notes(chosen, device)
         if gpus:
             missing += _why_reference(chosen) or advice.compiler() or _failures(device)
-    peft, not_fused = _peft()
     return Findings(
         python=f"{platform.python_version()}, {sys.executable}",
         versions={"lora_kernels": lora_kernels.__version__}
@@ -86,9 +102,9 @@ def examine() -> Findings:
         gpus=gpus,
         no_gpu=no_gpu and no_gpu.what,
         algorithms=algorithms,
-        peft=peft,
+        peft="",
         notes=list(dict.fromkeys(notes)),
-        missing=list(dict.fromkeys(missing + not_fused)),
+        missing=list(dict.fromkeys(missing)),
     )
 
 
@@ -97,8 +113,13 @@ def as_json(findings: Findings) -> str:
     return json.dumps(dataclasses.asdict(findings), indent=2)
 
 
-def as_text(findings: Findings) -> str:
-    """The findings as lines for people."""
+def as_text(findings: Findings, columns: int | None = None) -> str:
+    """The findings as lines for people; columns: how wide they may be."""
+    return "\n".join((machine_as_text(findings, columns), rest_as_text(findings, columns)))
+
+
+def machine_as_text(findings: Findings, columns: int | None = None) -> str:
+    """What was found before PEFT was asked."""
     rows = [("python", findings.python)]
     rows += [
         (name, version or f"not installed: pip install {name}")
@@ -115,13 +136,30 @@ def as_text(findings: Findings) -> str:
         (f"algorithm on {row['device']}", f"{row['product']}: {row['algorithm']}, {row['reason']}")
         for row in findings.algorithms
     ]
-    rows.append(("patch_peft()", findings.peft))
+    return _aligned(rows, columns)
+
+
+def rest_as_text(findings: Findings, columns: int | None = None) -> str:
+    """What machine_as_text has left out."""
+    rows = [("patch_peft()", findings.peft)]
     rows += [("note", f"{note.what}: {note.fix}") for note in findings.notes]
     rows += [("missing", f"{missing.what}: {missing.fix}") for missing in findings.missing]
     if not findings.missing:
         rows.append(("missing", "nothing"))
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+    return _aligned(rows, columns)
+
+
+def _aligned(rows: Sequence[tuple[str, str]], columns: int | None) -> str:
+    width = max(map(len, (*VARIABLES, "algorithm on cuda:0")))
+    lines = []
+    for label, value in rows:
+        value_width = 10_000 if columns is None else max(30, columns - width - 2)
+        first, *others = textwrap.wrap(
+            value, value_width, break_long_words=False, break_on_hyphens=False
+        ) or [""]
+        lines.append(f"{label:<{width}}  {first}".rstrip())
+        lines += [f"{'':<{width}}  {line}" for line in others]
+    return "\n".join(lines)
 
 
 def _version(package: str) -> str | None:
@@ -202,7 +240,11 @@ def _driver() -> str | None:
 def _why_no_gpu() -> Missing:
     driver = _driver()
     if driver is None and torch.version.hip is None:
-        return Missing("no NVIDIA driver answers", "install one, or run on a machine with a GPU")
+        return Missing(
+            "no NVIDIA driver answers",
+            "if this machine has no GPU there is nothing to do, PyTorch's operators run; if it "
+            "has one, install its driver",
+        )
     if torch.version.cuda is None and torch.version.hip is None:
         return Missing(
             f"driver {driver} is there, torch {torch.__version__} is built without CUDA",
@@ -234,12 +276,15 @@ def _algorithms(device: torch.device) -> list[dict[str, str]]:
 
 def _why_reference(algorithms: list[dict[str, str]]) -> list[Missing]:
     """What keeps a GPU's products from the kernels."""
+    fixes = {
+        "LORA_KERNELS_PLAN": "unset LORA_KERNELS_PLAN",
+        "3.7.1": 'pip install --upgrade "triton>=3.7.1"',
+        "is not installed": 'pip install --upgrade "triton>=3.4"',
+    }
+    none = "PyTorch's operators run here; the kernels need another GPU"
     return [
         Missing(
-            row["reason"],
-            "unset LORA_KERNELS_PLAN"
-            if "LORA_KERNELS_PLAN" in row["reason"]
-            else 'pip install --upgrade "triton>=3.4"',
+            row["reason"], next((fix for word, fix in fixes.items() if word in row["reason"]), none)
         )
         for row in algorithms
         if row["algorithm"] == "reference"

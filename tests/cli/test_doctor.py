@@ -140,6 +140,9 @@ def hopper(monkeypatch):
     monkeypatch.setattr(doctor, "_driver", lambda: "580.1")
     monkeypatch.setattr(doctor, "_failures", lambda device: [])
     monkeypatch.setattr(doctor.advice, "compiler", list)
+    algorithms.machine_obstacle.cache_clear()
+    yield
+    algorithms.machine_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
@@ -188,6 +191,22 @@ def test_gpu_without_triton(hopper, algorithm, monkeypatch):
     assert missing.fix.startswith("pip install")
 
 
+@pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
+@pytest.mark.parametrize(
+    ("capability", "what", "fix"),
+    [
+        ((7, 5), "capability (7, 5), below 8.0", "PyTorch's operators run here"),
+        ((10, 0), "Triton before 3.7.1", 'pip install --upgrade "triton>=3.7.1"'),
+    ],
+)
+def test_gpu_that_triton_does_not_serve(hopper, algorithm, capability, what, fix, monkeypatch):
+    monkeypatch.setattr(algorithms, "capability_of", lambda device: capability)
+    monkeypatch.setattr(algorithms, "_triton_version", lambda: (3, 6, 0))
+    (missing,) = doctor.examine().missing
+    assert what in missing.what
+    assert missing.fix.startswith(fix)
+
+
 def test_product_that_fails_on_a_gpu_is_missing(monkeypatch):
     def warn(*args, **kwargs):
         warnings.warn("lora_kernels: algorithm fused failed:\n gcc", RuntimeWarning, stacklevel=1)
@@ -210,7 +229,7 @@ def test_product_that_fails_on_a_gpu_is_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("driver", "cuda", "hidden", "what", "fix"),
     [
-        (None, None, None, "no NVIDIA driver answers", "install one"),
+        (None, None, None, "no NVIDIA driver answers", "if this machine has no GPU"),
         ("580.1", None, None, "driver 580.1 is there, torch .* is built without CUDA", "pip"),
         ("580.1", "12.8", "", "CUDA_VISIBLE_DEVICES='' shows no GPU", "unset"),
         ("580.1", "12.8", None, "the driver is too old", "update the driver"),
@@ -230,3 +249,26 @@ def test_no_gpu_says_why(monkeypatch, driver, cuda, hidden, what, fix):
     missing = doctor._why_no_gpu()
     assert re.fullmatch(what, missing.what)
     assert missing.fix.startswith(fix)
+
+
+def test_the_machine_is_told_before_peft_is_imported(monkeypatch, capsys):
+    told = []
+    with_peft = doctor.with_peft
+    monkeypatch.setattr(
+        doctor, "with_peft", lambda found: told.append(capsys.readouterr().out) or with_peft(found)
+    )
+    main(["doctor"])
+    (before,) = told
+    assert before.startswith("python ")
+    assert "algorithm on" in before
+    assert "patch_peft()" not in before
+    assert capsys.readouterr().out.startswith("patch_peft() ")
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_lines_fit_the_terminal_and_lose_no_word(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    main(["doctor"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= max(columns, len(sys.executable) + 30)
+    assert "".join(out.split()) == "".join(doctor.as_text(doctor.examine()).split())
