@@ -61,7 +61,8 @@ def lora_linear(
     lora_A [R, K], lora_B [N, R], bias [N] -> y [..., N].
     Dtypes: float32, float16, bfloat16, float64; x, weight and bias share one (autocast sees to
     it), lora_A and lora_B may have another (float32 over a 16-bit base). A gradient has the dtype
-    of its operand.
+    of its operand. Under autocast, kernels round float32 factors to its dtype where they multiply,
+    as PyTorch does.
     dropout_p in [0, 1) acts on the x that lora_A sees, not on the x that weight sees. It acts in
     every call: a layer passes 0 in eval mode. The mask is a pure function of seed, row and column,
     see dropout/mask.py. seed: int64 tensor of one element on x's device; None draws one from

@@ -54,7 +54,7 @@ TILES = Tiles(
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1)),
     ],
     other=[
-        (When(bits=32), SkinnyConfig(64, 64, num_warps=4, num_stages=1)),
+        (When(bits=32), SkinnyConfig(64, 64, num_warps=8, num_stages=1)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1)),
     ],
 )

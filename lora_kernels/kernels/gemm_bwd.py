@@ -68,7 +68,8 @@ TILES = Tiles(
     other=[
         (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=2)),
         (When(m=SMALL_M), GemmConfig(32, 64, 64, num_warps=4, num_stages=2)),
-        (When(), GemmConfig(64, 128, 32, num_warps=4, num_stages=3, epilogue_subtile=2)),
+        (When(r=32), GemmConfig(64, 128, 32, num_warps=4, num_stages=3, epilogue_subtile=2)),
+        (When(), GemmConfig(64, 128, 32, num_warps=4, num_stages=3, epilogue_subtile=4)),
     ],
 )
 

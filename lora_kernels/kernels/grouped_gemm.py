@@ -47,7 +47,7 @@ TILES = Tiles(
         (When(), GemmConfig(64, 64, 64, num_warps=4, num_stages=2)),
     ],
     other=[
-        (When(bits=32), GemmConfig(64, 32, 32, num_warps=4, num_stages=2)),
+        (When(bits=32), GemmConfig(64, 32, 32, num_warps=8, num_stages=2)),
         (When(), GemmConfig(64, 64, 32, num_warps=4, num_stages=2)),
     ],
 )

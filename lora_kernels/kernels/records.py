@@ -57,13 +57,18 @@ class Call:
         self.record = record if callable(record) else None
 
     def run(self) -> Any:
-        """What the record computes; NotImplemented if it cannot, which drops it."""
+        """What the record computes; NotImplemented if it cannot, which drops it.
+
+        Raises: torch.OutOfMemoryError.
+        """
         active, index = driver.active, self.tensors[0].get_device()
         try:
             if index < 0 or index == active.get_current_device():
                 return self.record(active.get_current_stream(max(index, 0)), *self.tensors)
             with torch.cuda.device(index):
                 return self.record(active.get_current_stream(index), *self.tensors)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # the ordinary path meets it, too, or knows better
             _records[self.key] = f"{type(error).__name__}: {error}"
             return NotImplemented

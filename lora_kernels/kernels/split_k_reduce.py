@@ -1,4 +1,4 @@
-"""out = parts[0] + parts[1] + …, in this order. One program owns BLOCK elements of an output.
+"""out = parts[0] + parts[1] + …, in a fixed order. One program owns BLOCK elements of an output.
 
 A launch takes the parts of one output or of two.
 """
@@ -10,17 +10,20 @@ from torch import Tensor
 
 from lora_kernels.kernels.launch import cdiv, launch
 
-BLOCK = 1024
+BLOCK = 256
+AT_ONCE = 8  # parts: a sum waits for memory, so many of its loads are under way
 
 
 @triton.jit
-def _sum(parts_ptr, out_ptr, block, parts, numel, BLOCK: tl.constexpr):
+def _sum(parts_ptr, out_ptr, block, parts, numel, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
     offs = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
     acc = tl.zeros([BLOCK], tl.float32)
-    for part in tl.range(0, parts):
-        offs_part = tl.cast(part, tl.int64) * numel
-        acc += tl.load(parts_ptr + offs_part + offs, mask=mask, other=0.0)
+    for first in tl.range(0, parts, AT_ONCE):
+        part = first + tl.arange(0, AT_ONCE)
+        offs_part = tl.cast(part, tl.int64)[:, None] * numel + offs[None, :]
+        inside = (part < parts)[:, None] & mask[None, :]
+        acc += tl.sum(tl.load(parts_ptr + offs_part, mask=inside, other=0.0), axis=0)
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -28,14 +31,22 @@ def _sum(parts_ptr, out_ptr, block, parts, numel, BLOCK: tl.constexpr):
 def _split_k_reduce_kernel(
     parts_ptr, out_ptr, parts, numel,
     second_ptr, second_out_ptr, second_parts, second_numel,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     block, blocks = tl.program_id(0), tl.cdiv(numel, BLOCK)
     if second_ptr is not None:  # noqa: SIM102 - the outer if is decided at compile time
         if block >= blocks:
-            _sum(second_ptr, second_out_ptr, block - blocks, second_parts, second_numel, BLOCK)
+            _sum(
+                second_ptr,
+                second_out_ptr,
+                block - blocks,
+                second_parts,
+                second_numel,
+                BLOCK,
+                AT_ONCE,
+            )
     if block < blocks:
-        _sum(parts_ptr, out_ptr, block, parts, numel, BLOCK)
+        _sum(parts_ptr, out_ptr, block, parts, numel, BLOCK, AT_ONCE)
 
 
 def split_k_reduce(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,4 +96,5 @@ def _launch(
         second_parts=second_parts,
         second_numel=second_numel,
         BLOCK=BLOCK,
+        AT_ONCE=AT_ONCE,
     )

@@ -11,7 +11,7 @@ from lora_kernels.testing.tolerance import assert_close
 from tests.kernels.cases import FEW, dtypes
 
 
-@pytest.mark.parametrize("parts", [1, 2, 7])
+@pytest.mark.parametrize("parts", [1, 2, 7, 9, 17])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (50, 41)], ids=str)
 @dtypes
 def test_split_k_reduce_sums_and_rounds_once(dtype, shape, parts, seed, device):
