@@ -32,7 +32,7 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PIECE = 1 << 20  # numbers that are checked or written at once
-_UNRELEASED = 1 << 25  # bytes that are written before pages are given back
+_UNRELEASED = 1 << 24  # bytes that are written before pages are given back
 
 _open: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
