@@ -67,6 +67,7 @@ def lora_linear(
     every call: a layer passes 0 in eval mode. The mask is a pure function of seed, row and column,
     see dropout/mask.py. seed: int64 tensor of one element on x's device; None draws one from
     PyTorch's generator of that device. Under torch.distributed no other rank draws the same one.
+    For small float32 operands on a CPU, see functional/small.py, None means the mask of F.dropout.
     weight may also be ``frozen_weight(layer)`` of a quantised layer, which computes x·weightᵀ and
     its own bias by its own kernels; the backward multiplies by its weight made dense on the spot.
     x may be a nested tensor of layout torch.jagged. Wherever an op cannot compute, the formula runs
@@ -206,11 +207,11 @@ def lora_forward(
     seed: Tensor | None = None,
 ) -> Tensor:
     """lora_linear and lora_merged_linear for a layer, which names itself in errors."""
-    if seed is None and isinstance(x, Tensor) and x.is_cpu:
-        small = is_small(x, weight, a, b, bias, spec)
-        if small and obstacle(x, weight, a, b, bias) is None:
-            return small_lora_linear(x, weight, a, b, bias, spec)
-    if seed is None and isinstance(x, Tensor) and is_direct(x, weight, a, b, bias):
+    drawn = seed is None and isinstance(x, Tensor) and not x.is_nested
+    free = drawn and x.is_cpu and obstacle(x, weight, a, b, bias) is None
+    if free and is_small(x, weight, a, b, bias, spec):
+        return small_lora_linear(x, weight, a, b, bias, spec)
+    if drawn and is_direct(x, weight, a, b, bias):
         y = _repeat(x, weight, a, b, bias, spec)
         if y is not None:
             return y
@@ -229,7 +230,7 @@ def _repeat(
     if _is_any_autocast_enabled():
         x, weight, bias = cast(x, weight, bias)
         spec = under_autocast(spec, x, a, b)
-    like_seed = like_drawn(x.device) if spec.dropout_p > 0 else None
+    like_seed = like_drawn(x.device) if spec.dropout_p else None
     return repeat_lora_linear(x, weight, a, b, bias, spec, like_seed, draw_like)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lora_kernels import checks
 
-__all__ = ["draw_like", "draw_seeds", "like_drawn", "seeds_for"]
+__all__ = ["draw_like", "draw_seeds", "like_drawn", "rank_of", "seeds_for"]
 
 
 def seeds_for(
@@ -59,9 +59,14 @@ def draw_like(seeds: Tensor) -> Tensor:
 
 def _bounds() -> tuple[int, int]:
     """The least seed of this rank, and what is above the greatest."""
-    rank, ranks = 0, 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, ranks = rank_of()
     share = 2**64 // ranks
     low = -(2**63) + rank * share
     return low, low + share - 1
+
+
+def rank_of() -> tuple[int, int]:
+    """This process's rank under torch.distributed, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -3,14 +3,19 @@
 There the op's checks, mask and bookkeeping take longer than what they save. The formula is the
 same. Two things differ: autograd keeps what its operators need, with dropout the mask and the
 dropped-out x too, which is less than three megabytes; and the mask is that of F.dropout, so it
-follows from the state of PyTorch's generator, as in PEFT and loralib.
+follows from the state of PyTorch's generator, as in PEFT and loralib. That state may be the same on
+all ranks, which are to have masks of their own: with dropout several ranks take the op.
 """
+
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels.dispatch.algorithm import asked, interpreted
+from lora_kernels.functional.seeds import rank_of
+from lora_kernels.reference.linear import shaped_like
 from lora_kernels.spec import LoraSpec
 
 __all__ = ["LARGEST", "is_small", "small_lora_linear"]
@@ -19,6 +24,7 @@ __all__ = ["LARGEST", "is_small", "small_lora_linear"]
 # with one thread; and elements of x or y, so that little is kept.
 LARGEST = 150_000_000
 _MOST_ELEMENTS = 1 << 18
+_LARGEST_SCALING = sys.float_info.max
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -27,7 +33,8 @@ def is_small(
 ) -> bool:
     """Whether small_lora_linear computes a call: valid, plain, float32, on a CPU, and small.
 
-    Not under torch.compile, nor if LORA_KERNELS_PLAN or TRITON_INTERPRET asks for an algorithm.
+    Nothing stands in the op's way, see ops/obstacle.py. Not under torch.compile, nor if
+    LORA_KERNELS_PLAN or TRITON_INTERPRET asks for an algorithm.
     """
     if not (
         not torch.compiler.is_compiling()
@@ -45,12 +52,16 @@ def is_small(
         and a.is_cpu
         and b.is_cpu
         and x.layout is torch.strided
+        and weight.layout is torch.strided
+        and a.layout is torch.strided
+        and b.layout is torch.strided
     ):
         return False
     if bias is not None and not (
         type(bias) in _PLAIN
         and bias.dtype is torch.float32
         and bias.is_cpu
+        and bias.layout is torch.strided
         and bias.shape == weight.shape[:1]
     ):
         return False
@@ -64,12 +75,14 @@ def is_small(
         and elements * n <= _MOST_ELEMENTS * k
         and b.dim() == 2
         and b.shape[0] == n
+        and b.shape[1] > 0
         and a.shape == (b.shape[1], k)
         and spec.splits.enabled == (True,)
         and type(spec.scaling) in (float, int)
-        and spec.scaling - spec.scaling == 0  # finite
+        and -_LARGEST_SCALING <= spec.scaling <= _LARGEST_SCALING
         and type(spec.dropout_p) in (float, int)
         and 0 <= spec.dropout_p < 1
+        and (spec.dropout_p == 0 or rank_of()[1] == 1)
         and not torch.is_autocast_enabled("cpu")
         and not interpreted()
     )
@@ -82,4 +95,4 @@ def small_lora_linear(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     x_hat = F.dropout(rows, spec.dropout_p) if spec.dropout_p > 0 else rows
     y = torch.addmm(F.linear(rows, weight, bias), F.linear(x_hat, a), b.t(), alpha=spec.scaling)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+    return shaped_like(x, y)

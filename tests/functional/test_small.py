@@ -154,12 +154,59 @@ def test_wrong_operands_have_the_errors_of_the_op(operand, value, monkeypatch):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize("operand", ["w", "a", "b", "bias"])
+def test_operands_that_are_not_dense_are_for_the_checks_of_the_op(operand):
+    operands = {"w": torch.ones(6, 8), "a": torch.ones(2, 8), "b": torch.ones(6, 2)}
+    operands["bias"] = torch.ones(6)
+    spec = LoraSpec(1.0, 0.0, OutputSplits.whole(6))
+    assert is_small(torch.ones(3, 8), *operands.values(), spec)
+    operands[operand] = operands[operand].to_sparse()
+    assert not is_small(torch.ones(3, 8), *operands.values(), spec)
+
+
 @pytest.mark.parametrize("options", [{"scaling": float("nan")}, {"dropout_p": 1.0},
-                                     {"dropout_p": -0.1}, {"scaling": "1"}])  # fmt: skip
+                                     {"dropout_p": -0.1}, {"scaling": "1"}, {"dropout_p": "a"},
+                                     {"scaling": 10**400}])  # fmt: skip
 def test_wrong_numbers_are_refused(options):
     problem = plain()
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises((ValueError, TypeError), match=f"lora_linear: {next(iter(options))} must"):
         lora_linear(problem.x, problem.w, problem.a, problem.b, **options)
+
+
+def test_a_rank_of_zero_is_refused():
+    with pytest.raises(ValueError, match="lora_linear: lora_B must"):
+        lora_linear(torch.ones(3, 8), torch.ones(6, 8), torch.ones(0, 8), torch.ones(6, 0))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (8,)], ids=str)
+def test_results_are_no_views(shape):
+    """As those of nn.Linear: code that frees, detaches or changes them in place goes on."""
+    layer = LoRALinear(8, 6, r=2)
+    with torch.no_grad():
+        y = layer(torch.ones(shape))
+    assert y._base is None
+    y += torch.ones(6, requires_grad=True)
+    layer(torch.ones(shape)).detach_()
+
+
+def test_nothing_is_recorded_of_its_choice():
+    """torch.jit.trace warns of every size that Python looks at."""
+    layer = LoRALinear(8, 6, r=2, merge_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(layer, torch.ones(3, 8))
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_ranks_have_masks_of_their_own(monkeypatch):
+    """Equal states of PyTorch's generator give F.dropout equal masks; the op's seeds differ."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    layer = LoRALinear(8, 6, r=2, lora_dropout=0.5)
+    assert ops(lambda: layer(torch.ones(3, 8))) == ["lora_linear_forward"]
+    assert ops(lambda: layer.eval()(torch.ones(3, 8))) == []
 
 
 def test_little_is_kept():
