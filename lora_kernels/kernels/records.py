@@ -88,9 +88,11 @@ def call_of(name: str, operands: Sequence, *depends: object) -> Call | None:
     ):
         return None
     key, tensors = [name], []
-    if not _describe(operands, key, tensors) or (
-        tensors[0].is_cpu and config.CPU.target == "interpreter"
-    ):
+    try:
+        known = _describe(operands, key, tensors)
+    except RuntimeError:  # a tensor without memory, as one that outlived a transform of torch.func
+        return None
+    if not known or (tensors[0].is_cpu and config.CPU.target == "interpreter"):
         return None
     depends = driver.active, tf32_allowed(), *depends
     if depends != _valid_for[0]:

@@ -83,6 +83,7 @@ def is_direct(first: Tensor, *others: Tensor | None) -> bool:
         or _get_tracing_state() is not None
         or not (first.is_cpu or first.is_cuda)
         or first.layout is not torch.strided
+        or first.is_nested
         or is_legacy_batchedtensor(first)
         or type(first) not in _PLAIN
         or first.is_neg()
