@@ -13,18 +13,22 @@ import pytest
 
 __all__ = ["PINNED", "python", "run"]
 
-REQUESTS = ["requests", "urllib3", "charset-normalizer", "idna", "certifi"]
+REQUESTS = [
+    "requests==2.34.2", "urllib3==2.8.0", "charset-normalizer==3.5.3", "idna==3.20",
+    "certifi==2026.10.19.post1",
+]  # fmt: skip
 PINNED = {
     "mlx": ["mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"],
     "torchtune": [
         "torchtune==0.6.1", "torchao==0.16.0", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3",
-        "sentencepiece", "tiktoken", "blobfile", "kagglehub",
+        "sentencepiece==0.2.3", "tiktoken==0.14.0", "blobfile==3.3.0", "kagglehub==1.0.3",
     ],
     "litgpt": [
-        "litgpt==0.5.13", "lightning", "lightning-utilities", "torchmetrics", "jsonargparse",
+        "litgpt==0.5.13", "lightning==2.6.6", "lightning-utilities==0.15.3", "torchmetrics==1.9.0",
+        "jsonargparse==4.53.0",
     ],
-    "lycoris": ["lycoris-lora==4.1.3", "toml", "einops"],
-    "diffusers": ["diffusers==0.42.1", "importlib-metadata", "zipp", *REQUESTS],
+    "lycoris": ["lycoris-lora==4.1.3", "toml==0.10.2", "einops==0.8.2"],
+    "diffusers": ["diffusers==0.42.1", "importlib-metadata==10.2.0", "zipp==4.1.2", *REQUESTS],
     "adapters": [
         "adapters==1.3.0", "transformers==4.57.6", "tokenizers==0.22.1", "huggingface-hub==0.36.0",
         *REQUESTS,
