@@ -70,7 +70,7 @@ TILES = Tiles(
     other=[
         (When(bits=32), GemmConfig(64, 64, 32, num_warps=4, num_stages=2)),
         (When(m=SMALL_M), GemmConfig(32, 64, 64, num_warps=4, num_stages=2)),
-        (When(), GemmConfig(64, 128, 32, num_warps=4, num_stages=3)),
+        (When(), GemmConfig(64, 128, 32, num_warps=8, num_stages=3)),
     ],
 )
 

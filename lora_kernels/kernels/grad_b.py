@@ -43,7 +43,7 @@ TILES = Tiles(
     ],
     hip=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=4, num_stages=2)),
-        (When(), SkinnyConfig(128, 64, num_warps=4, num_stages=2)),
+        (When(), SkinnyConfig(128, 64, num_warps=8, num_stages=2)),
     ],
     other=[
         (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),

@@ -48,7 +48,7 @@ TILES = Tiles(
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
     ],
     other=[
-        (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),
+        (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
     ],
 )
