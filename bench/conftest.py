@@ -11,7 +11,7 @@ from bench.implementations import IMPLEMENTATIONS, choose
 from bench.measure import measure, subject_of
 from bench.models import MODEL_IMPLEMENTATIONS
 from lora_kernels.tuning import machine, repository, rows, shapes
-from lora_kernels.tuning.options import listed
+from lora_kernels.tuning.options import count, listed, probability
 
 ROWS = pytest.StashKey[list[dict]]()
 MEASURED = pytest.StashKey[dict]()
@@ -56,9 +56,9 @@ def pytest_addoption(parser):
             listed(str, names),
             f"implementations, of {', '.join(names)}; frozen and lora_kernels always take part",
         ),
-        "--tokens": (listed(int), "numbers of tokens M"),
-        "--ranks": (listed(int), "ranks r"),
-        "--dropout": (listed(float), "dropout probabilities p"),
+        "--tokens": (listed(count), "numbers of tokens M"),
+        "--ranks": (listed(count), "ranks r"),
+        "--dropout": (listed(probability), "dropout probabilities p"),
     }
     for name, (kind, text) in lists.items():
         add(name, text, type=kind, default=[], metavar="LIST")

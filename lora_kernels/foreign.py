@@ -50,8 +50,9 @@ def check_options(layer: type[nn.Module], base: type[nn.Module], options: Mappin
     taken = inspect.signature(base.__init__).parameters
     for name in options:
         if name not in taken:
-            own = inspect.signature(layer.__init__).parameters
-            names = [*own, *taken]
+            # A constructor may pass on what it does not name itself.
+            own = [kind.__init__ for kind in layer.__mro__ if "__init__" in vars(kind)]
+            names = [*taken, *(n for each in own for n in inspect.signature(each).parameters)]
             meant = _ALIASES[name] if _ALIASES.get(name) in names else did_you_mean(name, names)
             raise TypeError(
                 f"{layer.__name__}: got an unexpected argument {name!r}"

@@ -159,6 +159,17 @@ def test_a_convolution_names_it_as_well():
         lora.Conv2d(4, 4, 3, r=2, strides=2)
 
 
+def test_a_constructor_that_passes_all_on_knows_the_names_of_what_it_passes_to():
+    class Mine(lora.LoRALinear):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    with pytest.raises(TypeError, match=r"Mine: .*'alpha': did you mean lora_alpha\?"):
+        Mine(4, 4, alpha=2)
+    with pytest.raises(TypeError, match=r"LoRAConv1d: .*'dropout': did you mean lora_dropout\?"):
+        lora.LoRAConv1d(4, 4, 1, r=2, dropout=0.1)
+
+
 def test_a_subclass_names_itself():
     class Mine(lora.LoRALinear):
         pass

@@ -132,12 +132,14 @@ def _add_check(commands) -> None:
     )
     check.add_argument(
         "--seconds",
-        type=float,
+        type=_option("duration"),
         default=60.0,
         metavar="S",
         help="what has not begun by then is left out (default: %(default)g)",
     )
-    check.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core)")
+    check.add_argument(
+        "--jobs", type=_option("count"), metavar="N", help="processes (default: one a core)"
+    )
     check.set_defaults(command=_check)
 
 
@@ -160,12 +162,14 @@ def _add_tune(commands) -> None:
         "--shapes", metavar="LIST", help="layers as KxN, such as 4096x1024, or llama3-8b"
     )
     numbers = {
-        "--tokens": (int, [], "numbers of tokens (default: 16,512,4096)"),
-        "--ranks": (int, [16], "ranks (default: 16)"),
-        "--dropout": (float, [0.0, 0.1], "dropout probabilities (default: 0,0.1)"),
+        "--tokens": ("count", [], "numbers of tokens (default: 16,512,4096)"),
+        "--ranks": ("count", [16], "ranks (default: 16)"),
+        "--dropout": ("probability", [0.0, 0.1], "dropout probabilities (default: 0,0.1)"),
     }
     for name, (kind, default, text) in numbers.items():
-        tune.add_argument(name, type=_list_of(kind), default=default, metavar="LIST", help=text)
+        tune.add_argument(
+            name, type=_list_of(_option(kind)), default=default, metavar="LIST", help=text
+        )
     tune.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="(default: bfloat16)"
     )
@@ -176,7 +180,7 @@ def _add_tune(commands) -> None:
         metavar="T",
         help="when to stop (default: %(default)g)",
     )
-    tune.add_argument("--jobs", type=int, metavar="N", help="processes that compile")
+    tune.add_argument("--jobs", type=_option("count"), metavar="N", help="processes that compile")
     instead = tune.add_mutually_exclusive_group()
     instead.add_argument("--dry-run", action="store_true", help="print what would be measured")
     instead.add_argument("--show", action="store_true", help="print what is kept for this GPU")
@@ -188,6 +192,13 @@ def _names(text: str) -> list[str]:
     from lora_kernels.tuning.check import names
 
     return _list_of(str, names())(text)
+
+
+def _option(kind: str):
+    """The type of that name in tuning/options.py."""
+    from lora_kernels.tuning import options
+
+    return getattr(options, kind)
 
 
 def _list_of(kind, choices=()):

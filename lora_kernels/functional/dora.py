@@ -82,6 +82,11 @@ def _without_op(
         checks.check_shape(layer, x, weight)
         operands = weight, a, b, bias, magnitude, spec, seed
         return over_values(x, lambda values: dora_forward(layer, values, *operands))
+    if isinstance(x, Tensor) and x.is_nested:
+        raise TypeError(
+            f"{checks.layer_name(layer)}: x must be dense or nested with layout=torch.jagged if "
+            f"there is a magnitude, got a nested tensor of layout {x.layout}"
+        )
     if not is_opaque(x):
         checks.check_magnitude(layer, magnitude, weight)
     operands = of_formula(layer, x, weight, a, b, bias, spec, seed)

@@ -23,6 +23,9 @@ def layers_of(model: str) -> tuple[Layer, ...]:
             f"{model}: needs transformers (pip install transformers); or give --shapes KxN,..."
         ) from None
     path = Path(model)
+    named = len(path.parts) <= 2 and not path.is_absolute() and path.name != "config.json"
+    if not (named or path.exists()):  # Transformers would take it for a name
+        raise ValueError(f"{model}: there is no such folder or file")
     try:
         config = AutoConfig.from_pretrained(path.parent if path.name == "config.json" else model)
         with torch.device("meta"):

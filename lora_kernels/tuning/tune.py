@@ -19,7 +19,7 @@ from lora_kernels.kernels.config import When
 from lora_kernels.kernels.registry import LAUNCHERS
 from lora_kernels.tuning import candidates, cases, machine, rows, shapes, workers
 from lora_kernels.tuning.cases import Case
-from lora_kernels.tuning.options import listed
+from lora_kernels.tuning.options import count, duration, listed, probability
 from lora_kernels.tuning.shapes import Layer, Shape
 from lora_kernels.tuning.verdicts import confirm
 
@@ -109,19 +109,19 @@ def _parser() -> argparse.ArgumentParser:
             [],
             f"sets of layers, of {', '.join(shapes.SETS)}; merged ones are left out",
         ),
-        "--tokens": (listed(int), [], "numbers of tokens M"),
-        "--ranks": (listed(int), [], "ranks r"),
-        "--dropout": (listed(float), DROPOUT, "dropout probabilities p"),
+        "--tokens": (listed(count), [], "numbers of tokens M"),
+        "--ranks": (listed(count), [], "ranks r"),
+        "--dropout": (listed(probability), DROPOUT, "dropout probabilities p"),
     }
     for name, (kind, default, text) in lists.items():
         parser.add_argument(name, type=kind, default=default, metavar="LIST", help=text)
-    parser.add_argument("--limit", type=int, metavar="N", help="most candidates of a shape")
+    parser.add_argument("--limit", type=count, metavar="N", help="most candidates of a shape")
     parser.add_argument(
-        "--seconds", type=float, metavar="S", help="time to spend on a kernel at a shape"
+        "--seconds", type=duration, metavar="S", help="time to spend on a kernel at a shape"
     )
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=count,
         default=min(os.cpu_count() or 1, MOST_JOBS),
         metavar="N",
         help="processes that compile; 1 is this one, which does not survive a candidate that dies",

@@ -270,6 +270,14 @@ def test_jagged_rows(dropout_p, low_rank_only, seed, device):
     assert torch.equal(call_dora(problem, x=x).values(), call_dora(problem))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_rows_of_strided_layout_are_refused_by_name(device):
+    problem = make(3, 8, 6, 2, device=device)
+    x = torch.nested.nested_tensor([problem.x, problem.x[:1]])
+    with pytest.raises(TypeError, match=r"lora_linear: x must be dense or .*torch\.jagged"):
+        call_dora(problem, x=x)
+
+
 VIEWS = {
     "transposed": lambda t: t.T.contiguous().T if t.dim() > 1 else t.repeat(2)[: len(t)],
     "sliced": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
