@@ -44,14 +44,17 @@ _GROUPS = {
     "lora_projection": ("o_proj",), "lora_mlp": ("gate_proj", "up_proj", "down_proj"),
     "lora_head": ("lm_head",),
 }  # fmt: skip
-_KEY = re.compile(r"^(transformer\.h\.\d+\.(attn|mlp)\.|lm_head\.)")
+# Not those of GPT-2 and its relatives, whose blocks are called transformer.h.N, too.
+_KEY = re.compile(
+    r"(transformer\.h\.\d+\.(attn\.(qkv|proj)|mlp\.(experts\.\d+\.)?(fc|fc_1|fc_2|proj))|lm_head)"
+    r"\.lora_[AB]"
+)
 
 
 def recognises(contents: Contents) -> bool:
-    """Whether it is a pickle with the names of litgpt's layers."""
-    return contents.kind == "pickle" and any(
-        _KEY.match(key) and key.endswith((".lora_A", ".lora_B")) for key in contents.keys
-    )
+    """Whether it is a pickle of factors under the names of litgpt's layers, and of nothing else."""
+    keys = contents.keys
+    return contents.kind == "pickle" and bool(keys) and all(map(_KEY.fullmatch, keys))
 
 
 def read(file: Path, hints: Hints) -> Adapter:

@@ -38,6 +38,21 @@ def test_pickles_are_told_by_their_keys(name, envelope, tmp_path):
     assert recognise(tmp_path / "whatever.safetensors") == name
 
 
+LORALIBS = (
+    "transformer.h.0.attn.c_attn",
+    "transformer.h.0.mlp.c_fc",
+    "transformer.h.0.attn.q_proj",
+)
+
+
+@pytest.mark.parametrize("more", ["model.layers.0.self_attn.q_proj", *LORALIBS, "a"])
+def test_loralibs_files_with_names_like_litgpts_are_loralibs(more, tmp_path):
+    paths = (more, "lm_head") if more not in LORALIBS else (more,)
+    keys = [f"{path}.{name}" for path in paths for name in ("lora_A", "lora_B")]
+    torch.save({key: torch.ones(1) for key in keys}, tmp_path / "lora.pt")
+    assert recognise(tmp_path / "lora.pt") == "loralib"
+
+
 def test_safetensors_of_something_else_are_refused(tmp_path):
     save_file({"model.embed_tokens.weight": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors: must be in one of these formats"):
