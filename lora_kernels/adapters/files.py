@@ -84,14 +84,20 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_pickle(path: Path) -> Any:
     """What torch.save wrote, as long as it is tensors in plain containers; nothing is executed.
 
-    Raises: ValueError for anything else, and for a damaged file.
+    Raises: ValueError for anything else, for a damaged file, and for one that would take far more
+    memory than it has bytes.
     """
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
+        is_zip = zipfile.is_zipfile(path)
+        grown = _grown_record(path) if is_zip else None
+        if grown is not None:
+            raise zipfile.BadZipFile(f"{grown} is compressed, or larger than the file")
         if path.suffix == ".safetensors":  # by which torch.load would take it for such a file
             with path.open("rb") as file:
-                return torch.load(file, **options)
-        return torch.load(path, mmap=zipfile.is_zipfile(path), **options)
+                loaded = torch.load(file, **options)
+        else:
+            loaded = torch.load(path, mmap=is_zip, **options)
     except OSError:
         raise
     except pickle.UnpicklingError:
@@ -100,7 +106,42 @@ def read_pickle(path: Path) -> Any:
             f"tensors are loaded from one"
         ) from None
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path}: torch.load cannot read it: {error}") from None
+        why = str(error) or type(error).__name__
+        raise ValueError(f"{path}: torch.load cannot read it: {why}") from None
+    _check_tensors(path, loaded)
+    return loaded
+
+
+def _grown_record(path: Path) -> str | None:
+    """A record that is larger in memory than in the file, of which torch.save writes none."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
+                return info.filename
+    return None
+
+
+def _check_tensors(path: Path, loaded: Any) -> None:
+    """Raises: ValueError, naming the key, for a tensor that is not one piece of the file at path.
+
+    What follows takes dense tensors alone.
+    """
+    size, seen = path.stat().st_size, set()
+    left = [("", loaded)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, Tensor):
+            plain = value.layout is torch.strided and value.device.type == "cpu"
+            if not plain or value.is_quantized or value.is_nested:
+                raise ValueError(f"{path}: {key}: must be a dense tensor with its own numbers")
+            if value.numel() * value.itemsize > size:
+                raise ValueError(f"{path}: {key}: {list(value.shape)} is larger than the file")
+        elif id(value) not in seen:  # containers may hold themselves
+            seen.add(id(value))
+            if isinstance(value, dict):
+                left += [(str(name), inner) for name, inner in value.items()]
+            elif isinstance(value, (list, tuple)):
+                left += [(key, inner) for inner in value]
 
 
 def is_safetensors(path: Path) -> bool:

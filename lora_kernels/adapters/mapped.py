@@ -117,7 +117,7 @@ def _records(raw: BinaryIO) -> dict[int, int]:
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor of floating-point numbers holds neither NaN nor infinite ones."""
     for piece in _pieces(tensor.detach()):
-        low, high = piece.aminmax()
+        low, high = (piece.float() if piece.itemsize == 1 else piece).aminmax()  # not of float8
         if not (low.isfinite() and high.isfinite()):
             return False
     return True

@@ -102,4 +102,6 @@ def _keys(file: Path) -> list[str]:
     with naming(file), file.open("rb") as raw:
         size = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(size)) if size < file.stat().st_size else {}
+        if not isinstance(header, dict):
+            raise ValueError(f"header: must be a JSON object, got {type(header).__name__}")
         return [key for key in header if key != "__metadata__"]

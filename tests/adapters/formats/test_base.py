@@ -42,6 +42,15 @@ def test_paths_are_those_of_the_weights(tmp_path):
     assert Base.read(tmp_path).paths == ["d", "e.f"]
 
 
+@pytest.mark.parametrize("header", [b"5", b"[1]", b"null"])
+def test_weights_whose_header_is_no_object_are_named(tmp_path, header):
+    written(tmp_path)
+    content = len(header).to_bytes(8, "little") + header + b" "
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.safetensors: header: must be a JSON object"):
+        Base.read(tmp_path)
+
+
 def test_paths_of_a_model_have_no_wrappers():
     model = nn.Sequential(torch.compile(nn.Linear(2, 2)))
     assert list(Base.of(model).paths) == ["0"]
