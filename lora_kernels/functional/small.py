@@ -51,10 +51,6 @@ def is_small(
         and weight.is_cpu
         and a.is_cpu
         and b.is_cpu
-        and x.layout is torch.strided
-        and weight.layout is torch.strided
-        and a.layout is torch.strided
-        and b.layout is torch.strided
     ):
         return False
     if bias is not None and not (
@@ -75,6 +71,10 @@ def is_small(
         and elements * n <= _MOST_ELEMENTS * k
         and b.dim() == 2
         and b.shape[0] == n
+        and x.layout is torch.strided
+        and weight.layout is torch.strided
+        and a.layout is torch.strided
+        and b.layout is torch.strided
         and b.shape[1] > 0
         and a.shape == (b.shape[1], k)
         and spec.splits.enabled == (True,)

@@ -29,7 +29,7 @@ def test_main_asks_for_the_interpreter_without_a_gpu(monkeypatch, capsys):
     ("option", "message"),
     [
         ("--kernels=shrink,grow", "'grow' is not one of shrink, "),
-        ("--tokens=8,many", "int() with base 10"),
+        ("--tokens=8,many", "must be an integer >= 1, got 'many'"),
     ],
 )
 def test_main_refuses_lists_of_what_there_is_not(option, message, capsys):
