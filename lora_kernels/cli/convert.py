@@ -1,6 +1,7 @@
 """lora-kernels convert: an adapter from one file format to another."""
 
 import argparse
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,9 +26,9 @@ def convert(options: argparse.Namespace) -> list[str]:
     Raises: UsageError, in one line, for all that cannot be read, converted or written.
     """
     source, destination = Path(options.source), Path(options.destination)
-    if not source.exists():
-        raise UsageError(f"convert: {source}: no such file or directory")
     try:
+        if not source.exists():
+            raise FileNotFoundError(f"{source}: no such file or directory")
         hints = hints_of(options)
         if options.merged:
             return unmerge(source, destination, hints)
@@ -36,7 +37,7 @@ def convert(options: argparse.Namespace) -> list[str]:
         adapter = formats.FORMATS[found].read(file, hints)
         if destination.is_dir() and any(destination.iterdir()):
             raise ValueError(f"{destination}: is a directory that is not empty")
-        if destination.exists() and not destination.is_dir():
+        if os.path.lexists(destination) and not destination.is_dir():
             raise ValueError(f"{destination}: is there already")
         written = formats.FORMATS[wanted].write(adapter, destination, hints)
         taken = []

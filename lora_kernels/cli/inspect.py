@@ -57,9 +57,9 @@ def inspect(options: argparse.Namespace) -> Inspection:
     Raises: UsageError, in one line, for what is no adapter, or cannot be read as tensors.
     """
     path = Path(options.source)
-    if not path.exists():
-        raise UsageError(f"inspect: {path}: no such file or directory")
     try:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or directory")
         hints = hints_of(options)
         name, file = formats.locate(path, options.source_format)
         tensors = _tensors(file)

@@ -312,6 +312,22 @@ def test_convert_refuses_places_that_cannot_be_read_or_written(refused, director
     assert "DESTINATION" in refused("lora.pt")
 
 
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_a_name_that_is_too_long_is_one_line(command, capsys):
+    from lora_kernels.cli import main
+
+    assert main([command, "a" * 300, *(["out"] if command == "convert" else [])]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", ["loralib", "diffusers", "mlx"])
+def test_convert_leaves_a_link_to_nothing_alone(refused, directory, tmp_path, form):
+    link = tmp_path / "link.safetensors"
+    link.symlink_to("nothing")
+    assert "link.safetensors" in refused("peft", "link.safetensors", "--to", form)
+    assert link.is_symlink()
+
+
 def test_convert_writes_no_pickle_with_the_name_of_another_format(refused, directory):
     assert "give --to" in refused("peft", "lora.safetensors")
 

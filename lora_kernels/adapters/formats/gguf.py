@@ -26,6 +26,7 @@ from lora_kernels.adapters.formats.plain import (
     make_layer,
     of_one_scaling,
     plain_layers,
+    single_alpha,
 )
 from lora_kernels.checks import check_alpha
 
@@ -144,7 +145,7 @@ def write(adapter: Adapter, file: Path, hints: Hints) -> list[str]:
         raise ValueError(f"{hints.base.place}: model_type: must be one of {known} for GGUF")
     layers = plain_layers(adapter, "GGUF", ("linear", "embedding"))
     layers, alpha, lines = of_one_scaling(layers, lambda layer: layer.scaling * layer.r)
-    written = torch.tensor(alpha, dtype=torch.float32).item()
+    written = single_alpha(layers[0], alpha)
     if written != alpha:
         lines.append(f"remark: alpha {alpha!r} is {written!r} in GGUF, a float32")
     tensors = {}

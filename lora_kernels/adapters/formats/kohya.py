@@ -26,6 +26,7 @@ from lora_kernels.adapters.formats.plain import (
     make_layer,
     plain_layers,
     scale_of,
+    single_alpha,
 )
 
 __all__ = ["read", "recognises", "write"]
@@ -201,8 +202,9 @@ def write(adapter: Adapter, file: Path, hints: Hints) -> list[str]:
         if f"{name}.alpha" in tensors:
             raise ValueError(f"{file}: {layer.path}: another module is called {name}, too")
         alpha = layer.scaling * layer.r
-        tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
-        if tensors[f"{name}.alpha"].item() != alpha:
+        written = single_alpha(layer, alpha)
+        tensors[f"{name}.alpha"] = torch.tensor(written, dtype=torch.float32)
+        if written != alpha:
             rounded.append(layer.path)
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = layer.a, layer.b
         if layer.magnitude is not None:

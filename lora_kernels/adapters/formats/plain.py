@@ -34,7 +34,7 @@ from lora_kernels.model.targets import LayerSpec
 __all__ = [
     "EMBEDDINGS", "Part", "PlainLayer", "alpha_of", "base_weights", "collect", "left_out",
     "make_adapter", "make_layer", "of_one_rank", "of_one_scaling", "plain_layers", "scale_of",
-    "summary",
+    "single_alpha", "summary",
 ]  # fmt: skip
 
 # Names of embeddings in models, for formats whose shapes do not tell them from linears.
@@ -95,16 +95,20 @@ def scale_of(
 ) -> float:
     """alpha / r of a layer, by the part of this name, or else by the hint.
 
-    Raises: ValueError that names file and key, and for both at once.
+    Raises: ValueError that names file and key, and for both at once. 0 counts as absent: the tools
+    take it for r.
     """
     r = parts[FACTORS[0]].value.shape[0]
-    if name not in parts:
-        if hint is None:
-            raise ValueError(f"{file}: {path}.{name}: missing: give --lora-alpha (r is {r})")
-        return check_alpha(hint, "--lora-alpha") / r
-    key, alpha = parts[name].key, parts[name].value
-    if alpha.numel() != 1:
+    alpha = parts[name].value if name in parts else None
+    if alpha is not None and alpha.numel() != 1:
+        key = parts[name].key
         raise ValueError(f"{file}: {key}: must be one number, got shape {list(alpha.shape)}")
+    if alpha is None or alpha.item() == 0:
+        if hint is None:
+            what = "missing" if alpha is None else "is 0"
+            raise ValueError(f"{file}: {path}.{name}: {what}: give --lora-alpha (r is {r})")
+        return check_alpha(hint, "--lora-alpha") / r
+    key = parts[name].key
     if hint not in (None, alpha.item()):
         raise ValueError(f"{file}: {key}: is {alpha.item():g}: leave out --lora-alpha {hint:g}")
     return check_alpha(alpha.item(), f"{file}: {key}") / r
@@ -248,6 +252,20 @@ def base_weights(adapter: Adapter) -> list[str]:
     return [join(p, "weight") for p in adapter.layers if join(p, "weight") in adapter.entries]
 
 
+def single_alpha(layer: PlainLayer, alpha: float) -> float:
+    """alpha as a float32, for files that have it so.
+
+    Raises: ValueError if that is not finite, or 0, which the tools take for no alpha at all.
+    """
+    single = torch.tensor(alpha, dtype=torch.float32).item()
+    if single == 0 or not math.isfinite(single):
+        raise ValueError(
+            f"{layer.path}: alpha {alpha!r} is {single!r} as the float32 of this format, which its "
+            f"tools do not take"
+        )
+    return single
+
+
 def of_one_scaling(
     layers: Sequence[PlainLayer],
     measure: Callable[[PlainLayer], float] = lambda layer: layer.scaling,
@@ -255,16 +273,25 @@ def of_one_scaling(
     """Layers whose measure (the scaling, or what follows from it) is the same, which is returned.
 
     The B of others is multiplied by the ratio, in float64, and rounded once to its dtype. The
-    lines say so.
+    lines say so. Raises: ValueError if one of them is 0, or B leaves the range of its dtype.
     """
     values = [measure(layer) for layer in layers]
     common = collections.Counter(values).most_common(1)[0][0]
     made, changed, exact = [], [], True
     for layer, value in zip(layers, values, strict=True):
         if value != common:
-            ratio = value / common
+            ratio = value / common if common else 0.0
             exact = exact and math.frexp(ratio)[0] == 0.5
             scaled = (layer.b.double() * ratio).to(layer.b.dtype)
+            if (
+                not scaled.isfinite().all()
+                or not torch.equal(scaled == 0, layer.b == 0)
+                or not ratio
+            ):
+                raise ValueError(
+                    f"{layer.path}: scaling {layer.scaling:g}: the format has one scaling for all, "
+                    f"and lora_B in {layer.b.dtype} cannot take the ratio {ratio:g} to it"
+                )
             layer = replace(layer, b=scaled, scaling=layer.scaling / ratio)
             changed.append(layer.path)
         made.append(layer)
