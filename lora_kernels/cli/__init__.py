@@ -1,8 +1,8 @@
 """The command line, ``lora-kernels`` or ``python -m lora_kernels``.
 
 Exit codes: 0; 1 if doctor found something missing, or check something wrong; 2, with one line on
-stderr, if an argument or a file is wrong; 130 after Ctrl-C. What ``run`` runs ends with its own
-exit code.
+stderr, if an argument or a file is wrong; 130 after Ctrl-C; 141 if the program that reads stdout
+has ended. What ``run`` runs ends with its own exit code.
 """
 
 import argparse
@@ -25,6 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the arguments without the program's name; None takes those of sys.argv.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["run"]:  # stdout is the program's own
+        return _main(argv)
+    try:
+        try:
+            return _main(argv)
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell has it for SIGPIPE
+
+
+def _main(argv: list[str]) -> int:
     own, its = _split(argv)
     parser = _parser()
     if not own:

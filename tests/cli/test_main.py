@@ -1,6 +1,8 @@
 """The command line as a whole: version, help, exit codes, and what was meant instead."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,6 +47,29 @@ def test_an_interrupt_is_one_line_and_130(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_doctor", interrupted)
     assert ended("doctor") == 130
     assert capsys.readouterr().err == "lora-kernels: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "unbuffered"), [("--help", ""), ("inspect", ""), ("inspect", "1")]
+)
+def test_a_reader_that_has_ended_is_no_traceback(command, unbuffered, tmp_path):
+    arguments = [command]
+    if command == "inspect":
+        model = torch.nn.Sequential(lora_kernels.LoRALinear(4, 4, r=2))
+        lora_kernels.save_adapter(model, tmp_path)
+        arguments.append(str(tmp_path))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-m", "lora_kernels", *arguments],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.stderr == ""
+    assert done.returncode == 141
 
 
 @pytest.mark.parametrize(
