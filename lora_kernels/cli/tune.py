@@ -16,6 +16,7 @@ from lora_kernels.tuning.user import Plan
 __all__ = ["tune"]
 
 MOST_JOBS = 16
+_MOST_MINUTES = 1440
 _INTERRUPTED = 130
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -78,8 +79,16 @@ def _run(plan: Plan, path: os.PathLike) -> int:
 
 def _plan(device: torch.device, options: argparse.Namespace) -> Plan:
     default = user.DEFAULTS[device.type]
-    if not options.minutes > 0:
-        raise UsageError(f"tune: --minutes must be more than 0, got {options.minutes:g}")
+    if not 0 < options.minutes <= _MOST_MINUTES:
+        raise UsageError(
+            f"tune: --minutes must be more than 0, and {_MOST_MINUTES} at most, got "
+            f"{options.minutes:g}"
+        )
+    for name in ("tokens", "ranks"):
+        if any(number < 1 for number in getattr(options, name) or ()):
+            raise UsageError(f"tune: --{name} must be 1 or more, got {getattr(options, name)}")
+    if not all(0 <= p < 1 for p in options.dropout):
+        raise UsageError(f"tune: --dropout must be in [0, 1), got {options.dropout}")
     layers: tuple[Layer, ...] = ()
     try:
         if options.model:

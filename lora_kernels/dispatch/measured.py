@@ -29,17 +29,21 @@ def content(device: torch.device) -> dict[str, list[dict]]:
 
     It is read once in a process. A file that does not hold this is ignored, with one warning.
     """
+    return _read(device) or {"algorithms": [], "tiles": []}
+
+
+def _read(device: torch.device) -> dict[str, list[dict]]:
+    """The content of the file as it is now; {} if there is none, or a bad one."""
     found = cache.read(KIND, device)
     if not found:
-        return {"algorithms": [], "tiles": []}
+        return {}
     try:
         for entry in found["algorithms"]:
             _entry(entry, (0, 0))
         if not all(isinstance(tile, dict) for tile in found["tiles"]):
             raise TypeError("tiles must be objects")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        cache.ignored(cache.path_of(KIND, device), f"{type(error).__name__}: {error}")
-        return {"algorithms": [], "tiles": []}
+        return cache.ignored(cache.path_of(KIND, device), f"{type(error).__name__}: {error}")
     return found
 
 
@@ -64,7 +68,7 @@ def add(
     Raises: OSError if the file cannot be written; this process has the entries all the same.
     """
     own = content(device)
-    its = cache.read(KIND, device) or own  # another process may have added to it
+    its = _read(device) or own  # another process may have added to it
     merged = {
         "algorithms": _merged(its["algorithms"], own["algorithms"], algorithms),
         "tiles": _merged(its["tiles"], own["tiles"], tiles),

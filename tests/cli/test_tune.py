@@ -63,9 +63,14 @@ def test_it_says_what_was_compared_and_where_it_is_kept(tune, device):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--minutes=0"], "--minutes must be more than 0, got 0"),
-        (["--minutes=-1"], "--minutes must be more than 0, got -1"),
-        (["--minutes=nan"], "--minutes must be more than 0, got nan"),
+        (["--minutes=0"], "--minutes must be more than 0, and 1440 at most, got 0"),
+        (["--minutes=-1"], "--minutes must be more than 0, and 1440 at most, got -1"),
+        (["--minutes=nan"], "--minutes must be more than 0, and 1440 at most, got nan"),
+        (["--minutes=inf"], "--minutes must be more than 0, and 1440 at most, got inf"),
+        (["--tokens=64,0"], "--tokens must be 1 or more, got [64, 0]"),
+        (["--ranks=0"], "--ranks must be 1 or more, got [0]"),
+        (["--dropout=1"], "--dropout must be in [0, 1), got [1.0]"),
+        (["--dropout=nan"], "--dropout must be in [0, 1), got [nan]"),
         (["--minutes=soon"], "invalid float value"),
         (["--shapes=48"], "'48' must be KxN"),
         (["--tokens=many"], "--tokens: must be an integer >= 1, got 'many'"),

@@ -84,6 +84,16 @@ def test_a_file_without_entries_is_ignored(content):
         assert choose(shape()).name == "fused"
 
 
+@pytest.mark.parametrize("content", [{"x": 1}, {"algorithms": [], "tiles": 5},
+                                     {"algorithms": [3], "tiles": []}])  # fmt: skip
+def test_what_is_measured_takes_the_place_of_a_bad_file(content):
+    caches.write(measured.KIND, CPU, content)
+    with pytest.warns(RuntimeWarning, match="is ignored"):
+        measured.add(CPU, [entry()])
+    measured.forget()
+    assert choose(shape()).reason == "measured on this GPU"
+
+
 def test_what_cannot_be_written_holds_in_this_process(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "file"))
