@@ -42,8 +42,9 @@ _KNOWN = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10)
 _records: dict[tuple, "Callable | str | None"] = {}  # None: seen once; str: why there is none
 _valid_for: list = [()]  # what call_of was told that they depend on
 _thread = threading.local()
-_recording = threading.Lock()
+_recording, _changing = threading.Lock(), threading.Lock()
 _WRITING = ("add_lora",)  # ops that write to an operand
+_BITS = {2: torch.int16, 4: torch.int32}  # by bytes of an element
 
 
 class Call:
@@ -61,17 +62,22 @@ class Call:
 
         Raises: torch.OutOfMemoryError.
         """
-        active, index = driver.active, self.tensors[0].get_device()
         try:
-            if index < 0 or index == active.get_current_device():
-                return self.record(active.get_current_stream(max(index, 0)), *self.tensors)
-            with torch.cuda.device(index):
-                return self.record(active.get_current_stream(index), *self.tensors)
+            return _run(self.record, self.tensors)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the ordinary path meets it, too, or knows better
-            _records[self.key] = f"{type(error).__name__}: {error}"
+            _keep(self.key, f"{type(error).__name__}: {error}")
             return NotImplemented
+
+
+def _run(record: Callable, tensors: list[Tensor]) -> Any:
+    """What a record computes, on the device of the tensors and its current stream."""
+    active, index = driver.active, tensors[0].get_device()
+    if index < 0 or index == active.get_current_device():
+        return record(active.get_current_stream(max(index, 0)), *tensors)
+    with torch.cuda.device(index):
+        return record(active.get_current_stream(index), *tensors)
 
 
 def call_of(name: str, operands: Sequence, *depends: object) -> Call | None:
@@ -96,7 +102,7 @@ def call_of(name: str, operands: Sequence, *depends: object) -> Call | None:
         return None
     depends = driver.active, tf32_allowed(), *depends
     if depends != _valid_for[0]:
-        _records.clear()
+        forget()
         _valid_for[0] = depends
     return Call(tuple(key), tensors)
 
@@ -137,18 +143,14 @@ def current() -> "Tape | None":
 
 def forget() -> None:
     """Drops all records."""
-    _records.clear()
+    with _changing:
+        _records.clear()
 
 
 def observe(call: Call, compute: Callable[[], Any]) -> Any:
     """compute(), which the second call of its kind records."""
-    key = call.key
-    if key not in _records:
-        while len(_records) >= _MOST:
-            _records.pop(next(iter(_records)), None)
-        _records[key] = None
-    elif (
-        _records[key] is None
+    if (
+        _is_due(call.key)
         and current() is None
         and _are_different(call.tensors)
         and _recording.acquire(blocking=False)  # a tape puts itself into Triton's launchers
@@ -163,9 +165,27 @@ def observe(call: Call, compute: Callable[[], Any]) -> Any:
         record = tape.finish(result)
         if callable(record) and _can_repeat(call) and not _repeats(record, call, result):
             record = "it does not have the bits of the recorded call"
-        _records[key] = record
+        _keep(call.key, record)
         return result
     return compute()
+
+
+def _is_due(key: tuple) -> bool:
+    """Whether calls of this kind were seen once, and have no record. A new kind is noted."""
+    with _changing:
+        if key in _records:
+            return _records[key] is None
+        while len(_records) >= _MOST:
+            del _records[next(iter(_records))]
+        _records[key] = None
+        return False
+
+
+def _keep(key: tuple, record: Callable | str) -> None:
+    """Keeps a record, or why there is none; unless all were dropped since it was begun."""
+    with _changing:
+        if key in _records:
+            _records[key] = record
 
 
 def _can_repeat(call: Call) -> bool:
@@ -177,16 +197,15 @@ def _can_repeat(call: Call) -> bool:
 def _repeats(record: Callable, call: Call, result: Any) -> bool:
     """Whether a record gives the same bits as the call that it was made of."""
     try:
-        active = driver.active
-        again = record(active.get_current_stream(active.get_current_device()), *call.tensors)
-        return _equal(again, result)
+        return _equal(_run(record, call.tensors), result)
     except Exception:  # whatever it is, such a record is not kept
         return False
 
 
 def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
+    if isinstance(one, Tensor):  # as integers: a NaN, which overflow leaves, equals nothing
+        bits = _BITS[one.dtype.itemsize]
+        return one.dtype == other.dtype and torch.equal(one.view(bits), other.view(bits))
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_equal, one, other))
     return one == other

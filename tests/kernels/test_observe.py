@@ -1,5 +1,6 @@
 """A new record is kept if it repeats the call that it was made of, bit for bit."""
 
+import contextlib
 import threading
 import types
 
@@ -33,6 +34,60 @@ def test_a_record_that_repeats_the_call_is_kept(call):
     assert callable(record)
     assert torch.equal(record(0, *call.tensors)[0], result[0])
     assert Call(KEY, call.tensors).record is record
+
+
+def test_a_result_with_nan_has_bits_too(call):
+    call.tensors[0][0, 0] = torch.nan
+    observe(call, lambda: compute(call))
+    assert callable(records._records[KEY])
+
+
+def test_a_record_is_repeated_on_the_device_of_its_operands(call, monkeypatch):
+    entered, streams = [], []
+    on_gpu = types.SimpleNamespace(get_device=lambda: 1)
+
+    @contextlib.contextmanager
+    def device(index):
+        entered.append(index)
+        yield
+        entered.remove(index)
+
+    def record(stream, *tensors):
+        streams.append((stream, *entered))
+        return []
+
+    active = types.SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda i: i)
+    monkeypatch.setattr(records, "driver", types.SimpleNamespace(active=active))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    assert records._repeats(record, Call(KEY, [on_gpu]), [])
+    assert streams == [(1, 1)]
+
+
+def test_a_record_begun_before_all_were_dropped_is_not_kept(call):
+    def changed():
+        records.forget()
+        return compute(call)
+
+    observe(call, changed)
+    assert KEY not in records._records
+
+
+def test_records_may_be_dropped_while_a_kind_is_looked_up(call, monkeypatch):
+    threads = []
+
+    class Looked(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            threads.append(threading.Thread(target=records.forget))
+            threads[-1].start()
+            threads[-1].join(0.2)  # it waits until the kind is looked up
+            return found
+
+    monkeypatch.setattr(records, "_records", Looked({KEY: None}))
+    result = observe(call, lambda: compute(call))
+    for thread in threads:
+        thread.join()
+    assert torch.equal(result[0], torch.mm(*call.tensors))
 
 
 @pytest.mark.parametrize("fault", ["a bit", "a length", "an error"])
