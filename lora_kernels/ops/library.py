@@ -90,7 +90,9 @@ def is_direct(first: Tensor, *others: Tensor | None) -> bool:
     ):
         return False
     for other in others:
-        if other is not None and (type(other) not in _PLAIN or other.is_neg()):
+        if other is not None and (
+            type(other) not in _PLAIN or other.is_neg() or other.layout is not torch.strided
+        ):
             return False
     return True
 

@@ -546,3 +546,14 @@ def test_lora_merged_linear_takes_flags_that_are_no_bool(flags, seed, device):
         *operands, enable_lora=flags, out_splits=list(np.array([6, 6]))
     )
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("algorithm", ["fused"], indirect=True)
+@pytest.mark.parametrize("operand", ["w", "a", "b", "bias"])
+def test_a_sparse_operand_is_named_after_other_calls_too(operand, algorithm, device):
+    problem = make_problem(3, 8, 6, 2, device=device)
+    for _ in range(2):
+        call(problem)
+    name = {"w": "weight", "a": "lora_A", "b": "lora_B", "bias": "bias"}[operand]
+    with pytest.raises(TypeError, match=name):
+        call(problem, **{operand: getattr(problem, operand).to_sparse()})
