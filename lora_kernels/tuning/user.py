@@ -97,9 +97,7 @@ def tune(plan: Plan, write: Callable[[str], None]) -> int:
     def left(share: float = 1.0) -> float:
         return start + share * plan.seconds - time.monotonic()
 
-    tuned = _tune_tiles(plan, left, write)
-    if tuned:
-        measured.add(plan.device, tiles=tuned)
+    if _tune_tiles(plan, left, write):
         measured_tiles.use.cache_clear()
     measured_tiles.use(plan.device)
     return _compare(plan, left, write)
@@ -108,8 +106,8 @@ def tune(plan: Plan, write: Callable[[str], None]) -> int:
 # ---- tiles ----
 
 
-def _tune_tiles(plan: Plan, left: Callable[..., float], write: Callable[[str], None]) -> list[dict]:
-    """The tiles that beat the tables', in the form of the file."""
+def _tune_tiles(plan: Plan, left: Callable[..., float], write: Callable[[str], None]) -> int:
+    """Keeps the tiles that beat the tables'; returns how many do."""
     found = plan.tile_cases()
     tasks = [(case.name, case.shape, config) for case in found for config in case.configs]
     write(f"tiles: {len(tasks)} candidates of {len(found)} launches in {plan.jobs} processes")
@@ -118,7 +116,7 @@ def _tune_tiles(plan: Plan, left: Callable[..., float], write: Callable[[str], N
     groups: dict[tuple, list[Case]] = {}
     for case in found:
         groups.setdefault((case.kernel.name, case.when), []).append(case)
-    kept = []
+    kept = 0
     for index, group in enumerate(groups.values()):
         # Two stages of every case that is left to time.
         remaining = sum(len(each) for each in itertools.islice(groups.values(), index, None))
@@ -133,7 +131,8 @@ def _tune_tiles(plan: Plan, left: Callable[..., float], write: Callable[[str], N
         _, verdict = confirm(group, samples, max(seconds, 0.0))
         if verdict is not None and verdict.faster:
             tile = measured_tiles.as_json(group[0].kernel.name, verdict.when, verdict.best)
-            kept.append({**tile, "ratio": verdict.ratio})
+            measured.add(plan.device, tiles=[{**tile, "ratio": verdict.ratio}])
+            kept += 1
             write(f"  {verdict.entry}: {rows.ratio_text(verdict.ratio)} of the table's time")
     return kept
 

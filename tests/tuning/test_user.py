@@ -7,12 +7,14 @@ from lora_kernels.dispatch import measured
 from lora_kernels.dispatch.algorithm import choose
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.kernels import linear, measured_tiles
+from lora_kernels.kernels.config import SkinnyConfig
 from lora_kernels.tuning import cases, user
 from lora_kernels.tuning.shapes import Layer
 from lora_kernels.tuning.user import Plan, tune
 from lora_kernels.tuning.verdicts import Verdict
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="counts on the interpreter")
+BEST = SkinnyConfig(32, 32, num_warps=4, num_stages=1)
 
 
 def plan(device, seconds=1000.0, **changes) -> Plan:
@@ -30,7 +32,7 @@ def quick(cache, monkeypatch):
     monkeypatch.setattr(user.stopwatch, "MIN_ROUNDS", 2)
     monkeypatch.setattr(user.stopwatch, "WARMUP_ROUNDS", 0)
     monkeypatch.setattr(user, "_LEAST", 1e9)  # there is never time for more than MIN_ROUNDS
-    monkeypatch.setattr(user, "_tune_tiles", lambda *others: [])
+    monkeypatch.setattr(user, "_tune_tiles", lambda *others: 0)
     measured_tiles.use.cache_clear()
     yield
     measured_tiles.use.cache_clear()
@@ -114,23 +116,40 @@ def test_what_was_measured_before_an_end_is_kept(quick, monkeypatch, device):
     assert choose(asked(device)).reason == "measured on this GPU"
 
 
-@needs_no_gpu
-def test_tiles_that_win_are_kept_and_used(cache, monkeypatch, device):
-    from lora_kernels.kernels.config import SkinnyConfig
+@pytest.fixture
+def confirm(cache, monkeypatch):
+    """Tiles of shrink that win and tiles of grad_b that do not, without a clock."""
 
-    best = SkinnyConfig(32, 32, num_warps=4, num_stages=1)
-    tables = {name: list(k.tiles["interpreter"]) for name, k in measured_tiles.KERNELS.items()
-              if k.tiles}  # fmt: skip
-
-    def confirm(group, samples, seconds):
+    def verdict(group, samples, seconds):
         case = group[0]
         if case.name != "shrink":
             return [], None
-        return [], Verdict(case.entry, case.when, case.table, best, (0.8, 0.7, 0.9), (0.8,))
+        return [], Verdict(case.entry, case.when, case.table, BEST, (0.8, 0.7, 0.9), (0.8,))
 
-    monkeypatch.setattr(user, "confirm", confirm)
+    monkeypatch.setattr(user, "confirm", verdict)
     monkeypatch.setattr(user, "TUNED", ("shrink", "grad_b"))
     monkeypatch.setattr(user.cases, "measure", lambda *arguments: ([], {}))
+    return verdict
+
+
+@needs_no_gpu
+def test_tiles_that_were_measured_before_an_interrupt_are_kept(confirm, monkeypatch, device):
+    def interrupted(group, *others):
+        if group[0].name == "grad_b":
+            raise KeyboardInterrupt
+        return confirm(group, *others)
+
+    monkeypatch.setattr(user, "confirm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune(plan(device), lambda line: None)
+    measured.forget()
+    assert [tile["kernel"] for tile in measured.tiles(device)] == ["shrink"]
+
+
+@needs_no_gpu
+def test_tiles_that_win_are_kept_and_used(confirm, monkeypatch, device):
+    tables = {name: list(k.tiles["interpreter"]) for name, k in measured_tiles.KERNELS.items()
+              if k.tiles}  # fmt: skip
     monkeypatch.setattr(user, "_compare", lambda *arguments: 0)
     measured_tiles.use.cache_clear()
     lines = []
@@ -140,7 +159,7 @@ def test_tiles_that_win_are_kept_and_used(cache, monkeypatch, device):
         (tile,) = measured.tiles(device)
         assert tile["kernel"] == "shrink"
         o = cases.candidates.operands(plan(device).shapes()[0])
-        assert cases.entry_for("shrink", o)[1] == best
+        assert cases.entry_for("shrink", o)[1] == BEST
     finally:
         for name, table in tables.items():
             measured_tiles.KERNELS[name].tiles["interpreter"][:] = table
