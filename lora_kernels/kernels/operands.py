@@ -27,7 +27,7 @@ class Operands:
         self.problem, self.layers = problem, layers
         for name in ("x", "w", "a", "b", "dy", "bias", "seed"):
             setattr(self, name, getattr(problem, name))
-        self.numerics = numerics.numerics_of(self.x, self.a, self.b)
+        self.numerics = numerics.numerics_of(self.x, self.a, self.b, narrow=self.spec.narrow)
         m, ranks = len(self.x), len(self.a)
         self.h, dh = (_draw((m, ranks), self.x.device) for _ in range(2))
         self.dh = dh.to(self.numerics.dh)

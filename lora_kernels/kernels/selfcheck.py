@@ -5,6 +5,7 @@ serves. Random operands of two tiles in each direction are enough to meet edges,
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -42,7 +43,7 @@ class Variant(NamedTuple):
 
     dtype: of x, w and y; lora_dtype: of the factors. small_m: whether m is that of decoding.
     aligned: whether tensor descriptors can describe the operands. transposed: whether w is stored
-    [K, N].
+    [K, N]. narrow: whether factors in a wider dtype are rounded to that of the layer in products.
     """
 
     launcher: str
@@ -53,6 +54,7 @@ class Variant(NamedTuple):
     small_m: bool = False
     aligned: bool = True
     transposed: bool = False
+    narrow: bool = False
 
     def __str__(self) -> str:
         flags = {
@@ -60,6 +62,7 @@ class Variant(NamedTuple):
             "small m": self.small_m,
             "unaligned": not self.aligned,
             "transposed": self.transposed,
+            "narrow": self.narrow,
         }
         parts = [self.launcher, self.dtypes, f"r={self.r}"]
         return " ".join(parts + [name for name, holds in flags.items() if holds])
@@ -85,6 +88,7 @@ def of_launcher(variant: Variant, device: torch.device) -> Operands:
         )  # fmt: skip
         if variant.transposed:
             problem.w = problem.w.T.contiguous().T
+        problem.spec = dataclasses.replace(problem.spec, narrow=variant.narrow)
         return Operands(problem)
 
 

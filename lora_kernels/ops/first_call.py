@@ -67,30 +67,30 @@ def prepare(function: Callable, algorithm: str, shape: GemmShape, operands: tupl
     """
     named = dict(zip(function.__code__.co_varnames, operands, strict=False))
     w, factor = _first(named, "w"), _first(named, "a", "b")
-    if getattr(named.get("spec"), "narrow", False):
-        factor = None  # the products are those of factors in x's dtype
+    lora_dtype = shape.dtype if factor is None else factor.dtype
     kind = (
         function.__name__,
         algorithm,
         shape.device,
         shape.dtype,
-        shape.dtype if factor is None else factor.dtype,
+        lora_dtype,
         shape.r,
         shape.dropout,
         is_small_m(shape.m, shape.dropout),
         isinstance(w, Tensor) and w.stride(-1) != 1,
         is_tma_compliant(*(t for t in (_first(named, "x", "dy"), w) if isinstance(t, Tensor))),
+        lora_dtype != shape.dtype and getattr(named.get("spec"), "narrow", False),
     )
     if kind in _prepared:
         return
     from lora_kernels.kernels import measured_tiles, selfcheck
 
     measured_tiles.use(shape.device)
-    name, _, _, dtype, lora_dtype, r, has_dropout, small_m, transposed, aligned = kind
+    name, _, _, dtype, lora_dtype, r, has_dropout, small_m, transposed, aligned, narrow = kind
     selfcheck.first_use(
         [
             selfcheck.Variant(
-                launcher, dtype, lora_dtype, r, has_dropout, small_m, aligned, transposed
+                launcher, dtype, lora_dtype, r, has_dropout, small_m, aligned, transposed, narrow
             )
             for launcher in LAUNCHERS[name][algorithm]
         ],

@@ -44,10 +44,12 @@ def names() -> list[str]:
 def variants(only: Sequence[str] = ()) -> list[Variant]:
     """What is checked of these launchers and algorithms, of all if none is named.
 
-    The most common come first: every dtype, then a layer in bfloat16 that differs in one thing.
+    The most common come first: every dtype, float32 factors under autocast, then a layer in
+    bfloat16 that differs in one thing.
     """
     chosen = list(only) or names()
     found = [Variant(name, *dtypes) for dtypes in _DTYPES for name in chosen]
+    found += [Variant(n, _BF16, _F32, narrow=True) for n in chosen if _differs(n, "narrow")]
     plain = [Variant(name, _BF16, _BF16) for name in chosen]
     for change in (
         {"dropout": False},
@@ -71,6 +73,7 @@ def _differs(name: str, field: str) -> bool:
         "aligned": True,
         "r": "r" in needed,
         "transposed": {"n", "k"} <= set(needed),
+        "narrow": "r" in needed and not name.startswith("grouped"),  # those never are
     }[field]
 
 

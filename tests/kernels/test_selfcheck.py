@@ -168,3 +168,13 @@ def test_a_kernel_that_the_call_does_not_need_may_be_wrong(
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         LoRALinear(24, 20, r=4).to(device)(x)
+
+
+@pytest.mark.parametrize("name", ["shrink", "gemm_fwd", "grad_b", "expand_grad_a"])
+def test_narrow_factors_are_right(name, device):
+    variant = Variant(name, torch.float16, torch.float32, r=4, narrow=True)
+    assert selfcheck.key_of(variant, device).startswith(
+        f"{name} float16/float32 r=4 dropout narrow"
+    )
+    assert selfcheck.of_launcher(variant, device).spec.narrow
+    assert fault(variant, device, guard=True) is None

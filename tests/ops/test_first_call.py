@@ -109,7 +109,7 @@ def test_a_kind_is_prepared_once(monkeypatch, device):
         lora_kernels.lora_linear(p.x, p.w, p.a, p.b)
     ((shrink, expand),) = checked
     assert (shrink.launcher, expand.launcher) == ("shrink", "expand_y")
-    assert shrink[1:] == (torch.float32, torch.float32, 4, False, False, True, False)
+    assert shrink[1:] == (torch.float32, torch.float32, 4, False, False, True, False, False)
     lora_kernels.lora_linear(p.x[:9], p.w, p.a, p.b)
     assert checked[1][0].small_m
     lora_kernels.lora_linear(p.x, p.w.T.contiguous().T, p.a, p.b)
@@ -123,4 +123,34 @@ def test_a_kind_is_prepared_once(monkeypatch, device):
     half = [t.half() for t in (p.x, p.w)]
     lora_kernels.lora_linear(*half, p.a, p.b)
     assert checked[6][0].dtypes == "float16/float32"
-    assert len(checked) == 7
+    assert not checked[6][0].narrow
+    with torch.autocast(device.type, torch.float16):
+        lora_kernels.lora_linear(*half, p.a, p.b)
+        lora_kernels.lora_linear(*half, p.a.half(), p.b.half())
+    assert checked[7][0].dtypes == "float16/float32"
+    assert checked[7][0].narrow
+    assert not checked[8][0].narrow  # there is nothing to round
+    assert len(checked) == 9
+
+
+@pytest.mark.parametrize("algorithm", ["fused", "addmm"], indirect=True)
+def test_factors_under_autocast_are_checked_in_the_numerics_that_run(
+    algorithm, monkeypatch, device, cache, seed
+):
+    from lora_kernels.kernels import selfcheck, shrink
+
+    kinds = []
+
+    def launch(function, grid, original=shrink.launch, **arguments):
+        kinds.append((arguments["x"].ptr.dtype, arguments["a"].ptr.dtype, arguments["NUMERICS"]))
+        original(function, grid, **arguments)
+
+    monkeypatch.setattr(shrink, "launch", launch)
+    monkeypatch.setattr(first_call, "_prepared", set())
+    monkeypatch.setattr(selfcheck, "_verdicts", {})
+    monkeypatch.setenv("LORA_KERNELS_CHECK", "1")
+    p = make_problem(70, 24, 20, 4, device=device, dtype=torch.float16, lora_dtype=torch.float32)
+    with torch.autocast(device.type, torch.float16):
+        lora_kernels.lora_linear(p.x, p.w, p.a, p.b)
+    assert len(kinds) == 3  # two of the check
+    assert len(set(kinds)) == 1
