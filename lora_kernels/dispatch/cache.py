@@ -31,11 +31,16 @@ class BusyError(Exception):
 
 
 def directory() -> Path:
-    """$LORA_KERNELS_CACHE; if that is not set, lora_kernels in $XDG_CACHE_HOME or ~/.cache."""
+    """$LORA_KERNELS_CACHE; if that is not set, lora_kernels in $XDG_CACHE_HOME or ~/.cache.
+
+    A user without a home, as in some containers, has none: it is one that cannot be made.
+    """
     asked = os.environ.get(_VARIABLE)
     if asked:
         return Path(asked)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):  # it would be a directory of this name, where the process runs
+        home = os.devnull
     return Path(home) / "lora_kernels"
 
 

@@ -101,3 +101,19 @@ except cache.BusyError as error:
         assert f"process {os.getpid()} holds" in done.stdout, done.stderr
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "inside\n", done.stderr
+
+
+def test_a_user_without_a_home_has_no_directory(monkeypatch, tmp_path):
+    monkeypatch.delenv("LORA_KERNELS_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert caches.read("tuned", CPU) == {}
+        assert caches.files("tuned") == []
+    with pytest.raises(OSError, match="lora_kernels"):
+        caches.write("tuned", CPU, {})
+    with pytest.raises(OSError, match="lora_kernels"), caches.exclusive("tuned"):
+        pass
+    assert list(tmp_path.iterdir()) == []
