@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.dispatch.tma import is_tma_compliant, rows_fit_tma
+from lora_kernels.kernels import records
 from lora_kernels.kernels.config import target_of
 from lora_kernels.kernels.grouped_expand import grouped_expand
 from lora_kernels.kernels.grouped_gemm import grouped_gemm
@@ -59,6 +60,7 @@ def lora_grouped_linear_forward(
     bias = None if bias is None else bias.contiguous()
     with on_device_of(x):
         numbers = numbers_of(spec, a.shape[0], x.device)
+        records.hold(*numbers)
         mask = group_mask(spec, seeds, numbers)
         h = grouped_shrink(x, a, True, routing, mask, numbers.keep, torch.float32, numerics)
         y = _product_and_update(
@@ -91,6 +93,7 @@ def lora_grouped_linear_backward(
     dx = dw = da = db = dbias = None
     with on_device_of(dy):
         numbers = numbers_of(spec, count, dy.device)
+        records.hold(*numbers)
         mask = group_mask(spec, seeds, numbers)
         if needs.x or needs.a:
             scales = numbers.scaling_keep

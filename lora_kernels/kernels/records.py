@@ -30,7 +30,7 @@ from lora_kernels.kernels import config
 from lora_kernels.kernels.tape import Tape
 from lora_kernels.spec import DoraNeeds, DoraSpec, GroupedSpec, LoraSpec, Needs, OutputSplits
 
-__all__ = ["Call", "call_of", "current", "forget", "observe"]
+__all__ = ["Call", "call_of", "current", "forget", "hold", "observe"]
 
 _MOST = 2048  # records; each takes about 10 KB
 _TENSORS = frozenset((Tensor, nn.Parameter))
@@ -139,6 +139,13 @@ def _describe(values: Iterable, key: list, tensors: list[Tensor]) -> bool:
 def current() -> "Tape | None":
     """What records the launches of this thread; None if nothing does."""
     return getattr(_thread, "tape", None)
+
+
+def hold(*tensors: Tensor) -> None:
+    """Says that these are constants of calls of this kind, which a record may keep."""
+    tape = current()
+    if tape is not None:
+        tape.hold(tensors)
 
 
 def forget() -> None:

@@ -62,6 +62,13 @@ class Tape(TorchDispatchMode):
         self._globals.setdefault("kept", []).append(compiled)  # or its code could be unloaded
         self._try(self._launch, seen)
 
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        """The record may use these, and keeps them."""
+        for tensor in tensors:
+            name = self._constant("n", tensor)
+            self._roots[name] = tensor
+            self._known[id(tensor)] = _Known(name, name)
+
     def finish(self, result: Any) -> Callable | str:
         """The record, or why there is none."""
         if self._refusal is None:
@@ -98,6 +105,10 @@ class Tape(TorchDispatchMode):
                 self._lines.append(code)
             else:
                 self._lines.append(f"{self._variable('v', result)} = {code}")
+        elif isinstance(result, tuple) and result and all(map(_is_new, aliases, result)):
+            code = self._call(func, args, kwargs)
+            names = [self._variable("v", each) for each in result]
+            self._lines.append(f"{', '.join(names)}, = {code}")
         else:
             raise _NoRecordError(f"{func} returns {type(result).__name__}")
 
@@ -235,6 +246,11 @@ def _spying(compiled, seen: list[tuple]) -> Iterator[None]:
         yield
     finally:
         launcher.launch = launch
+
+
+def _is_new(alias: Any, result: Any) -> bool:
+    """Whether an operator made this tensor: alias is what its schema says of the memory."""
+    return alias is None and isinstance(result, Tensor)
 
 
 def _has_tensors(values: tuple) -> bool:

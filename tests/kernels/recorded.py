@@ -18,9 +18,16 @@ import torch
 from torch import Tensor
 
 from bench import standin
-from lora_kernels import LoRALinear, lora_linear, lora_merged_linear, lora_shared_linear
+from lora_kernels import (
+    LoRALinear,
+    lora_grouped_linear,
+    lora_linear,
+    lora_merged_linear,
+    lora_shared_linear,
+)
 from lora_kernels.dispatch import algorithm
 from lora_kernels.kernels import records, tape
+from lora_kernels.testing.grouped_problem import make_grouped_problem
 
 TARGET = "sm_90"
 WIDTH, R = 64, 16
@@ -285,6 +292,25 @@ def the_output_may_change_in_place() -> None:
             LAYER(x.view(shape)).add_(1).sum().backward()
 
 
+def grouped_ops_have_records() -> None:
+    """Numbers of the groups are on the device before a call, so no operator shows where from."""
+    os.environ["LORA_KERNELS_PLAN"] = "fused"
+    records.forget()
+    for scaling in (2.0, 0.5):
+        for _ in range(3):
+            p = make_grouped_problem(
+                (9, 20, 5, 36), WIDTH, WIDTH, R, device="cpu", dtype=torch.bfloat16, sources=70
+            )
+            leaves = [t.requires_grad_() for t in (p.x, p.a, p.b)]
+            with counted() as seen:
+                y = lora_grouped_linear(
+                    p.x, p.w, p.a, p.b, p.ends, groups=p.groups, index=p.index, scaling=scaling
+                )
+                torch.autograd.grad(y.sum(), leaves)
+        assert not seen, records._records.values()
+    assert len(records._records) == 4  # another scaling is another kind
+
+
 def there_is_an_end_to_them() -> None:
     warm()
     with mock.patch.object(records, "_MOST", 5):
@@ -316,7 +342,8 @@ def autocast_and_modes_are_heeded() -> None:
 CHECKS = (
     records_launch_what_triton_would, hooks_see_every_launch, other_states_have_other_records,
     a_record_that_fails_gives_way, values_of_a_layer_are_looked_at_in_every_call,
-    the_output_may_change_in_place, there_is_an_end_to_them, autocast_and_modes_are_heeded,
+    the_output_may_change_in_place, grouped_ops_have_records, there_is_an_end_to_them,
+    autocast_and_modes_are_heeded,
 )  # fmt: skip
 
 
