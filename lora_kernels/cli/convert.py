@@ -31,14 +31,14 @@ def convert(options: argparse.Namespace) -> list[str]:
             raise FileNotFoundError(f"{source}: no such file or directory")
         hints = hints_of(options)
         if options.merged:
+            _check_new(destination)
             return unmerge(source, destination, hints)
         found, file = formats.locate(source, options.source_format)
         wanted = options.to or _default(found, destination)
         adapter = formats.FORMATS[found].read(file, hints)
         if destination.is_dir() and any(destination.iterdir()):
             raise ValueError(f"{destination}: is a directory that is not empty")
-        if os.path.lexists(destination) and not destination.is_dir():
-            raise ValueError(f"{destination}: is there already")
+        _check_new(destination)
         written = formats.FORMATS[wanted].write(adapter, destination, hints)
         taken = []
         if not {found, wanted} <= _OWN_WORDS:
@@ -46,6 +46,12 @@ def convert(options: argparse.Namespace) -> list[str]:
         return [*taken, *written, *adapter.notes]
     except (ValueError, OSError) as error:
         raise UsageError(f"convert: {' '.join(str(error).split())}") from error
+
+
+def _check_new(destination: Path) -> None:
+    """Raises: ValueError for a file that is there already, or a link to nothing."""
+    if os.path.lexists(destination) and not destination.is_dir():
+        raise ValueError(f"{destination}: is there already")
 
 
 def _default(found: str, destination: Path) -> str:

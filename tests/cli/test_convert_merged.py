@@ -1,5 +1,7 @@
 """lora-kernels convert --merged: a state dict that loralib saved in eval mode gets base weights."""
 
+import os
+
 import loralib
 import pytest
 import torch
@@ -75,6 +77,7 @@ def test_hints_tell_the_layout_of_a_square_weight(files, capsys):
         assert "square weights" not in capsys.readouterr().out
         written = torch.load("base.pt")["square.weight"]
         torch.testing.assert_close(written, base.T, rtol=0, atol=1e-13)
+        os.remove("base.pt")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,16 @@ def test_a_file_of_this_package_is_refused(files, tmp_path, capsys):
     assert convert("--lora-alpha", "1", "--enable-lora", "1,0,1") == 2
     assert "merged.pt: lora_kernels has saved it" in capsys.readouterr().err
     assert not (tmp_path / "base.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["merged.pt", "base.pt"])
+def test_a_destination_that_is_there_is_left_alone(files, tmp_path, capsys, name):
+    torch.save({"other": torch.ones(1)}, "base.pt")
+    before = (tmp_path / name).read_bytes()
+    flags = ["--lora-alpha", str(ALPHA), "--enable-lora", "1,0,1"]
+    assert main(["convert", "--merged", "merged.pt", name, *flags]) == 2
+    assert f"{name}: is there already" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_a_directory_is_no_source(files, tmp_path, capsys):
