@@ -191,17 +191,23 @@ def write_pickle(path: Path, state: dict[str, Any], envelope: str | None = None)
 def replacing(directory: Path, names: Sequence[str]) -> Iterator[Path]:
     """Gives a folder to write files of these names in. Then they replace those in directory.
 
-    They do so in this order. If an error ends the writing, directory is as it was.
+    They do so in this order. If an error ends the writing, directory is as it was; only of files
+    that it had, those before the error are replaced.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory))
+    added: list[Path] = []
     try:
         yield scratch
         for name in names:
+            is_new = not os.path.lexists(directory / name)
             os.replace(scratch / name, directory / name)
-        made = []
+            added += [directory / name] * is_new
+        made = added = []
     finally:
+        for path in added:
+            path.unlink()
         shutil.rmtree(scratch)
         with contextlib.suppress(OSError):  # another process has put something there
             for path in made:

@@ -15,6 +15,7 @@ __all__ = ["UNKNOWN", "Base"]
 
 _CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
+_EMBEDDINGS, _HEAD = ("embed_tokens", "wte"), "lm_head"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,10 @@ def _paths(directory: Path) -> list[str] | None:
         keys.update(weights if isinstance(weights, dict) else ())
     for file in sorted(directory.glob("*.safetensors")) if not keys else ():
         keys.update(_keys(file))
-    return sorted({split(key)[0] for key in keys}) or None
+    paths = {split(key)[0] for key in keys}
+    if any(split(path)[1] in _EMBEDDINGS for path in paths):
+        paths.add(_HEAD)  # has no weights in the files if it is tied to the embedding
+    return sorted(paths) or None
 
 
 def _keys(file: Path) -> list[str]:

@@ -60,9 +60,14 @@ def _matches(directory: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def look(path: Path) -> Contents:
-    """The contents of a file, or a directory that has no candidates. Raises: OSError."""
+    """The contents of a file, or a directory that has no candidates.
+
+    Raises: OSError; ValueError for a pipe or a device, which may have no end.
+    """
     if path.is_dir():
         return Contents(path, "directory")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: must be a file or a directory")
     config = sibling_config(path)
     with path.open("rb") as file:
         is_gguf = file.read(4) == b"GGUF"

@@ -174,8 +174,17 @@ def write(adapter: Adapter, file: Path, hints: Hints) -> list[str]:
             writer.write_tensor_data(_as_numpy(tensor.detach()))
             mapped.release()
         writer.close()
+        _check_complete(scratch / file.name, file)
     lines = [f"{file}: LoRA on {len(layers)} modules for llama.cpp ({architecture})", *lines]
     return [*lines, *left_out(adapter, "GGUF")]
+
+
+def _check_complete(written: Path, file: Path) -> None:
+    """Raises: OSError if written, which becomes file, lacks its end: NumPy does not tell it."""
+    try:
+        contents_of(written)
+    except ValueError:
+        raise OSError(f"{file}: was not written to its end: is the disk full?") from None
 
 
 def _kind(gguf: ModuleType, tensor: Tensor):

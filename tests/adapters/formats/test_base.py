@@ -51,6 +51,13 @@ def test_weights_whose_header_is_no_object_are_named(tmp_path, header):
         Base.read(tmp_path)
 
 
+@pytest.mark.parametrize("embedding", ["model.embed_tokens", "transformer.wte"])
+def test_a_head_that_is_tied_has_no_weights_but_a_path(tmp_path, embedding):
+    written(tmp_path)
+    save_file({f"{embedding}.weight": torch.ones(1)}, tmp_path / "x.safetensors")
+    assert Base.read(tmp_path).paths == ["lm_head", embedding]
+
+
 def test_paths_of_a_model_have_no_wrappers():
     model = nn.Sequential(torch.compile(nn.Linear(2, 2)))
     assert list(Base.of(model).paths) == ["0"]

@@ -1,5 +1,7 @@
 """Formats are told by the content of files, whatever they are called."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -80,3 +82,11 @@ def test_pefts_pickle_beside_its_safetensors_is_no_second_adapter(tmp_path):
 def test_a_directory_without_anything_is_pefts(tmp_path):
     """So that its reader names the files that are missing."""
     assert locate(tmp_path) == ("peft", tmp_path)
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no named pipes here")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(ValueError, match=r"pipe\.safetensors: must be a file or a directory"):
+        recognise(tmp_path / "pipe.safetensors")

@@ -1,6 +1,7 @@
 """GGUF: what llama.cpp's converter writes, read; and what is written for llama.cpp."""
 
 import json
+import signal
 import subprocess
 import sys
 import tarfile
@@ -108,6 +109,20 @@ def test_what_llama_cpp_lacks_is_refused(tmp_path, seed):
         with pytest.raises(ValueError, match=match):
             write(adapter, file, hints)
         assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_no_file(tmp_path, seed):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(OSError, match=r"a\.gguf: was not written to its end"):
+            write(made.adapter(), tmp_path / "a.gguf", made.HINTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_package_the_way_out_is_named(tmp_path, seed, monkeypatch):
