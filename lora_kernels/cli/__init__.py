@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["run"]:  # stdout is the program's own
         return _main(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may have what stdout has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             return _main(argv)

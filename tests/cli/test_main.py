@@ -72,6 +72,18 @@ def test_a_reader_that_has_ended_is_no_traceback(command, unbuffered, tmp_path):
     assert done.returncode == 141
 
 
+def test_names_that_stdout_cannot_encode_are_escaped(tmp_path):
+    model = torch.nn.Sequential(lora_kernels.LoRALinear(4, 4, r=2))
+    lora_kernels.save_adapter(model, tmp_path / "é")
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_kernels", "inspect", str(tmp_path / "é")],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\xe9: peft" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "meant"),
     [
