@@ -10,7 +10,7 @@ import loralib
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_kernels import (
@@ -205,6 +205,22 @@ def test_convert_takes_biases_heads_and_embeddings_along(convert, seed):
     assert "base_model.model.emb.lora_embedding_A" in load_file("peft/adapter_model.safetensors")
     assert convert("peft", "back.pt")[0] == 0
     assert_same(torch.load("back.pt"), state)
+
+
+def test_convert_brings_the_weight_of_an_adapted_embedding_back(convert, refused, seed):
+    config = peft.LoraConfig(r=4, target_modules=["embed", "out"])
+    base = nn.ModuleDict({"embed": nn.Embedding(10, 8), "out": nn.Linear(8, 8)})
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained("peft")
+    before = load_file("peft/adapter_model.safetensors")
+    before["base_model.model.embed.base_layer.weight"] = base["embed"].base_layer.weight.detach()
+    save_file(before, "peft/adapter_model.safetensors")
+    assert convert("peft", "lora.pt")[0] == 0
+    assert convert("lora.pt", "back", "--embedding", "embed")[0] == 0
+    assert_same(load_file("back/adapter_model.safetensors"), before)
+    plain = dict(torch.load("lora.pt"))  # as loralib saves it: perhaps with the update in it
+    torch.save(plain, "plain.pt")
+    assert "embed.weight" in refused("plain.pt", "other", *ALPHA, "--embedding", "embed")
 
 
 def test_convert_writes_factors_that_are_views(convert, seed):

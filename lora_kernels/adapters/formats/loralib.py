@@ -74,7 +74,8 @@ def read(file: Path, hints: Hints) -> Adapter:
         modules = in_model_order([*paths, *(split(key)[0] for key in state)])
         _check_keys(state, set(modules))
         layers = read_layers(paths, state, alphas_of(paths, alphas, hints.lora_alpha), hints)
-        entries, bias, saved = _read_others(state, layers, hints.modules_to_save)
+        unmerged = {p for p in alphas if p in layers and layers[p].base.kind == "embedding"}
+        entries, bias, saved = _read_others(state, layers, hints.modules_to_save, unmerged)
     others = [path for path in modules if not is_inside(path, layers)]
     return Adapter(
         layers={path: layers[path] for path in modules if path in layers},
@@ -301,16 +302,21 @@ def _splits(
 
 
 def _read_others(
-    state: Mapping[str, Tensor], layers: Collection[str], modules_to_save: Sequence[str]
-) -> tuple[dict[str, Tensor], str, set[str]]:
-    """The entries that are not factors, the adapter's bias, and the modules trained as a whole."""
+    state: Mapping[str, Tensor], layers: Collection[str], modules_to_save: Sequence[str],
+    unmerged: Collection[str],
+) -> tuple[dict[str, Tensor], str, set[str]]:  # fmt: skip
+    """The entries that are not factors, the adapter's bias, and the modules trained as a whole.
+
+    unmerged: embeddings whose weights, which PEFT keeps too, surely have no update in them, as this
+    package tells alpha beside them.
+    """
     others = {key: value for key, value in state.items() if split(key)[1] not in FACTORS}
     holders = in_model_order(split(key)[0] for key in others)
     saved = _matches("--modules-to-save", modules_to_save, holders)
     bias = "none"
     for key in others:
         path, name = split(key)
-        if is_inside(path, saved):
+        if is_inside(path, saved) or (name == "weight" and path in unmerged):
             continue
         if not is_bias(name):
             raise ValueError(
