@@ -146,6 +146,9 @@ def _suspicious(adapter: Adapter, hints: Hints) -> list[str]:
         every = " (all)" if len(zero) == len(adapter.layers) else ""
         many = f"{len(zero)} of {len(adapter.layers)} layers{every}"
         lines.append(f"no update, as before training, in {many}: {zero[0]}")
+    odd = [path for path, layer in adapter.layers.items() if layer.spec.scaling <= 0]
+    if odd:
+        lines.append(f"scaling is not positive in {len(odd)} layers: {odd[0]}")
     dtypes = {_dtype(layer.lora_A) for layer in adapter.layers.values()}
     if len(dtypes) > 1:
         lines.append(f"factors have several dtypes: {', '.join(sorted(dtypes))}")

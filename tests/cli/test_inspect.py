@@ -71,6 +71,13 @@ def test_untrained_factors_are_suspicious(inspect, tmp_path, seed):
     assert line.startswith("no update, as before training, in 2 of 6 layers: model.layers.0.")
 
 
+@pytest.mark.parametrize("alpha", [0.0, -6.0])
+def test_scalings_that_are_not_positive_are_suspicious(inspect, tmp_path, seed, alpha):
+    FORMATS["mlx"].write(made.adapter(ATTENTION, alpha=alpha), tmp_path / "a", made.HINTS)
+    (line,) = suspicious(inspect, "a")
+    assert line.startswith("scaling is not positive in 6 layers: model.layers.0.")
+
+
 @pytest.mark.parametrize("name", ["mlx", "peft", "kohya"])
 def test_numbers_that_are_not_finite_are_suspicious(inspect, tmp_path, seed, name):
     path = tmp_path / FILES.get(name, "a")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from lora_kernels.adapters import files
 from lora_kernels.adapters.formats import (
     adapterhub,
     diffusers,
@@ -74,6 +75,9 @@ def locate(path: Path, wanted: str | None = None) -> tuple[str, Path]:
         elif wanted is not None and FORMATS[wanted].recognises(contents):
             found.append((wanted, contents.path))
     if not found:
+        for contents in looks:
+            if contents.kind == "safetensors" and not contents.keys:
+                files.read_safetensors(contents.path)  # tells what is damaged
         known = ", ".join(FORMATS) if wanted is None else wanted
         raise ValueError(f"{path}: must be in one of these formats: {known}")
     if len(found) > 1:

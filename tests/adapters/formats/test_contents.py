@@ -90,3 +90,10 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(ValueError, match=r"pipe\.safetensors: must be a file or a directory"):
         recognise(tmp_path / "pipe.safetensors")
+
+
+@pytest.mark.parametrize("size", [4, 1 << 40, (1 << 64) - 1])
+def test_damaged_safetensors_are_called_damaged(size, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(size.to_bytes(8, "little") + b'{"a":{}}')
+    with pytest.raises(ValueError, match=r"x\.safetensors: damaged, or not a safetensors file"):
+        recognise(tmp_path / "x.safetensors")
