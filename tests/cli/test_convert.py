@@ -207,13 +207,14 @@ def test_convert_takes_biases_heads_and_embeddings_along(convert, seed):
     assert_same(torch.load("back.pt"), state)
 
 
-def test_convert_brings_the_weight_of_an_adapted_embedding_back(convert, refused, seed):
-    config = peft.LoraConfig(r=4, target_modules=["embed", "out"])
-    base = nn.ModuleDict({"embed": nn.Embedding(10, 8), "out": nn.Linear(8, 8)})
+def test_convert_brings_weights_of_adapted_embeddings_and_heads_back(convert, refused, seed):
+    config = peft.LoraConfig(r=4, target_modules=["embed", "lm_head"])
+    base = nn.ModuleDict({"embed": nn.Embedding(10, 8), "lm_head": nn.Linear(8, 8)})
     model = peft.get_peft_model(base, config)
     model.save_pretrained("peft")
     before = load_file("peft/adapter_model.safetensors")
-    before["base_model.model.embed.base_layer.weight"] = base["embed"].base_layer.weight.detach()
+    for name, module in base.items():
+        before[f"base_model.model.{name}.base_layer.weight"] = module.base_layer.weight.detach()
     save_file(before, "peft/adapter_model.safetensors")
     assert convert("peft", "lora.pt")[0] == 0
     assert convert("lora.pt", "back", "--embedding", "embed")[0] == 0

@@ -46,6 +46,7 @@ _ENVELOPES = ("model_state_dict", "state_dict", "model")
 # The key beside a state dict that tells Lightning's file, and what Lightning puts before its keys.
 _ALPHA = "lora_alpha"  # what the metadata calls it
 _LIGHTNING, _LIGHTNING_FRONT = "pytorch-lightning_version", "model."
+_HEAD = "lm_head"
 
 
 def recognises(contents: Contents) -> bool:
@@ -74,7 +75,8 @@ def read(file: Path, hints: Hints) -> Adapter:
         modules = in_model_order([*paths, *(split(key)[0] for key in state)])
         _check_keys(state, set(modules))
         layers = read_layers(paths, state, alphas_of(paths, alphas, hints.lora_alpha), hints)
-        unmerged = {p for p in alphas if p in layers and layers[p].base.kind == "embedding"}
+        ends = {p for p in layers if layers[p].base.kind == "embedding" or is_named(p, [_HEAD])}
+        unmerged = ends.intersection(alphas)
         entries, bias, saved = _read_others(state, layers, hints.modules_to_save, unmerged)
     others = [path for path in modules if not is_inside(path, layers)]
     return Adapter(
@@ -307,8 +309,8 @@ def _read_others(
 ) -> tuple[dict[str, Tensor], str, set[str]]:  # fmt: skip
     """The entries that are not factors, the adapter's bias, and the modules trained as a whole.
 
-    unmerged: embeddings whose weights, which PEFT keeps too, surely have no update in them, as this
-    package tells alpha beside them.
+    unmerged: embeddings and heads whose weights, which PEFT keeps too, surely have no update in
+    them, as this package tells alpha beside them.
     """
     others = {key: value for key, value in state.items() if split(key)[1] not in FACTORS}
     holders = in_model_order(split(key)[0] for key in others)
