@@ -84,11 +84,6 @@ def _plan(device: torch.device, options: argparse.Namespace) -> Plan:
             f"tune: --minutes must be more than 0, and {_MOST_MINUTES} at most, got "
             f"{options.minutes:g}"
         )
-    for name in ("tokens", "ranks"):
-        if any(number < 1 for number in getattr(options, name) or ()):
-            raise UsageError(f"tune: --{name} must be 1 or more, got {getattr(options, name)}")
-    if not all(0 <= p < 1 for p in options.dropout):
-        raise UsageError(f"tune: --dropout must be in [0, 1), got {options.dropout}")
     layers: tuple[Layer, ...] = ()
     try:
         if options.model:

@@ -4,6 +4,8 @@ Tiles that were measured on this GPU come into the kernels' tables, and the kern
 are checked against float64 on small operands of the same kind.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,7 +67,7 @@ def prepare(function: Callable, algorithm: str, shape: GemmShape, operands: tupl
     function: of reference/, which specifies what function(*operands) is.
     Raises: WrongKernelError if a kernel is wrong here; what compiling and launching raise.
     """
-    named = dict(zip(function.__code__.co_varnames, operands, strict=False))
+    named = dict(zip(_parameters(function), operands, strict=False))
     w, factor = _first(named, "w"), _first(named, "a", "b")
     lora_dtype = shape.dtype if factor is None else factor.dtype
     kind = (
@@ -98,6 +100,11 @@ def prepare(function: Callable, algorithm: str, shape: GemmShape, operands: tupl
     )
     if shape.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         _prepared.add(kind)
+
+
+@functools.cache
+def _parameters(function: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def _first(named: Mapping[str, Any], *names: str) -> Any:
