@@ -42,12 +42,11 @@ TILES = Tiles(
     ],
     sm_90=[
         (When(bits=32), SkinnyConfig(64, 64, num_warps=8, num_stages=1)),
-        (When(r=16), SkinnyConfig(128, 128, num_warps=8, num_stages=1)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=1)),
     ],
     sm_100=[
         (When(bits=32), SkinnyConfig(64, 64, num_warps=8, num_stages=1)),
-        (When(), SkinnyConfig(128, 128, num_warps=8, num_stages=1)),
+        (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=1)),
     ],
     hip=[
         (When(bits=32), SkinnyConfig(64, 64, num_warps=4, num_stages=1)),
