@@ -20,7 +20,7 @@ from lora_kernels.functional.quantized_linear import quantized_forward
 from lora_kernels.functional.seeds import draw_like, like_drawn, seeds_for
 from lora_kernels.functional.small import is_small, small_lora_linear
 from lora_kernels.ops import shared_input
-from lora_kernels.ops.library import is_direct
+from lora_kernels.ops.library import is_direct, may_have_record
 from lora_kernels.ops.linear import apply_lora_linear, repeat_lora_linear
 from lora_kernels.ops.obstacle import is_jagged, obstacle
 from lora_kernels.quantization import FrozenWeight
@@ -212,7 +212,7 @@ def lora_forward(
     if free and is_small(x, weight, a, b, bias, spec):
         return small_lora_linear(x, weight, a, b, bias, spec)
     if drawn and is_direct(x, weight, a, b, bias):
-        y = _repeat(x, weight, a, b, bias, spec)
+        y = _repeat(x, weight, a, b, bias, spec) if may_have_record(x) else None
         if y is not None:
             return y
     elif obstacle(x, weight, a, b, bias) is not None:

@@ -30,7 +30,7 @@ from lora_kernels.kernels import config
 from lora_kernels.kernels.tape import Tape
 from lora_kernels.spec import DoraNeeds, DoraSpec, GroupedSpec, LoraSpec, Needs, OutputSplits
 
-__all__ = ["Call", "call_of", "current", "forget", "hold", "observe"]
+__all__ = ["Call", "call_of", "current", "forget", "hold", "observe", "serves"]
 
 _MOST = 2048  # records; each takes about 10 KB
 _TENSORS = frozenset((Tensor, nn.Parameter))
@@ -80,6 +80,11 @@ def _run(record: Callable, tensors: list[Tensor]) -> Any:
         return record(active.get_current_stream(index), *tensors)
 
 
+def serves(tensor: Tensor) -> bool:
+    """Whether calls over tensors of its device have records: not if kernels are interpreted."""
+    return not tensor.is_cpu or config.CPU.target != "interpreter"
+
+
 def call_of(name: str, operands: Sequence, *depends: object) -> Call | None:
     """The call, if a record can hold it and Triton is as records know it.
 
@@ -98,7 +103,7 @@ def call_of(name: str, operands: Sequence, *depends: object) -> Call | None:
         known = _describe(operands, key, tensors)
     except RuntimeError:  # a tensor without memory, as one that outlived a transform of torch.func
         return None
-    if not known or (tensors[0].is_cpu and config.CPU.target == "interpreter"):
+    if not known or not serves(tensors[0]):
         return None
     depends = driver.active, tf32_allowed(), *depends
     if depends != _valid_for[0]:

@@ -30,8 +30,8 @@ from lora_kernels.dispatch.tma import is_tma_compliant
 from lora_kernels.ops import first_call
 
 __all__ = [
-    "OP_LIBRARY", "applier", "call_of", "compute", "define", "is_direct", "tma_if_asked",
-    "without_autocast",
+    "OP_LIBRARY", "applier", "call_of", "compute", "define", "is_direct", "may_have_record",
+    "tma_if_asked", "without_autocast",
 ]  # fmt: skip
 
 _PLAIN = {Tensor, nn.Parameter}
@@ -153,6 +153,12 @@ def call_of(name: str, operands: Sequence):
         return None
     depends = algorithm.TABLE, fallback.count(), measured.changes()
     return records.call_of(name, (algorithm.asked(), *operands), *depends)
+
+
+def may_have_record(first: Tensor) -> bool:
+    """Whether a call over first could have a record, see kernels/records.py."""
+    records = _records()
+    return records is not None and records.serves(first)
 
 
 def _records() -> ModuleType | None:

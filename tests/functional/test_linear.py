@@ -557,3 +557,19 @@ def test_a_sparse_operand_is_named_after_other_calls_too(operand, algorithm, dev
     name = {"w": "weight", "a": "lora_A", "b": "lora_B", "bias": "bias"}[operand]
     with pytest.raises(TypeError, match=name):
         call(problem, **{operand: getattr(problem, operand).to_sparse()})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's records take what is cast")
+def test_autocast_converts_the_weight_once(monkeypatch):
+    """Where no call can have a record, none is looked for with operands of its own."""
+    problem, made = make_problem(300, 64, 64, 2, device="cpu"), []
+    to = torch.Tensor.to
+
+    def counted(tensor, *args, **kwargs):
+        made.extend([tensor.shape] * (tensor.data_ptr() == problem.w.data_ptr()))
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    with torch.autocast("cpu", torch.bfloat16):
+        call(problem)
+    assert made == [(64, 64)]
