@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lora_kernels.checks import dtype_name
 from lora_kernels.tuning.rows import BOTH, EAGER, FORWARD, GRAPH
 from lora_kernels.tuning.shapes import (
     DTYPES,
@@ -31,7 +32,7 @@ class Cell(Shape):
         groups = "".join("01"[on] for on in self.enable_lora)
         layer = f"merged{groups}" if self.merged else "linear"
         graph = f" {GRAPH}" if self.execution == GRAPH else ""
-        factors = "" if self.factors is None else f"/{_word(self.factors)}"
+        factors = "" if self.factors is None else f"/{dtype_name(self.factors)}"
         return (
             f"{layer} {self.k}x{self.n} m{self.m} r{self.r} p{self.dropout_p:g} "
             f"{self.dtype_name}{factors} {self.device} {self.mode}{graph}"
@@ -39,13 +40,9 @@ class Cell(Shape):
 
     def fields(self) -> dict:
         """What a result row says of this cell."""
-        factors = None if self.factors is None else _word(self.factors)
+        factors = None if self.factors is None else dtype_name(self.factors)
         own = {**vars(self), "dtype": self.dtype_name, "factors": factors}
         return {"kind": "layer", "cell": str(self), **own}
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # What a set of layers is multiplied by on a device, unless asked otherwise; of the set "all" with

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lora_kernels
 from bench import accuracy, implementations, peers
 from bench.implementations import FLOOR, Implementation
+from lora_kernels.checks import dtype_name
 from lora_kernels.spec import LoraSpec, OutputSplits
 from lora_kernels.testing.problem import Problem
 from lora_kernels.tuning.rows import BOTH, EAGER, OURS
@@ -47,7 +48,7 @@ class ModelCell:
     @property
     def dtype_name(self) -> str:
         """The dtype as rows have it."""
-        return str(DTYPES[self.device]).removeprefix("torch.")
+        return dtype_name(DTYPES[self.device])
 
     def __str__(self) -> str:
         checkpointing = " checkpointing" if self.checkpointing else ""

@@ -16,14 +16,19 @@ from lora_kernels.spec import LoraSpec, OutputSplits
 __all__ = [
     "DTYPES", "autocast_dtype", "check_alpha", "check_device_and_dtype", "check_dropout",
     "check_dropout_p", "check_input", "check_magnitude", "check_operands", "check_rank",
-    "check_scaling", "check_shape", "check_spec", "check_tensor", "check_weight", "is_autocast",
-    "layer_name", "without_autocast",
+    "check_scaling", "check_shape", "check_spec", "check_tensor", "check_weight", "dtype_name",
+    "is_autocast", "layer_name", "without_autocast",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _COMMON = ("cpu", "cuda")  # devices that surely have autocast
 _OF_X = (torch.strided, torch.jagged)
 _LARGEST = sys.float_info.max
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype in a word: float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def layer_name(layer: str | nn.Module) -> str:

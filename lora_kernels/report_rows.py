@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from lora_kernels.checks import dtype_name
+
 __all__ = ["Report", "Row"]
 
 _WIDTH = 100
@@ -39,7 +41,7 @@ class Row(NamedTuple):
 
     def as_dict(self) -> dict:
         """The fields and runs_on, as JSON can hold them."""
-        dtype = None if self.dtype is None else _word(self.dtype)
+        dtype = None if self.dtype is None else dtype_name(self.dtype)
         own = {**self._asdict(), "dtype": dtype, "runs_on": self.runs_on}
         return {**own, "weight": list(self.weight), "ranks": list(self.ranks)}
 
@@ -77,7 +79,7 @@ class Report(list[Row]):
                     row.kind,
                     "x".join(map(str, row.weight)),
                     ", ".join(map(str, row.ranks)),
-                    "" if row.dtype is None else _word(row.dtype),
+                    "" if row.dtype is None else dtype_name(row.dtype),
                     row.runs_on + algorithm,
                     f"[{number}]",
                 )
@@ -126,7 +128,3 @@ def _last(name: str) -> str:
 
 def _short(text: str, width: int) -> str:
     return text if len(text) <= width else "..." + text[len(text) - width + 3 :]
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

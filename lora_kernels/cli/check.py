@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from lora_kernels.checks import dtype_name
 from lora_kernels.cli.errors import UsageError
 from lora_kernels.dispatch import cache
 from lora_kernels.tuning import check as checks
@@ -31,5 +32,5 @@ def check(options: argparse.Namespace) -> int:
 
 def _as_json(each: checks.Checked) -> dict:
     fields = each.variant._asdict()
-    dtypes = {name: str(fields[name]).removeprefix("torch.") for name in ("dtype", "lora_dtype")}
+    dtypes = {name: dtype_name(fields[name]) for name in ("dtype", "lora_dtype")}
     return {**fields, **dtypes, "reason": each.reason}

@@ -13,6 +13,7 @@ from lora_kernels.adapters import files, formats, mapped
 from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer, Hints
 from lora_kernels.adapters.formats.contents import look
 from lora_kernels.adapters.formats.gguf import contents_of
+from lora_kernels.checks import dtype_name
 from lora_kernels.cli.convert import hints_of
 from lora_kernels.cli.errors import UsageError
 from lora_kernels.model.paths import split
@@ -70,7 +71,7 @@ def inspect(options: argparse.Namespace) -> Inspection:
         format=name,
         bytes=file.stat().st_size,
         tensors=len(tensors),
-        dtypes=dict(Counter(_dtype(tensor) for tensor in tensors.values())),
+        dtypes=dict(Counter(dtype_name(tensor.dtype) for tensor in tensors.values())),
     )
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not mapped.is_finite(tensor):
@@ -129,7 +130,7 @@ def _rows(adapter: Adapter, told: bool) -> list[Row]:
         kind = base.kind if spec.splits is None else "merged linear"
         sizes = (kind, base.inputs, base.outputs, layer.lora_B.shape[1])
         scaling, dora = spec.scaling if told else None, layer.magnitude is not None
-        row = (split(path)[1], *sizes, scaling, _dtype(layer.lora_A), dora)
+        row = (split(path)[1], *sizes, scaling, dtype_name(layer.lora_A.dtype), dora)
         groups[row].append(layer)
     return [Row(key[0], len(layers), *key[1:]) for key, layers in groups.items()]
 
@@ -149,7 +150,7 @@ def _suspicious(adapter: Adapter, hints: Hints) -> list[str]:
     odd = [path for path, layer in adapter.layers.items() if layer.spec.scaling <= 0]
     if odd:
         lines.append(f"scaling is not positive in {len(odd)} layers: {odd[0]}")
-    dtypes = {_dtype(layer.lora_A) for layer in adapter.layers.values()}
+    dtypes = {dtype_name(layer.lora_A.dtype) for layer in adapter.layers.values()}
     if len(dtypes) > 1:
         lines.append(f"factors have several dtypes: {', '.join(sorted(dtypes))}")
     strange = [path for path in adapter.layers if not _is_plain(path)]
@@ -178,10 +179,6 @@ def _is_plain(path: str) -> bool:
     parts = path.split(".")
     flat = len(parts) == 1 and path.count("_") > 3
     return not (odd & set(parts)) and not flat and all(parts)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def as_json(found: Inspection) -> str:

@@ -7,15 +7,15 @@ import sys
 
 import torch
 
+from lora_kernels.checks import dtype_name
 from lora_kernels.cli.errors import UsageError
 from lora_kernels.dispatch import cache, measured
-from lora_kernels.tuning import machine, model_shapes, user
+from lora_kernels.tuning import machine, model_shapes, user, workers
 from lora_kernels.tuning.shapes import Layer
 from lora_kernels.tuning.user import Plan
 
 __all__ = ["tune"]
 
-MOST_JOBS = 16
 _MOST_MINUTES = 1440
 _INTERRUPTED = 130
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -103,21 +103,19 @@ def _plan(device: torch.device, options: argparse.Namespace) -> Plan:
         ranks=tuple(sorted(set(options.ranks))),
         dropout=tuple(sorted(set(options.dropout))),
         seconds=60 * options.minutes,
-        jobs=max(1, options.jobs or min(os.cpu_count() or 1, MOST_JOBS)),
+        jobs=options.jobs or workers.most_jobs(),
     )
 
 
 def _outline(plan: Plan) -> str:
     """What would be measured."""
     layers = ", ".join(f"{layer.k} -> {layer.n}" for layer in plan.layers)
-    tiles = plan.tile_cases()
-    count = sum(len(case.configs) for case in tiles)
     return "\n".join(
         (
             f"layers: {layers}",
             f"tokens {plan.tokens}, ranks {plan.ranks}, dropout {plan.dropout}, "
-            f"{str(plan.dtype).removeprefix('torch.')}, {plan.seconds / 60:g} minutes",
-            f"tiles: {count} candidates of {len(tiles)} launches in {plan.jobs} processes",
+            f"{dtype_name(plan.dtype)}, {plan.seconds / 60:g} minutes",
+            plan.tiles_in_words(plan.tile_cases()),
             f"algorithms: {len(user.cells(plan))} products",
         )
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from lora_kernels.checks import dtype_name
 from lora_kernels.dispatch import cache
 from lora_kernels.dispatch.table import TuningEntry
 
@@ -105,7 +106,7 @@ def as_json(entry: TuningEntry, ratio: Sequence[float] | None = None) -> dict:
     found = {name: [_finite(bound) for bound in getattr(entry, name)] for name in _BOUNDS}
     return {
         **found,
-        "dtype": str(entry.dtype).removeprefix("torch."),
+        "dtype": dtype_name(entry.dtype),
         **{name: getattr(entry, name) for name in ("dropout", "tma", "backward", "algorithm")},
         "ratio": None if ratio is None else list(ratio),
     }

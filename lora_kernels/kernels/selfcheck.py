@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.checks import dtype_name
 from lora_kernels.dispatch import cache
 from lora_kernels.dispatch.fallback import KernelError
 from lora_kernels.kernels.operands import Operands
@@ -71,7 +72,7 @@ class Variant(NamedTuple):
     def dtypes(self) -> str:
         """Both dtypes in words; one if they are equal."""
         both = dict.fromkeys((self.dtype, self.lora_dtype))
-        return "/".join(str(dtype).removeprefix("torch.") for dtype in both)
+        return "/".join(dtype_name(dtype) for dtype in both)
 
 
 def of_launcher(variant: Variant, device: torch.device) -> Operands:

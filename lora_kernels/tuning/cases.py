@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,9 @@ from lora_kernels.tuning import candidates, rows, stopwatch, workers
 from lora_kernels.tuning.candidates import AXES, in_words, source
 from lora_kernels.tuning.shapes import Shape
 
-__all__ = ["CONFIRM", "SCREEN", "Case", "cases", "measure", "report"]
+__all__ = [
+    "CONFIRM", "SCREEN", "Case", "by_entry", "cases", "measure", "report", "try_out",
+]  # fmt: skip
 
 BEST = 5  # how many of a case are shown
 SCREEN, CONFIRM = "screen", "confirm"
@@ -90,6 +93,28 @@ def cases(names: Sequence[str], shapes: Sequence[Shape], limit: int | None) -> l
         others = [config for config in grid if candidates.as_run(name, shape, config) != known]
         found[name, shape] = Case(name, shape, when, table, tuple(candidates.thin(others, limit)))
     return list(found.values())
+
+
+def by_entry(found: Sequence[Case]) -> list[list[Case]]:
+    """The cases of each entry of each table."""
+    groups: dict[tuple[str, When], list[Case]] = {}
+    for case in found:
+        groups.setdefault((case.kernel.name, case.when), []).append(case)
+    return list(groups.values())
+
+
+def try_out(
+    found: Sequence[Case], jobs: int, seconds: float = math.inf
+) -> dict[Case, dict[Config, str]]:
+    """Compiles and launches all configurations; of each case those that fail, and why.
+
+    jobs, seconds: as workers.attempt has them.
+    """
+    tasks = [(case.name, case.shape, config) for case in found for config in case.configs]
+    reasons = iter(workers.attempt(candidates.try_out, tasks, jobs, seconds=seconds))
+    return {
+        case: {config: why for config in case.configs if (why := next(reasons))} for case in found
+    }
 
 
 def measure(

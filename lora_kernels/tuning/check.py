@@ -5,7 +5,6 @@ so that a training run need not find them again.
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +20,6 @@ __all__ = [
 ]  # fmt: skip
 
 ALGORITHMS = ("fused", "addmm")  # of lora_linear, checked as a whole
-MOST_JOBS = 16
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
 # Of a layer and of its factors.
 _DTYPES = ((_BF16, _BF16), (_F16, _F16), (_F32, _F32), (_BF16, _F32), (_F16, _F32))
@@ -124,7 +122,7 @@ def check(
 
     device: "cuda", or "cpu" for the interpreter. jobs: processes; 1 is this one.
     """
-    jobs = min(os.cpu_count() or 1, MOST_JOBS) if jobs is None else jobs
+    jobs = workers.most_jobs() if jobs is None else jobs
     on, found = torch.device(device), []
     for variant in variants(only):
         key = None if variant.launcher in ALGORITHMS else selfcheck.key_of(variant, on)

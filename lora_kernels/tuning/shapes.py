@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kernels.checks import dtype_name
 from lora_kernels.testing.problem import Problem, make_problem
 
 __all__ = ["DTYPES", "GPT2_MEDIUM", "LLAMA_3_8B", "LLAMA_QKV", "SETS", "Layer", "Shape"]
@@ -51,7 +52,7 @@ class Shape:
     @property
     def dtype_name(self) -> str:
         """The dtype as rows have it."""
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
     def problem(self) -> Problem:
         """Random operands of this shape, the same in every run; drawn where they are needed."""

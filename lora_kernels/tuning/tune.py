@@ -8,24 +8,19 @@ interpreter (TRITON_INTERPRET=1), where times mean nothing.
 
 import argparse
 import itertools
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_kernels.kernels.config import When
 from lora_kernels.kernels.registry import LAUNCHERS
-from lora_kernels.tuning import candidates, cases, machine, rows, shapes, workers
-from lora_kernels.tuning.cases import Case
+from lora_kernels.tuning import cases, machine, rows, shapes, workers
 from lora_kernels.tuning.options import count, duration, listed, probability
 from lora_kernels.tuning.shapes import Layer, Shape
 from lora_kernels.tuning.verdicts import confirm
 
 __all__ = ["main"]
-
-MOST_JOBS = 16  # each has operands on the GPU
 
 
 @dataclass(frozen=True)
@@ -61,11 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{', '.join(options.kernels)} take none of these shapes")
 
     start = time.perf_counter()
-    tasks = [(case.name, case.shape, config) for case in found for config in case.configs]
-    print(f"{len(tasks)} launches in {options.jobs} processes", flush=True)
-    reasons = workers.attempt(candidates.try_out, tasks, options.jobs)
-    failed = {task: why for task, why in zip(tasks, reasons, strict=True) if why}
-    print(f"{len(failed)} fail, {time.perf_counter() - start:.0f} s", flush=True)
+    count_of_all = sum(len(case.configs) for case in found)
+    print(f"{count_of_all} launches in {options.jobs} processes", flush=True)
+    failed = cases.try_out(found, options.jobs)
+    print(f"{sum(map(len, failed.values()))} fail, {time.perf_counter() - start:.0f} s", flush=True)
 
     environment, kept, verdicts, complete = machine.describe(device), [], [], True
 
@@ -74,11 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output:  # after each case: what is measured stays, whatever comes
             rows.save(kept, options.output)
 
-    for group in _groups(found):
+    for group in cases.by_entry(found):
         samples = []
         for case in group:
-            known = {c: why for (*at, c), why in failed.items() if at == [case.name, case.shape]}
-            measured, times = cases.measure(case, case.configs, known, seconds)
+            measured, times = cases.measure(case, case.configs, failed[case], seconds)
             keep(measured)
             print(cases.report(case, measured, case.configs), flush=True)
             samples.append(times)
@@ -122,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--jobs",
         type=count,
-        default=min(os.cpu_count() or 1, MOST_JOBS),
+        default=workers.most_jobs(),
         metavar="N",
         help="processes that compile; 1 is this one, which does not survive a candidate that dies",
     )
@@ -143,14 +136,6 @@ def _shapes(device: str, options: argparse.Namespace) -> list[Shape]:
         Shape(m, layer.k, layer.n, r, p, dtype=shapes.DTYPES[device], device=device)
         for layer, m, r, p in chosen
     ]
-
-
-def _groups(found: Sequence[Case]) -> list[list[Case]]:
-    """The cases of each entry of each table."""
-    groups: dict[tuple[str, When], list[Case]] = {}
-    for case in found:
-        groups.setdefault((case.kernel.name, case.when), []).append(case)
-    return list(groups.values())
 
 
 if __name__ == "__main__":

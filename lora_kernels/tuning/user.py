@@ -19,7 +19,7 @@ from lora_kernels.dispatch.table import GemmShape, TuningEntry
 from lora_kernels.kernels import linear, measured_tiles
 from lora_kernels.kernels.selfcheck import Variant
 from lora_kernels.spec import Needs
-from lora_kernels.tuning import candidates, cases, check, rows, stopwatch, workers
+from lora_kernels.tuning import cases, check, rows, stopwatch, workers
 from lora_kernels.tuning.cases import Case
 from lora_kernels.tuning.rows import BACKWARD, FORWARD
 from lora_kernels.tuning.shapes import Layer, Shape
@@ -81,6 +81,11 @@ class Plan:
         each = _TILES_SHARE * self.seconds * self.jobs / max(1, len(found)) / _COMPILATION
         return cases.cases(TUNED, self.shapes(), min(max(1, int(each)), _NO_LIMIT))
 
+    def tiles_in_words(self, found: Sequence[Case]) -> str:
+        """How many candidates tile_cases() has found."""
+        count = sum(len(case.configs) for case in found)
+        return f"tiles: {count} candidates of {len(found)} launches in {self.jobs} processes"
+
 
 def cells(plan: Plan) -> list[tuple[Shape, str]]:
     """The shapes and passes at which algorithms are compared."""
@@ -109,25 +114,19 @@ def tune(plan: Plan, write: Callable[[str], None]) -> int:
 def _tune_tiles(plan: Plan, left: Callable[..., float], write: Callable[[str], None]) -> int:
     """Keeps the tiles that beat the tables'; returns how many do."""
     found = plan.tile_cases()
-    tasks = [(case.name, case.shape, config) for case in found for config in case.configs]
-    write(f"tiles: {len(tasks)} candidates of {len(found)} launches in {plan.jobs} processes")
-    reasons = workers.attempt(candidates.try_out, tasks, plan.jobs, seconds=left(_TILES_SHARE) / 2)
-    failed = {task: why for task, why in zip(tasks, reasons, strict=True) if why}
-    groups: dict[tuple, list[Case]] = {}
-    for case in found:
-        groups.setdefault((case.kernel.name, case.when), []).append(case)
-    kept = 0
-    for index, group in enumerate(groups.values()):
+    write(plan.tiles_in_words(found))
+    failed = cases.try_out(found, plan.jobs, left(_TILES_SHARE) / 2)
+    groups, kept = cases.by_entry(found), 0
+    for index, group in enumerate(groups):
         # Two stages of every case that is left to time.
-        remaining = sum(len(each) for each in itertools.islice(groups.values(), index, None))
+        remaining = sum(map(len, groups[index:]))
         seconds = left(_TILES_SHARE) / (2 * remaining)
         if index and seconds < _LEAST:
             write(f"  {len(groups) - index} of {len(groups)} tables were not reached in time")
             break
         samples = []
         for case in group:
-            known = {c: why for (*at, c), why in failed.items() if at == [case.name, case.shape]}
-            samples.append(cases.measure(case, case.configs, known, max(seconds, 0.0))[1])
+            samples.append(cases.measure(case, case.configs, failed[case], max(seconds, 0.0))[1])
         _, verdict = confirm(group, samples, max(seconds, 0.0))
         if verdict is not None and verdict.faster:
             tile = measured_tiles.as_json(group[0].kernel.name, verdict.when, verdict.best)

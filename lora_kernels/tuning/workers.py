@@ -3,6 +3,7 @@
 import concurrent.futures
 import math
 import multiprocessing
+import os
 import queue
 import time
 from collections.abc import Callable, Sequence
@@ -10,10 +11,16 @@ from multiprocessing.connection import Connection
 
 import torch
 
-__all__ = ["NOT_REACHED", "attempt", "reason"]
+__all__ = ["NOT_REACHED", "attempt", "most_jobs", "reason"]
 
+_MOST_JOBS = 16
 NOT_REACHED = "not reached in time"
 TIMEOUT = 180.0  # seconds; a process starts in some ten, a kernel compiles in a few
+
+
+def most_jobs() -> int:
+    """As many processes as there are cores, up to a limit: each has operands on the GPU."""
+    return min(os.cpu_count() or 1, _MOST_JOBS)
 
 
 def attempt(
