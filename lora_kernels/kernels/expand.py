@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, select, target_of
-from lora_kernels.kernels.dropout import keep_tile
+from lora_kernels.kernels.dropout import Mask, keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block
 from lora_kernels.kernels.numerics import Numerics, bits_of
 from lora_kernels.kernels.tile import (
@@ -136,11 +136,8 @@ def expand_y(
 
     Shapes: h [M, E·r], b [rows of the enabled groups, r], bias [N] -> [M, N].
     """
-    m, r, splits = h.shape[0], b.shape[1], spec.splits
-    config = config or config_for(h.device, r, numerics)
-    y = torch.empty((m, splits.columns), dtype=dtype, device=h.device)
-    own = {"bias": bias, "mask": None, "scale": spec.scaling, "RIGHT_T": True, "ADD": False}
-    _launch(h, b, y, r, splits, numerics, config, **own)
+    y = torch.empty((h.shape[0], spec.splits.columns), dtype=dtype, device=h.device)
+    _launch_y(y, h, b, spec, numerics, config, bias=bias, ADD=False)
     return y
 
 
@@ -157,10 +154,7 @@ def expand_add_y(
     The sum is rounded once. numerics: those of y, which may have another dtype than x.
     Shapes: y [M, N], rows of unit stride; h [M, E·r], b [rows of the enabled groups, r].
     """
-    r = b.shape[1]
-    config = config or config_for(h.device, r, numerics)
-    own = {"bias": None, "mask": None, "scale": spec.scaling, "RIGHT_T": True, "ADD": True}
-    _launch(h, b, y, r, spec.splits, numerics, config, **own)
+    _launch_y(y, h, b, spec, numerics, config, bias=None, ADD=True)
     return y
 
 
@@ -178,10 +172,8 @@ def expand_scale_y(
 
     Shapes: as in expand_add_y; col_scale [N] float32.
     """
-    r = b.shape[1]
-    config = config or config_for(h.device, r, numerics)
-    own = {"bias": bias, "mask": None, "scale": spec.scaling, "RIGHT_T": True, "ADD": True}
-    _launch(h, b, y, r, spec.splits, numerics, config, col_scale=col_scale, **own)
+    own = {"bias": bias, "ADD": True, "col_scale": col_scale}
+    _launch_y(y, h, b, spec, numerics, config, **own)
     return y
 
 
@@ -199,10 +191,9 @@ def expand_split_y(
 
     c: x_hat·wᵀ [M, N], rows of unit stride. Shapes: as in expand_scale_y.
     """
-    r, y = b.shape[1], torch.empty(c.shape, dtype=c.dtype, device=c.device)
-    config = config or config_for(h.device, r, numerics)
-    own = {"bias": bias, "mask": None, "scale": spec.scaling, "RIGHT_T": True, "ADD": True}
-    _launch(h, b, c, r, spec.splits, numerics, config, col_scale=col_scale, y=matrix(y), **own)
+    y = torch.empty(c.shape, dtype=c.dtype, device=c.device)
+    own = {"bias": bias, "ADD": True, "col_scale": col_scale, "y": matrix(y)}
+    _launch_y(c, h, b, spec, numerics, config, **own)
     return c, y
 
 
@@ -219,11 +210,7 @@ def expand_mask_dx(
 
     Shapes: dx [M, K] of unit stride, dh [M, R], a [R, K].
     """
-    r, k = a.shape
-    config = config or config_for(dh.device, r, numerics)
-    own = {"bias": None, "mask": mask(seed, dropout_p), "scale": 1.0}
-    own |= {"RIGHT_T": False, "ADD": True}
-    _launch(dh, a, dx, r, OutputSplits.whole(k), numerics, config, **own)
+    _launch_dx(dx, dh, a, mask(seed, dropout_p), numerics, config, ADD=True)
     return dx
 
 
@@ -240,14 +227,36 @@ def expand_dx(
 
     For L layers that share x, their sum: dh [L, M, R], a [L, R, K], seed [L] -> [M, K].
     """
-    m, (r, k) = dh.shape[-2], a.shape[-2:]
-    config = config or config_for(dh.device, r, numerics)
-    splits = OutputSplits.whole(k)
-    dx = torch.empty((m, k), dtype=dtype, device=dh.device)
-    own = {"bias": None, "mask": mask(seed, dropout_p), "scale": 1.0}
-    own |= {"RIGHT_T": False, "ADD": False}
-    _launch(dh, a, dx, r, splits, numerics, config, **own)
+    dx = torch.empty((dh.shape[-2], a.shape[-1]), dtype=dtype, device=dh.device)
+    _launch_dx(dx, dh, a, mask(seed, dropout_p), numerics, config, ADD=False)
     return dx
+
+
+def _launch_y(
+    out: Tensor,
+    h: Tensor,
+    b: Tensor,
+    spec: LoraSpec,
+    numerics: Numerics,
+    config: SkinnyConfig | None,
+    **own,
+) -> None:
+    own |= {"mask": None, "scale": spec.scaling, "RIGHT_T": True}
+    _launch(h, b, out, b.shape[1], spec.splits, numerics, config, **own)
+
+
+def _launch_dx(
+    out: Tensor,
+    dh: Tensor,
+    a: Tensor,
+    mask: Mask | None,
+    numerics: Numerics,
+    config: SkinnyConfig | None,
+    **own,
+) -> None:
+    r, k = a.shape[-2:]
+    own |= {"bias": None, "mask": mask, "scale": 1.0, "RIGHT_T": False}
+    _launch(dh, a, out, r, OutputSplits.whole(k), numerics, config, **own)
 
 
 def _launch(
@@ -257,11 +266,12 @@ def _launch(
     r: int,
     splits: OutputSplits,
     numerics: Numerics,
-    config: SkinnyConfig,
+    config: SkinnyConfig | None,
     col_scale: Tensor | None = None,
     y: Matrix | None = None,
     **own,
 ) -> None:
+    config = config or config_for(left.device, r, numerics)
     m, block_r = len(out), rank_block(r, numerics.update)
     columns = sum(cdiv(size, config.BLOCK_COLS) for size in splits.sizes)
     launch(

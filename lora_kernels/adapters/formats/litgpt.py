@@ -28,8 +28,8 @@ from lora_kernels.adapters.formats.plain import (
     of_one_rank,
     of_one_scaling,
     plain_layers,
+    told_alpha,
 )
-from lora_kernels.checks import check_alpha
 from lora_kernels.model.paths import is_named, join, split
 
 __all__ = ["read", "recognises", "write"]
@@ -66,14 +66,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     state = files.read_state(file, envelope="model")
     found = collect(file, state, dict(zip(FACTORS, FACTORS, strict=True)))
     told = _yaml(file.parent / _NUMBERS)
-    alpha = told.get("lora_alpha", hints.lora_alpha)
-    if alpha is None:
-        raise ValueError(f"{file}: no {_NUMBERS} beside it tells lora_alpha: give --lora-alpha")
-    check_alpha(alpha, f"{file}: lora_alpha")
-    if hints.lora_alpha not in (None, alpha):
-        raise ValueError(
-            f"{file.parent / _NUMBERS}: lora_alpha is {alpha:g}: leave --lora-alpha out"
-        )
+    alpha = told_alpha(file, file.parent / _NUMBERS, told.get("lora_alpha"), hints.lora_alpha)
     dropout = told.get("lora_dropout", hints.lora_dropout)
     layers, keys = [], {}
     for name, parts in found.items():

@@ -34,7 +34,7 @@ from lora_kernels.model.targets import LayerSpec
 __all__ = [
     "EMBEDDINGS", "Part", "PlainLayer", "alpha_of", "base_weights", "collect", "left_out",
     "make_adapter", "make_layer", "of_one_rank", "of_one_scaling", "plain_layers", "scale_of",
-    "single_alpha", "summary",
+    "single_alpha", "summary", "told_alpha",
 ]  # fmt: skip
 
 # Names of embeddings in models, for formats whose shapes do not tell them from linears.
@@ -112,6 +112,21 @@ def scale_of(
     if hint not in (None, alpha.item()):
         raise ValueError(f"{file}: {key}: is {alpha.item():g}: leave out --lora-alpha {hint:g}")
     return check_alpha(alpha.item(), f"{file}: {key}") / r
+
+
+def told_alpha(file: Path, config: Path, told: float | None, hint: float | None) -> float:
+    """lora_alpha by the config beside a file, or else by the hint.
+
+    Raises: ValueError that names the file for neither, for both if they differ, and for a number
+    that is none.
+    """
+    alpha = hint if told is None else told
+    if alpha is None:
+        raise ValueError(f"{file}: no {config.name} beside it tells lora_alpha: give --lora-alpha")
+    check_alpha(alpha, f"{file}: lora_alpha")
+    if hint not in (None, alpha):
+        raise ValueError(f"{config}: lora_alpha is {alpha:g}: leave out --lora-alpha {hint:g}")
+    return alpha
 
 
 def make_layer(

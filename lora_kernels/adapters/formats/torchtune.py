@@ -30,8 +30,8 @@ from lora_kernels.adapters.formats.plain import (
     of_one_rank,
     of_one_scaling,
     plain_layers,
+    told_alpha,
 )
-from lora_kernels.checks import check_alpha
 from lora_kernels.model.paths import join, split
 
 __all__ = ["read", "recognises", "write"]
@@ -58,7 +58,8 @@ def read(file: Path, hints: Hints) -> Adapter:
     """
     tensors = files.read_tensors(file)
     found = collect(file, tensors, _ENDINGS)
-    alpha, config = _alpha(file, hints), sibling_config(file)
+    config = sibling_config(file)
+    alpha = told_alpha(file, file.parent / CONFIG, config.get("lora_alpha"), hints.lora_alpha)
     layers, keys = [], {}
     for name, parts in found.items():
         a, b = (parts[factor].value for factor in FACTORS)
@@ -77,20 +78,6 @@ def read(file: Path, hints: Hints) -> Adapter:
         layers.append(layer if heads is None else _in_halves(layer, heads))
         keys[path] = parts
     return make_adapter(layers, keys, file.parent / CONFIG, file)
-
-
-def _alpha(file: Path, hints: Hints) -> float:
-    told = sibling_config(file).get("lora_alpha")
-    alpha = hints.lora_alpha if told is None else told
-    if alpha is None:
-        raise ValueError(f"{file}: no {CONFIG} beside it tells lora_alpha: give --lora-alpha")
-    check_alpha(alpha, f"{file}: lora_alpha")
-    if hints.lora_alpha not in (None, alpha):
-        raise ValueError(
-            f"{file.parent / CONFIG}: lora_alpha is {alpha:g}: leave out --lora-alpha "
-            f"{hints.lora_alpha:g}"
-        )
-    return alpha
 
 
 def _heads(path: str, base: Base, outputs: int) -> tuple[int, int] | None:
