@@ -85,7 +85,7 @@ def test_a_directory_without_anything_is_pefts(tmp_path):
 
 
 def test_pipes_and_devices_are_not_waited_for(tmp_path):
-    if not hasattr(os, "mkfifo"):
+    if not hasattr(os, "mkfifo"):  # Windows
         pytest.skip("no named pipes here")
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(ValueError, match=r"pipe\.safetensors: must be a file or a directory"):
