@@ -190,6 +190,13 @@ def _add_tune(commands) -> None:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="(default: bfloat16)"
     )
     tune.add_argument(
+        "--factors",
+        type=_list_of(str, ("own", "float32")),
+        default=["own", "float32"],
+        metavar="LIST",
+        help="dtypes of lora_A and lora_B: own is the layer's (default: own,float32)",
+    )
+    tune.add_argument(
         "--minutes",
         type=float,
         default=5.0,

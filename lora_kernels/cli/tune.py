@@ -95,13 +95,17 @@ def _plan(device: torch.device, options: argparse.Namespace) -> Plan:
     layers = tuple(dict.fromkeys(layers)) or default.layers
     if not layers:
         raise UsageError("tune: give a model (its folder or config.json) or --shapes KxN,...")
+    dtype = _DTYPES[options.dtype] if options.dtype else default.dtype
+    asked = (None if name == "own" else _DTYPES[name] for name in options.factors)
+    factors = tuple(dict.fromkeys(None if factor == dtype else factor for factor in asked))
     return Plan(
         device=device,
-        dtype=_DTYPES[options.dtype] if options.dtype else default.dtype,
+        dtype=dtype,
         layers=layers,
         tokens=tuple(sorted(set(options.tokens or default.tokens))),
         ranks=tuple(sorted(set(options.ranks))),
         dropout=tuple(sorted(set(options.dropout))),
+        factors=factors,
         seconds=60 * options.minutes,
         jobs=options.jobs or workers.most_jobs(),
     )
@@ -110,11 +114,12 @@ def _plan(device: torch.device, options: argparse.Namespace) -> Plan:
 def _outline(plan: Plan) -> str:
     """What would be measured."""
     layers = ", ".join(f"{layer.k} -> {layer.n}" for layer in plan.layers)
+    factors = " and ".join(dtype_name(factors or plan.dtype) for factors in plan.factors)
     return "\n".join(
         (
             f"layers: {layers}",
             f"tokens {plan.tokens}, ranks {plan.ranks}, dropout {plan.dropout}, "
-            f"{dtype_name(plan.dtype)}, {plan.seconds / 60:g} minutes",
+            f"{dtype_name(plan.dtype)}, factors in {factors}, {plan.seconds / 60:g} minutes",
             plan.tiles_in_words(plan.tile_cases()),
             f"algorithms: {len(user.cells(plan))} products",
         )

@@ -10,7 +10,7 @@ import torch
 
 from lora_kernels.dispatch.algorithm import ALGORITHMS, Algorithm
 
-__all__ = ["KernelError", "count", "failures", "of_kernels", "run"]
+__all__ = ["KernelError", "count", "failures", "give_up", "has_failed", "of_kernels", "run"]
 
 _Result = TypeVar("_Result")
 
@@ -50,13 +50,18 @@ def run(
     raised: those of the device, of PyTorch's own operators, and faults of this package.
     """
     for name in ALGORITHMS[ALGORITHMS.index(algorithm.name) : -1]:
-        if _failed and (name, what()) in _failed:
+        if has_failed(name, what):
             continue
         try:
             return compute(name)
         except KernelError as error:
-            _give_up(name, what(), error)
+            give_up(name, what(), error, ALGORITHMS[ALGORITHMS.index(name) + 1])
     return compute("reference")
+
+
+def has_failed(name: str, what: Callable[[], tuple]) -> bool:
+    """Whether an algorithm was given up for what(), as run() has it."""
+    return bool(_failed) and (name, what()) in _failed
 
 
 def failures() -> dict[tuple[str, tuple], str]:
@@ -72,10 +77,10 @@ def count() -> int:
     return len(_failed)
 
 
-def _give_up(name: str, what: tuple, error: KernelError) -> None:
+def give_up(name: str, what: tuple, error: KernelError, following: str) -> None:
+    """Notes that an algorithm has failed, and says so; following: the one that takes its place."""
     kind = "" if type(error) is KernelError else f"{type(error).__name__}: "
     reason = _failed[name, what] = f"{kind}{error}"
-    following = ALGORITHMS[ALGORITHMS.index(name) + 1]
     warnings.warn(
         f"lora_kernels: algorithm {name} failed for {' '.join(map(str, what))} and {following} "
         f"takes its place: {reason}",

@@ -35,25 +35,32 @@ def is_asked(device: torch.device) -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
-def decide(shape: GemmShape, compute: Callable[[str], object]) -> str:
+def decide(shape: GemmShape, what: Callable[[], tuple], compute: Callable[[str], object]) -> str:
     """The faster algorithm, after both have computed a call a few times, in turn.
 
-    compute(algorithm): repeatable, with the same result each time. If one of them fails, the other
-    is taken; running out of memory and errors of the device are raised.
+    what: as fallback.run has it. compute(algorithm): repeatable, with the same result each time. If
+    one of them fails, the other is taken, or reference if both do, and a warning says so; running
+    out of memory and errors of the device are raised.
     """
     seconds: dict[str, list[float]] = {}
+    errors: dict[str, fallback.KernelError] = {}
     for name in _NAMES:
+        if fallback.has_failed(name, what):
+            continue
         try:
             for _ in range(_WARM_UP):
                 compute(name)
             seconds[name] = []
-        except fallback.KernelError:
-            continue
+        except fallback.KernelError as error:
+            errors[name] = error
     for _ in range(_ROUNDS if len(seconds) > 1 else 0):
         for name, taken in seconds.items():
             taken.append(_seconds(lambda name=name: compute(name), shape.device))
-    best = min(seconds, key=lambda name: _median(seconds[name] or [0.0]), default="addmm")
-    _keep(shape, best, seconds)
+    best = min(seconds, key=lambda name: _median(seconds[name] or [0.0]), default="reference")
+    for name, error in errors.items():
+        fallback.give_up(name, what(), error, best)
+    if seconds:
+        _keep(shape, best, seconds)
     return best
 
 
@@ -90,6 +97,7 @@ def _keep(shape: GemmShape, best: str, seconds: dict[str, list[float]]) -> None:
         dropout=shape.dropout,
         tma=shape.tma,
         backward=shape.backward,
+        uniform=shape.uniform,
     )
     ratio = None
     if len(seconds) == len(_NAMES):

@@ -22,6 +22,7 @@ KIND = "tuned"  # of the file in the cache
 SOURCE = "this GPU"
 _changes = [0]
 _BOUNDS = ("m", "n", "k", "r")
+_FLAGS = ("dropout", "tma", "backward", "uniform")
 
 
 @functools.cache
@@ -107,7 +108,7 @@ def as_json(entry: TuningEntry, ratio: Sequence[float] | None = None) -> dict:
     return {
         **found,
         "dtype": dtype_name(entry.dtype),
-        **{name: getattr(entry, name) for name in ("dropout", "tma", "backward", "algorithm")},
+        **{name: getattr(entry, name) for name in (*_FLAGS, "algorithm")},
         "ratio": None if ratio is None else list(ratio),
     }
 
@@ -120,7 +121,7 @@ def _entry(found: Mapping, capability: tuple[int, int]) -> TuningEntry:
     dtype, algorithm = getattr(torch, found["dtype"]), found["algorithm"]
     if not isinstance(dtype, torch.dtype) or algorithm not in ("fused", "addmm"):
         raise ValueError(f"{found['dtype']}, {algorithm} must be a dtype, and fused or addmm")
-    flags = {name: found[name] for name in ("dropout", "tma", "backward")}
+    flags = {name: found[name] for name in _FLAGS}
     return TuningEntry(capability, dtype, algorithm, SOURCE, **bounds, **flags)
 
 

@@ -44,6 +44,7 @@ class TuningEntry:
     dropout: bool | None = None  # None, here and below: either
     tma: bool | None = True
     backward: bool | None = None
+    uniform: bool | None = True
 
     def holds(self, shape: GemmShape, capability: tuple[int, int]) -> bool:
         # Every call asks every row, so the fields in which most rows differ come first.
@@ -55,6 +56,7 @@ class TuningEntry:
             and self.backward in (None, shape.backward)
             and self.dropout in (None, shape.dropout)
             and self.tma in (None, shape.tma)
+            and self.uniform in (None, shape.uniform)
             and self.dtype == shape.dtype
             and self.capability == capability
         )

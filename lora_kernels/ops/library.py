@@ -142,7 +142,7 @@ def compute(
         return (name, *words, shape.device, *dtypes)
 
     if name in _REPEATABLE and algorithm.is_open(chosen) and first_use.is_asked(shape.device):
-        chosen = chosen._replace(name=first_use.decide(shape, by))
+        chosen = chosen._replace(name=first_use.decide(shape, what, by))
     return fallback.run(chosen, what, by)
 
 

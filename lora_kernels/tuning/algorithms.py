@@ -121,11 +121,12 @@ def table(measured: Rows) -> list[TuningEntry]:
                 dropout=shape.dropout,
                 tma=shape.tma,
                 backward=shape.backward,
+                uniform=shape.uniform,
             )
             for algorithm, verdicts in (("fused", by_rank), ("addmm", slower))
             for m, r in _bounds(verdicts)
         ]
-    for flag in ("dropout", "backward"):
+    for flag in ("dropout", "backward", "uniform"):
         made = _either(made, flag)
     return [dataclasses.replace(entry, source=_source(entry, deciding)) for entry in made]
 
@@ -147,6 +148,7 @@ def _shape(row: Mapping) -> GemmShape:
         dropout=row["dropout_p"] > 0,
         tma=is_tma_compliant(x_or_dy, w),
         backward=backward,
+        uniform=row["factors"] in (None, row["dtype"]),
     )
 
 

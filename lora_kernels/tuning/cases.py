@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_kernels.checks import dtype_name
 from lora_kernels.kernels.config import Config, When, target_of
 from lora_kernels.kernels.operands import Operands
 from lora_kernels.kernels.registry import LAUNCHERS, Dims, Kernel, entry_for, kernel_of
@@ -68,13 +69,16 @@ class Case:
                 for axis, field in AXES.items()
             },
             "dtype": self.shape.dtype_name,
+            "factors": None if self.shape.factors is None else dtype_name(self.shape.factors),
             "device": self.shape.device,
         }
 
     def __str__(self) -> str:
         needed = LAUNCHERS[self.name].depends_on.split()
         axes = [f"{axis}{getattr(self.shape, AXES[axis]):g}" for axis in needed]
-        return " ".join([self.name, *axes, self.shape.dtype_name])
+        factors = self.shape.factors
+        dtypes = self.shape.dtype_name + ("" if factors is None else f"/{dtype_name(factors)}")
+        return " ".join([self.name, *axes, dtypes])
 
 
 def cases(names: Sequence[str], shapes: Sequence[Shape], limit: int | None) -> list[Case]:

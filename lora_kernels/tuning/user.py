@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_kernels.checks import dtype_name
 from lora_kernels.dispatch import measured
 from lora_kernels.dispatch.algorithm import capability_of, unmeasured
 from lora_kernels.dispatch.table import GemmShape, TuningEntry
@@ -55,7 +56,10 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured within so many seconds. layers: [K, N] each, all different."""
+    """What is to be measured within so many seconds.
+
+    layers: [K, N] each, all different. factors: dtypes of lora_A and lora_B; None is the layer's.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -63,15 +67,17 @@ class Plan:
     tokens: tuple[int, ...]
     ranks: tuple[int, ...]
     dropout: tuple[float, ...]
+    factors: tuple[torch.dtype | None, ...]
     seconds: float
     jobs: int
 
     def shapes(self) -> list[Shape]:
-        """Every layer at every number of tokens, rank and dropout."""
+        """Every layer at every number of tokens, rank, dropout and dtype of the factors."""
+        on = {"dtype": self.dtype, "device": self.device.type}
         return [
-            Shape(m, layer.k, layer.n, r, p, dtype=self.dtype, device=self.device.type)
-            for layer, m, r, p in itertools.product(
-                self.layers, self.tokens, self.ranks, self.dropout
+            Shape(m, layer.k, layer.n, r, p, factors=factors, **on)
+            for layer, m, r, p, factors in itertools.product(
+                self.layers, self.tokens, self.ranks, self.dropout, self.factors
             )
         ]
 
@@ -143,29 +149,35 @@ def _compare(plan: Plan, left: Callable[..., float], write: Callable[[str], None
     """Times fused and addmm at each cell, keeps the faster; returns how many were compared."""
     todo = cells(plan)
     write(f"algorithms: {len(todo)} products")
-    right = {r: _right(plan, r, write) for r in plan.ranks}
+    kinds = itertools.product(plan.ranks, plan.factors)
+    right = {kind: _right(plan, *kind, write) for kind in kinds}
     for index, (shape, mode) in enumerate(todo):
         seconds = left() / (len(todo) - index)
         if index and seconds < _LEAST:
             write(f"  {len(todo) - index} of {len(todo)} products were not reached in time")
             return index
-        ratio = _ratio(shape, mode, right[shape.r], seconds)
-        entry = _entry(plan, shape, mode, ratio, right[shape.r])
+        kind = shape.r, shape.factors
+        ratio = _ratio(shape, mode, right[kind], seconds)
+        entry = _entry(plan, shape, mode, ratio, right[kind])
         if entry is None:
             continue
         measured.add(plan.device, [measured.as_json(entry, ratio)])
         cell = f"{mode} {shape.m} x {shape.k} -> {shape.n} r={shape.r} p={shape.dropout_p:g}"
+        cell += "" if shape.factors is None else f" {dtype_name(shape.factors)} factors"
         said = f"{rows.ratio_text(ratio)} of addmm's time" if ratio else "not compared"
         write(f"  {cell}: fused takes {said}: {entry.algorithm}")
     return len(todo)
 
 
-def _right(plan: Plan, r: int, write: Callable[[str], None]) -> list[str]:
-    """The algorithms whose results are right in this dtype at this rank, against float64."""
+def _right(
+    plan: Plan, r: int, factors: torch.dtype | None, write: Callable[[str], None]
+) -> list[str]:
+    """The algorithms whose results are right in these dtypes at this rank, against float64."""
     found = []
     for name in check.ALGORITHMS:
         try:
-            check.verify((Variant(name, plan.dtype, plan.dtype, r), plan.device.type))
+            variant = Variant(name, plan.dtype, factors or plan.dtype, r)
+            check.verify((variant, plan.device.type))
             found.append(name)
         except Exception as error:  # whatever it is, the other algorithm is left
             write(f"  {name} at rank {r} is not used: {workers.reason(error)}")
@@ -209,7 +221,7 @@ def _entry(
         return None
     asked = GemmShape(
         shape.m, shape.n, shape.k, shape.r, shape.dtype, plan.device,
-        dropout=shape.dropout_p > 0, backward=mode == BACKWARD,
+        dropout=shape.dropout_p > 0, backward=mode == BACKWARD, uniform=shape.factors is None,
     )  # fmt: skip
     if ratio is None:
         (algorithm,) = right
@@ -229,6 +241,7 @@ def _entry(
         dropout=asked.dropout,
         tma=None,
         backward=asked.backward,
+        uniform=asked.uniform,
     )
 
 

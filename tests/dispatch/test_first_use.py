@@ -17,6 +17,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="counts call
 
 @pytest.fixture
 def asked(cache, monkeypatch):
+    monkeypatch.setattr(fallback, "_failed", {})
     monkeypatch.setenv("LORA_KERNELS_TUNE", "first-use")
     monkeypatch.setenv("LORA_KERNELS_PLAN", "auto")
 
@@ -96,10 +97,40 @@ def test_an_algorithm_that_fails_leaves_the_other(asked, device, monkeypatch):
     expected = solve(problem)
     measured.clear()
     monkeypatch.setattr(linear, "lora_linear_forward", broken)
-    results = solve(problem)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = solve(problem)
+        solve(problem)
+    said = [str(w.message) for w in caught if str(w.message).startswith("lora_kernels")]
+    assert len(said) == 1
+    assert "fused failed for lora_linear_forward" in said[0]
+    assert "and addmm takes its place: RuntimeError: no such instruction" in said[0]
     for name, result in results.items():
         torch.testing.assert_close(result, expected[name], msg=name)
     assert choose(GemmShape(70, 7, 8, 2, torch.float32, device)).name == "addmm"
+
+
+@needs_no_gpu
+def test_if_both_fail_nothing_is_kept(asked, device, monkeypatch):
+    def broken(algorithm, *operands):
+        raise fallback.KernelError(f"RuntimeError: no {algorithm}")
+
+    problem = make_problem(70, 8, 7, 2, device=device)
+    expected = solve(problem)
+    measured.clear()
+    monkeypatch.setattr(linear, "lora_linear_forward", broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = solve(problem)
+        solve(problem)
+    said = [str(w.message) for w in caught if str(w.message).startswith("lora_kernels")]
+    assert len(said) == 2
+    assert "no fused" in said[0]
+    assert "no addmm" in said[1]
+    for name, result in results.items():
+        torch.testing.assert_close(result, expected[name], msg=name)
+    measured.forget()
+    assert choose(GemmShape(70, 7, 8, 2, torch.float32, device)).reason == "TRITON_INTERPRET=1"
 
 
 @needs_no_gpu

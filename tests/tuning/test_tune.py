@@ -66,8 +66,8 @@ def test_main_writes_what_was_tried_where_and_how_fast(run):
     for row in rows:
         assert row.keys() == {
             "commit", "python", "torch", "triton", "threads", "gpu", "capability", "driver",
-            "kernel", "table", "entry", "m", "k", "n", "r", "dropout_p", "dtype", "device",
-            "stage", "config", "is_table", "rounds", "p10_ms", "median_ms", "p90_ms",
+            "kernel", "table", "entry", "m", "k", "n", "r", "dropout_p", "dtype", "factors",
+            "device", "stage", "config", "is_table", "rounds", "p10_ms", "median_ms", "p90_ms",
             "over_table", "gb_s", "tflop_s", "reason",
         }  # fmt: skip
         assert (row["torch"], row["device"], row["reason"]) == (torch.__version__, "cpu", None)

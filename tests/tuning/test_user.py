@@ -20,7 +20,7 @@ BEST = SkinnyConfig(32, 32, num_warps=4, num_stages=1)
 def plan(device, seconds=1000.0, **changes) -> Plan:
     values = {
         "dtype": torch.float32, "layers": (Layer(24, 20),), "tokens": (70,), "ranks": (4,),
-        "dropout": (0.3,), "seconds": seconds, "jobs": 1,
+        "dropout": (0.3,), "factors": (None,), "seconds": seconds, "jobs": 1,
     }  # fmt: skip
     return Plan(device, **{**values, **changes})
 
@@ -95,6 +95,27 @@ def test_a_wrong_algorithm_is_not_chosen(all_cells, monkeypatch, device):
     tune(plan(device, seconds=0.0), lines.append)
     assert choose(asked(device)) == ("addmm", "measured on this GPU")
     assert any("fused at rank 4 is not used: WrongKernelError" in line for line in lines)
+
+
+@needs_no_gpu
+def test_factors_of_another_dtype_are_measured_for_themselves(all_cells, monkeypatch, device):
+    slow("fused", monkeypatch)
+    lines = []
+    both = plan(device, 0.0, dtype=torch.float16, factors=(None, torch.float32))
+    assert tune(both, lines.append) == 4
+    assert sum(" float32 factors: fused takes " in line for line in lines) == 2
+    half = asked(device, dtype=torch.float16)
+    for uniform in (True, False):
+        assert choose(half._replace(uniform=uniform)) == ("addmm", "measured on this GPU")
+
+
+@needs_no_gpu
+def test_a_measurement_says_nothing_of_factors_in_another_dtype(all_cells, monkeypatch, device):
+    slow("fused", monkeypatch)
+    tune(plan(device, seconds=0.0, dtype=torch.float16), lambda line: None)
+    half = asked(device, dtype=torch.float16)
+    assert choose(half).reason == "measured on this GPU"
+    assert choose(half._replace(uniform=False)).reason == "TRITON_INTERPRET=1"
 
 
 @needs_no_gpu
