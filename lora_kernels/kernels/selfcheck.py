@@ -45,6 +45,7 @@ class Variant(NamedTuple):
     dtype: of x, w and y; lora_dtype: of the factors. small_m: whether m is that of decoding.
     aligned: whether tensor descriptors can describe the operands. transposed: whether w is stored
     [K, N]. narrow: whether factors in a wider dtype are rounded to that of the layer in products.
+    enabled: which groups of y's columns have an update.
     """
 
     launcher: str
@@ -56,14 +57,17 @@ class Variant(NamedTuple):
     aligned: bool = True
     transposed: bool = False
     narrow: bool = False
+    enabled: tuple[bool, ...] = (True,)
 
     def __str__(self) -> str:
+        groups = "".join(str(int(enabled)) for enabled in self.enabled)
         flags = {
             "dropout": self.dropout,
             "small m": self.small_m,
             "unaligned": not self.aligned,
             "transposed": self.transposed,
             "narrow": self.narrow,
+            f"groups {groups}": len(self.enabled) > 1,
         }
         parts = [self.launcher, self.dtypes, f"r={self.r}"]
         return " ".join(parts + [name for name, holds in flags.items() if holds])
@@ -85,12 +89,19 @@ def of_launcher(variant: Variant, device: torch.device) -> Operands:
         torch.manual_seed(0)
         problem = make_problem(
             m, k, n, variant.r, device=device, dtype=variant.dtype, lora_dtype=variant.lora_dtype,
-            dropout_p=0.25 if variant.dropout else 0.0,
+            dropout_p=0.25 if variant.dropout else 0.0, groups=_groups(n, variant.enabled),
         )  # fmt: skip
         if variant.transposed:
             problem.w = problem.w.T.contiguous().T
         problem.spec = dataclasses.replace(problem.spec, narrow=variant.narrow)
         return Operands(problem)
+
+
+def _groups(n: int, enabled: Sequence[bool]) -> list[tuple[int, bool]]:
+    """n columns in groups of which the first is the widest, as with grouped-query attention."""
+    others = n // (len(enabled) + 1) // 8 * 8
+    sizes = [n - others * (len(enabled) - 1), *[others] * (len(enabled) - 1)]
+    return list(zip(sizes, enabled, strict=True))
 
 
 def key_of(variant: Variant, device: torch.device) -> str | None:

@@ -69,33 +69,30 @@ def prepare(function: Callable, algorithm: str, shape: GemmShape, operands: tupl
     """
     named = dict(zip(_parameters(function), operands, strict=False))
     w, factor = _first(named, "w"), _first(named, "a", "b")
-    lora_dtype = shape.dtype if factor is None else factor.dtype
+    lora_dtype, spec = shape.dtype if factor is None else factor.dtype, _first(named, "spec")
     kind = (
         function.__name__,
         algorithm,
         shape.device,
+        # The fields of a Variant from here on.
         shape.dtype,
         lora_dtype,
         shape.r,
         shape.dropout,
         is_small_m(shape.m, shape.dropout),
-        isinstance(w, Tensor) and w.stride(-1) != 1,
         is_tma_compliant(*(t for t in (_first(named, "x", "dy"), w) if isinstance(t, Tensor))),
-        lora_dtype != shape.dtype and getattr(named.get("spec"), "narrow", False),
+        isinstance(w, Tensor) and w.stride(-1) != 1,
+        lora_dtype != shape.dtype and getattr(spec, "narrow", False),
+        spec.splits.enabled if hasattr(spec, "splits") else (True,),
     )
     if kind in _prepared:
         return
     from lora_kernels.kernels import measured_tiles, selfcheck
 
     measured_tiles.use(shape.device)
-    name, _, _, dtype, lora_dtype, r, has_dropout, small_m, transposed, aligned, narrow = kind
+    _, _, _, *kernel = kind
     selfcheck.first_use(
-        [
-            selfcheck.Variant(
-                launcher, dtype, lora_dtype, r, has_dropout, small_m, aligned, transposed, narrow
-            )
-            for launcher in LAUNCHERS[name][algorithm]
-        ],
+        [selfcheck.Variant(launcher, *kernel) for launcher in LAUNCHERS[kind[0]][algorithm]],
         shape.device,
     )
     if shape.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():

@@ -55,6 +55,7 @@ def variants(only: Sequence[str] = ()) -> list[Variant]:
         {"aligned": False},
         {"r": _HIGH_RANK},
         {"transposed": True},
+        {"enabled": (True, False, True)},
     ):
         found += [v._replace(**change) for v in plain if _differs(v.launcher, *change)]
     return found
@@ -71,6 +72,7 @@ def _differs(name: str, field: str) -> bool:
         "aligned": True,
         "r": "r" in needed,
         "transposed": {"n", "k"} <= set(needed),
+        "enabled": "n" in needed,
         "narrow": "r" in needed and not name.startswith("grouped"),  # those never are
     }[field]
 

@@ -52,7 +52,7 @@ def test_json_has_every_variant(capsys, monkeypatch):
     assert all(each["reason"].startswith("WrongKernelError") for each in found["checked"])
     assert found["checked"][0].keys() == {
         "launcher", "dtype", "lora_dtype", "r", "dropout", "small_m", "aligned", "transposed",
-        "narrow", "reason",
+        "narrow", "enabled", "reason",
     }  # fmt: skip
 
 

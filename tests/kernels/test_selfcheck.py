@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from lora_kernels import LoRALinear
+from lora_kernels import LoRALinear, LoRAMergedLinear
 from lora_kernels.dispatch import fallback
 from lora_kernels.kernels import expand, registry, selfcheck, shrink
 from lora_kernels.kernels.launch import launch
@@ -168,6 +168,28 @@ def test_a_kernel_that_the_call_does_not_need_may_be_wrong(
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         LoRALinear(24, 20, r=4).to(device)(x)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_groups_are_right(name, device):
+    variant = Variant(name, r=4, enabled=(True, False, True))
+    key = selfcheck.key_of(variant, device)
+    if key is None:
+        pytest.skip("takes one group")
+    assert key.startswith(f"{name} float32 r=4 dropout groups 101")
+    first, *others = selfcheck.of_launcher(variant, device).spec.splits.sizes
+    assert first > others[0] == others[1]
+    assert fault(variant, device, guard=True) is None
+
+
+@pytest.mark.parametrize("algorithm", ["fused"], indirect=True)
+def test_the_groups_of_a_layer_are_checked(algorithm, asked, monkeypatch, device):
+    checked = []
+    monkeypatch.setattr(selfcheck, "fault", lambda variant, device: checked.append(variant))
+    layer = LoRAMergedLinear(24, 36, r=4, enable_lora=[False, True, True], lora_dropout=0.1)
+    layer.to(device)(torch.randn(70, 24, device=device))
+    assert {variant.launcher for variant in checked} == {"shrink", "gemm_fwd"}
+    assert {variant.enabled for variant in checked} == {(False, True, True)}
 
 
 @pytest.mark.parametrize("name", ["shrink", "gemm_fwd", "grad_b", "expand_grad_a"])

@@ -25,6 +25,7 @@ def test_every_launcher_algorithm_and_dtype_is_checked():
     for change in ("dropout", "small_m", "aligned", "transposed"):
         assert {getattr(v, change) for v in gemm} == {True, False}, change
     assert {v.r for v in gemm} == {16, 64}
+    assert {v.enabled for v in gemm} == {(True,), (True, False, True)}
     assert {(v.dtype, v.lora_dtype) for v in gemm if v.narrow} == {(BF16, F32)}
     assert not [v for v in found if v.narrow and v.launcher in ("grouped_gemm_y", "column_sums")]
 
