@@ -11,6 +11,7 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "lora_kernels/__init__.py").read_text(), re.MULTILINE
 )[1]
 
+DOCS = ["furo", "myst-parser", "sphinx"]
 GGUF = ["gguf"]
 PEFT = ["peft", "transformers"]
 EXAMPLES = [
@@ -40,15 +41,33 @@ TEST = [
     "torchao",
 ]
 
+
+def description() -> str:
+    """README.md without its relative links and pictures, which lead nowhere outside of a clone."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 setup(
     name="lora_kernels",
     version=VERSION,
     description="LoRA layers and functions for PyTorch; a drop-in successor of loralib",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=description(),
     long_description_content_type="text/markdown",
     author="lora_kernels contributors",
     license="MIT",
     license_files=["LICENSE"],
+    keywords=["LoRA", "loralib", "PEFT", "fine-tuning", "PyTorch", "Triton", "QLoRA", "DoRA"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["lora_kernels", "lora_kernels.*"]),
     package_data={"lora_kernels": ["py.typed"]},
@@ -56,6 +75,7 @@ setup(
     install_requires=["safetensors", "torch>=2.6", 'triton; platform_system == "Linux"'],
     extras_require={
         "bench": BENCH,
+        "docs": DOCS,
         "examples": EXAMPLES,
         "gguf": GGUF,
         "peft": PEFT,

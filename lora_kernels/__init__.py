@@ -37,7 +37,7 @@ from lora_kernels.model.trainable import mark_only_lora_as_trainable, print_trai
 from lora_kernels.quantization import frozen_weight
 from lora_kernels.report import report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Conv1d",

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,16 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     expected = {str(path.relative_to(REPOSITORY)) for path in FILES}
     assert files == {*expected, "lora_kernels/py.typed"}
+
+
+def test_description_links_to_nothing_that_only_a_clone_has(wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    _, _, description = wheel.read(name).decode().partition("\n\n")
+    assert "The kernels have not run on a GPU yet" in description
+    assert "[loralib](https://" in description
+    assert "Benchmarks has the figures" in description
+    links = re.findall(r"\]\(([^)]*)\)", description)
+    assert [link for link in links if not link.startswith("https://")] == []
 
 
 def test_wheel_metadata_has_the_version_the_license_and_the_base_dependencies(wheel):
