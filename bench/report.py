@@ -1,4 +1,4 @@
-"""``python -m bench.report FILE.json ...``: rows to summary.json, the README's table, and plots.
+"""``python -m bench.report FILE.json ...``: rows to summary.json, a table, and plots.
 
 The files are those of one commit, and of one that is committed. What is made lies beside the first.
 """
@@ -120,7 +120,7 @@ def tokens_per_second(row: Mapping) -> float:
 
 
 def markdown(measured: Sequence[Mapping]) -> str:
-    """The README's table: forward + backward of every cell, lost cells first.
+    """The table of docs/benchmarks.md: forward + backward of every cell, lost cells first.
 
     Each entry: the median in ms, and behind it the time over the frozen layer's.
     """

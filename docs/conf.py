@@ -1,6 +1,7 @@
 """The site: ``pip install -e ".[docs]" && sphinx-build -W -b html docs docs/_build``."""
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -27,21 +28,32 @@ python_use_unqualified_type_names = True
 
 html_theme = "furo"
 html_title = f"lora_kernels {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
 
 # What begins a part of a docstring: "Shapes: ...", "dropout_p, seed: ...".
-_PART = re.compile(r"^(\w[\w, ]*): ")
+_PART = re.compile(r"^(\w[\w, ]*):(?= )")
+_WORD = re.compile(r"^\w+(?=[ ,:])")
 
 
 def parts_as_paragraphs(app, what, name, value, options, lines):
-    """Plain docstrings as reStructuredText: a paragraph for each part, names as written."""
+    """Plain docstrings as reStructuredText: a paragraph for each part, names as written.
+
+    A part begins with words and a colon, or with the name of an argument.
+    """
+    arguments = inspect.signature(value).parameters if callable(value) else {}
     found = []
     for index, line in enumerate(lines):
-        part = _PART.match(line)
-        if part and index and lines[index - 1].rstrip().endswith((".", ":", ";")):
-            found.append("")
-            line = f"**{part[1]}:** {line[part.end() :]}"
+        before = lines[index - 1].rstrip() if index else "-"
+        part, word = _PART.match(line), _WORD.match(line)
+        if before == "" or before.endswith((".", ":")):
+            if part:
+                line = f"**{part[0]}**{line[part.end() :]}"
+            elif word and word[0] in arguments:
+                line = f"``{word[0]}``{line[word.end() :]}"
+            found += [""] * bool(part or (word and word[0] in arguments))
         code = line.split("``")
         code[::2] = [re.sub(r"(?<=\w)_(?!\w)", r"\\_", text) for text in code[::2]]
         found.append("``".join(code))
