@@ -50,7 +50,7 @@ LEVELS = {
     "model": 6,
     "adapters": 7,
     "integrations": 8,
-    "report": 8,
+    "reporting": 8,
     "report_rows": 0,
     "utils": 8,
     "": 9,  # lora_kernels/__init__.py
@@ -75,10 +75,65 @@ def test_import_runs_the_package_alone():
 import json, sys, torch
 before = set(sys.modules)
 import lora_kernels
+lora_kernels.Linear
 print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
 """
     # Of PyTorch and of the standard library nothing is loaded that torch itself has not loaded.
     assert python(code) == ["lora_kernels"]
+
+
+def test_import_waits_with_pytorch_for_the_first_name():
+    code = """
+import json, sys
+import lora_kernels
+before = "torch" in sys.modules
+names = [name in dir(lora_kernels) for name in lora_kernels.__all__]
+found = lora_kernels.layers.Linear is lora_kernels.Linear
+print(json.dumps([before, all(names), found, "torch" in sys.modules]))
+"""
+    assert python(code) == [False, True, True, True]
+
+
+def test_star_import_gives_the_public_names():
+    code = """
+import json
+before = set(dir())
+from lora_kernels import *
+print(json.dumps(sorted(set(dir()) - before - {"before"})))
+"""
+    assert python(code) == sorted(PUBLIC)
+
+
+def test_names_are_those_that_type_checkers_see():
+    """Each is what the imports under TYPE_CHECKING name, and there are no others."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    seen = [
+        (node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("lora_kernels.")
+        for alias in node.names
+    ]
+    assert sorted(name for _, name in seen) == sorted(PUBLIC)
+    for home, name in seen:
+        assert getattr(lora_kernels, name) is getattr(importlib.import_module(home), name)
+
+
+@pytest.mark.parametrize("name", ["Linera", "_Linear", "__wrapped__"])
+def test_a_name_that_is_none_is_an_attribute_error(name):
+    with pytest.raises(AttributeError, match=f"module 'lora_kernels' has no attribute '{name}'"):
+        getattr(lora_kernels, name)
+
+
+def test_import_of_the_ops_registers_all_of_them():
+    """For programs that another process has exported."""
+    code = """
+import json, torch, lora_kernels.ops
+registered = set(torch._C._dispatch_get_all_op_names())
+import lora_kernels.cli.doctor, lora_kernels.testing.problem
+lora_kernels.Linear
+print(json.dumps(sorted(set(torch._C._dispatch_get_all_op_names()) - registered)))
+"""
+    assert [name for name in python(code) if name.startswith("lora_kernels::")] == []
 
 
 def test_layers_work_where_triton_is_absent():

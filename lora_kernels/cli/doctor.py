@@ -23,7 +23,7 @@ from lora_kernels.cli.advice import Missing
 from lora_kernels.dispatch import algorithm
 from lora_kernels.dispatch.algorithm import GemmShape
 from lora_kernels.integrations import patch_peft, unpatch_peft
-from lora_kernels.report import report
+from lora_kernels.reporting import report
 
 __all__ = [
     "Findings", "Missing", "as_json", "as_text", "examine", "examine_machine", "machine_as_text",

@@ -8,6 +8,7 @@ import sys
 import torch
 
 from lora_kernels.checks import dtype_name
+from lora_kernels.cli.arguments import DTYPES
 from lora_kernels.cli.errors import UsageError
 from lora_kernels.dispatch import cache, measured
 from lora_kernels.tuning import machine, model_shapes, user, workers
@@ -18,7 +19,7 @@ __all__ = ["tune"]
 
 _MOST_MINUTES = 1440
 _INTERRUPTED = 130
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 
 
 def tune(options: argparse.Namespace) -> int:

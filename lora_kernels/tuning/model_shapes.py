@@ -7,21 +7,35 @@ from torch import nn
 
 from lora_kernels.tuning.shapes import SETS, Layer
 
-__all__ = ["layers_of", "parse_shapes"]
+__all__ = ["layers_of", "parse_shapes", "without_weights"]
 
 
 def layers_of(model: str) -> tuple[Layer, ...]:
     """[K, N] of the linears of a Transformers model that LoRA usually adapts, each once.
 
-    model: a folder with config.json, that file, or a name that Transformers knows; the output layer
-    is left out. Raises: ValueError, in one line, if no model can be made of it.
+    model: as of without_weights. Raises: ValueError, in one line, if no model can be made of it.
     """
     try:
-        from transformers import AutoConfig, AutoModel
+        made = without_weights(model)
     except ImportError:
         raise ValueError(
             f"{model}: needs transformers (pip install transformers); or give --shapes KxN,..."
         ) from None
+    found = dict.fromkeys(shape for shape in map(_shape, made.modules()) if shape is not None)
+    if not found:
+        raise ValueError(f"{model}: has no linear layers; give --shapes KxN,...")
+    return tuple(found)
+
+
+def without_weights(model: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """A Transformers model on the meta device, without its output layer.
+
+    model: a folder with config.json, that file, or a name that Transformers knows. dtype: that of
+    the weights; None for that of the configuration.
+    Raises: ValueError, in one line, if no model can be made of it; ImportError.
+    """
+    from transformers import AutoConfig, AutoModel
+
     path = Path(model)
     named = len(path.parts) <= 2 and not path.is_absolute() and path.name != "config.json"
     if not (named or path.exists()):  # Transformers would take it for a name
@@ -32,10 +46,7 @@ def layers_of(model: str) -> tuple[Layer, ...]:
             made = AutoModel.from_config(config)
     except Exception as error:  # whatever the files hold
         raise ValueError(f"{model}: {' '.join(str(error).split())}") from error
-    found = dict.fromkeys(shape for shape in map(_shape, made.modules()) if shape is not None)
-    if not found:
-        raise ValueError(f"{model}: has no linear layers; give --shapes KxN,...")
-    return tuple(found)
+    return made.to(dtype or made.dtype)
 
 
 def _shape(module: nn.Module) -> Layer | None:

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import lora_kernels
 from lora_kernels import cli
-from lora_kernels.cli import main
+from lora_kernels.cli import COMMANDS, main
 
 
 def ended(*arguments) -> int:
@@ -23,6 +24,22 @@ def test_version(capsys):
     assert ended("--version") == 0
     expected = f"lora_kernels {lora_kernels.__version__}, torch {torch.__version__}\n"
     assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["--version"], ["walk"]] + [[name, "--help"] for name in COMMANDS]
+)
+def test_help_version_and_errors_do_not_import_pytorch(arguments):
+    code = f"""
+import sys
+from lora_kernels.cli import main
+try:
+    main({arguments})
+finally:
+    print([name for name in ("torch", "safetensors", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_without_a_command_it_is_the_help_and_2(capsys):
@@ -44,7 +61,7 @@ def test_an_interrupt_is_one_line_and_130(monkeypatch, capsys):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_doctor", interrupted)
+    monkeypatch.setitem(cli.COMMANDS, "doctor", interrupted)
     assert ended("doctor") == 130
     assert capsys.readouterr().err == "lora-kernels: interrupted\n"
 
@@ -123,3 +140,30 @@ def test_run_passes_its_flags_on(monkeypatch):
     assert seen == [("train.py", ["--quiet"])]
     assert (os.environ["LORA_KERNELS_REPORT"], os.environ["LORA_KERNELS_QUIET"]) == ("1", "1")
     monkeypatch.delenv("LORA_KERNELS_REPORT")
+
+
+def completed(line, tmp_path):
+    """What argcomplete's shell function gets for a command line, cursor at its end."""
+    argcomplete = pytest.importorskip("argcomplete")
+    assert argcomplete.__name__ == "argcomplete"
+    answer = tmp_path / "answer"
+    environment = {
+        "_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)),
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_IFS": "\n",
+    }  # fmt: skip
+    code = "import sys; from lora_kernels.cli import main; sys.exit(main([]))"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, check=True)
+    return answer.read_text().split("\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("lora-kernels doc", ["doctor "]), ("lora-kernels convert a b --to gg", ["gguf "])],
+)
+def test_shells_complete_commands_and_values(line, expected, tmp_path):
+    assert completed(line, tmp_path) == expected
+
+
+def test_global_completion_finds_its_mark_in_the_module_of_the_entry_point():
+    source = Path(cli.__file__).read_text(encoding="utf-8")
+    assert "PYTHON_ARGCOMPLETE_OK" in source[:1024]

@@ -20,7 +20,7 @@ import json, os, sys
 print(json.dumps({
     "argv": sys.argv, "path": sys.path[0], "file": __file__, "name": __name__,
     "main": sys.modules["__main__"].__dict__ is globals(), "package": __package__ or None,
-    "peft": "peft" in sys.modules,
+    "peft": "peft" in sys.modules, "torch": "torch" in sys.modules,
 }), flush=True)
 """
 ARGUMENTS = ["--", "--rank", "4", "-m", "x", "-h", "--", "last"]

@@ -1,24 +1,15 @@
 """File formats of adapters: each reads files into the neutral Adapter and writes one to files.
 
-A new format is a file here and an entry of FORMATS.
+A new format is a file here and an entry of FORMAT_NAMES.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 from lora_kernels.adapters import files
-from lora_kernels.adapters.formats import (
-    adapterhub,
-    diffusers,
-    gguf,
-    kohya,
-    litgpt,
-    loralib,
-    mlx,
-    peft,
-    torchtune,
-)
+from lora_kernels.adapters.format_names import FORMAT_NAMES
 from lora_kernels.adapters.formats.adapter import Adapter, Hints
 from lora_kernels.adapters.formats.contents import Contents, candidates, look
 
@@ -40,18 +31,12 @@ class Format(NamedTuple):
     write: Callable[[Adapter, Path, Hints], list[str]]
 
 
-# The first format that recognises contents reads them.
-FORMATS = {
-    "gguf": Format(gguf.recognises, gguf.read, gguf.write),
-    "torchtune": Format(torchtune.recognises, torchtune.read, torchtune.write),
-    "kohya": Format(kohya.recognises, kohya.read, kohya.write),
-    "litgpt": Format(litgpt.recognises, litgpt.read, litgpt.write),
-    "adapterhub": Format(adapterhub.recognises, adapterhub.read, adapterhub.write),
-    "mlx": Format(mlx.recognises, mlx.read, mlx.write),
-    "peft": Format(peft.recognises, peft.read, peft.write),
-    "diffusers": Format(diffusers.recognises, diffusers.read, diffusers.write),
-    "loralib": Format(loralib.recognises, loralib.read, loralib.write),
-}
+def _format(name: str) -> Format:
+    module = import_module(f"{__name__}.{name}")
+    return Format(module.recognises, module.read, module.write)
+
+
+FORMATS = {name: _format(name) for name in FORMAT_NAMES}
 
 
 def recognise(path: Path) -> str:

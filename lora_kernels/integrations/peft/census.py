@@ -59,7 +59,7 @@ class Census:
         if not _asked("QUIET"):
             _say(self.sentence())
         if _asked("REPORT"):
-            from lora_kernels.report import report_of_layers
+            from lora_kernels.reporting import report_of_layers
 
             print(report_of_layers(list(self._reasons)), file=sys.stderr)
 

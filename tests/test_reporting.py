@@ -437,3 +437,12 @@ def test_report_of_a_model_without_lora():
 def test_tokens_that_are_not_a_count(tokens):
     with pytest.raises(ValueError, match=r"report: tokens must be an integer >= 1, got"):
         report(nn.Linear(2, 2), tokens=tokens)
+
+
+def test_a_model_without_weights_is_asked_about_another_device(no_interpreter):
+    model = nn.Sequential(nn.Linear(64, 32, device="meta"))
+    lora.apply_lora(model, r=4, lora_alpha=8)
+    (row,) = report(model)
+    assert row.reason == "there are no kernels for meta"
+    (row,) = report(model, device="cpu")
+    assert (row.reason, row.weight, row.ranks) == (REFERENCE, (32, 64), (4,))

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,7 +28,20 @@ from lora_kernels.report_rows import Report, Row
 __all__ = ["report"]
 
 
-def report(model: nn.Module, tokens: int = 4096, verbose: bool = False) -> Report:
+class Load(NamedTuple):
+    """What a forward is asked about: its tokens, and a device in the place of the weights'."""
+
+    tokens: int
+    device: torch.device | None = None
+
+
+def report(
+    model: nn.Module,
+    tokens: int = 4096,
+    verbose: bool = False,
+    *,
+    device: str | torch.device | None = None,
+) -> Report:
     """For every LoRA layer, on what it runs for so many tokens, and why.
 
     The result is a list of rows; as text it is a table with a line for each kind of layer, or with
@@ -37,6 +51,7 @@ def report(model: nn.Module, tokens: int = 4096, verbose: bool = False) -> Repor
     dtype: with the adapters that are active now, in the current mode and under the current
     autocast. Parameters that fully_shard has sharded are DTensors until a forward gathers them:
     call report inside of a forward.
+    device: where a model without weights, on the device meta, is going to be; None for where it is.
 
     Raises: ValueError if tokens is not an integer >= 1; TypeError if model is no module.
     """
@@ -44,21 +59,22 @@ def report(model: nn.Module, tokens: int = 4096, verbose: bool = False) -> Repor
         raise TypeError(f"report: model must be an nn.Module, got {model!r}")
     if not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"report: tokens must be an integer >= 1, got {tokens!r}")
+    load = Load(tokens, None if device is None else torch.device(device))
     # If peft was never imported, the model has no layer of it.
     upstream = sys.modules.get("peft.tuners.lora.layer")
     rows, outermost = [], {}
     for name, module in named_modules(model):
         if isinstance(module, LoRAExperts):
-            rows += _own_experts_rows(name, module, tokens)
+            rows += _own_experts_rows(name, module, load)
         elif isinstance(module, LoRALayer):
-            rows.append(_own_row(name, module, tokens))
+            rows.append(_own_row(name, module, load))
         elif upstream is not None and isinstance(module, upstream.LoraLayer):
             if not hasattr(module, "parameter_name"):
-                rows.append(_peft_row(name, module, tokens))
+                rows.append(_peft_row(name, module, load))
                 continue
             outermost.setdefault(module, module)
             outermost[module.base_layer] = outermost[module]
-            rows.append(_experts_row(name, module, outermost[module], tokens))
+            rows.append(_experts_row(name, module, outermost[module], load))
     return Report(rows, tokens, verbose)
 
 
@@ -71,11 +87,11 @@ def report_of_layers(layers: Sequence[nn.Module], tokens: int = 4096) -> Report:
     return Report(rows, tokens)
 
 
-def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
+def _own_row(name: str, layer: nn.Module, load: Load) -> Row:
     if isinstance(layer, MultiLoRALinear):
-        return _multi_row(name, layer, tokens)
+        return _multi_row(name, layer, load)
     if isinstance(layer, LoRAQuantizedLinear):
-        return _quantised_row(name, layer, tokens)
+        return _quantised_row(name, layer, load)
     weight = layer.base_weight() if layer.has_base_weight else None
     taken, reason = None, ""
     if not layer.has_lora:
@@ -91,7 +107,7 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     else:
         joined = layer.computed_together
         weights = [member.oriented(member.base_weight()) for member in joined]
-        taken = _algorithm(weights, layer.r, layer.active_dropout_p(), tokens, layer.lora_B.dtype)
+        taken = _algorithm(weights, layer.r, layer.active_dropout_p(), load, layer.lora_B.dtype)
         if layer.use_dora:
             taken = _with_magnitude(taken)
         if len(joined) > 1:
@@ -103,17 +119,17 @@ def _own_row(name: str, layer: nn.Module, tokens: int) -> Row:
     return _row(name, type(layer).__name__, *_outline(weight), ranks, taken, reason)
 
 
-def _multi_row(name: str, layer: MultiLoRALinear, tokens: int) -> Row:
+def _multi_row(name: str, layer: MultiLoRALinear, load: Load) -> Row:
     """A layer of several adapters; which of them run depends on the route."""
     ranks = tuple(spec.r for spec in layer.adapters.values())
     named = ", ".join(f"{adapter} (r={spec.r})" for adapter, spec in layer.adapters.items())
     weight = layer.oriented(layer.base_weight())
-    taken = _algorithm([weight], max(ranks), 0.0, tokens)
+    taken = _algorithm([weight], max(ranks), 0.0, load)
     taken = taken._replace(reason=f"adapters {named} in one call; {taken.reason}")
     return _row(name, type(layer).__name__, *_outline(weight), ranks, taken, "")
 
 
-def _quantised_row(name: str, layer: LoRAQuantizedLinear, tokens: int) -> Row:
+def _quantised_row(name: str, layer: LoRAQuantizedLinear, load: Load) -> Row:
     weight, taken, reason = find(layer.base_layer), None, ""
     shape, kind = (layer.out_features, layer.in_features), type(layer.base_layer).__name__
     if isinstance(weight, NotFrozen):
@@ -124,7 +140,7 @@ def _quantised_row(name: str, layer: LoRAQuantizedLinear, tokens: int) -> Row:
         reason = "base_layer has hooks"
     else:
         kind = _frozen_kind(weight)
-        taken = _over_frozen(weight, layer.lora_A, layer.active_dropout_p(), tokens)
+        taken = _over_frozen(weight, layer.lora_A, layer.active_dropout_p(), load)
         if layer.use_dora:
             taken = _with_magnitude(taken)
     dtype = None if isinstance(weight, NotFrozen) else weight.dtype
@@ -142,7 +158,7 @@ def _own_obstacle(layer: LinearLayer) -> str | None:
     return obstacle(_example(weight), weight, layer.lora_A, layer.lora_B, layer.bias, magnitude)
 
 
-def _own_experts_rows(name: str, layer: LoRAExperts, tokens: int) -> list[Row]:
+def _own_experts_rows(name: str, layer: LoRAExperts, load: Load) -> list[Row]:
     """A row for each stack of weights with an update."""
     rows = []
     for stack, r in layer.r.items():
@@ -156,14 +172,14 @@ def _own_experts_rows(name: str, layer: LoRAExperts, tokens: int) -> list[Row]:
         elif (why := obstacle(_example(weight[0]), weight, a, b, None)) is not None:
             reason = f"its forward raises NotImplementedError: {why}"
         else:
-            taken = _algorithm([weight[0]], r, layer.active_dropout_p(), tokens)
+            taken = _algorithm([weight[0]], r, layer.active_dropout_p(), load)
             taken = taken._replace(reason=f"{weight.shape[0]} experts in one call; {taken.reason}")
         kind = f"{type(layer).__name__}({layer.experts_class.__name__}.{stack})"
         rows.append(_row(join(name, stack), kind, *_outline(weight), (r,), taken, reason))
     return rows
 
 
-def _experts_row(name: str, layer: nn.Module, outermost: nn.Module, tokens: int) -> Row:
+def _experts_row(name: str, layer: nn.Module, outermost: nn.Module, load: Load) -> Row:
     """A wrapper of PEFT around one parameter of a module; the outermost computes them all."""
     base, found = layer.get_base_layer(), patched_experts(outermost)
     shape, dtype = _outline(getattr(base, layer.parameter_name, None))
@@ -174,13 +190,13 @@ def _experts_row(name: str, layer: nn.Module, outermost: nn.Module, tokens: int)
     else:
         weight, update = found.weight(layer.parameter_name), found.updates[layer.parameter_name]
         shape = weight.shape
-        taken = _algorithm([weight[0]], update.a.shape[1], 0.0, tokens)
+        taken = _algorithm([weight[0]], update.a.shape[1], 0.0, load)
         taken = taken._replace(reason=f"{shape[0]} experts in one call; {taken.reason}")
     kind = f"peft {type(layer).__name__}({type(base).__name__}.{layer.parameter_name})"
     return _row(name, kind, shape, dtype, ranks, taken, reason)
 
 
-def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
+def _peft_row(name: str, layer: nn.Module, load: Load) -> Row:
     base = layer.get_base_layer()
     shape, dtype = _outline(getattr(base, "weight", None))
     if len(shape) < 3 and hasattr(base, "in_features") and hasattr(base, "out_features"):
@@ -208,10 +224,10 @@ def _peft_row(name: str, layer: nn.Module, tokens: int) -> Row:
         if reason.endswith("is a DTensor"):
             reason += " as it stands; if fully_shard gathers it, ask in the forward"
     elif isinstance(weight, FrozenWeight):
-        taken = _over_frozen(weight, operands.a, operands.dropout_p, tokens)
+        taken = _over_frozen(weight, operands.a, operands.dropout_p, load)
     else:
         taken = _algorithm(
-            [weight], operands.a.shape[0], operands.dropout_p, tokens, operands.b.dtype
+            [weight], operands.a.shape[0], operands.dropout_p, load, operands.b.dtype
         )
     if taken is not None and operands.magnitude is not None:
         taken = _with_magnitude(taken)
@@ -248,7 +264,7 @@ def _algorithm(
     weights: Sequence[torch.Tensor],
     r: int,
     dropout_p: float,
-    tokens: int,
+    load: Load,
     lora_dtype: torch.dtype | None = None,
 ) -> Algorithm:
     """The forward's, of one layer or of those that one call computes for the same x.
@@ -258,13 +274,13 @@ def _algorithm(
     The reason names the backward's algorithm too if it is another.
     """
     n, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    x = _example(weights[0])
+    x = torch.empty((0, k), dtype=weights[0].dtype, device=load.device or weights[0].device)
     dtype = checks.autocast_dtype(x) or x.dtype
     if dtype != x.dtype:  # with the strides that autocast gives them
         weights = [torch.empty_like(weight, dtype=dtype, device="meta") for weight in weights]
     dys = [torch.empty((0, w.shape[0]), dtype=dtype, device="meta") for w in weights]
     uniform = lora_dtype in (None, dtype)
-    shape = GemmShape(tokens, n, k, r, dtype, x.device, dropout_p > 0, uniform=uniform)
+    shape = GemmShape(load.tokens, n, k, r, dtype, x.device, dropout_p > 0, uniform=uniform)
     forward = algorithm.choose(shape._replace(tma=is_tma_compliant(x, *weights)))
     backward = algorithm.choose(shape._replace(tma=is_tma_compliant(*dys, *weights), backward=True))
     if backward.name == forward.name:
@@ -277,12 +293,15 @@ def _frozen_kind(weight: FrozenWeight) -> str:
     return f"{type(weight.layer).__name__} {weight.kind}"
 
 
-def _over_frozen(weight: FrozenWeight, a: torch.Tensor, dropout_p: float, tokens: int) -> Algorithm:
+def _over_frozen(weight: FrozenWeight, a: torch.Tensor, dropout_p: float, load: Load) -> Algorithm:
     """What adds the update to the layer's own product, and what computes the gradients."""
     n, k = weight.shape
     dtype = weight.dtype or a.dtype
     chosen = algorithm.choose(
-        GemmShape(tokens, n, k, a.shape[0], dtype, weight.device, dropout_p > 0, backward=True)
-    )
+        GemmShape(
+            load.tokens, n, k, a.shape[0], dtype, load.device or weight.device, dropout_p > 0,
+            backward=True,
+        )
+    )  # fmt: skip
     reason = "the layer's own product, then the update; backward by its weight made dense"
     return chosen._replace(reason=f"{reason}; {chosen.reason}")
