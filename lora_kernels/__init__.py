@@ -8,6 +8,7 @@ torch.jit has saved, ``import lora_kernels.ops`` registers them.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lora_kernels.adapters.hub import push_to_hub
     from lora_kernels.adapters.load import load_adapter
     from lora_kernels.adapters.save import save_adapter
     from lora_kernels.adapters.state_dict import lora_state_dict, merged_state_dict
@@ -80,6 +81,7 @@ __all__ = [
     "merged_state_dict",
     "patch_peft",
     "print_trainable_parameters",
+    "push_to_hub",
     "report",
     "route",
     "save_adapter",
@@ -91,6 +93,7 @@ __all__ = [
 
 # Where __getattr__ finds them; type checkers read the imports above.
 _HOMES = (
+    "adapters.hub",
     "adapters.load",
     "adapters.save",
     "adapters.state_dict",

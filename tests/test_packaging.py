@@ -30,6 +30,7 @@ PUBLIC = [
     "apply_lora", "save_adapter", "load_adapter", "merged_state_dict", "merge_lora", "unmerge_lora",
     "use_merged_state_dicts",
     "patch_peft", "unpatch_peft", "report", "print_trainable_parameters", "adapter_callback",
+    "push_to_hub",
 ]  # fmt: skip
 
 # One direction of travel: a module may import those of its own level and below.

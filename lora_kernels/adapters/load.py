@@ -5,11 +5,11 @@ import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor, nn
 
 from lora_kernels import distributed
+from lora_kernels.adapters import hub
 from lora_kernels.adapters.fit import fit, fit_named
 from lora_kernels.adapters.formats import FORMATS, locate, peft
 from lora_kernels.adapters.formats.adapter import Adapter, Hints, renamed
@@ -46,10 +46,14 @@ def load_adapter(
     merge_weights: bool = False,
     adapter: str | None = None,
     lora_alpha: float | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> nn.Module:
     """Puts an adapter, from files of save_adapter, PEFT or another tool, into model; returns model.
 
-    directory: also a file. Every format of ``lora-kernels convert`` is recognised by its content,
+    directory: also a file, or OWNER/NAME on the Hugging Face Hub, of which adapter files alone are
+    downloaded. Every format of ``lora-kernels convert`` is recognised by its content,
     and the logger lora_kernels tells, at level INFO, what it was taken for.
     A plain model is wrapped as by apply_lora, with float32 adapters over 16-bit weights.
     merge_weights: whether eval() merges; a plain model in eval mode is merged at once. It trains
@@ -67,7 +71,9 @@ def load_adapter(
     adapter: a name, for a model with several adapters or a plain one that becomes such a model. An
     adapter of this name takes the values, and keeps its dropout; a new one joins the others. It may
     have factors of linears alone.
-    Raises: FileNotFoundError for a missing directory or file; ValueError, naming file and key, for
+    revision, token, cache_dir: of the download, as huggingface_hub has them.
+    Raises: FileNotFoundError for a missing directory or file, and for a name that the Hub does not
+    give; ValueError, naming file and key, for
     all that is damaged, does not fit together or does not fit the model, for pickles (never read)
     for a model with adapters of PEFT, and for what PEFT offers beyond LoRA and DoRA of linears
     (KaSA, layer_replication, ...).
@@ -80,7 +86,8 @@ def load_adapter(
         stacks.update(_stacks(model, names))
         return stacks
 
-    path = Path(directory)
+    download = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    path = hub.path_of(directory, "load_adapter: directory", **download)
     is_peft = not path.exists() or (path / peft.WEIGHTS).is_file()
     found, file = ("peft", path) if is_peft else locate(path)
     if found == "peft":

@@ -245,7 +245,11 @@ def _add_inspect(commands) -> None:
 
 
 def _add_source(command) -> None:
-    command.add_argument("source", metavar="SOURCE", help="a file or a directory")
+    command.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a file, a directory, or OWNER/NAME on the Hugging Face Hub",
+    )
 
 
 def _add_hints(command) -> None:

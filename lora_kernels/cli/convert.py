@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_kernels.adapters import formats
+from lora_kernels.adapters import formats, hub
 from lora_kernels.adapters.formats.adapter import Hints
 from lora_kernels.adapters.formats.base import Base
 from lora_kernels.adapters.formats.loralib_merged import unmerge
@@ -25,8 +25,9 @@ def convert(options: argparse.Namespace) -> list[str]:
     becomes one with base weights.
     Raises: UsageError, in one line, for all that cannot be read, converted or written.
     """
-    source, destination = Path(options.source), Path(options.destination)
+    destination = Path(options.destination)
     try:
+        source = hub.path_of(options.source, "SOURCE")
         if not source.exists():
             raise FileNotFoundError(f"{source}: no such file or directory")
         hints = hints_of(options)

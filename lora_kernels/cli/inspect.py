@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_kernels.adapters import files, formats, mapped
+from lora_kernels.adapters import files, formats, hub, mapped
 from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer, Hints
 from lora_kernels.adapters.formats.contents import look
 from lora_kernels.adapters.formats.gguf import contents_of
@@ -57,8 +57,8 @@ def inspect(options: argparse.Namespace) -> Inspection:
 
     Raises: UsageError, in one line, for what is no adapter, or cannot be read as tensors.
     """
-    path = Path(options.source)
     try:
+        path = hub.path_of(options.source, "SOURCE")
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or directory")
         hints = hints_of(options)

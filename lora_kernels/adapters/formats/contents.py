@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_kernels.adapters import files, mapped
 
-__all__ = ["CONFIG", "Contents", "candidates", "look", "sibling_config"]
+__all__ = ["CONFIG", "DOWNLOADED", "Contents", "candidates", "look", "sibling_config"]
 
 CONFIG = "adapter_config.json"  # PEFT, MLX and AdapterHub call it so
 
@@ -20,6 +20,8 @@ _NAMES = (
     "adapter_[0-9]*.pt", "pytorch_lora_weights.safetensors", "lit_model.pth.lora",
     "pytorch_adapter.bin", "adapter.safetensors",
 )  # fmt: skip
+# What a download takes of a repository: those, and the files that say what is in them.
+DOWNLOADED = (CONFIG, "hyperparameters.yaml", "model_config.yaml", *_NAMES)
 _ENDINGS = ("*.gguf", "*.safetensors", "*.pt")
 
 Kind = Literal["directory", "safetensors", "gguf", "pickle"]
