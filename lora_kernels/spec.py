@@ -172,11 +172,12 @@ class GroupedSpec:
     """The values of G updates that are not tensors: one for each, or a single one for all.
 
     scalings: the factor of h·b_gᵀ. dropout_ps: the probability in [0, 1) that an element of x is
-    dropped before a_g.
+    dropped before a_g. narrow: as in LoraSpec.
     """
 
     scalings: tuple[float, ...]
     dropout_ps: tuple[float, ...]
+    narrow: bool = False
 
     def scaling(self, group: int) -> float:
         """That of one group."""

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from lora_kernels import checks
-from lora_kernels.functional.operands import of_formula, over_values, prepare
+from lora_kernels.functional.operands import of_formula, over_values, prepare, under_autocast
 from lora_kernels.functional.quantized_linear import check_over_frozen
 from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops.dora import apply_dora_linear
@@ -36,6 +36,7 @@ def dora_forward(
     x, weight, bias = prepare(layer, x, weight, a, b, bias, spec)
     checks.check_magnitude(layer, magnitude, weight)
     seed = seeds_for(layer, x, spec.dropout_p, seed)
+    spec = under_autocast(spec, x, a, b)
     y, *_ = apply_dora_linear(x, weight, a, b, bias, magnitude, seed, spec)
     return y
 
@@ -60,6 +61,7 @@ def _over_frozen(
             check_over_frozen(layer, x, frozen, a, b, spec)
             checks.check_magnitude(layer, magnitude, frozen)
             seed = seeds_for(layer, x, spec.dropout_p, seed)
+            spec = under_autocast(spec, x, a, b)
             return DoraQuantizedLinear.apply(x, a, b, bias, magnitude, seed, frozen, spec)
     dtype = a.dtype if is_opaque(x) else x.dtype
     bias = None if bias is None else bias.to(dtype)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import checks
+from lora_kernels.functional.operands import under_autocast
 from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops import grouped_linear
 from lora_kernels.ops.obstacle import obstacle
@@ -87,6 +88,7 @@ def lora_grouped_linear(
     seeds = None
     if spec.drops:
         seeds = seeds_for(_NAME, x, max(spec.dropout_ps), seed, a.shape[0])
+    spec = under_autocast(spec, x, a, b)
     return grouped_linear.lora_grouped_linear(
         (x, weight, a, b, bias), (ends, groups, index), seeds, spec
     )

@@ -192,8 +192,10 @@ def lora_shared_linear(
     prepared = [prepare(name, x, *layer, spec) for layer, spec in zip(layers, specs, strict=True)]
     xs, weights, biases = zip(*prepared, strict=True)
     seeds = seeds_for(name, xs[0], dropout_p, seed, count)
+    factors = zip(specs, lora_As, lora_Bs, strict=True)
+    specs = tuple(under_autocast(spec, xs[0], a, b) for spec, a, b in factors)
     operands = (*weights, *lora_As, *lora_Bs, *biases)
-    return tuple(shared_input.lora_shared_linear(xs[0], seeds, tuple(specs), *operands))
+    return tuple(shared_input.lora_shared_linear(xs[0], seeds, specs, *operands))
 
 
 def lora_forward(

@@ -1,6 +1,7 @@
 """What the public functions make of their operands before an op, or the formula, computes."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops.obstacle import is_opaque, is_plain
 from lora_kernels.reference import formula
 from lora_kernels.reference.linear import accumulate_dtype
-from lora_kernels.spec import LoraSpec
+from lora_kernels.spec import GroupedSpec, LoraSpec
+
+_Spec = TypeVar("_Spec", LoraSpec, GroupedSpec)
 
 __all__ = ["cast", "of_formula", "over_values", "own_dropout", "prepare", "under_autocast"]
 
@@ -46,12 +49,18 @@ def cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     return x, weight, bias
 
 
-def under_autocast(spec: LoraSpec, x: Tensor, a: Tensor, b: Tensor) -> LoraSpec:
-    """spec for products of a 16-bit x: if autocast is on, they may round float32 factors."""
-    mixed = x.dtype.itemsize == 2 and (a.dtype != x.dtype or b.dtype != x.dtype)
-    if not mixed or not checks.is_autocast(x.device):
+def under_autocast(
+    spec: _Spec, x: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
+) -> _Spec:
+    """spec for products of x in the dtype of autocast: they may round factors to that, too.
+
+    dtype: in which x is multiplied, if not in its own.
+    """
+    dtype = dtype or x.dtype
+    mixed = dtype.itemsize == 2 and (a.dtype != dtype or b.dtype != dtype)
+    if not mixed or checks.autocast_dtype(x) != dtype:
         return spec
-    return LoraSpec(spec.scaling, spec.dropout_p, spec.splits, narrow=True)
+    return type(spec)(**{**vars(spec), "narrow": True})  # replace() takes twice as long
 
 
 def of_formula(

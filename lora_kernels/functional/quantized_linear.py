@@ -13,7 +13,7 @@ from lora_kernels.ops.obstacle import (
     is_transformed,
     obstacle,
 )
-from lora_kernels.ops.quantized_linear import LoraQuantizedLinear
+from lora_kernels.ops.quantized_linear import LoraQuantizedLinear, update_dtype
 from lora_kernels.quantization import FrozenWeight
 from lora_kernels.reference import formula
 from lora_kernels.reference.linear import accumulate_dtype
@@ -50,7 +50,7 @@ def quantized_forward(
             and not _has_any_global_hook()
             and (bias is None or not bias.requires_grad or _stays(bias, x, frozen))
         ):
-            spec = under_autocast(spec, x, a, b)
+            spec = under_autocast(spec, x, a, b, update_dtype(x, frozen))
             return LoraQuantizedLinear.apply(x, a, b, bias, seed, frozen, spec)
         x_hat = formula.dropped(x, seed, spec.dropout_p, accumulate_dtype(x.dtype))
     else:

@@ -43,13 +43,14 @@ def dora_forward(
 ) -> list[Tensor]:
     """reference.dora.dora_forward by algorithm "fused" or "addmm"."""
     with on_device_of(x):
-        w, numerics = with_unit_stride(w), numerics_of(w, a, b)
+        w, numerics = with_unit_stride(w), numerics_of(w, a, b, narrow=spec.narrow)
         norm = weight_norm(w, as_rows(a), as_rows(b), spec.scaling, numerics)
         m = scale_of(magnitude, norm)
         if not spec.drops_product:
             y, h = lora_linear_forward(algorithm, x, w, a, b, bias, seed, spec, m)
             return [y, h, norm]
-        rows, a, b, numerics = as_rows(x), as_rows(a), as_rows(b), numerics_of(x, a, b)
+        rows, a, b = as_rows(x), as_rows(a), as_rows(b)
+        numerics = numerics_of(x, a, b, narrow=spec.narrow)
         bias = None if bias is None else bias.contiguous()
         h = shrink(rows, a, seed, spec.dropout_p, numerics)
         product = apply_dropout(rows, seed, spec.dropout_p) @ w.T
@@ -75,7 +76,7 @@ def dora_backward(
 ) -> list[Tensor]:
     """reference.dora.dora_backward by algorithm "fused" or "addmm"."""
     dy_rows, rows, a = as_rows(dy), as_rows(x), as_rows(a)
-    numerics, m = numerics_of(dy, a, b), scale_of(magnitude, norm)
+    numerics, m = numerics_of(dy, a, b, narrow=spec.narrow), scale_of(magnitude, norm)
     dx = dw = da = db = dbias = dmagnitude = None
     with on_device_of(dy):
         needs_dh = needs.x or needs.a

@@ -55,7 +55,7 @@ def lora_grouped_linear_forward(
 ) -> tuple[Tensor, Tensor]:
     """reference.grouped_linear.lora_grouped_linear_forward by algorithm "fused" or "addmm"."""
     routing = _routing(x, w, ends, groups, index)
-    numerics = numerics_of(x, a, b)
+    numerics = numerics_of(x, a, b, narrow=spec.narrow)
     x, a, b = as_rows(x), with_unit_rows(a), with_unit_rows(b)
     bias = None if bias is None else bias.contiguous()
     with on_device_of(x):
@@ -88,7 +88,7 @@ def lora_grouped_linear_backward(
     """reference.grouped_linear.lora_grouped_linear_backward by algorithm "fused" or "addmm"."""
     of_dy = _routing(dy, w, ends, groups, None)
     of_x, count = of_dy._replace(index=index), a.shape[0]
-    numerics = numerics_of(dy, a, b)
+    numerics = numerics_of(dy, a, b, narrow=spec.narrow)
     dy, x, a, b = as_rows(dy), as_rows(x), with_unit_rows(a), with_unit_rows(b)
     dx = dw = da = db = dbias = None
     with on_device_of(dy):

@@ -94,7 +94,7 @@ class Operands:
             groups=torch.tensor([0, 1, 2, 3] * 2, **as_int32),
             index=torch.arange(m, device=device).flip(0),
             seeds=torch.cat([self.seed] * count),
-            spec=GroupedSpec((self.spec.scaling,), (self.spec.dropout_p,)),
+            spec=GroupedSpec((self.spec.scaling,), (self.spec.dropout_p,), self.spec.narrow),
             **weights,
         )
         return GroupedOperands(problem)
@@ -120,7 +120,7 @@ class GroupedOperands:
         self.problem = problem
         for name in ("x", "w", "a", "b", "bias", "dy", "seeds", "spec"):
             setattr(self, name, getattr(problem, name))
-        self.numerics = numerics.numerics_of(self.x, self.a, self.b)
+        self.numerics = numerics.numerics_of(self.x, self.a, self.b, narrow=self.spec.narrow)
         s, device = len(self.dy), self.x.device
         self.h, dh = (_draw((s, self.a.shape[1]), device) for _ in range(2))
         self.dh = dh.to(self.numerics.dh)

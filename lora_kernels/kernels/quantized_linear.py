@@ -25,8 +25,9 @@ def add_lora(
     """
     x_rows, y_rows, a, b = as_rows(x), as_rows(y), as_rows(a), as_rows(b)
     with on_device_of(x):
-        h = shrink(x_rows, a, seed, spec.dropout_p, numerics_of(x, a, b, narrow=spec.narrow))
-        expand_add_y(y_rows, h, b, spec, numerics_of(y, b, narrow=spec.narrow))
+        numerics = numerics_of(x, a, b, narrow=spec.narrow)
+        h = shrink(x_rows, a, seed, spec.dropout_p, numerics)
+        expand_add_y(y_rows, h, b, spec, numerics if spec.narrow else numerics_of(y, b))
     if y_rows.data_ptr() != y.data_ptr():
         y.copy_(y_rows.view(y.shape))
     return h

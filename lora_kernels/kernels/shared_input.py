@@ -40,7 +40,7 @@ def lora_shared_linear_forward(
 ) -> list[Tensor]:
     """reference.shared_input.lora_shared_linear_forward by algorithm "fused" or "addmm"."""
     x_rows, a = as_rows(x), a.contiguous()
-    numerics = numerics_of(x, a, *bs)
+    numerics = numerics_of(x, a, *bs, narrow=specs[0].narrow)
     with on_device_of(x):
         h = shrink(x_rows, a, seeds, specs[0].dropout_p, numerics)
         ys = [
@@ -65,7 +65,8 @@ def lora_shared_linear_backward(
     """reference.shared_input.lora_shared_linear_backward; both algorithms are the same here."""
     dy_rows, x_rows, a = [as_rows(dy) for dy in dys], as_rows(x), a.contiguous()
     hs = h.contiguous() if needs.b else [None] * len(dys)
-    numerics, dropout_p = numerics_of(dys[0], a, *bs), specs[0].dropout_p
+    numerics = numerics_of(dys[0], a, *bs, narrow=specs[0].narrow)
+    dropout_p = specs[0].dropout_p
     needs_dh = needs.x or needs.a
     grads: list[Tensor] = []
     with on_device_of(dys[0]):

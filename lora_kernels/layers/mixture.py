@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.functional.operands import under_autocast
 from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops.grouped_linear import lora_grouped_linear
 from lora_kernels.spec import GroupedSpec
@@ -132,5 +133,7 @@ def _product(
     weight, update = weight_of(module, name), updates[name]
     spec = GroupedSpec((float(update.scaling),), (update.dropout_p,))
     seeds = seeds_for(module, x, update.dropout_p, None, weight.shape[0])
-    operands = (x.to(weight.dtype), weight, update.a, update.b, bias)
+    x = x.to(weight.dtype)
+    spec = under_autocast(spec, x, update.a, update.b)
+    operands = (x, weight, update.a, update.b, bias)
     return lora_grouped_linear(operands, (ends, None, index), seeds, spec)

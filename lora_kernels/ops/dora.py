@@ -20,13 +20,13 @@ __all__ = [
 
 def _forward(x, w, a, b, bias, magnitude, seed, *constants):
     spec, operands = _spec(w.shape[0], *constants), (x, w, a, b, bias, magnitude, seed)
-    shape = functools.partial(forward_shape, x, w, b, spec.dropout_p)
+    shape = functools.partial(forward_shape, x, w, b, spec.dropout_p, spec.narrow)
     return compute(reference, "dora_forward", shape, (*operands, spec), operands)
 
 
-def _backward(*arguments):
-    operands, spec, needs = _unpacked(arguments)
-    dy, x, _, w, a, b, *_ = operands
+def _backward(dy, x, h, w, a, b, bias, magnitude, seed, norm, kept, *constants):
+    operands = dy, x, h, w, a, b, bias, magnitude, seed, norm, kept
+    spec, needs = _unpacked(dy.shape[-1], *constants)
     shape = functools.partial(backward_shape, dy, x, w, a, b, spec.dropout_p)
     return compute(reference, "dora_backward", shape, (*operands, spec, needs), operands)
 
@@ -36,19 +36,21 @@ def _forward_formula(x, w, a, b, bias, magnitude, seed, *constants):
     return dora_formula.dora_forward(x, w, a, b, bias, magnitude, seed, spec)
 
 
-def _backward_formula(*arguments):
-    operands, spec, needs = _unpacked(arguments)
-    return dora_formula.dora_backward(*operands, spec, needs)
+def _backward_formula(dy, x, h, w, a, b, bias, magnitude, seed, norm, kept, *constants):
+    operands = dy, x, h, w, a, b, bias, magnitude, seed, norm, kept
+    return dora_formula.dora_backward(*operands, *_unpacked(dy.shape[-1], *constants))
 
 
-def _spec(n: int, scaling: float, dropout_p: float, low_rank_only: bool) -> DoraSpec:
-    return DoraSpec(scaling, dropout_p, OutputSplits.whole(n), low_rank_only=low_rank_only)
+def _spec(
+    n: int, scaling: float, dropout_p: float, low_rank_only: bool, narrow: bool = False
+) -> DoraSpec:
+    return DoraSpec(scaling, dropout_p, OutputSplits.whole(n), narrow, low_rank_only)
 
 
-def _unpacked(arguments: tuple) -> tuple[tuple, DoraSpec, DoraNeeds]:
-    *operands, scaling, dropout_p, low_rank_only, needs = arguments
-    spec = _spec(operands[0].shape[-1], scaling, dropout_p, low_rank_only)
-    return tuple(operands), spec, DoraNeeds(*needs)
+def _unpacked(
+    n: int, scaling, dropout_p, low_rank_only, needs, narrow=False
+) -> tuple[DoraSpec, DoraNeeds]:
+    return _spec(n, scaling, dropout_p, low_rank_only, narrow), DoraNeeds(*needs)
 
 
 def _forward_fake(x, w, a, b, bias, magnitude, seed, *constants):
@@ -59,8 +61,8 @@ def _forward_fake(x, w, a, b, bias, magnitude, seed, *constants):
     return [y, h, norm, *([x.new_empty((m, n))] if drops else [])]
 
 
-def _backward_fake(dy, x, h, w, a, b, bias, magnitude, *others):
-    *needs, needs_magnitude = others[-1]
+def _backward_fake(dy, x, h, w, a, b, bias, magnitude, seed, norm, kept, *constants):
+    *needs, needs_magnitude = _unpacked(dy.shape[-1], *constants)[1]
     grads = backward_fake(dy, x, w, a, b, Needs(*needs))
     return [*grads, magnitude.new_empty(magnitude.shape)] if needs_magnitude else grads
 
@@ -68,7 +70,7 @@ def _backward_fake(dy, x, h, w, a, b, bias, magnitude, *others):
 _forward_op = define(
     "dora_forward",
     "(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor magnitude, Tensor? seed, "
-    "float scaling, float dropout_p, bool low_rank_only) -> Tensor[]",
+    "float scaling, float dropout_p, bool low_rank_only, bool narrow=False) -> Tensor[]",
     _forward,
     _forward_formula,
     _forward_fake,
@@ -77,7 +79,7 @@ _backward_op = define(
     "dora_backward",
     "(Tensor dy, Tensor? x, Tensor? h, Tensor? w, Tensor? a, Tensor? b, Tensor? bias, "
     "Tensor magnitude, Tensor? seed, Tensor norm, Tensor? kept, float scaling, "
-    "float dropout_p, bool low_rank_only, bool[] needs) -> Tensor[]",
+    "float dropout_p, bool low_rank_only, bool[] needs, bool narrow=False) -> Tensor[]",
     _backward,
     _backward_formula,
     _backward_fake,
@@ -86,7 +88,7 @@ _backward_op = define(
 
 def dora_forward(x, w, a, b, bias, magnitude, seed, spec: DoraSpec) -> list[Tensor]:
     """y, h, norm and perhaps c, as reference.dora specifies them, by the op."""
-    constants = spec.scaling, spec.dropout_p, spec.low_rank_only
+    constants = spec.scaling, spec.dropout_p, spec.low_rank_only, spec.narrow
     return _forward_op(x, w, a, b, bias, magnitude, seed, *constants)
 
 
@@ -95,7 +97,8 @@ def dora_backward(operands: tuple[Tensor | None, ...], spec: DoraSpec, needs: Do
 
     operands: dy, x, h, w, a, b, bias, magnitude, seed, norm, kept.
     """
-    return _backward_op(*operands, spec.scaling, spec.dropout_p, spec.low_rank_only, needs)
+    constants = spec.scaling, spec.dropout_p, spec.low_rank_only, needs, spec.narrow
+    return _backward_op(*operands, *constants)
 
 
 def to_save(

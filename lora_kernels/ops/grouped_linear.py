@@ -17,19 +17,27 @@ from lora_kernels.spec import GroupedSpec, Needs
 __all__ = ["lora_grouped_linear"]
 
 
-def _forward(x, w, a, b, bias, ends, groups, index, seeds, scalings, dropout_ps):
-    spec = GroupedSpec(tuple(scalings), tuple(dropout_ps))
+def _forward(x, w, a, b, bias, ends, groups, index, seeds, *constants):
+    spec = _spec(*constants)
     shape = functools.partial(_shape, x if index is None else index, x, w, a, ends, spec)
     operands = (x, w, a, b, bias, ends, groups, index, seeds)
     typed = (x, w, a, b, bias)
     return compute(reference, "lora_grouped_linear_forward", shape, (*operands, spec), typed)
 
 
-def _backward(dy, x, h, w, a, b, ends, groups, index, seeds, sources, scalings, dropout_ps, needs):
-    spec = GroupedSpec(tuple(scalings), tuple(dropout_ps))
+def _backward(dy, x, h, w, a, b, ends, groups, index, seeds, sources, *constants):
+    spec, needs = _unpacked(*constants)
     shape = functools.partial(_shape, dy, dy, w, a, ends, spec, backward=True)
-    operands = (dy, x, h, w, a, b, ends, groups, index, seeds, sources, spec, Needs(*needs))
+    operands = (dy, x, h, w, a, b, ends, groups, index, seeds, sources, spec, needs)
     return compute(reference, "lora_grouped_linear_backward", shape, operands, (dy, w, a, b))
+
+
+def _spec(scalings, dropout_ps, narrow=False) -> GroupedSpec:
+    return GroupedSpec(tuple(scalings), tuple(dropout_ps), narrow)
+
+
+def _unpacked(scalings, dropout_ps, needs, narrow=False) -> tuple[GroupedSpec, Needs]:
+    return _spec(scalings, dropout_ps, narrow), Needs(*needs)
 
 
 def _shape(rows, like, w, a, ends, spec, backward=False) -> GemmShape:
@@ -53,9 +61,8 @@ def _forward_fake(x, w, a, b, bias, ends, groups, index, *_):
     return y, x.new_empty((count, a.shape[1]), dtype=accumulate_dtype(x.dtype))
 
 
-def _backward_fake(dy, x, h, w, a, b, ends, groups, index, seeds, sources, *others):
-    *_, needs = others
-    needs = Needs(*needs)
+def _backward_fake(dy, x, h, w, a, b, ends, groups, index, seeds, sources, *constants):
+    _, needs = _unpacked(*constants)
     grads = []
     if needs.x:
         grads.append(dy.new_empty((sources, w.shape[-1])))
@@ -73,7 +80,8 @@ def _backward_fake(dy, x, h, w, a, b, ends, groups, index, seeds, sources, *othe
 _forward_op = define(
     "lora_grouped_linear_forward",
     "(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor ends, Tensor? groups, "
-    "Tensor? index, Tensor? seeds, float[] scalings, float[] dropout_ps) -> (Tensor, Tensor)",
+    "Tensor? index, Tensor? seeds, float[] scalings, float[] dropout_ps, bool narrow=False) "
+    "-> (Tensor, Tensor)",
     _forward,
     None,
     _forward_fake,
@@ -82,7 +90,7 @@ _backward_op = define(
     "lora_grouped_linear_backward",
     "(Tensor dy, Tensor? x, Tensor? h, Tensor w, Tensor a, Tensor b, Tensor ends, "
     "Tensor? groups, Tensor? index, Tensor? seeds, SymInt sources, float[] scalings, "
-    "float[] dropout_ps, bool[] needs) -> Tensor[]",
+    "float[] dropout_ps, bool[] needs, bool narrow=False) -> Tensor[]",
     _backward,
     None,
     _backward_fake,
@@ -108,9 +116,8 @@ class _LoraGroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, w, a, b, bias, ends, groups, index, seeds, spec):
-        return _forward_op(
-            x, w, a, b, bias, ends, groups, index, seeds, spec.scalings, spec.dropout_ps
-        )
+        operands = x, w, a, b, bias, ends, groups, index, seeds
+        return _forward_op(*operands, spec.scalings, spec.dropout_ps, spec.narrow)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -146,7 +153,6 @@ class _LoraGroupedLinear(torch.autograd.Function):
                 dy, *ctx.saved_tensors, ctx.sources, spec, needs
             )
         else:
-            grads = _backward_op(
-                dy, *ctx.saved_tensors, ctx.sources, spec.scalings, spec.dropout_ps, needs
-            )
+            constants = spec.scalings, spec.dropout_ps, needs, spec.narrow
+            grads = _backward_op(dy, *ctx.saved_tensors, ctx.sources, *constants)
         return (*needs.spread(grads), *(None,) * 5)

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from lora_kernels.checks import is_autocast
+from lora_kernels.checks import autocast_dtype, is_autocast
 from lora_kernels.dispatch.algorithm import GemmShape, choose
 from lora_kernels.ops.dequantize import dense
 from lora_kernels.ops.library import compute, define
@@ -20,7 +20,7 @@ from lora_kernels.reference.linear import accumulate_dtype
 from lora_kernels.reference.products import product_dtype
 from lora_kernels.spec import LoraSpec, Needs, OutputSplits
 
-__all__ = ["LoraQuantizedLinear", "add_lora", "dense_dtype"]
+__all__ = ["LoraQuantizedLinear", "add_lora", "dense_dtype", "update_dtype"]
 
 
 def _add_lora(y, x, a, b, seed, scaling, dropout_p, sizes, enabled, narrow=False):
@@ -77,7 +77,8 @@ class LoraQuantizedLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         needs_x, needs_a, needs_b, needs_bias = ctx.needs_input_grad[:4]
         ctx.needs = needs = Needs(needs_x, False, needs_a, needs_b, needs_bias)
-        ctx.x_dtype, ctx.dense_dtype = x.dtype, frozen.product_dtype(x)
+        of_a = x.to(update_dtype(x, frozen))
+        ctx.x_dtype, ctx.dense_dtype = of_a.dtype, frozen.product_dtype(x)
         rows = x.numel() // max(1, x.shape[-1])
         if (
             frozen.exact
@@ -89,13 +90,13 @@ class LoraQuantizedLinear(torch.autograd.Function):
             y = y.to(x.dtype)
         else:
             y = frozen.layer(x).contiguous()
-            h = add_lora(y, x, a, b, seed, spec)
+            h = add_lora(y, of_a, a, b, seed, spec)
             # Of a view that a Function returns, autograd forbids a change in place.
             y = torch.ops.aten._unsafe_view.default(y, y.shape)
         if any(needs):
             ctx.dense_dtype = dense_dtype(ctx.dense_dtype, x, rows, backward=True)
         ctx.save_for_backward(
-            x if needs.a else None,
+            of_a if needs.a else None,
             h if needs.b else None,
             a if needs.x or needs.a else None,
             b if needs.x or needs.a or needs.b else None,
@@ -118,6 +119,12 @@ class LoraQuantizedLinear(torch.autograd.Function):
             grads = lora_linear_backward(operands, ctx.spec, needs)
         dx, _, da, db, dbias = needs.spread(grads)
         return dx, da, db, dbias, None, None, None
+
+
+def update_dtype(x: Tensor, frozen: FrozenWeight) -> torch.dtype:
+    """In which dtype lora_A multiplies x: in autocast's, if the base layer multiplies in that."""
+    dtype = autocast_dtype(x)
+    return x.dtype if dtype is None or dtype != frozen.product_dtype(x) else dtype
 
 
 def _is_in_dtype(x: Tensor, dtype: torch.dtype) -> bool:

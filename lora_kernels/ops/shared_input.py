@@ -36,8 +36,8 @@ def _forward(x, ws, a, bs, biases, seeds, *constants):
 
 
 def _backward(dys, x, h, ws, a, bs, seeds, *constants):
-    *constants, needs = constants
-    dy, specs = dys[0], _specs(ws, *constants)
+    specs, needs = _unpacked(ws, *constants)
+    dy = dys[0]
     shape = functools.partial(
         GemmShape,
         m=dy.numel() // max(1, dy.shape[-1]),
@@ -50,7 +50,7 @@ def _backward(dys, x, h, ws, a, bs, seeds, *constants):
         tma=tma_if_asked(*dys, *ws),
         backward=True,
     )
-    arguments = (dys, x, h, ws, a, bs, seeds, specs, Needs(*needs))
+    arguments = (dys, x, h, ws, a, bs, seeds, specs, needs)
     return compute(reference, "lora_shared_linear_backward", shape, arguments, (dy, a, *bs))
 
 
@@ -62,18 +62,29 @@ def _forward_formula(x, ws, a, bs, biases, seeds, *constants):
 
 
 def _backward_formula(dys, x, h, ws, a, bs, seeds, *constants):
-    *constants, needs = constants
-    specs, needs = _specs(ws, *constants), Needs(*needs)
+    specs, needs = _unpacked(ws, *constants)
     return reference.lora_shared_linear_backward(
         dys, x, h, ws, a, bs, seeds, specs, needs, formula.lora_linear_backward
     )
 
 
-def _specs(ws: Sequence[Tensor], scalings: Sequence[float], dropout_p: float) -> list[LoraSpec]:
+def _specs(
+    ws: Sequence[Tensor], scalings: Sequence[float], dropout_p: float, narrow: bool = False
+) -> list[LoraSpec]:
     return [
-        LoraSpec(scaling, dropout_p, OutputSplits.whole(w.shape[0]))
+        LoraSpec(scaling, dropout_p, OutputSplits.whole(w.shape[0]), narrow)
         for w, scaling in zip(ws, scalings, strict=True)
     ]
+
+
+def _unpacked(ws, scalings, dropout_p, needs, narrow=False) -> tuple[list[LoraSpec], Needs]:
+    return _specs(ws, scalings, dropout_p, narrow), Needs(*needs)
+
+
+def _constants(specs: Sequence[LoraSpec]) -> tuple[list[float], float, bool]:
+    """What the ops take for specs. Factors of all layers are in one product, so all are narrow."""
+    narrow = any(spec.narrow for spec in specs)
+    return [spec.scaling for spec in specs], specs[0].dropout_p, narrow
 
 
 def _forward_fake(x, ws, a, *_):
@@ -82,9 +93,8 @@ def _forward_fake(x, ws, a, *_):
     return [*ys, x.new_empty(shape, dtype=accumulate_dtype(x.dtype))]
 
 
-def _backward_fake(dys, x, h, ws, a, bs, *others):
-    *_, needs = others
-    needs = Needs(*needs)
+def _backward_fake(dys, x, h, ws, a, bs, seeds, *constants):
+    _, needs = _unpacked(ws, *constants)
     grads = []
     if needs.x:
         grads.append(dys[0].new_empty((*dys[0].shape[:-1], a.shape[2])))
@@ -102,7 +112,7 @@ def _backward_fake(dys, x, h, ws, a, bs, *others):
 _forward_op = define(
     "lora_shared_linear_forward",
     "(Tensor x, Tensor[] ws, Tensor a, Tensor[] bs, Tensor?[] biases, Tensor? seeds, "
-    "float[] scalings, float dropout_p) -> Tensor[]",
+    "float[] scalings, float dropout_p, bool narrow=False) -> Tensor[]",
     _forward,
     _forward_formula,
     _forward_fake,
@@ -110,7 +120,7 @@ _forward_op = define(
 _backward_op = define(
     "lora_shared_linear_backward",
     "(Tensor[] dys, Tensor? x, Tensor? h, Tensor[] ws, Tensor a, Tensor[] bs, Tensor? seeds, "
-    "float[] scalings, float dropout_p, bool[] needs) -> Tensor[]",
+    "float[] scalings, float dropout_p, bool[] needs, bool narrow=False) -> Tensor[]",
     _backward,
     _backward_formula,
     _backward_fake,
@@ -135,8 +145,7 @@ def lora_shared_linear(
 
 def _compute(x, seeds, specs, *operands) -> tuple[Tensor, ...]:
     ws, factors, bs, biases = _quarters(operands)
-    scalings, dropout_p = [spec.scaling for spec in specs], specs[0].dropout_p
-    return tuple(_forward_op(x, ws, torch.stack(factors), bs, biases, seeds, scalings, dropout_p))
+    return tuple(_forward_op(x, ws, torch.stack(factors), bs, biases, seeds, *_constants(specs)))
 
 
 class _LoraSharedLinear(torch.autograd.Function):
@@ -184,8 +193,8 @@ class _LoraSharedLinear(torch.autograd.Function):
                 full, x, h, ws, a, bs, seeds, specs, needs, differentiable_backward
             )
         else:
-            scalings, dropout_p = [spec.scaling for spec in specs], specs[0].dropout_p
-            grads = _backward_op(full, x, h, ws, a, bs, seeds, scalings, dropout_p, needs)
+            scalings, dropout_p, narrow = _constants(specs)
+            grads = _backward_op(full, x, h, ws, a, bs, seeds, scalings, dropout_p, needs, narrow)
         grads = iter(grads)
 
         def of_layers(needed: bool) -> list[Tensor | None]:

@@ -73,7 +73,7 @@ def _differs(name: str, field: str) -> bool:
         "r": "r" in needed,
         "transposed": {"n", "k"} <= set(needed),
         "enabled": "n" in needed,
-        "narrow": "r" in needed and not name.startswith("grouped"),  # those never are
+        "narrow": "r" in needed,
     }[field]
 
 

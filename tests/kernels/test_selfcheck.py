@@ -192,7 +192,10 @@ def test_the_groups_of_a_layer_are_checked(algorithm, asked, monkeypatch, device
     assert {variant.enabled for variant in checked} == {(False, True, True)}
 
 
-@pytest.mark.parametrize("name", ["shrink", "gemm_fwd", "grad_b", "expand_grad_a"])
+@pytest.mark.parametrize("name", [
+    "shrink", "gemm_fwd", "grad_b", "expand_grad_a", "grouped_shrink_h", "grouped_gemm_dx",
+    "grouped_grad_b", "weight_norm",
+])  # fmt: skip
 def test_narrow_factors_are_right(name, device):
     variant = Variant(name, torch.float16, torch.float32, r=4, narrow=True)
     assert selfcheck.key_of(variant, device).startswith(

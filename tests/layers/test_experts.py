@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from lora_kernels import LoRAExperts, lora_state_dict, merge_lora, merged_state_dict, report
+from lora_kernels.layers import mixture
 from lora_kernels.testing.tolerance import assert_close
 from tests.experts import (
     EXPERTS,
@@ -199,6 +200,19 @@ def test_autocast_leaves_the_products_in_the_weights_dtype(family, seed):
     assert actual.dtype == expected.dtype
     # float32 near ten, or a compiler that may add in another order
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral"])
+@pytest.mark.parametrize("under", [True, False])
+def test_products_may_round_float32_factors_under_autocast(family, under, seed, monkeypatch):
+    asked, op = [], mixture.lora_grouped_linear
+    monkeypatch.setattr(
+        mixture, "lora_grouped_linear", lambda *args: asked.append(args[-1].narrow) or op(*args)
+    )
+    layer = layer_of(family, torch.bfloat16, lora_dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=under):
+        layer(*inputs(torch.bfloat16))
+    assert asked == [under, under]
 
 
 # ---- dropout ----

@@ -21,13 +21,15 @@ def test_every_launcher_algorithm_and_dtype_is_checked():
     for name in (*LAUNCHERS, *ALGORITHMS):
         of_name = [variant for variant in found if variant.launcher == name]
         assert {(v.dtype, v.lora_dtype) for v in of_name} == pairs, name
-    gemm = [v for v in found if v.launcher == "gemm_bwd"]
+    gemm, narrow = ([v for v in found if v.launcher == "gemm_bwd"], [v for v in found if v.narrow])
     for change in ("dropout", "small_m", "aligned", "transposed"):
         assert {getattr(v, change) for v in gemm} == {True, False}, change
     assert {v.r for v in gemm} == {16, 64}
     assert {v.enabled for v in gemm} == {(True,), (True, False, True)}
-    assert {(v.dtype, v.lora_dtype) for v in gemm if v.narrow} == {(BF16, F32)}
-    assert not [v for v in found if v.narrow and v.launcher in ("grouped_gemm_y", "column_sums")]
+    assert {(v.dtype, v.lora_dtype) for v in narrow} == {(BF16, F32)}
+    checked = {v.launcher for v in narrow}
+    assert {"gemm_bwd", "grouped_gemm_y", "weight_norm"} <= checked
+    assert not checked & {"column_sums", "apply_dropout"}  # no product is in them
 
 
 def test_a_planted_fault_is_found_and_kept(cache, device, monkeypatch):
