@@ -75,6 +75,7 @@ setup(
     install_requires=["safetensors", "torch>=2.6", 'triton; platform_system == "Linux"'],
     extras_require={
         "bench": BENCH,
+        "completion": ["argcomplete"],
         "docs": DOCS,
         "examples": EXAMPLES,
         "gguf": GGUF,
