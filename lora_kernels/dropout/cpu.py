@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lora_kernels.dropout.drawn import Drawn
 from lora_kernels.dropout.mask import LANES, MULTIPLIERS, ROUNDS, WEYL, threshold
 
 __all__ = ["keep_mask", "masks"]
@@ -66,11 +67,25 @@ def _slices(rows: int, octets: int, device: torch.device) -> Iterator[slice]:
 def _draw(mask: Tensor, seed: Tensor, first_row: int, smallest: int) -> None:
     """Fills a mask whose rows are whole octets."""
     rows, cols = mask.shape
-    draws = _generator(rows, cols // LANES, seed.device).draws(seed, first_row)
-    if mask.dtype == torch.bool:
-        torch.ge(draws, smallest, out=mask)
-    else:  # a float holds every draw exactly: compared in place
-        mask.copy_(draws).ge_(smallest)
+    octets = cols // LANES
+    if not _keeps(rows * octets, seed.device):
+        draws = _Generator(rows, octets, _memory(rows * octets, seed.device)).draws(seed, first_row)
+        mask.copy_(draws >= smallest)
+        return
+    kept, elements = _kept(), rows * cols
+    flags, flat = kept.scratch(torch.uint8)[:elements], mask.view(-1)
+    key = int(seed), first_row, rows, octets, smallest
+    if kept.drawn.find(key, flags):
+        flat.copy_(flags)
+        return
+    draws = kept.generator(rows, octets).draws(seed, first_row)
+    # A float holds every draw exactly. From int16 straight to bytes PyTorch is five times as slow.
+    floats = flat if mask.dtype == torch.float32 else kept.scratch(torch.float32)[:elements]
+    floats.copy_(draws.view(-1)).ge_(smallest)
+    flags.view(torch.bool).copy_(floats)
+    if floats is not flat:
+        flat.copy_(flags)
+    kept.drawn.keep(key, flags)
 
 
 class _Generator:
@@ -228,6 +243,7 @@ class _Kept:
     def __init__(self):
         self.generator = functools.lru_cache(_GENERATORS)(self._generator)
         self.scratch = functools.cache(self._scratch)
+        self.drawn = Drawn()
         self._memory: Tensor | None = None
 
     # Inference tensors could not be used again outside of inference_mode.
@@ -240,13 +256,6 @@ class _Kept:
     @torch.inference_mode(False)
     def _scratch(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(LANES * _CALLS_AT_ONCE, dtype=dtype, device="cpu")
-
-
-def _generator(rows: int, octets: int, device: torch.device) -> _Generator:
-    calls = rows * octets
-    if _keeps(calls, device):
-        return _kept().generator(rows, octets)
-    return _Generator(rows, octets, _memory(calls, device))
 
 
 def _scratch(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:

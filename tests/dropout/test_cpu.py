@@ -107,6 +107,31 @@ def test_masks_are_keep_mask_in_slices_that_may_be_written_to(
         assert len(ends) == {70: 15}.get(shape[0], 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64])
+def test_a_mask_that_was_drawn_is_found_again(nothing_remembered, dtype, device, monkeypatch):
+    drawn = []
+    draws = cpu._Generator.draws
+    monkeypatch.setattr(
+        cpu._Generator, "draws", lambda *args: drawn.append(args[1:]) or draws(*args)
+    )
+
+    def mask(value=7, shape=(70, 90), p=0.3, first_row=2, dtype=dtype):
+        return dropout.keep_mask(seed_tensor(value, device), *shape, p, first_row, dtype)
+
+    first = mask()
+    expected = first.clone()
+    first.zero_()  # the caller's
+    assert torch.equal(mask(), expected)
+    assert torch.equal(mask(dtype=torch.float64), expected.double())
+    if device.type == "cpu":
+        assert len(drawn) == 1
+    others = [mask(value=8), mask(p=0.4), mask(first_row=3), mask(shape=(69, 90))]
+    vars(cpu._thread).clear()
+    alone = [mask(value=8), mask(p=0.4), mask(first_row=3), mask(shape=(69, 90))]
+    assert all(map(torch.equal, others, alone))
+    assert not any(torch.equal(other, expected) for other in others)
+
+
 def test_threads_make_masks_at_the_same_time(nothing_remembered, device):
     seeds = [seed_tensor(i, device) for i in range(4)]
     expected = [dropout.keep_mask(seed, 64, 1024, 0.5) for seed in seeds]
