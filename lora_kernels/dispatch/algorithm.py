@@ -18,7 +18,8 @@ from lora_kernels.dispatch.table import TABLE, GemmShape
 
 __all__ = [
     "ALGORITHMS", "SMALL_M", "Algorithm", "GemmShape", "asked", "capability_of", "choose",
-    "is_open", "is_small_m", "machine_obstacle", "tf32_allowed", "unmeasured", "warn_of_machine",
+    "is_free", "is_open", "is_small_m", "machine_obstacle", "tf32_allowed", "unmeasured",
+    "warn_of_machine",
 ]  # fmt: skip
 
 ALGORITHMS = ("fused", "addmm", "reference")
@@ -31,6 +32,7 @@ _INTERPRETED, _UNMEASURED = "TRITON_INTERPRET=1", "no measurement"  # reasons of
 # an allocation on a GPU does.
 _environ = getattr(os.environ, "_data", None) if os.name == "posix" else None
 _ENCODED = {name: os.fsencode(name) for name in (_VARIABLE, "TRITON_INTERPRET")}
+_PLAN_CODE, _INTERPRET_CODE = _ENCODED.values()
 _FORMER = {"sandwich": "addmm"}  # values of the variable that have another name now
 
 
@@ -103,6 +105,13 @@ def asked() -> str:
     """The value of LORA_KERNELS_PLAN as it is now, which choose checks."""
     value = _read(_VARIABLE)
     return "auto" if value is None else value
+
+
+def is_free() -> bool:
+    """Whether neither LORA_KERNELS_PLAN nor TRITON_INTERPRET asks for an algorithm now."""
+    if _environ is not None and _PLAN_CODE not in _environ and _INTERPRET_CODE not in _environ:
+        return True
+    return asked() == "auto" and not interpreted()
 
 
 def _read(variable: str) -> str | None:

@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 from lora_kernels import checks
 
-__all__ = ["draw_like", "draw_seeds", "like_drawn", "rank_of", "seeds_for"]
+try:
+    from torch.distributed import GroupMember
+except ImportError:  # a PyTorch without distributed
+    GroupMember = None
+
+__all__ = ["draw_like", "draw_seeds", "is_alone", "like_drawn", "rank_of", "seeds_for"]
 
 
 def seeds_for(
@@ -63,6 +68,11 @@ def _bounds() -> tuple[int, int]:
     share = 2**64 // ranks
     low = -(2**63) + rank * share
     return low, low + share - 1
+
+
+def is_alone() -> bool:
+    """Whether torch.distributed has no other ranks; asked in every call."""
+    return GroupMember is None or GroupMember.WORLD is None or rank_of()[1] == 1
 
 
 def rank_of() -> tuple[int, int]:

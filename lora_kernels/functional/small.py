@@ -11,10 +11,10 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_kernels.dispatch.algorithm import asked, interpreted
-from lora_kernels.functional.seeds import rank_of
+from lora_kernels.dispatch.algorithm import is_free
+from lora_kernels.functional.seeds import is_alone
 from lora_kernels.reference.linear import shaped_like
 from lora_kernels.spec import LoraSpec
 
@@ -25,24 +25,19 @@ __all__ = ["LARGEST", "is_small", "small_lora_linear"]
 LARGEST = 150_000_000
 _MOST_ELEMENTS = 1 << 18
 _LARGEST_SCALING = sys.float_info.max
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_small(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, spec: LoraSpec
 ) -> bool:
-    """Whether small_lora_linear computes a call: valid, plain, float32, on a CPU, and small.
+    """Whether small_lora_linear computes a call: valid, float32, on a CPU, and small.
 
-    Nothing stands in the op's way, see ops/obstacle.py. Not under torch.compile, nor if
-    LORA_KERNELS_PLAN or TRITON_INTERPRET asks for an algorithm.
+    Nothing stands in the op's way, see ops/obstacle.py, so all are plain tensors. Not under
+    torch.compile, nor if LORA_KERNELS_PLAN or TRITON_INTERPRET asks for an algorithm.
     """
     if not (
-        not torch.compiler.is_compiling()
-        and asked() == "auto"
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and type(a) in _PLAIN
-        and type(b) in _PLAIN
+        not torch.compiler.is_dynamo_compiling()
+        and is_free()
         and x.is_cpu
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
@@ -54,8 +49,7 @@ def is_small(
     ):
         return False
     if bias is not None and not (
-        type(bias) in _PLAIN
-        and bias.dtype is torch.float32
+        bias.dtype is torch.float32
         and bias.is_cpu
         and bias.layout is torch.strided
         and bias.shape == weight.shape[:1]
@@ -82,9 +76,8 @@ def is_small(
         and -_LARGEST_SCALING <= spec.scaling <= _LARGEST_SCALING
         and type(spec.dropout_p) in (float, int)
         and 0 <= spec.dropout_p < 1
-        and (spec.dropout_p == 0 or rank_of()[1] == 1)
+        and (spec.dropout_p == 0 or is_alone())
         and not torch.is_autocast_enabled("cpu")
-        and not interpreted()
     )
 
 
@@ -94,5 +87,6 @@ def small_lora_linear(
     """y = x·weightᵀ + bias + scaling·(dropout(x)·aᵀ)·bᵀ; shapes as in reference/linear.py."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     x_hat = F.dropout(rows, spec.dropout_p) if spec.dropout_p > 0 else rows
-    y = torch.addmm(F.linear(rows, weight, bias), F.linear(x_hat, a), b.t(), alpha=spec.scaling)
+    h = F.linear(x_hat, a) * spec.scaling
+    y = F.linear(rows, weight, bias).addmm_(h, b.t())
     return shaped_like(x, y)

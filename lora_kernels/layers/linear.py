@@ -198,7 +198,7 @@ class LoRALinear(TakesMagnitude, LinearLayer):
 
     def _spec(self, weight: Tensor) -> LoraSpec:
         columns = weight.shape[0]
-        if type(columns) is not int or torch.compiler.is_compiling():
+        if type(columns) is not int or torch.compiler.is_dynamo_compiling():
             return super()._spec(weight)
         return linear_spec(self.scaling, self.active_dropout_p(), columns)
 

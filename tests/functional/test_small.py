@@ -1,5 +1,6 @@
 """Small products on a CPU take PyTorch's own operators: the same formula, the same gradients."""
 
+import types
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels import LoRALinear, lora_linear
+from lora_kernels.functional import seeds
 from lora_kernels.functional.small import LARGEST, is_small
 from lora_kernels.spec import LoraSpec, OutputSplits
 from lora_kernels.testing.problem import make_problem
@@ -201,6 +203,7 @@ def test_nothing_is_recorded_of_its_choice():
 
 def test_ranks_have_masks_of_their_own(monkeypatch):
     """Equal states of PyTorch's generator give F.dropout equal masks; the op's seeds differ."""
+    monkeypatch.setattr(seeds, "GroupMember", types.SimpleNamespace(WORLD=object()))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
