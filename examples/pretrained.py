@@ -20,13 +20,13 @@ logging.disable_progress_bar()
 FAULTS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError)
 
 
-def from_pretrained(kind, location: str, **kwargs):
-    """kind.from_pretrained(location, **kwargs), or an InputError that names --model."""
+def from_pretrained(kind, location: str, flag: str = "--model", **kwargs):
+    """kind.from_pretrained(location, **kwargs), or an InputError that names the flag."""
     try:
         return kind.from_pretrained(location, **kwargs)
     except FAULTS as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"--model {location}: {reason}") from None
+        reason = " ".join(str(error).split()) or repr(error)
+        raise InputError(f"{flag} {location}: {reason}") from None
 
 
 def whole_model(

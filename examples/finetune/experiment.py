@@ -2,24 +2,32 @@
 
 import math
 import tempfile
+import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import lora_kernels as lora
+from examples import plots, runs
 from examples.errors import InputError
-from examples.finetune import ranks, report
+from examples.finetune import checkpoint, ranks, report
+from examples.finetune.checkpoint import CHECKPOINT
 from examples.finetune.data import Example
 from examples.finetune.model import add_lora, load_model, load_tokenizer, locate, set_merging
 from examples.finetune.train import Arm, Settings, accuracy, encode, predict, train
+from examples.progress import epoch_line
+from examples.record import content_hash
 
 __all__ = ["run"]
 
 # Merging rounds each weight once more: a few float32 steps per layer on logits of this size.
 MERGE_TOLERANCE = 1e-4
+ADAPTER = "adapter"
+LEFT = (CHECKPOINT, ADAPTER)  # what a run is known by
 SETTINGS = (
     "rank", "alpha", "dropout", "targets", "epochs", "batch_size", "lr", "max_length", "seed",
 )  # fmt: skip
@@ -41,7 +49,56 @@ def _run(
     held_out: Sequence[Example],
     device: torch.device,
 ) -> int:
-    output = _output_directory(options.output)
+    output = runs.made(options.output)
+    record = _record(options, training, held_out, device)
+    left = [file for name in LEFT if (file := output / name).exists()]
+    goes_on = runs.check(output, record, left, options.resume)
+    if goes_on and (ended := runs.has_ended(output)):
+        _say("resume", "the run has ended")
+        _say("accuracy after", report.per_cent(ended["accuracy_after"]))
+        _say("results", output / runs.RESULTS)
+        return 0
+    if ranks.is_first():
+        runs.write_json(record, output / runs.RECORD)
+    told = {**record, "versions": runs.versions()}
+    with runs.reported(output / runs.RESULTS, told, ranks.is_first) as results:
+        trusted = _carry_out(options, training, held_out, device, output, results)
+        if not trusted:
+            results["status"] = "failed"
+    if ranks.is_first():
+        (output / CHECKPOINT).unlink(missing_ok=True)
+    return 0 if trusted else 1
+
+
+def _record(
+    options: Namespace,
+    training: Sequence[Example],
+    held_out: Sequence[Example],
+    device: torch.device,
+) -> dict:
+    """What decides the outcome of a run."""
+    return {
+        "model": options.model,
+        "data": str(options.data),
+        "data_hash": content_hash([training, held_out]),
+        "device": device.type,
+        "ranks": ranks.count(),
+        **{name: getattr(options, name) for name in SETTINGS},
+        "compare_peft": options.compare_peft,
+        "training_examples": len(training),
+        "held_out_examples": len(held_out),
+    }
+
+
+def _carry_out(
+    options: Namespace,
+    training: Sequence[Example],
+    held_out: Sequence[Example],
+    device: torch.device,
+    output: Path,
+    results: dict,
+) -> bool:
+    """All of a run; puts what it finds into results, and says whether that can be trusted."""
     location = locate(options.model)
     tokenizer = load_tokenizer(location)
     classes = sorted({example.label for example in (*training, *held_out)})
@@ -67,15 +124,23 @@ def _run(
     _say("ranks", ranks.count())
     _say("data", f"{options.data}, {len(training):,} to train on, {len(held_out):,} held out")
     _say("trainable", f"{trainable:,} parameters ({100 * trainable / total:.2f} %)")
-    if ranks.is_first():
-        before = [_held_out_accuracy(arm, tokenizer, held_features) for arm in arms]
-        _say("accuracy before", report.per_cent(before[0]))
-    train(arms, train_features, settings)
-    if not ranks.is_first():
-        return 0
+    results |= {"classes": classes, "total_parameters": total}
 
-    after = [_held_out_accuracy(arm, tokenizer, held_features) for arm in arms]
+    def measured(arm: Arm) -> float:
+        return accuracy(predict(arm.model.eval(), tokenizer, held_features), held_features)
+
+    before = [measured(arm) for arm in arms] if ranks.is_first() else []
+    if ranks.is_first():
+        _say("accuracy before", report.per_cent(before[0]))
+    _train(options, arms, train_features, settings, output, results, measured)
+    if not ranks.is_first():
+        return True
+
+    after = [measured(arm) for arm in arms]
     rows = [_row(arm, *shares) for arm, *shares in zip(arms, before, after, strict=True)]
+    results |= rows[0]
+    if options.compare_peft:
+        results["peft"] = rows[1]
     _say("accuracy after", report.per_cent(after[0]))
     _say("speed", f"{rows[0]['tokens_per_second']:,.0f} tokens/s over {arms[0].seconds:.1f} s")
     losses = rows[0]["losses"]
@@ -84,14 +149,21 @@ def _run(
         all(map(math.isfinite, losses)),
         f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
     ):
-        return 1
+        return False
 
-    adapter = output / "adapter"
+    adapter = output / ADAPTER
     lora.save_adapter(model, adapter)
-    adapter_bytes = report.directory_bytes(adapter)
-    _say("adapter", f"{adapter}, {adapter_bytes / 1000:,.0f} kB")
-    report.loss_curve({row["name"]: row["losses"] for row in rows}, output / "loss.png")
-    _say("loss curve", output / "loss.png")
+    results["adapter_bytes"] = report.directory_bytes(adapter)
+    _say("adapter", f"{adapter}, {results['adapter_bytes'] / 1000:,.0f} kB")
+    plots.curves(
+        output / "curves.png",
+        f"{Path(options.model).name} on {options.data.name}, LoRA of rank {options.rank}",
+        {row["name"]: list(enumerate(row["losses"], start=1)) for row in rows},
+        "cross-entropy, nats",
+        {"lora_kernels": [(step, 100 * share) for step, share in results["accuracies"]]},
+        "accuracy on held-out\nsentences (%)",
+    )
+    _say("curves", output / "curves.png")
 
     # Another seed: nothing but what was saved can bring back the trained head.
     fresh = lora.load_adapter(plain_model(options.seed + 1), adapter).to(device)
@@ -103,28 +175,60 @@ def _run(
         "reload_error": (reloaded - merged).abs().max().item(),
         "merge_error": (unmerged - merged).abs().max().item(),
     }
-    metrics = {
-        "model": options.model,
-        "data": str(options.data),
-        "device": str(device),
-        "settings": {name: getattr(options, name) for name in SETTINGS},
-        "training_examples": len(training),
-        "held_out_examples": len(held_out),
-        "classes": classes,
-        "ranks": ranks.count(),
-        "total_parameters": total,
-        "adapter_bytes": adapter_bytes,
-        **errors,
-        **rows[0],
-    }
-    if options.compare_peft:
-        metrics["peft"] = rows[1]
-    report.write_metrics(metrics, output / "metrics.json")
-    _say("metrics", output / "metrics.json")
+    results |= errors
+    _say("results", output / runs.RESULTS)
     trusted = _trusted(**errors, scale=merged.abs().max().item())
     if options.compare_peft:
         print("\n" + report.comparison(rows))
-    return 0 if trusted else 1
+    return trusted
+
+
+def _train(
+    options: Namespace,
+    arms: Sequence[Arm],
+    features: Sequence[dict],
+    settings: Settings,
+    output: Path,
+    results: dict,
+    measured: Callable[[Arm], float],
+) -> None:
+    """Trains, from the checkpoint if there is one, and says how it goes after each epoch."""
+    file, done, accuracies = output / CHECKPOINT, 0, []
+    if file.exists():
+        done, kept = checkpoint.load(file, arms)
+        accuracies = [tuple(point) for point in kept["accuracies"]]
+        _say("resume", f"{file}, behind step {done}")
+    elif options.resume:
+        _say("resume", "no checkpoint: from the start")
+    saved, started, first = done, time.perf_counter(), None
+
+    def after_turn(step: int) -> None:
+        nonlocal saved
+        results["step"] = step
+        if ranks.is_first() and step - saved >= options.save_every:
+            checkpoint.save(file, arms, step, {"accuracies": accuracies})
+            saved = step
+
+    def after_epoch(epoch: int) -> None:
+        nonlocal first
+        if not ranks.is_first():
+            return
+        step = len(arms[0].losses)
+        first = epoch if first is None else first
+        losses = arms[0].losses[-(step // epoch) :]
+        accuracies.append((step, measured(arms[0])))
+        seconds = (time.perf_counter() - started) / (epoch - first + 1)
+        told = {
+            "loss": f"{torch.stack(losses).mean().item():.3f}",
+            "held-out accuracy": report.per_cent(accuracies[-1][1]),
+        }
+        tqdm.write(epoch_line(epoch, settings.epochs, seconds, told))  # beside the bar
+
+    results["accuracies"] = accuracies
+    try:
+        train(arms, features, settings, done=done, after_turn=after_turn, after_epoch=after_epoch)
+    finally:
+        results["losses"] = [loss.item() for loss in arms[0].losses]
 
 
 def _row(arm: Arm, accuracy_before: float, accuracy_after: float) -> dict:
@@ -167,14 +271,6 @@ def _device(name: str) -> torch.device:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def _output_directory(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {path}: cannot be made: {error.strerror}") from None
-    return path
-
-
 def _same_in_peft(model: nn.Module, plain: nn.Module) -> nn.Module:
     """PEFT's LoRA in a plain model, with the adapter and the head that model starts from."""
     try:
@@ -184,10 +280,6 @@ def _same_in_peft(model: nn.Module, plain: nn.Module) -> nn.Module:
     with tempfile.TemporaryDirectory() as directory:
         lora.save_adapter(model, directory)
         return PeftModel.from_pretrained(plain, directory, is_trainable=True)
-
-
-def _held_out_accuracy(arm: Arm, tokenizer, features: Sequence[dict]) -> float:
-    return accuracy(predict(arm.model.eval(), tokenizer, features), features)
 
 
 def _say(label: str, value) -> None:

@@ -1,35 +1,9 @@
-"""What a run leaves behind: the loss curve, metrics.json, and the numbers on the screen."""
+"""The numbers of a run on the screen."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-__all__ = ["comparison", "directory_bytes", "loss_curve", "per_cent", "write_metrics"]
-
-SMOOTHING = 20  # the line is the mean of a twentieth of the steps
-
-
-def loss_curve(curves: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draws the loss of every step, faint, and its running mean, for each named run."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="training loss")
-    for name, losses in curves.items():
-        window = max(1, len(losses) // SMOOTHING)
-        (points,) = axes.plot(range(1, len(losses) + 1), losses, alpha=0.25)
-        means = [sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)]
-        axes.plot(
-            range(window, len(losses) + 1), means, color=points.get_color(),
-            label=f"{name}, mean of {window}",
-        )  # fmt: skip
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
-def write_metrics(metrics: Mapping, path: Path) -> None:
-    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+__all__ = ["comparison", "directory_bytes", "per_cent"]
 
 
 def directory_bytes(directory: Path) -> int:

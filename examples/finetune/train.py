@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,26 @@ class Arm:
         self.seconds = 0.0
         self.tokens = 0
 
+    def state_dict(self) -> dict:
+        """What training goes on with; of the model what trains."""
+        return {
+            "parameters": [parameter.detach() for parameter in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "losses": torch.stack(self.losses),
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+            parameter.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.losses = list(state["losses"].to(self.device))
+        self.seconds, self.tokens = state["seconds"], state["tokens"]
+
     def train_on(self, batches: Sequence[list[dict]], seed: int) -> None:
         """One optimizer step per batch, of which every rank computes its share.
 
@@ -84,30 +104,44 @@ class Arm:
             torch.cuda.synchronize(self.device)
 
 
-def train(arms: Sequence[Arm], features: Sequence[dict], settings: Settings) -> None:
+def train(
+    arms: Sequence[Arm],
+    features: Sequence[dict],
+    settings: Settings,
+    *,
+    done: int = 0,
+    after_turn: Callable[[int], None] = lambda step: None,
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+) -> None:
     """Trains every arm on the same batches in the same order.
 
     The arms take turns of ten batches, and every other turn in reverse order, so that whatever
     else the machine does falls on all of them alike.
+    done: steps that the arms have behind them, as after_turn(step) was told. after_epoch(number of
+    epochs done) comes before the last turn of an epoch is told of.
     """
     lengths = [len(row["input_ids"]) for row in features]
     generator = random.Random(settings.seed)
     steps = settings.epochs * -(-len(features) // settings.batch_size)
     step = 0
-    hidden = not ranks.is_first()
-    with tqdm(total=steps * len(arms), unit="step", desc="training", disable=hidden) as progress:
-        for _ in range(settings.epochs):
-            batches = [
-                [features[i] for i in batch]
-                for batch in random_batches(lengths, settings.batch_size, generator)
-            ]
+    with tqdm(
+        total=steps * len(arms), initial=done * len(arms), unit="step", desc="training",
+        disable=not ranks.is_first(),
+    ) as progress:  # fmt: skip
+        for epoch in range(settings.epochs):
+            batches = random_batches(lengths, settings.batch_size, generator)
             for start in range(0, len(batches), TURN):
-                turn = batches[start : start + TURN]
+                turn = [[features[i] for i in batch] for batch in batches[start : start + TURN]]
+                step += len(turn)
+                if step <= done:
+                    continue
                 for arm in arms if start // TURN % 2 == 0 else reversed(arms):
-                    arm.train_on(turn, settings.seed + step)
+                    arm.train_on(turn, settings.seed + step - len(turn))
                     progress.update(len(turn))
                     progress.set_postfix(loss=f"{arm.losses[-1].item():.3f}")
-                step += len(turn)
+                if start + TURN >= len(batches):
+                    after_epoch(epoch + 1)
+                after_turn(step)
 
 
 @torch.no_grad()

@@ -1,18 +1,21 @@
 """Command line of the text generation example; see ``python -m examples.nlg --help``."""
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from examples.errors import InputError, until_interrupted
+from examples import runs
+from examples.devices import is_cpu, see_only
+from examples.errors import InputError, resuming, until_interrupted
 from examples.nlg import data
-from examples.options import number
+from examples.options import add, number
+from examples.progress import epoch_line
 
-ADAPTER, CHECKPOINTS, RESULT = "adapter", "checkpoints", "metrics.json"
+ADAPTER = "adapter"
 LR_BELOW = 1e37  # AdamW's first step divides it by 1 - β₁ = 0.1 and has to stay in float32
-SEED_BELOW = 2**31  # numpy's bound is 2³², and every process adds its number
 MADE_OF = ("model", "task", "rank", "alpha", "dropout", "max_length")  # and train's Settings
 
 
@@ -20,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; 0, 1 where a check of the result failed, 2 where the input is at fault."""
     options = _parser().parse_args(argv)
     try:
+        if hasattr(options, "device"):
+            see_only(options.device)
         return options.command(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -32,63 +37,94 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> int:
     """Adapts a model to a task; writes an adapter after every epoch."""
     examples = data.load(options.task, options.data, options.split)
-    held = data.load(options.task, options.valid, options.valid_split) if options.valid else []
+    source = options.validation_data
+    held = data.load(options.task, source, options.validation_split) if source else []
     import torch
-    from accelerate import PartialState
     from tqdm import tqdm
 
     import lora_kernels as lora
-    from examples.nlg.checkpoints import check_fresh
+    from examples.nlg.checkpoints import CHECKPOINTS, check_fresh
     from examples.nlg.model import add_lora, load_model, load_tokenizer
-    from examples.nlg.train import Settings, mean_loss
+    from examples.nlg.train import Progress, Settings, mean_loss
     from examples.nlg.train import train as run
 
-    check_fresh(options.output / CHECKPOINTS, options.resume)
+    check_fresh(options.output, options.resume)
     tokenizer = load_tokenizer(options.model)
     features = _encode(tokenizer, examples, options.data, options.max_length)
-    held_features = _encode(tokenizer, held, options.valid, options.max_length) if held else []
+    held_features = _encode(tokenizer, held, source, options.max_length) if held else []
     model = load_model(options.model)
     _check_positions(model, options.max_length)
-    _check_writable(options.output, options.output / RESULT)
+    _check_writable(options.output, options.output / runs.RESULTS)
     torch.manual_seed(options.seed)
     add_lora(model, options.rank, options.alpha, options.dropout)
+    progress = Progress()
 
     def after_epoch(done: int) -> None:
         lora.save_adapter(model, options.output / f"epoch-{done}")
         lora.save_adapter(model, options.output / ADAPTER)
+        recent = [float(loss) for loss in progress.losses[-(progress.step // done) :]]
+        told = {"loss": f"{sum(recent) / len(recent):.4f}"}
         if held_features:
             loss = mean_loss(model, tokenizer, held_features)
-            tqdm.write(f"epoch {done}: loss on {options.valid} {loss:.4f}")  # beside the bar
-            sys.stdout.flush()
+            progress.held_out.append((progress.step, loss))
+            told[f"loss on {source}"] = f"{loss:.4f}"
+        line = epoch_line(done, options.epochs, progress.seconds / done, told)
+        tqdm.write(line)  # beside the bar
+        sys.stdout.flush()
 
     made_of = {name: getattr(options, name) for name in MADE_OF}
     settings = {name: getattr(options, name) for name in Settings.__dataclass_fields__}
-    progress = run(
-        model,
-        tokenizer,
-        features,
-        Settings(**settings),
-        made_of=made_of,
-        mixed_precision=options.mixed_precision,
-        checkpoints=options.output / CHECKPOINTS,
-        save_every=options.save_every,
-        resume=options.resume,
-        after_epoch=after_epoch,
-    )
-    result = {
+    record = {
         **made_of,
         **settings,
+        "precision": options.precision,
         "examples": len(features),
-        "steps": progress.step,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "tokens": progress.tokens,
-        "tokens_per_second": progress.tokens / progress.seconds,
-        "seconds": progress.seconds,
-        "losses": progress.losses,
+        "versions": runs.versions(),
     }
-    if PartialState().is_main_process:
-        _write(result, options.output / RESULT)
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes of a launcher
+
+    def writes() -> bool:  # of a run that was refused nothing
+        return is_first and progress.has_begun
+
+    with runs.reported(options.output / runs.RESULTS, record, writes) as results:
+        try:
+            run(
+                model,
+                tokenizer,
+                features,
+                Settings(**settings),
+                made_of=made_of,
+                progress=progress,
+                precision=options.precision,
+                cpu=is_cpu(options.device),
+                checkpoints=options.output / CHECKPOINTS,
+                save_every=options.save_every,
+                resume=options.resume,
+                after_epoch=after_epoch,
+            )
+        finally:
+            reached = progress.state_dict()
+            results |= {"steps": progress.step}
+            results |= {name: reached[name] for name in ("tokens", "seconds", "losses", "held_out")}
+        results["tokens_per_second"] = progress.tokens / progress.seconds
+    if is_first:
+        _draw(options, progress)
+        print(f"adapter: {options.output / ADAPTER}, results: {options.output / runs.RESULTS}")
     return 0
+
+
+def _draw(options: argparse.Namespace, progress) -> None:
+    from examples.plots import curves
+
+    curves(
+        options.output / "curves.png",
+        f"{Path(options.model).name} on {options.task}, LoRA of rank {options.rank}",
+        {"training": list(enumerate(progress.losses, start=1))},
+        "nats a predicted token",
+        {"held out": progress.held_out},
+        "held-out loss\n(nats a token)",
+    )
 
 
 def decode(options: argparse.Namespace) -> int:
@@ -110,7 +146,9 @@ def decode(options: argparse.Namespace) -> int:
             lora.load_adapter(model, options.adapter, merge_weights=True)
         except (OSError, ValueError) as error:
             raise InputError(f"--adapter {options.adapter}: {error}") from None
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # merged by eval()
+    on_cpu = is_cpu(options.device)
+    device = "cpu" if on_cpu else torch.accelerator.current_accelerator()
+    model.to(device).eval()  # merged by eval()
     predictions = decoding.decode(model, tokenizer, groups, search)
     decoding.write_predictions(options.output, groups, predictions)
     print(f"{len(groups):,} predictions in {options.output}")
@@ -136,7 +174,7 @@ def score(options: argparse.Namespace) -> int:
         }
         for part, scores in results.items()
     }
-    _write(plain, options.output or options.predictions.with_suffix(".scores.json"))
+    runs.write_json(plain, options.output or options.predictions.with_suffix(".scores.json"))
     return 0
 
 
@@ -172,11 +210,6 @@ def _check_writable(output: Path, file: Path) -> None:
         raise InputError(f"--output {output}: {file} is a directory")
 
 
-def _write(result: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
 # ---- options ----
 
 
@@ -194,57 +227,51 @@ def _parser() -> argparse.ArgumentParser:
         )
         added.set_defaults(command=function)
 
-        def option(flag: str, default, help: str, **kwargs) -> None:
-            told = f"{help} (default: {default})" if default is not None else help
-            added.add_argument(flag, default=default, help=told, **kwargs)
-
-        return option
+        return partial(add, added)
 
     def sources(option: Callable, split: str) -> None:
         option("--task", None, "whose format and metrics", choices=data.TASKS, required=True)
         option(
             "--data", None, "a file of the task's authors, or NAME or NAME:CONFIG on the hub",
-            required=True, metavar="SOURCE",
+            required=True, metavar="PATH_OR_NAME",
         )  # fmt: skip
         option("--split", split, "which part of a data set of the hub")
 
     def model(option: Callable) -> None:
-        option(
-            "--model", "medium", "GPT-2 small, medium or large, or another name or path",
-            metavar="MODEL",
-        )  # fmt: skip
-        option("--max-length", 512, "tokens of a sequence", type=number(int, 2), metavar="N")
+        option("--model", "medium", "GPT-2 small, medium or large, or another name or path")
+        option("--max-length", 512, type=number(int, 2))
+        option("--device", "auto")
 
     option = command(train)
     sources(option, "train")
     model(option)
-    option("--valid", None, "held-out data, to measure the loss on after each epoch")
-    option("--valid-split", "validation", "which part of it")
-    option("--output", Path("runs/nlg"), "where the results go", type=Path, metavar="DIR")
-    option("--rank", 4, "r of every LoRA layer", type=number(int, 1), metavar="R")
-    option("--alpha", 32.0, "updates are scaled by alpha / r", type=number(float, 0), metavar="A")
-    option("--dropout", 0.1, "before lora_A", type=number(float, 0, 1), metavar="P")
-    option("--epochs", 5, "passes over the data", type=number(int, 1), metavar="N")
-    option("--batch-size", 8, "sequences a batch and device", type=number(int, 1), metavar="N")
-    option("--accumulation", 1, "batches a step", type=number(int, 1), metavar="N")
-    option("--lr", 2e-4, "peak learning rate", type=number(float, 0, LR_BELOW), metavar="LR")
-    option("--warmup", 500, "steps to the peak", type=number(int, 0), metavar="N")
-    option("--weight-decay", 0.01, "AdamW's", type=number(float, 0), metavar="D")
-    option("--label-smoothing", 0.1, "ε", type=number(float, 0, 1), metavar="E")
     option(
-        "--seed", 110, "of batches, dropout and lora_A", type=number(int, 0, SEED_BELOW),
-        metavar="N",
+        "--validation-data", None, "held-out data, to measure the loss on after each epoch",
+        metavar="PATH_OR_NAME",
     )  # fmt: skip
-    option("--mixed-precision", "no", "accelerate's", choices=("no", "fp16", "bf16"))
-    option("--save-every", 100, "steps between checkpoints", type=number(int, 1), metavar="N")
-    option("--resume", False, "go on from the newest checkpoint", action="store_true")
+    option("--validation-split", "validation", "which part of it, on the hub")
+    option("--output", Path("runs/nlg"))
+    option("--rank", 4)
+    option("--alpha", 32.0)
+    option("--dropout", 0.1)
+    option("--epochs", 5)
+    option("--batch-size", 8)
+    option("--accumulation", 1)
+    option("--lr", 2e-4, type=number(float, 0, LR_BELOW))
+    option("--warmup", 500, type=number(int, 0))
+    option("--weight-decay", 0.01)
+    option("--label-smoothing", 0.1, "ε", type=number(float, 0, 1), metavar="E")
+    option("--seed", 0)
+    option("--precision", "fp32")
+    option("--save-every", 100)
+    option("--resume")
 
     option = command(decode)
     sources(option, "test")
     model(option)
     option("--adapter", None, "what train wrote; without it the base decodes", metavar="DIR")
     option(
-        "--output", Path("runs/nlg/predictions.jsonl"), "a line for each context", type=Path,
+        "--output", Path("runs/nlg/predictions.jsonl"), "a line for each context",
         metavar="FILE.jsonl",
     )  # fmt: skip
     option("--beams", 10, "width of the beam", type=number(int, 1), metavar="N")
@@ -254,12 +281,12 @@ def _parser() -> argparse.ArgumentParser:
         type=number(int, 0), metavar="N",
     )  # fmt: skip
     option("--new-tokens", 64, "at most", type=number(int, 1), metavar="N")
-    option("--batch-size", 16, "contexts a batch", type=number(int, 1), metavar="N")
+    option("--batch-size", 16, "contexts a batch")
 
     option = command(score)
     option("--task", None, "whose metrics", choices=data.TASKS, required=True)
     option("predictions", None, "what decode wrote", type=Path, metavar="FILE.jsonl")
-    option("--output", None, "default: beside it, .scores.json", type=Path, metavar="FILE.json")
+    option("--output", None, "default: beside it, .scores.json", metavar="FILE.json")
 
     option = command(demo)
     option("--data", None, "an E2E file", required=True, type=Path, metavar="FILE.txt")
@@ -267,9 +294,12 @@ def _parser() -> argparse.ArgumentParser:
         "--vocabulary", "gpt2", "the tokenizer of this model, or a folder with its vocab.json and "
         "merges.txt", metavar="NAME_OR_DIR",
     )  # fmt: skip
-    option("--output", Path("runs/nlg-demo"), "where the results go", type=Path, metavar="DIR")
+    option("--output", Path("runs/nlg-demo"))
+    option("--device", "auto")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(until_interrupted(main, "train --resume goes on from the newest checkpoint"))
+    trains = sys.argv[1:2] == ["train"]
+    what_now = resuming("examples.nlg") if trains else "nothing was kept: start it again"
+    sys.exit(until_interrupted(main, what_now))

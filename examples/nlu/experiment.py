@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, Trainer
 
+from examples import runs
+from examples.devices import is_cpu
 from examples.errors import InputError
 from examples.finetune.model import load_tokenizer, locate
 from examples.nlu import metrics, report, resume
@@ -44,7 +46,7 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
     """Carries out what options ask for; what results.json holds."""
     chosen = choose_settings(options, task)
     # Said outright: else the Trainer neither joins processes on a CPU nor computes in bfloat16.
-    cpu = options.device == "cpu" or not torch.accelerator.is_available()
+    cpu = is_cpu(options.device)
     if cpu and options.precision == "fp16":
         raise InputError("--precision fp16: needs a GPU; bf16 runs on a CPU too")
     device = "cpu" if cpu else torch.accelerator.current_accelerator().type
@@ -54,7 +56,7 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
     checkpoint = None
     if options.resume and (found := resume.finished(output, record)):
         _say("resume", "the run has ended")
-        _tell(found["dev"], output / resume.RESULTS)
+        _tell(found["dev"], output / runs.RESULTS)
         return found
     if not options.evaluate_only:
         checkpoint = resume.checkpoint(output, record, options.resume)
@@ -76,7 +78,7 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
     trainer = make_trainer(
         model, tokenizer, task, chosen, training, next(iter(dev.values())),
         method=options.method, output=output, seed=options.seed, keep=options.keep,
-        precision=options.precision, accumulate=options.accumulate,
+        precision=options.precision, accumulation=options.accumulation,
         group_by_length=options.group_by_length, cpu=cpu,
     )  # fmt: skip
     if trainer.args.world_size != record["processes"]:
@@ -96,31 +98,38 @@ def run(options: Namespace, task: Task, data: Data) -> dict:
         f"{len(rows):,} {name}" for name, rows in dev.items()
     ]))  # fmt: skip
     before = report.peak_memory(trainer.args.device)
-    spent = {"train_seconds": 0.0, "train_cpu_seconds": 0.0}
-    if not options.evaluate_only:
-        if trainer.is_world_process_zero() and not checkpoint:
-            report.write_json(record, output / resume.RECORD)
-        spent = _train(trainer, output, checkpoint)
-    measured = {name: _measure(trainer, task, rows) for name, rows in dev.items()}
-    results = {
+    # The report counts results.json alone: a run that was measured again is no further seed.
+    file = output / ("evaluated.json" if options.evaluate_only else runs.RESULTS)
+    if trainer.is_world_process_zero() and not (options.evaluate_only or checkpoint):
+        runs.write_json(record, output / runs.RECORD)
+    told = {
         **record,
-        "dev": measured,
-        "paper_score": metrics.paper_score(task, measured) if set(task.dev) <= set(dev) else None,
+        "versions": runs.versions(),
         "total_parameters": total,
         "trainable_parameters": trainable,
-        **spent,
-        "peak_memory_bytes": report.peak_memory(trainer.args.device),
-        "memory_before_training_bytes": before,
-        "saved_bytes": 0 if options.evaluate_only else report.weight_bytes(output / resume.TRAINED),
-        "versions": report.versions(),
-        "log": trainer.state.log_history,
+        "paper_score": None,
     }
-    # The report counts results.json alone: a run that was measured again is no further seed.
-    file = output / ("evaluated.json" if options.evaluate_only else resume.RESULTS)
-    if trainer.is_world_process_zero():
-        report.write_json(results, file)
-        if not options.evaluate_only:
-            report.curves(results, task, output / "curves.png")
+    with runs.reported(file, told, trainer.is_world_process_zero) as results:
+        spent = {"train_seconds": 0.0, "train_cpu_seconds": 0.0}
+        try:
+            if not options.evaluate_only:
+                spent = _train(trainer, output, checkpoint)
+        finally:
+            results["log"] = trainer.state.log_history
+        measured = {name: _measure(trainer, task, rows) for name, rows in dev.items()}
+        saved = 0 if options.evaluate_only else report.weight_bytes(output / resume.TRAINED)
+        results |= {
+            "dev": measured,
+            **({"paper_score": metrics.paper_score(task, measured)} if set(task.dev) <= set(dev)
+               else {}),
+            **spent,
+            "peak_memory_bytes": report.peak_memory(trainer.args.device),
+            "memory_before_training_bytes": before,
+            "saved_bytes": saved,
+            "log": trainer.state.log_history,
+        }  # fmt: skip
+    if trainer.is_world_process_zero() and not options.evaluate_only:
+        report.draw(results, task, output / "curves.png")
     _tell(measured, file)
     return results
 
@@ -136,11 +145,7 @@ def _output(options: Namespace, chosen: Settings) -> Path:
         "runs/nlu", Path(options.model).name, chosen.name, options.task,
         f"{options.method}-{options.seed}",
     )  # fmt: skip
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot be made: {error.strerror}") from None
-    return output
+    return runs.made(output)
 
 
 def _load_adapter(model: nn.Module, options: Namespace, task: Task, chosen: Settings) -> None:

@@ -82,7 +82,7 @@ def adapt(
         try:
             lora.apply_lora(
                 model,
-                r=settings.r,
+                r=settings.rank,
                 lora_alpha=settings.alpha,
                 lora_dropout=dropout,
                 target_modules=targets,

@@ -1,6 +1,6 @@
 """What runs leave behind: results.json, curves, and the paper's table of many runs.
 
-``python -m examples.nlu.report FOLDER`` prints the table of every results.json below FOLDER.
+python -m examples.nlu.report FOLDER prints the table of every results.json below FOLDER.
 """
 
 import argparse
@@ -11,26 +11,25 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from examples.errors import InputError
 from examples.nlu.tasks import TASKS, Task, settings
+from examples.plots import curves
 
-__all__ = ["curves", "peak_memory", "table", "versions", "weight_bytes", "write_json"]
+__all__ = ["draw", "peak_memory", "table", "weight_bytes"]
 
 # What a run with the settings of a row and nothing else has.
 UNCHANGED = {
     "dropout": 0.0, "targets": None, "adapter": None, "adapter_hash": None, "train": None,
-    "keep": "best", "accumulate": 1, "group_by_length": False, "precision": "fp32", "processes": 1,
+    "keep": "best", "accumulation": 1, "group_by_length": False, "precision": "fp32",
+    "processes": 1,
 }  # fmt: skip
 # What else of a run's record tells rows apart, the rest of it being of one seed: named where runs
 # differ in it that are alike up to there. Data differs from task to task, and is compared in each.
 COMPARED = ("model_hash", "device", "data_hash")
 NEEDED = {
-    "task", "model", "method", "seed", "settings", "start_from", "paper_score",
+    "task", "model", "method", "seed", "settings", "start_from", "paper_score", "status",
     "trainable_parameters", *UNCHANGED, *COMPARED,
 }  # fmt: skip
 
@@ -38,17 +37,31 @@ NEEDED = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table of the runs below a folder; 1 where there are none, 2 where one is odd."""
     parser = argparse.ArgumentParser(prog="python -m examples.nlu.report", description=__doc__)
-    parser.add_argument("folder", type=Path)
-    files = sorted(parser.parse_args(argv).folder.rglob("results.json"))
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what runs wrote to")
+    folder = parser.parse_args(argv).folder
+    files = sorted(folder.rglob("results.json"))
     if not files:
-        print("error: no results.json there", file=sys.stderr)
+        print(f"error: {folder}: no results.json of a run is there", file=sys.stderr)
         return 1
     try:
-        print(table({str(file): _read(file) for file in files}))
+        read = {str(file): _read(file) for file in files}
+        counted = {file: one for file, one in read.items() if not _why_left_out(one)}
+        print(table(counted) if counted else f"{folder}: none of its runs counts")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for file, one in read.items():
+        if why := _why_left_out(one):
+            print(f"{file}: left out: {why}", file=sys.stderr)
     return 0
+
+
+def _why_left_out(result: Mapping) -> str | None:
+    if result["status"] != "complete":
+        return f"the run is {result['status']}"
+    if result["paper_score"] is None:
+        return "it was not measured on GLUE's development set"
+    return None
 
 
 def _read(file: Path) -> Mapping:
@@ -70,7 +83,7 @@ def table(results: Mapping[str, Mapping]) -> str:
     """
     from examples.nlu.metrics import average  # scikit-learn takes a second
 
-    runs = {file: one for file, one in results.items() if one["paper_score"] is not None}
+    runs = {file: one for file, one in results.items() if _why_left_out(one) is None}
     cells = defaultdict(lambda: defaultdict(dict))  # row -> task -> seed -> file
     trainable = {}
     for file, row in _rows(runs).items():
@@ -88,9 +101,9 @@ def table(results: Mapping[str, Mapping]) -> str:
             for task, seeds in tasks.items()
         }
         shown = [*row, f"{trainable[row]:,}"]
-        shown += [_points(statistics.median(scores[t])) if t in scores else "" for t in TASKS]
+        shown += [_per_cent(statistics.median(scores[t])) if t in scores else "" for t in TASKS]
         mean = average(scores)
-        shown.append("" if mean is None else _points(mean))
+        shown.append("" if mean is None else _per_cent(mean))
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
 
@@ -129,33 +142,29 @@ def _settings(file: str, result: Mapping) -> str:
     return ", ".join([own["name"], *(f"{key} {value}" for key, value in changed.items())])
 
 
-def _points(share: float) -> str:
+def _per_cent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def curves(results: Mapping, task: Task, path: Path) -> None:
-    """Draws the training loss over the steps and, where epochs were measured, the score."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="training loss")
-    _line(axes, results["log"], "loss", color="tab:blue")
-    name = f"eval_{task.metrics[0]}"
-    if any(name in entry for entry in results["log"]):
-        right = axes.twinx()
-        right.set_ylabel(f"{task.metrics[0]}, {next(iter(results['dev']))}")
-        _line(right, results["log"], name, color="tab:orange", marker="o")
-    axes.set_title(f"{task.title}, {Path(results['model']).name}, {results['method']}")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+def draw(results: Mapping, task: Task, path: Path) -> None:
+    """Draws the training loss over the steps and, if epochs were measured, the score."""
+    score, measure = (
+        f"eval_{task.metrics[0]}",
+        f"{task.metrics[0]}\non {next(iter(results['dev']))}",
+    )
+    share = 100 if task.metrics[0] == "accuracy" else 1
+    curves(
+        path,
+        f"{Path(results['model']).name} on {task.title}, {results['method']}",
+        {"training": _points(results["log"], "loss")},
+        "cross-entropy, nats" if task.labels else "squared error",
+        {"dev": [(step, share * value) for step, value in _points(results["log"], score)]},
+        f"{measure} (%)" if share == 100 else measure,
+    )
 
 
-def _line(axes, log: Sequence[Mapping], name: str, **kwargs) -> None:
-    points = [(entry["step"], entry[name]) for entry in log if name in entry]
-    if points:
-        axes.plot(*zip(*points, strict=True), **kwargs)
-
-
-def write_json(results: Mapping, path: Path) -> None:
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+def _points(log: Sequence[Mapping], name: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[name]) for entry in log if name in entry]
 
 
 def weight_bytes(directory: Path) -> int:
@@ -173,16 +182,6 @@ def peak_memory(device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def versions() -> dict[str, str]:
-    import lora_kernels  # its own word: from a clone it need not be installed
-
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers")},
-        "lora_kernels": lora_kernels.__version__,
-    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What a run is, and the checkpoint that it goes on from."""
 
 import hashlib
-import json
 import os
 import zipfile
 from argparse import Namespace
@@ -14,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from examples.errors import InputError
 from examples.nlu.data import Data
 from examples.nlu.tasks import Settings, Task
-from examples.record import content_hash, differences, short
+from examples.record import content_hash, short
+from examples.runs import RESULTS, check, has_ended, read_json
 
-__all__ = ["RECORD", "RESULTS", "TRAINED", "checkpoint", "finished", "record", "weights_hash"]
+__all__ = ["TRAINED", "checkpoint", "finished", "record", "weights_hash"]
 
-# What a run leaves beside its checkpoints: its record, what it found, the weights that count.
-RECORD, RESULTS, TRAINED = "run.json", "results.json", "trained"
+TRAINED = "trained"  # the weights that count, beside the checkpoints
 STATE = "trainer_state.json"  # the Trainer's, in a checkpoint
 
 
@@ -54,7 +53,7 @@ def record(
         "train": options.train,
         "training_examples": len(data.train),
         "keep": options.keep,
-        "accumulate": options.accumulate,
+        "accumulation": options.accumulation,
         "group_by_length": options.group_by_length,
         "precision": options.precision,
         "device": device,
@@ -82,7 +81,7 @@ def weights_hash(path: str) -> str | None:
 
 def finished(output: Path, this: Mapping) -> dict | None:
     """What results.json says of the run with the record this, None where it has not ended."""
-    results = _read_json(output / RESULTS)
+    results = has_ended(output)
     if results is None or not (output / TRAINED).is_dir():
         return None
     return results if {key: results.get(key) for key in this} == this else None
@@ -96,47 +95,24 @@ def checkpoint(output: Path, this: Mapping, resume: bool) -> str | None:
     the checkpoint of the best epoch so far, whose weights count in the end, is missing.
     """
     folders = [f for f in output.glob("checkpoint-*") if _step(f).isdecimal()]
-    other = _read_json(output / RECORD)
-    left = [*folders, *(file for name in (TRAINED, RESULTS) if (file := output / name).exists())]
-    # A run that left nothing is no loss, but not to be resumed as another either.
-    if not left and not (resume and other):
+    left = [*folders, *([output / TRAINED] if (output / TRAINED).exists() else [])]
+    # Of a run that did not end, results.json is no loss.
+    ended = read_json(output / RESULTS)
+    if (output / RESULTS).exists() and (ended is None or ended.get("status") in (None, "complete")):
+        left.append(output / RESULTS)
+    if not check(output, this, left, resume, _flat):
         return None
-    if other is None:
-        raise InputError(
-            f"--output {output}: holds a run, and no {RECORD} that says which: another folder "
-            "starts anew"
-        )
-    differing = differences(_flat(other), _flat(this))
-    if differing:
-        raise InputError(
-            f"--output {output}: holds another run: {'; '.join(differing)}: another folder starts "
-            "anew"
-        )
-    if not resume:
-        raise InputError(
-            f"--output {output}: holds this run: --resume goes on with it, another folder starts "
-            "anew"
-        )
     complete = [f for f in folders if _is_complete(f, this["processes"])]
     if not complete:
         return None
     newest = max(complete, key=lambda f: int(_step(f)))
-    best = _read_json(newest / STATE).get("best_global_step")
+    best = read_json(newest / STATE).get("best_global_step")
     if this["keep"] == "best" and best and output / f"checkpoint-{best}" not in complete:
         raise InputError(
             f"--output {output}: checkpoint-{best}, the best before {newest.name}, is missing or "
             "not complete: another folder starts anew"
         )
     return str(newest)
-
-
-def _read_json(path: Path) -> dict | None:
-    """None where there is no object to be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _step(folder: Path) -> str:
@@ -161,7 +137,7 @@ def _is_complete(folder: Path, processes: int) -> bool:
         if processes > 1
         else ["rng_state.pth"]
     )
-    if _read_json(folder / STATE) is None:
+    if read_json(folder / STATE) is None:
         return False
     try:
         weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]

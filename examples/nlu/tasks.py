@@ -86,7 +86,7 @@ class Settings:
     weight_decay: float
     warmup: float
     cls_dropout: float | None
-    r: int
+    rank: int
     alpha: float
     max_length: int
     start: str | None

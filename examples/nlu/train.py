@@ -21,6 +21,7 @@ from examples.nlu import metrics
 from examples.nlu.data import Example
 from examples.nlu.model import load_head, save_head
 from examples.nlu.tasks import Settings, Task
+from examples.progress import epoch_line
 
 __all__ = ["AdapterTrainer", "Clock", "encode", "make_trainer"]
 
@@ -101,10 +102,26 @@ class _Best(TrainerCallback):
 
 
 class _Progress(ProgressCallback):
-    """The bar without the logs between, which results.json has; it ends at a diverged run."""
+    """One bar, with the loss, and a line for each epoch; it ends at a diverged run."""
+
+    def __init__(self, measure: str):
+        super().__init__()
+        self._measure = measure
+        self._started, self._first = 0.0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._started, self._first = time.perf_counter(), state.epoch or 0.0
+        if self.training_bar is not None:  # a checkpoint's steps are done
+            self.training_bar.update(state.global_step)
+            self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        pass
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+        pass  # a second bar below the first leaves empty lines in files
 
     def on_epoch_end(self, args, state, control, model, **kwargs) -> None:
         # Before the weights are measured and saved.
@@ -115,6 +132,21 @@ class _Progress(ProgressCallback):
                     f"--lr {args.learning_rate:g}: the run has diverged: {name} is not finite at "
                     f"step {state.global_step}"
                 )
+        if args.eval_strategy == "no":
+            self._tell(args, state, {})
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        value = (metrics or {}).get(f"eval_{self._measure}")
+        self._tell(args, state, {} if value is None else {self._measure: f"{value:.4f}"})
+
+    def _tell(self, args, state, measured: dict) -> None:
+        if self.training_bar is None:
+            return
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        told = {"loss": f"{losses[-1]:.3f}"} if losses else {}
+        seconds = (time.perf_counter() - self._started) / max(state.epoch - self._first, 1e-9)
+        line = epoch_line(round(state.epoch, 2), args.num_train_epochs, seconds, told | measured)
+        self.training_bar.write(line)
 
 
 def encode(tokenizer, examples: Sequence[Example], max_length: int) -> list[dict]:
@@ -141,7 +173,7 @@ def make_trainer(
     seed: int,
     keep: str = "best",
     precision: str = "fp32",
-    accumulate: int = 1,
+    accumulation: int = 1,
     group_by_length: bool = False,
     cpu: bool = False,
 ) -> Trainer:
@@ -152,14 +184,14 @@ def make_trainer(
     neither measures nor takes checkpoints on the way.
     """
     # The Trainer would trust these models to divide their loss by all examples of a step, and leave
-    # it undivided by --accumulate and multiplied by the number of processes. They do not divide.
+    # it undivided by --accumulation and multiplied by the number of processes. They do not divide.
     model.accepts_loss_kwargs = False
     strategy = "no" if keep == "none" else "epoch"
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=PREDICTION_BATCH,
-        gradient_accumulation_steps=accumulate,
+        gradient_accumulation_steps=accumulation,
         num_train_epochs=settings.epochs,
         learning_rate=settings.lr,
         lr_scheduler_type="linear",
@@ -194,6 +226,6 @@ def make_trainer(
         compute_metrics=lambda out: metrics.score(task, out.predictions, out.label_ids),
     )
     trainer.pop_callback(ProgressCallback)
-    trainer.add_callback(_Progress)
+    trainer.add_callback(_Progress(task.metrics[0]))
     trainer.add_callback(_Best)
     return trainer

@@ -25,15 +25,30 @@ def test_other_ends_are_the_programs_own():
         until_interrupted(lambda: int("its own"), "")
 
 
-@pytest.mark.parametrize("name", ["finetune", "nlu", "nlg"])
-def test_every_example_ends_so(name, monkeypatch, capsys):
+def test_the_other_processes_of_a_launcher_are_silent(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert until_interrupted(stopped, "go on") == INTERRUPTED
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("finetune", ["--data", "a b"], "python -m examples.finetune --data 'a b' --resume"),
+        ("nlu", ["--resume", "--task", "x"], "python -m examples.nlu --task x --resume"),
+        ("nlg", ["train", "--lr", "1"], "python -m examples.nlg train --lr 1 --resume"),
+        ("nlg", ["decode"], "start it again"),
+    ],
+)
+def test_every_example_ends_with_the_command_that_goes_on(
+    name, arguments, expected, monkeypatch, capsys
+):
     module = importlib.import_module(f"examples.{name}.__main__")
     assert module.until_interrupted is errors.until_interrupted
     monkeypatch.setattr(errors, "until_interrupted", lambda main, what: print(what) or 130)
-    monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
     monkeypatch.delitem(sys.modules, f"examples.{name}.__main__")
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(f"examples.{name}", run_name="__main__", alter_sys=False)
     assert ended.value.code == 130
-    said = capsys.readouterr().out
-    assert ("--resume" in said) == (name != "finetune")
+    assert capsys.readouterr().out.endswith(f"{expected}\n")

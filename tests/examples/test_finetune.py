@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ def arguments(tiny_model, tiny_data, tmp_path):
 
 
 def metrics(tmp_path) -> dict:
-    return json.loads((tmp_path / "out" / "metrics.json").read_text())
+    return json.loads((tmp_path / "out" / "results.json").read_text())
 
 
 def test_a_run_learns_saves_and_checks_itself(arguments, tmp_path, tiny_model, device, capsys):
@@ -51,15 +52,16 @@ def test_a_run_learns_saves_and_checks_itself(arguments, tmp_path, tiny_model, d
     assert result["tokens_per_second"] == result["tokens"] / result["train_seconds"] > 0
     assert result["reload_error"] == 0
     assert result["merge_error"] < 1e-3
-    assert result["settings"]["targets"] == ["query", "value"]
+    assert result["targets"] == ["query", "value"]
 
     for label in (
-        "accuracy before", "accuracy after", "trainable        2,178 parameters", "tokens/s",
+        "accuracy before", "epoch 1 of 6: loss ", ", held-out accuracy ", " left\n",
+        "accuracy after", "trainable        2,178 parameters", "tokens/s",
         " kB", "reloaded         ok", "merged           ok", "trained          ok",
     ):  # fmt: skip
         assert label in printed
     assert "60/60" in bar
-    assert image.imread(tmp_path / "out" / "loss.png").std() > 0
+    assert image.imread(tmp_path / "out" / "curves.png").std() > 0
 
     adapter = tmp_path / "out" / "adapter"
     assert result["adapter_bytes"] == sum(file.stat().st_size for file in adapter.iterdir())
@@ -79,6 +81,7 @@ def test_the_adapter_alone_gives_the_accuracy_back(arguments, tmp_path, tiny_mod
 
 def test_two_runs_with_one_seed_agree_and_another_seed_differs(arguments, tmp_path):
     def run(seed):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         assert main([*arguments, "--epochs", "1", "--dropout", "0.2", "--seed", seed]) == 0
         result = metrics(tmp_path)
         return result["losses"], result["accuracy_before"], result["accuracy_after"]
@@ -151,6 +154,75 @@ def test_other_architectures_run_by_naming_their_layers(
     saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert {key.split(".")[-3] for key in saved if "lora_A" in key} == set(targets.split(","))
     assert any("lora_" not in key for key in saved)
+
+
+# ---- again and on ----
+
+
+def files(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_told_again_and_never_overwritten(arguments, tmp_path, capsys):
+    arguments += ["--epochs", "1"]
+    assert main(arguments) == 0
+    before = files(tmp_path / "out")
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "holds this run: --resume tells its results, another folder starts anew" in error
+    assert main([*arguments, "--resume", "--rank", "2"]) == 2
+    assert "holds another run: rank was 4, is 2" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert "the run has ended" in capsys.readouterr().out
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("compare", [[], ["--compare-peft"]], ids=["alone", "with PEFT"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(arguments, tmp_path, monkeypatch, compare):
+    arguments = [*arguments, "--epochs", "2", "--batch-size", "4", "--save-every", "1", *compare]
+    assert main([*arguments, "--output", str(tmp_path / "whole")]) == 0
+    train_on, turns = Arm.train_on, []
+
+    def stopped(arm, *args):
+        if len(turns) == 5 * (1 + len(compare)):
+            raise KeyboardInterrupt
+        turns.append(arm)
+        train_on(arm, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Arm, "train_on", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    left = metrics(tmp_path)
+    assert (left["status"], left["step"], len(left["losses"])) == ("interrupted", 48, 48)
+    assert main([*arguments, "--resume"]) == 0
+    whole = json.loads((tmp_path / "whole" / "results.json").read_text())
+    found = metrics(tmp_path)
+    assert found["status"] == whole["status"] == "complete"
+    for same in ("losses", "accuracies", "accuracy_after", "tokens"):
+        assert found[same] == whole[same], same
+    if compare:
+        assert found["peft"]["losses"] == whole["peft"]["losses"]
+    one, other = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("whole", "out")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_a_damaged_checkpoint_is_named(arguments, tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    (tmp_path / "out" / "checkpoint.pt").write_bytes(b"no checkpoint")
+    assert main([*arguments, "--resume"]) == 2
+    assert f"{tmp_path / 'out' / 'checkpoint.pt'}: cannot be read" in capsys.readouterr().err
 
 
 # ---- what is refused ----
@@ -232,6 +304,7 @@ def test_the_command_line_answers_bad_data_without_loading_transformers(tmp_path
 def test_a_diverged_run_fails_and_writes_no_adapter(arguments, tmp_path, capsys):
     assert main([*arguments, "--lr", "1e30", "--epochs", "2"]) == 1
     assert "trained          FAILED" in capsys.readouterr().out
+    assert metrics(tmp_path)["status"] == "failed"
     assert not (tmp_path / "out" / "adapter").exists()
 
 

@@ -55,9 +55,9 @@ def test_checkpoints_hold_the_adapter_and_no_base_weight(finished, tiny_gpt2):
 
 def test_an_earlier_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
     check_fresh(tmp_path, resume=False)
-    (tmp_path / "step-00000100").mkdir()
+    (tmp_path / "checkpoints" / "step-00000100").mkdir(parents=True)
     check_fresh(tmp_path, resume=True)
-    with pytest.raises(InputError, match="--resume"):
+    with pytest.raises(InputError, match="holds a run: --resume goes on with it"):
         check_fresh(tmp_path, resume=False)
 
 
@@ -67,7 +67,7 @@ CHANGED = [
     ("--alpha", "16", "alpha was 32.0, is 16.0"),
     ("--dropout", "0", "dropout was 0.1, is 0.0"),
     ("--max-length", "63", "max_length was 64, is 63"),
-    ("--mixed-precision", "bf16", "mixed_precision was no, is bf16"),
+    ("--precision", "bf16", "precision was fp32, is bf16"),
     ("--batch-size", "8", "batch_size was 16, is 8"),
     ("--epochs", "2", "epochs was 1, is 2"),
 ]
@@ -127,13 +127,13 @@ def test_a_checkpoint_without_a_record_is_refused(command, finished, tmp_path, c
 
 
 def test_a_finished_run_stays_as_it_is(command, finished):
-    before = json.loads((finished / "metrics.json").read_text())
+    before = json.loads((finished / "results.json").read_text())
     assert main([*command, "--output", str(finished), "--resume"]) == 0
-    assert json.loads((finished / "metrics.json").read_text()) == before
+    assert json.loads((finished / "results.json").read_text()) == before
 
 
 def test_without_a_checkpoint_resuming_starts(command, finished, tmp_path):
     """As after a kill that came before the first checkpoint."""
     assert main([*command, "--output", str(tmp_path), "--resume"]) == 0
-    one, other = (json.loads((path / "metrics.json").read_text()) for path in (finished, tmp_path))
+    one, other = (json.loads((path / "results.json").read_text()) for path in (finished, tmp_path))
     assert one["losses"] == other["losses"]

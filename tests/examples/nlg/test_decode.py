@@ -149,18 +149,19 @@ def test_train_decode_score(e2e_file, tiny_gpt2, tmp_path, capsys, monkeypatch):
     common = ["--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file), "--max-length", "64"]
     out = tmp_path / "out"
     arguments = [
-        "train", *common, "--valid", str(e2e_file), "--output", str(out), "--epochs", "3",
+        "train", *common, "--validation-data", str(e2e_file), "--output", str(out), "--epochs", "3",
         "--lr", "2e-2", "--warmup", "4",
     ]  # fmt: skip
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("loss on") == 3
-    result = json.loads((out / "metrics.json").read_text())
+    result = json.loads((out / "results.json").read_text())
+    assert (result["status"], len(result["held_out"])) == ("complete", 3)
     assert result["steps"] == len(result["losses"]) == 3 * 6
     assert result["losses"][-1] < result["losses"][0]
     assert result["trainable_parameters"] == 1024
     assert result["tokens_per_second"] > 0
     assert {path.name for path in out.iterdir()} == {
-        "adapter", "checkpoints", "epoch-1", "epoch-2", "epoch-3", "metrics.json",
+        "adapter", "checkpoints", "curves.png", "epoch-1", "epoch-2", "epoch-3", "results.json",
     }  # fmt: skip
     assert main(arguments) == 2
     assert "--resume" in capsys.readouterr().err
@@ -214,7 +215,10 @@ def test_no_adapter_is_written_whose_last_update_diverged(e2e_file, tiny_gpt2, t
     ]  # fmt: skip
     assert main(arguments) == 2
     assert "error: after step 1 the loss is nan: --lr 1e+30" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["status"] == "failed"
+    assert found["error"].startswith("after step 1 the loss is nan")
 
 
 @pytest.mark.parametrize(
@@ -229,13 +233,14 @@ def test_numbers_that_torch_and_numpy_do_not_take_are_refused(option, value, cap
 
 def test_losses_on_held_out_data_have_lines_of_their_own(e2e_file, tiny_gpt2, tmp_path):
     arguments = [
-        "train", "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file), "--valid",
-        str(e2e_file), "--max-length", "64", "--epochs", "1", "--output", str(tmp_path),
+        "train", "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file),
+        "--validation-data", str(e2e_file), "--max-length", "64", "--epochs", "1",
+        "--output", str(tmp_path),
     ]  # fmt: skip
     terminal = io.StringIO()
     with redirect_stdout(terminal), redirect_stderr(terminal):
         assert main(arguments) == 0
-    assert "\repoch 1: loss on" in terminal.getvalue()  # the bar is wiped away before
+    assert "\repoch 1 of 1: loss " in terminal.getvalue()  # the bar is wiped away before
 
 
 def test_lengths_that_do_not_fit_are_refused(e2e_file, tiny_gpt2, tmp_path, capsys):
@@ -275,8 +280,8 @@ def test_held_out_contexts_that_are_too_long_are_refused(e2e_file, tiny_gpt2, tm
     valid = tmp_path / "valid.txt"
     valid.write_text("name : The Mill " * 9 + "||It serves food .")
     arguments = [
-        "train", "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file), "--valid",
-        str(valid), "--max-length", "40", "--output", str(tmp_path / "out"),
+        "train", "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file),
+        "--validation-data", str(valid), "--max-length", "40", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
     assert main(arguments) == 2
     assert f"{valid}: no context is shorter" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def together(command, tmp_path_factory) -> Path:
 
 def test_two_processes_are_one_with_batches_as_big_as_all_of_theirs(command, together, tmp_path):
     assert main([*command, "--batch-size", "12", "--output", str(tmp_path)]) == 0
-    one, two = (json.loads((path / "metrics.json").read_text()) for path in (tmp_path, together))
+    one, two = (json.loads((path / "results.json").read_text()) for path in (tmp_path, together))
     assert len(one["losses"]) == 2 * 4
     # Sums in another order, which AdamW makes grow.
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-9)

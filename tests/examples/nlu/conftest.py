@@ -77,7 +77,7 @@ def nlu(tiny_model, tiny_data, tmp_path):
         output = tmp_path / name
         options = {
             "task": "sst2", "model": tiny_model, "data": tiny_data, "settings": "roberta-base",
-            "lr": "1e-2", "epochs": "3", "r": "4", "max_length": "32", "output": str(output),
+            "lr": "1e-2", "epochs": "3", "rank": "4", "max_length": "32", "output": str(output),
             **changes,
         }  # fmt: skip
         flags = [

@@ -15,7 +15,7 @@ from tests.examples import in_float64, tiny
 def arguments(tmp_path_factory, tiny_data) -> list[str]:
     """144 examples without dropout: nine whole steps of 16 an epoch.
 
-    No --r, which torchrun would take for an option of its own.
+    No --rank, which torchrun would take for an option of its own.
     """
     model = str(tmp_path_factory.mktemp("no-dropout"))
     tiny.save_model(model, attention_probs_dropout_prob=0.0)
@@ -53,7 +53,7 @@ def whole(arguments, tmp_path_factory):
 
 
 def test_accumulated_batches_are_one(arguments, whole, tmp_path):
-    flags = ["--batch-size", "4", "--accumulate", "4", "--output", str(tmp_path)]
+    flags = ["--batch-size", "4", "--accumulation", "4", "--output", str(tmp_path)]
     assert in_float64.main("nlu", [*arguments, *flags]) == 0
     assert_same(tmp_path, whole)
 
@@ -65,7 +65,7 @@ def test_the_batches_of_two_processes_are_one(arguments, whole, tmp_path):
     assert_same(tmp_path, whole)
     # The first process alone speaks and writes.
     said = [line.split()[0] for line in stdout.splitlines() if line.strip()]
-    assert said == ["model", "data", "held_out", "results"]
+    assert said == ["model", "data", "epoch", "epoch", "held_out", "results"]
     assert read(tmp_path)[0]["processes"] == 2
     states = {file.name for file in tmp_path.glob("checkpoint-18/rng_state*")}
     assert states == {"rng_state_0.pth", "rng_state_1.pth"}

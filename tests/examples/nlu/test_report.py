@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
+from examples import runs
 from examples.errors import InputError
 from examples.nlu import report
 from examples.nlu.tasks import TASKS, settings
@@ -17,7 +18,8 @@ def result(task="sst2", score=0.5, name="roberta-base", changes=None, **other) -
     start = row["start"] and f"runs/mnli/lora-{other.get('seed', 0)}/trained"
     return {
         **record(), "task": task, "start_from": start, "settings": row | (changes or {}),
-        "trainable_parameters": 887042, "paper_score": score, **other,
+        "trainable_parameters": 887042, "paper_score": score,
+        "status": "complete", **other,
     }  # fmt: skip
 
 
@@ -40,7 +42,7 @@ def test_the_report_is_the_papers_table(tmp_path, capsys):
             folder = tmp_path / task / str(seed)
             folder.mkdir(parents=True)
             one = result(task, (value + shift) / 100, seed=seed, data_hash=task)
-            report.write_json(one, folder / "results.json")
+            runs.write_json(one, folder / "results.json")
     assert report.main([str(tmp_path)]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
@@ -69,7 +71,7 @@ def test_runs_of_one_row_differ_in_their_seed_alone():
 @pytest.mark.parametrize(
     "change",
     [
-        {"keep": "none"}, {"precision": "bf16"}, {"group_by_length": True}, {"accumulate": 2},
+        {"keep": "none"}, {"precision": "bf16"}, {"group_by_length": True}, {"accumulation": 2},
         {"processes": 2}, {"adapter": "some.bin"}, {"start_from": "mnli"}, {"train": 9},
     ],
     ids=str,
@@ -110,7 +112,7 @@ def test_the_same_run_does_not_count_twice():
     ("content", "message"),
     [
         ("{", "cannot be read as JSON"),
-        ("[]", "is not of this version of examples.nlu: no 'accumulate'"),
+        ("[]", "is not of this version of examples.nlu: no 'accumulation'"),
         (json.dumps({**result(), "settings": {"name": "bert"}}), "--settings must be one of"),
     ],
 )
@@ -126,6 +128,30 @@ def test_what_is_no_run_is_named_in_one_line(tmp_path, capsys, content, message)
 def test_a_field_that_is_missing_is_named(tmp_path, capsys):
     old = result()
     del old["paper_score"]
-    report.write_json(old, tmp_path / "results.json")
+    runs.write_json(old, tmp_path / "results.json")
     assert report.main([str(tmp_path)]) == 2
     assert "examples.nlu: no 'paper_score'" in capsys.readouterr().err
+
+
+def test_runs_that_do_not_count_are_named_with_the_reason(tmp_path, capsys):
+    for name, one in (
+        ("counts", result()),
+        ("held-out", result(score=None, seed=1)),
+        ("stopped", result(score=None, seed=2, status="interrupted")),
+    ):
+        runs.write_json(one, tmp_path / name / "results.json")
+    assert report.main([str(tmp_path)]) == 0
+    printed, error = capsys.readouterr()
+    assert len(printed.splitlines()) == 3  # two of the heading
+    held, stopped = (tmp_path / name / "results.json" for name in ("held-out", "stopped"))
+    assert error.splitlines() == [
+        f"{held}: left out: it was not measured on GLUE's development set",
+        f"{stopped}: left out: the run is interrupted",
+    ]
+    assert report.main([str(held.parent)]) == 0
+    assert capsys.readouterr().out == f"{held.parent}: none of its runs counts\n"
+
+
+def test_a_folder_without_results_is_named(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err

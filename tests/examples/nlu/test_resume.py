@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from examples import runs
 from examples.errors import InputError
 from examples.nlu import resume
 from examples.nlu.__main__ import _parser
@@ -37,7 +38,7 @@ def output(tmp_path):
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
             torch.save({"a": torch.zeros(100)}, folder / name)
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (tmp_path / resume.RECORD).write_text(json.dumps(THIS))
+    (tmp_path / runs.RECORD).write_text(json.dumps(THIS))
     return tmp_path
 
 
@@ -79,7 +80,7 @@ def test_none_complete_is_a_new_start(output):
 
 def test_every_process_has_to_have_written_its_random_state(output):
     this = {**THIS, "processes": 2}
-    (output / resume.RECORD).write_text(json.dumps(this))
+    (output / runs.RECORD).write_text(json.dumps(this))
     for folder in output.glob("checkpoint-*"):
         (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
     assert resume.checkpoint(output, this, resume=True) is None
@@ -93,7 +94,7 @@ def test_every_process_has_to_have_written_its_random_state(output):
         (["--settings", "roberta-base-scripts"],
          ["settings was roberta-base, is roberta-base-scripts", "alpha was 8, is 16"]),
         (["--lr", "1"], ["lr was 0.0005, is 1.0"]),
-        (["--r", "4"], ["r was 8, is 4"]),
+        (["--rank", "4"], ["rank was 8, is 4"]),
         (["--alpha", "4"], ["alpha was 8, is 4.0"]),
         (["--dropout", "0.1"], ["dropout was 0.0, is 0.1"]),
         (["--targets", "key"], ["targets was None, is ['key']"]),
@@ -104,7 +105,7 @@ def test_every_process_has_to_have_written_its_random_state(output):
         (["--data", "folder"], ["data was nyu-mll/glue, is folder"]),
         (["--train", "2"], ["train was None, is 2"]),
         (["--keep", "last"], ["keep was best, is last"]),
-        (["--accumulate", "2"], ["accumulate was 1, is 2"]),
+        (["--accumulation", "2"], ["accumulation was 1, is 2"]),
         (["--group-by-length"], ["group_by_length was False, is True"]),
         (["--start-from", "mnli"], ["start_from was None, is mnli"]),
     ],
@@ -137,7 +138,7 @@ def test_other_weights_at_the_same_path_are_another_run(output, tmp_path, flag):
     save_file({"a": torch.zeros(100)}, file)
     for path in (file, file.parent):
         save_file({"a": torch.zeros(100)}, file)
-        (output / resume.RECORD).write_text(json.dumps(record(flag, str(path))))
+        (output / runs.RECORD).write_text(json.dumps(record(flag, str(path))))
         assert resume.checkpoint(output, record(flag, str(path)), resume=True)
         save_file({"a": torch.ones(100)}, file)
         key = flag[2:].replace("-", "_")
@@ -164,16 +165,16 @@ def test_weights_are_found_in_files_and_folders(tmp_path):
 def test_what_nobody_knows_of_is_refused(tmp_path, left, content):
     (tmp_path / left).mkdir()
     if content is not None:
-        (tmp_path / resume.RECORD).write_text(content)
+        (tmp_path / runs.RECORD).write_text(content)
     for asked in (True, False):
-        with pytest.raises(InputError, match=f"no {resume.RECORD}"):
+        with pytest.raises(InputError, match=f"no {runs.RECORD}"):
             resume.checkpoint(tmp_path, THIS, asked)
 
 
 @pytest.mark.parametrize("left", ["trained", "results.json"])
 def test_a_run_without_checkpoints_is_not_overwritten(tmp_path, left):
     (tmp_path / left).mkdir()
-    (tmp_path / resume.RECORD).write_text(json.dumps(THIS))
+    (tmp_path / runs.RECORD).write_text(json.dumps(THIS))
     for asked in (True, False):
         with pytest.raises(InputError, match=r"holds another run: lr was 0\.0005, is 1\.0"):
             resume.checkpoint(tmp_path, record("--lr", "1"), asked)
@@ -183,7 +184,7 @@ def test_a_run_without_checkpoints_is_not_overwritten(tmp_path, left):
 
 
 def test_a_run_that_left_nothing_is_in_nobodys_way_but_not_resumed_as_another(tmp_path):
-    (tmp_path / resume.RECORD).write_text(json.dumps(THIS))
+    (tmp_path / runs.RECORD).write_text(json.dumps(THIS))
     other = record("--lr", "1")
     assert resume.checkpoint(tmp_path, other, resume=False) is None
     assert resume.checkpoint(tmp_path, THIS, resume=False) is None
@@ -192,12 +193,24 @@ def test_a_run_that_left_nothing_is_in_nobodys_way_but_not_resumed_as_another(tm
         resume.checkpoint(tmp_path, other, resume=True)
 
 
+@pytest.mark.parametrize("status", ["interrupted", "failed"])
+def test_a_run_that_ended_before_its_first_checkpoint_is_in_nobodys_way(tmp_path, status):
+    (tmp_path / runs.RECORD).write_text(json.dumps(THIS))
+    (tmp_path / runs.RESULTS).write_text(json.dumps({**THIS, "status": status}))
+    assert resume.checkpoint(tmp_path, record("--lr", "1"), resume=False) is None
+
+
 def test_a_run_has_ended_where_its_results_and_its_weights_are(tmp_path):
     file = tmp_path / "results.json"
-    file.write_text(json.dumps({**THIS, "dev": {}}))
+    (tmp_path / "trained").mkdir()
+    for status in ("interrupted", "failed"):
+        file.write_text(json.dumps({**THIS, "status": status}))
+        assert resume.finished(tmp_path, THIS) is None
+    (tmp_path / "trained").rmdir()
+    file.write_text(json.dumps({**THIS, "dev": {}, "status": "complete"}))
     assert resume.finished(tmp_path, THIS) is None
     (tmp_path / "trained").mkdir()
-    assert resume.finished(tmp_path, THIS) == {**THIS, "dev": {}}
+    assert resume.finished(tmp_path, THIS) == {**THIS, "dev": {}, "status": "complete"}
     assert resume.finished(tmp_path, record("--seed", "1")) is None
     file.write_text(file.read_text()[:-9])
     assert resume.finished(tmp_path, THIS) is None
@@ -213,5 +226,5 @@ def test_the_best_epoch_has_to_be_there(output, best):
     with pytest.raises(InputError, match=f"checkpoint-{best}, the best before checkpoint-10, is"):
         resume.checkpoint(output, THIS, resume=True)
     last = record("--keep", "last")
-    (output / resume.RECORD).write_text(json.dumps(last))
+    (output / runs.RECORD).write_text(json.dumps(last))
     assert resume.checkpoint(output, last, resume=True)

@@ -46,7 +46,7 @@ def test_every_model_has_every_task(model):
         ("deberta-v2-xxlarge", "alpha", [8] * 8),
         ("deberta-v2-xxlarge", "warmup", [0.1] * 8),
         ("roberta-base-scripts", "alpha", [16] * 8),
-        ("deberta-v2-xxlarge-scripts", "r", [16] * 8),
+        ("deberta-v2-xxlarge-scripts", "rank", [16] * 8),
         ("deberta-v2-xxlarge-scripts", "alpha", [32] * 8),
         ("deberta-v2-xxlarge-scripts", "warmup", [1000, 1000, 0.1, 100, 500, 10000, 50, 100]),
     ],
@@ -56,7 +56,7 @@ def test_the_table_is_the_papers(model, column, values):
 
 
 def test_the_rank_is_8_in_the_paper():
-    assert {settings(model, name).r for model in MODELS[:6] for name in TASKS} == {8}
+    assert {settings(model, name).rank for model in MODELS[:6] for name in TASKS} == {8}
 
 
 def test_an_unknown_model_is_named_with_those_there_are():

@@ -55,7 +55,13 @@ def test_a_run_learns_and_leaves_results_curves_and_the_adapter(
     assert image.imread(tmp_path / "run" / "curves.png").std() > 0
     saved = tmp_path / "run" / "trained"
     assert result["saved_bytes"] == (saved / "adapter_model.safetensors").stat().st_size
-    assert f"{TRAINABLE:,} train" in capsys.readouterr().out
+    printed, bar = capsys.readouterr()
+    assert f"{TRAINABLE:,} train" in printed
+    assert printed.count(", accuracy ") >= 4
+    assert "epoch 1 of 4: loss " in printed
+    assert " left\nepoch" not in bar
+    assert "loss=" in bar
+    assert "\x1b[A" not in bar
 
 
 def test_checkpoints_behind_an_evaluation_hold_the_adapter_and_no_base_weight(
@@ -125,6 +131,10 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         patch.setattr(AdapterTrainer, where, killed)
         with pytest.raises(KeyboardInterrupt):
             nlu(*flags, name="killed")
+    left = json.loads((tmp_path / "killed" / "results.json").read_text())
+    assert left["status"] == "interrupted"
+    assert left["log"]
+    assert left["versions"]["lora_kernels"] == lora.__version__
     assert (tmp_path / "killed" / "checkpoint-20").is_dir()
     # As if it had taken a thousand seconds up to its newest complete checkpoint.
     file = tmp_path / "killed" / f"checkpoint-{newest}" / "trainer_state.json"
@@ -148,7 +158,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 def test_an_old_run_is_neither_overwritten_nor_resumed_as_another(nlu, tmp_path, capsys):
     first = nlu(epochs="1")
     for extra, changes, message in (
-        ((), {}, "holds this run: --resume goes on"),
+        ((), {}, "holds this run: --resume tells its results"),
         (("--resume",), {"alpha": "16"}, "alpha was 8, is 16.0: another folder"),
         ((), {"settings": "roberta-base-scripts"}, "settings was roberta-base, is roberta-base-s"),
     ):
@@ -272,7 +282,7 @@ def test_a_file_needs_the_alpha_that_the_user_chose(nlu, tiny_model, tiny_data, 
     model = adapt(load_model(tiny_model, TASKS["sst2"], chosen, tokenizer, 0), "lora", chosen)
     file = tmp_path / "some.bin"
     torch.save(dict(lora.lora_state_dict(model)), file)
-    arguments = {"adapter": file, "r": "8"}
+    arguments = {"adapter": file, "rank": "8"}
     with pytest.raises(AssertionError):
         nlu("--evaluate-only", settings=None, **arguments)
     assert f"error: {file}: does not say its alpha" in capsys.readouterr().err
@@ -356,8 +366,8 @@ def test_bad_input_ends_with_2_and_one_line(
 
 def test_a_seed_is_one_that_numpy_takes(nlu, capsys):
     with pytest.raises(SystemExit):
-        nlu(seed=2**32)
-    assert f"argument --seed: must be in [0, {2**32}), got {2**32}" in capsys.readouterr().err
+        nlu(seed=2**31)
+    assert f"argument --seed: must be in [0, {2**31}), got {2**31}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -366,7 +376,14 @@ def test_a_run_that_diverges_ends_with_2_and_saves_nothing(nlu, tmp_path, capsys
         nlu(method=method, lr="1e30", epochs="1")
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: --lr 1e+30: the run has diverged: ")
-    assert {file.name for file in (tmp_path / "run").iterdir()} == {"run.json"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        "results.json",
+        "run.json",
+    }
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["status"] == "failed"
+    assert "has diverged" in found["error"]
+    nlu(method=method, epochs="1")  # what has left nothing is in nobody's way
 
 
 def test_mixed_precision_on_a_cpu(nlu, monkeypatch, capsys):
