@@ -106,8 +106,10 @@ def read_json(path: Path) -> dict | None:
 
 
 def write_json(content: Mapping, path: Path) -> None:
+    """Losses that are no numbers, as of a run that has diverged, are null: JSON has no NaN."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    plain = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    path.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str | None]:

@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
             "--data", None, "a file of the task's authors, or NAME or NAME:CONFIG on the hub",
             required=True, metavar="PATH_OR_NAME",
         )  # fmt: skip
-        option("--split", split, "which part of a data set of the hub")
+        option("--split", split, "which part of a data set of the hub", metavar="NAME")
 
     def model(option: Callable) -> None:
         option("--model", "medium", "GPT-2 small, medium or large, or another name or path")
@@ -249,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
         "--validation-data", None, "held-out data, to measure the loss on after each epoch",
         metavar="PATH_OR_NAME",
     )  # fmt: skip
-    option("--validation-split", "validation", "which part of it, on the hub")
+    option("--validation-split", "validation", "which part of it, on the hub", metavar="NAME")
     option("--output", Path("runs/nlg"))
     option("--rank", 4)
     option("--alpha", 32.0)

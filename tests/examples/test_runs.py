@@ -38,6 +38,11 @@ def test_results_are_written_whatever_ends_a_run(tmp_path, error, expected):
     assert (runs.has_ended(tmp_path) is None) == (error is not None)
 
 
+def test_what_is_no_number_is_null(tmp_path):
+    runs.write_json({"losses": [1.5, float("nan"), float("inf")]}, tmp_path / "results.json")
+    assert runs.read_json(tmp_path / "results.json") == {"losses": [1.5, None, None]}
+
+
 def test_a_process_that_leaves_it_to_another_writes_nothing(tmp_path):
     with runs.reported(tmp_path / "results.json", {}, lambda: False):
         pass
