@@ -19,7 +19,7 @@ from examples.nlu import metrics, report, resume
 from examples.nlu.data import Data
 from examples.nlu.model import adapt, load_model, positions, start_from
 from examples.nlu.tasks import Settings, Task, settings
-from examples.nlu.train import Clock, encode, make_trainer
+from examples.nlu.train import Clock, encode, end_bar, make_trainer
 from examples.pretrained import from_pretrained
 
 __all__ = ["choose_settings", "run"]
@@ -170,7 +170,10 @@ def _train(trainer: Trainer, output: Path, checkpoint: str | None) -> dict[str, 
     """Trains, from the checkpoint where there is one, and saves; the time that all of it took."""
     clock = Clock()
     trainer.add_callback(clock)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        end_bar(trainer)
     spent = clock.spent()
     trainer.save_model(str(output / resume.TRAINED))
     return spent

@@ -23,7 +23,7 @@ from examples.nlu.model import load_head, save_head
 from examples.nlu.tasks import Settings, Task
 from examples.progress import epoch_line
 
-__all__ = ["AdapterTrainer", "Clock", "encode", "make_trainer"]
+__all__ = ["AdapterTrainer", "Clock", "encode", "end_bar", "make_trainer"]
 
 PREDICTION_BATCH = 64
 LOGGED_SHARE = 0.01  # of the steps: a hundred points make a curve
@@ -147,6 +147,14 @@ class _Progress(ProgressCallback):
         seconds = (time.perf_counter() - self._started) / max(state.epoch - self._first, 1e-9)
         line = epoch_line(round(state.epoch, 2), args.num_train_epochs, seconds, told | measured)
         self.training_bar.write(line)
+
+
+def end_bar(trainer: Trainer) -> None:
+    """Of a run that was interrupted: before anything is told of it."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, _Progress) and callback.training_bar is not None:
+            callback.training_bar.close()
+            callback.training_bar = None
 
 
 def encode(tokenizer, examples: Sequence[Example], max_length: int) -> list[dict]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from matplotlib import image
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import TrainingArguments
 
 import lora_kernels as lora
@@ -129,8 +130,11 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(AdapterTrainer, where, killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as stopped:  # keeps all that is alive in it
             nlu(*flags, name="killed")
+    # An open one is drawn again when Python ends, behind the line that says what to do.
+    assert stopped.value.__traceback__
+    assert not tqdm._instances
     left = json.loads((tmp_path / "killed" / "results.json").read_text())
     assert left["status"] == "interrupted"
     assert left["log"]
