@@ -23,14 +23,22 @@ class Operands:
     x; if there are several, a, seed and dh are stacks.
     """
 
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    dy: Tensor
+    bias: Tensor | None
+    seed: Tensor
+
     def __init__(self, problem: Problem, layers: int = 1):
         self.problem, self.layers = problem, layers
         for name in ("x", "w", "a", "b", "dy", "bias", "seed"):
             setattr(self, name, getattr(problem, name))
         self.numerics = numerics.numerics_of(self.x, self.a, self.b, narrow=self.spec.narrow)
-        m, ranks = len(self.x), len(self.a)
-        self.h, dh = (_draw((m, ranks), self.x.device) for _ in range(2))
-        self.dh = dh.to(self.numerics.dh)
+        size = len(self.x), len(self.a)
+        self.h: Tensor = _draw(size, self.x.device)
+        self.dh: Tensor = _draw(size, self.x.device).to(self.numerics.dh)
         if layers > 1:
             self.a, self.dh = (torch.stack([t] * layers) for t in (self.a, self.dh))
             self.seed = torch.cat([self.seed] * layers)
@@ -115,6 +123,15 @@ def random_four_bit(shape: tuple[int, int], device: torch.device, blocksize: int
 
 class GroupedOperands:
     """The operands of a grouped problem, with h, dh and what a large product left in y and dx."""
+
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    dy: Tensor
+    seeds: Tensor
+    spec: GroupedSpec
 
     def __init__(self, problem: GroupedProblem):
         self.problem = problem
