@@ -1,13 +1,17 @@
 """Parameters that FSDP2 (fully_shard) has sharded: they are DTensors."""
 
 import sys
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["distribute_like", "full_tensor", "is_dtensor", "is_managed", "is_sharded_alone"]
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
     """Whether tensor holds this rank's shard of a larger one."""
     module = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensors yet
     return module is not None and isinstance(tensor, module.DTensor)
@@ -17,7 +21,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a DTensor, for which every rank must call this; other tensors unchanged."""
     if not is_dtensor(tensor):
         return tensor
-    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # from the CPU, if offloaded
+    on_mesh = tensor.to(tensor.device_mesh.device_type)  # from the CPU, if offloaded
+    return on_mesh.full_tensor()  # type: ignore[attr-defined]  # to() gives a DTensor, too
 
 
 def distribute_like(whole: Tensor, like: Tensor) -> Tensor:

@@ -3,10 +3,15 @@
 import inspect
 import sys
 from collections.abc import Collection, Mapping
+from typing import Any, TypeAlias
 
 from torch import nn
 
-__all__ = ["check_no_peft", "check_options", "did_you_mean", "peft_layer"]
+__all__ = ["ForeignModule", "check_no_peft", "check_options", "did_you_mean", "peft_layer"]
+
+# A module of a class that is not imported here. Its attributes are of any type, while type checkers
+# take those of an nn.Module for tensors or modules.
+ForeignModule: TypeAlias = Any
 
 # What other libraries, or this one elsewhere, call an argument.
 _ALIASES = {
@@ -42,7 +47,7 @@ def check_no_peft(function: str, model: nn.Module, instead: str) -> None:
         )
 
 
-def check_options(layer: type[nn.Module], base: type[nn.Module], options: Mapping) -> None:
+def check_options(layer: type, base: type[ForeignModule], options: Mapping[str, Any]) -> None:
     """The constructor of base takes all options that a layer's constructor passes on.
 
     Raises: TypeError that names the layer, the argument, and one with nearly its name.
@@ -51,7 +56,7 @@ def check_options(layer: type[nn.Module], base: type[nn.Module], options: Mappin
     for name in options:
         if name not in taken:
             # A constructor may pass on what it does not name itself.
-            own = [kind.__init__ for kind in layer.__mro__ if "__init__" in vars(kind)]
+            own = [vars(kind)["__init__"] for kind in layer.__mro__ if "__init__" in vars(kind)]
             names = [*taken, *(n for each in own for n in inspect.signature(each).parameters)]
             meant = _ALIASES[name] if _ALIASES.get(name) in names else did_you_mean(name, names)
             raise TypeError(

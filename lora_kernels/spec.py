@@ -204,8 +204,7 @@ class Needs(NamedTuple):
 
     def spread(self, grads: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
         """The gradients of the needed operands, in order, with None in the places of the others."""
-        following = iter(grads)
-        return tuple([next(following) if needed else None for needed in self])
+        return _spread(self, grads)
 
 
 class DoraNeeds(NamedTuple):
@@ -218,4 +217,11 @@ class DoraNeeds(NamedTuple):
     bias: bool = False
     magnitude: bool = False
 
-    spread = Needs.spread
+    def spread(self, grads: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+        """As Needs has it."""
+        return _spread(self, grads)
+
+
+def _spread(needs: Iterable[bool], grads: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+    following = iter(grads)
+    return tuple([next(following) if needed else None for needed in needs])

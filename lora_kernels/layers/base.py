@@ -5,13 +5,20 @@ A layer is the mixin :class:`LoRALayer` in front of a torch module, as in
 (``weight_name``) and what the update adds to it (``delta_weight``); merging.py does the rest.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from lora_kernels import distributed
 from lora_kernels.checks import check_alpha, check_dropout, check_rank
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.layers.merged_state_dict import STATE_DICT_VERSION, notice_merged_weight
 from lora_kernels.layers.merging import MergesOnEval
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["LoRALayer"]
 
@@ -52,6 +59,10 @@ class LoRALayer(MergesOnEval):
     """
 
     _version = STATE_DICT_VERSION
+    r: int
+    lora_alpha: float
+    scaling: float
+    __call__: Callable[..., Tensor]
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool):
         layer = type(self).__name__
@@ -131,7 +142,7 @@ class LoRALayer(MergesOnEval):
         """lora_A and lora_B, gathered from all ranks if they are sharded."""
         return distributed.full_tensor(self.lora_A), distributed.full_tensor(self.lora_B)
 
-    def _adopt(self, wrapped: nn.Module, lora_dtype: torch.dtype | None) -> "LoRALayer":
+    def _adopt(self, wrapped: ForeignModule, lora_dtype: torch.dtype | None) -> "Self":
         """Takes over the parameters and the mode of a plain module, and draws a new adapter."""
         owner, weight = self.weight_owner(), wrapped.weight
         owner.weight = weight

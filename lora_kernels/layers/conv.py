@@ -1,7 +1,8 @@
 """LoRAConv1d, LoRAConv2d, LoRAConv3d: a convolution with a low-rank update of its kernel."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,14 @@ from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merging import takes_merged_weight
 from lora_kernels.ops.obstacle import is_opaque, is_plain
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lora_kernels.layers.options import ConvOptions
+
 __all__ = ["ConvLoRA", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d"]
+
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class ConvLoRA(LoRALayer, nn.Module):
@@ -42,7 +50,7 @@ class ConvLoRA(LoRALayer, nn.Module):
 
     def __init__(
         self,
-        conv_module: type[nn.Module],
+        conv_module: type[_Conv],
         in_channels: int,
         out_channels: int,
         kernel_size: int | Sequence[int],
@@ -50,7 +58,7 @@ class ConvLoRA(LoRALayer, nn.Module):
         lora_alpha: float = 1,
         lora_dropout: float = 0.0,
         merge_weights: bool = True,
-        **kwargs,
+        **kwargs: "Unpack[ConvOptions]",
     ):
         nn.Module.__init__(self)
         layer = type(self).__name__
@@ -62,7 +70,8 @@ class ConvLoRA(LoRALayer, nn.Module):
             )
         _check_kernel(kernel_size, _DIMENSIONS[plain], layer)
         check_options(type(self), conv_module, kwargs)
-        self.conv = conv_module(in_channels, out_channels, kernel_size, **kwargs)
+        make: Callable[..., _Conv] = conv_module
+        self.conv = make(in_channels, out_channels, kernel_size, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if self.r > 0:
             first, *rest = self.conv.kernel_size
@@ -75,7 +84,7 @@ class ConvLoRA(LoRALayer, nn.Module):
     @classmethod
     def from_conv(
         cls,
-        conv: nn.Module,
+        conv: _Conv,
         r: int,
         lora_alpha: float = 1,
         lora_dropout: float = 0.0,
@@ -91,7 +100,7 @@ class ConvLoRA(LoRALayer, nn.Module):
         is parametrized or lazy.
         """
         plain = _plain_conv(type(conv))
-        layer_class = _LAYERS.get(plain) if cls is ConvLoRA else cls
+        layer_class = _LAYERS[plain] if plain is not None and cls is ConvLoRA else cls
         if plain is None or not issubclass(layer_class, _LAYERS[plain]):
             expected = [kind.__name__ for kind, its in _LAYERS.items() if issubclass(its, cls)]
             raise TypeError(
@@ -173,7 +182,7 @@ class ConvLoRA(LoRALayer, nn.Module):
         y = self.conv(x) if self._is_hooked else self.conv._conv_forward(x, weight, bias)
         return y + self.conv._conv_forward(self.lora_dropout(x), kernel, None)
 
-    def _drops(self, x) -> bool:
+    def _drops(self, x: Tensor) -> bool:
         """Whether dropout acts; if torch.fx records, whether it would in training mode."""
         return self.active_dropout_p() > 0 or (is_opaque(x) and self.lora_dropout.p > 0)
 
@@ -182,7 +191,7 @@ class ConvLoRA(LoRALayer, nn.Module):
         """Whether conv may have its weight during its own calls only, as offloading has it."""
         return "forward" in self.conv.__dict__
 
-    def _check_input(self, x) -> None:
+    def _check_input(self, x: Tensor) -> None:
         if is_opaque(x):
             return
         checks.check_tensor(self, "x", x)
@@ -221,32 +230,60 @@ class ConvLoRA(LoRALayer, nn.Module):
         return text
 
 
-class LoRAConv1d(ConvLoRA):
+class _ConvLoRAOfKind(ConvLoRA):
+    _kind: type[_Conv]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = True,
+        **kwargs: "Unpack[ConvOptions]",
+    ):
+        super().__init__(
+            self._kind,
+            in_channels,
+            out_channels,
+            kernel_size,
+            r,
+            lora_alpha,
+            lora_dropout,
+            merge_weights,
+            **kwargs,
+        )
+
+
+class LoRAConv1d(_ConvLoRAOfKind):
     """ConvLoRA around nn.Conv1d: (in_channels, out_channels, kernel_size, r=0, ...)."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(nn.Conv1d, *args, **kwargs)
+    _kind = nn.Conv1d
 
 
-class LoRAConv2d(ConvLoRA):
+class LoRAConv2d(_ConvLoRAOfKind):
     """ConvLoRA around nn.Conv2d: (in_channels, out_channels, kernel_size, r=0, ...)."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(nn.Conv2d, *args, **kwargs)
+    _kind = nn.Conv2d
 
 
-class LoRAConv3d(ConvLoRA):
+class LoRAConv3d(_ConvLoRAOfKind):
     """ConvLoRA around nn.Conv3d: (in_channels, out_channels, kernel_size, r=0, ...)."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(nn.Conv3d, *args, **kwargs)
+    _kind = nn.Conv3d
 
 
-_LAYERS = {nn.Conv1d: LoRAConv1d, nn.Conv2d: LoRAConv2d, nn.Conv3d: LoRAConv3d}
-_DIMENSIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_LAYERS: dict[type[_Conv], type[_ConvLoRAOfKind]] = {
+    nn.Conv1d: LoRAConv1d,
+    nn.Conv2d: LoRAConv2d,
+    nn.Conv3d: LoRAConv3d,
+}
+_DIMENSIONS: dict[type[_Conv], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 
-def _plain_conv(conv_module) -> type[nn.Module] | None:
+def _plain_conv(conv_module: object) -> type[_Conv] | None:
     """Which of nn.Conv1d, nn.Conv2d and nn.Conv3d a class is or derives from."""
     if not isinstance(conv_module, type):
         return None

@@ -1,5 +1,7 @@
 """DoRA, for LoRALinear: a parameter lora_magnitude, the norms of the rows of its whole weight."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +10,7 @@ from lora_kernels.functional.dora import dora_forward
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.quantization import FrozenWeight
 from lora_kernels.reference.dora import row_norms, scale_of
-from lora_kernels.spec import DoraSpec
+from lora_kernels.spec import DoraSpec, OutputSplits
 
 __all__ = ["TakesMagnitude"]
 
@@ -19,6 +21,13 @@ class TakesMagnitude(LoRALayer):
     """Mixin of a LoRA linear that has ``lora_magnitude`` [N] if ``use_dora`` is set."""
 
     dropout_low_rank_only = False
+
+    if TYPE_CHECKING:
+
+        @property
+        def output_splits(self) -> OutputSplits: ...
+
+        def oriented(self, weight: Tensor) -> Tensor: ...
 
     def _add_magnitude(self, use_dora: bool, dropout_low_rank_only: bool) -> None:
         """Gives a layer that has lora_A and lora_B a magnitude, if it is to have one."""

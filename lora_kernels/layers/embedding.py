@@ -1,5 +1,7 @@
 """LoRAEmbedding: nn.Embedding with a low-rank update."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,11 @@ from lora_kernels.foreign import check_options
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merging import takes_merged_weight, undisturbed
 from lora_kernels.ops.obstacle import is_batched, is_opaque, obstacle
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from lora_kernels.layers.options import EmbeddingOptions
 
 __all__ = ["LoRAEmbedding"]
 
@@ -38,6 +45,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; loralib's Embedding.
     """
 
+    weight: Tensor
+
     def __init__(
         self,
         num_embeddings: int,
@@ -45,7 +54,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         r: int = 0,
         lora_alpha: float = 1,
         merge_weights: bool = True,
-        **kwargs,
+        **kwargs: "Unpack[EmbeddingOptions]",
     ):
         check_options(type(self), nn.Embedding, kwargs)
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
@@ -65,7 +74,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         lora_alpha: float = 1,
         merge_weights: bool = True,
         lora_dtype: torch.dtype | None = None,
-    ) -> "LoRAEmbedding":
+    ) -> "Self":
         """Wraps an nn.Embedding: same parameter, no copy, same options and mode.
 
         lora_dtype: dtype of lora_A and lora_B; None takes the weight's.
@@ -186,9 +195,9 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
                 return
             got = type(x).__name__
         elif x.layout not in (torch.strided, torch.jagged):
-            got = x.layout
+            got = str(x.layout)
         elif x.dtype not in (torch.int32, torch.int64):
-            got = x.dtype
+            got = str(x.dtype)
         elif x.device != self.weight.device:
             raise ValueError(
                 f"{checks.layer_name(self)}: x must be on weight's device "

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels import checks, distributed
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.layers import mixture
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merging import undisturbed
@@ -19,7 +21,7 @@ _WAY_OUT = "train it through PEFT's target_parameters instead, with patch_peft()
 _OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
-def unfit_experts(module: nn.Module) -> str | None:
+def unfit_experts(module: ForeignModule) -> str | None:
     """Why module cannot become LoRAExperts, in words; None if it can."""
     if isinstance(module, LoRAExperts):
         return "it is a LoRA layer already"
@@ -42,7 +44,7 @@ def unfit_experts(module: nn.Module) -> str | None:
     return None
 
 
-def unfit_stack(module: nn.Module, name: str) -> str | None:
+def unfit_stack(module: ForeignModule, name: str) -> str | None:
     """Why the parameter of this name of an experts module can get no update; None if it can."""
     weight = module._parameters.get(name)
     if name not in mixture.stack_names(module) or weight is None or weight.dim() != 3:
@@ -78,6 +80,10 @@ class LoRAExperts(LoRALayer, nn.Module):
     calls under torch.func's transforms, recorders and for tensors of other classes.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; PEFT's target_parameters.
     """
+
+    r: Any  # by the name of the parameter, unlike other layers'; so are lora_alpha and scaling
+    lora_alpha: Any
+    scaling: Any
 
     # Versions of Transformers that have no such option compute this.
     has_gate = True
@@ -118,18 +124,19 @@ class LoRAExperts(LoRALayer, nn.Module):
         held = vars(experts)
         self.__dict__.update(held)
         self.__dict__.update({name: held[name].copy() for name in _OWN})
-        self.experts_class = type(experts)
+        self.experts_class: ForeignModule = type(experts)
         self.r, self.lora_alpha = ranks, alphas
         self.scaling = {name: alphas[name] / ranks[name] for name in names}
         self.lora_dropout = nn.Dropout(dropout).train(experts.training)
         self.merge_weights = self.merged = False
         for name in names:
-            weight = self._parameters[name]
+            weight: Tensor = getattr(self, name)
             count, n, k = mixture.weight_of(self, name).shape
-            options = {"dtype": lora_dtype or weight.dtype, "device": weight.device}
+            dtype, device = lora_dtype or weight.dtype, weight.device
             a_shape, b_shape = (count, ranks[name], k), (count, n, ranks[name])
             for factor, shape in zip(self.factors_of(name), (a_shape, b_shape), strict=True):
-                self.register_parameter(factor, nn.Parameter(torch.empty(shape, **options)))
+                empty = torch.empty(shape, dtype=dtype, device=device)
+                self.register_parameter(factor, nn.Parameter(empty))
             if weight.is_meta:
                 self._undrawn = True
         experts.requires_grad_(False)

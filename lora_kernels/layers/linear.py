@@ -1,13 +1,14 @@
 """LoRALinear: nn.Linear with a low-rank update."""
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels import checks, functional
-from lora_kernels.foreign import check_options
+from lora_kernels.foreign import ForeignModule, check_options
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.dora import TakesMagnitude
 from lora_kernels.layers.merging import takes_merged_weight
@@ -15,10 +16,16 @@ from lora_kernels.ops.obstacle import is_opaque, obstacle
 from lora_kernels.quantization import is_quantised
 from lora_kernels.spec import LoraSpec, OutputSplits, linear_spec
 
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from lora_kernels.layers.options import LinearOptions
+    from lora_kernels.layers.shared_input import SharedInput
+
 __all__ = ["LinearLayer", "LoRALinear", "is_hf_conv1d"]
 
 
-def is_hf_conv1d(module) -> bool:
+def is_hf_conv1d(module: object) -> bool:
     """Whether module is transformers' Conv1D: a linear that stores its weight [in, out]."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
@@ -26,7 +33,14 @@ def is_hf_conv1d(module) -> bool:
 class LinearLayer(LoRALayer, nn.Linear):
     """What LoRALinear and LoRAMergedLinear share: the weight's layout, wrapping, the forward."""
 
-    _shared_input = None  # a SharedInput if share_inputs joined the layer with others
+    weight: Tensor
+    _shared_input: "SharedInput | None" = None  # if share_inputs joined the layer with others
+
+    if TYPE_CHECKING:
+
+        def __init__(self, in_features: int, out_features: int, **options: Any): ...
+
+        def _dora_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def _set_layout(self, fan_in_fan_out: bool) -> None:
         self.fan_in_fan_out = fan_in_fan_out
@@ -35,7 +49,7 @@ class LinearLayer(LoRALayer, nn.Linear):
             self.weight = nn.Parameter(empty)
 
     @classmethod
-    def _wrap(cls, linear: nn.Module, lora_dtype: torch.dtype | None, **kwargs):
+    def _wrap(cls, linear: ForeignModule, lora_dtype: torch.dtype | None, **kwargs: Any) -> "Self":
         fan_in_fan_out = is_hf_conv1d(linear)
         if is_quantised(linear):
             raise TypeError(
@@ -153,7 +167,7 @@ class LoRALinear(TakesMagnitude, LinearLayer):
         merge_weights: bool = True,
         use_dora: bool = False,
         dropout_low_rank_only: bool = False,
-        **kwargs,
+        **kwargs: "Unpack[LinearOptions]",
     ):
         check_options(type(self), nn.Linear, kwargs)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
@@ -175,7 +189,7 @@ class LoRALinear(TakesMagnitude, LinearLayer):
         lora_dtype: torch.dtype | None = None,
         use_dora: bool = False,
         dropout_low_rank_only: bool = False,
-    ) -> "LoRALinear":
+    ) -> "Self":
         """Wraps an nn.Linear or a Hugging Face Conv1D: same parameters, no copy, same mode.
 
         lora_dtype: dtype of lora_A, lora_B and lora_magnitude; None takes the weight's.

@@ -1,6 +1,7 @@
 """LoRAMergedLinear: several projections in one weight, each with a low-rank update of its own."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,11 @@ from lora_kernels.foreign import check_options
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LinearLayer
 from lora_kernels.spec import OutputSplits
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from lora_kernels.layers.options import LinearOptions
 
 __all__ = ["LoRAMergedLinear"]
 
@@ -41,7 +47,7 @@ class LoRAMergedLinear(LinearLayer):
         merge_weights: bool = True,
         *,
         out_splits: Sequence[int] | None = None,
-        **kwargs,
+        **kwargs: "Unpack[LinearOptions]",
     ):
         if kwargs.get("use_dora"):
             raise NotImplementedError(
@@ -72,7 +78,7 @@ class LoRAMergedLinear(LinearLayer):
         *,
         out_splits: Sequence[int] | None = None,
         lora_dtype: torch.dtype | None = None,
-    ) -> "LoRAMergedLinear":
+    ) -> "Self":
         """Wraps an nn.Linear or a Hugging Face Conv1D: same parameters, no copy, same mode.
 
         lora_dtype: dtype of lora_A and lora_B; None takes the weight's.

@@ -26,7 +26,7 @@ def use_merged_state_dict(layer: MergesOnEval, enabled: bool) -> None:
     for handle in layer.__dict__.pop("_merged_state_dict_hooks", ()):
         handle.remove()
     if enabled:
-        layer._merged_state_dict_hooks = (
+        layer.__dict__["_merged_state_dict_hooks"] = (
             layer.register_state_dict_post_hook(_give_merged_weight),
             layer.register_load_state_dict_pre_hook(_take_merged_weight),
         )

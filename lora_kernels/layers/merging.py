@@ -2,7 +2,8 @@
 
 import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 from lora_kernels import checks, distributed
 from lora_kernels.ops.obstacle import is_plain
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["MergedWeight", "MergesOnEval", "takes_merged_weight", "undisturbed"]
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Tensor])
+_Sources = Sequence[Tensor | None]  # None: a stand-in is in its place
 
 
 class MergedWeight:
@@ -21,7 +28,7 @@ class MergedWeight:
     """
 
     weight: Tensor | None = None
-    sources: tuple[Tensor | None, ...] = ()  # base weight, lora_A, lora_B, perhaps lora_magnitude
+    sources: tuple[Tensor, ...] = ()  # base weight, lora_A, lora_B, perhaps lora_magnitude
     places: tuple[int, ...] = ()  # where the memory of the sources begins
     values: tuple = ()  # what changes if the sources change in place, and scaling
 
@@ -34,7 +41,7 @@ class MergedWeight:
         merged.weight = layer.merged_weight()
         return merged
 
-    def has_same(self, sources: tuple[Tensor, ...]) -> bool:
+    def has_same(self, sources: _Sources) -> bool:
         """Whether it was made of the same tensors."""
         return len(self.sources) == len(sources) and all(map(operator.is_, self.sources, sources))
 
@@ -67,16 +74,22 @@ def _values(sources: tuple[Tensor, ...], scaling: float) -> tuple:
         return *(0 if t.is_inference() else t._version for t in sources), scaling
 
 
-def takes_merged_weight(forward: Callable) -> Callable:
+def takes_merged_weight(forward: _Forward) -> _Forward:
     """Marks a layer's forward that asks ``complete_weight()``: a layer with another never merges.
 
     A forward that a subclass brings along may read ``weight``, which has no update in it.
     """
-    forward.takes_merged_weight = True
+    vars(forward)["takes_merged_weight"] = True
     return forward
 
 
-class MergesOnEval:
+if TYPE_CHECKING:
+    _Module = nn.Module  # which stands behind the mixins in a layer's bases
+else:
+    _Module = object
+
+
+class MergesOnEval(_Module):
     """Mixin of LoRALayer: eval() makes the merged weight, train() drops it, a forward renews it.
 
     Nothing is ever written to a tensor that the layer did not make itself.
@@ -90,7 +103,21 @@ class MergesOnEval:
     use_dora = False  # whether there is a lora_magnitude besides lora_A and lora_B
     merged: bool
     merge_weights: bool
+    scaling: float
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter
     _merged_weight: MergedWeight | None = None  # None: this mixin has not merged
+
+    if TYPE_CHECKING:
+
+        @property
+        def has_lora(self) -> bool: ...
+
+        @property
+        def weight(self) -> Tensor: ...
+
+        def delta_weight(self) -> Tensor: ...
 
     # ---- the weights ----
 
@@ -180,7 +207,7 @@ class MergesOnEval:
     def _merged_for_a_record(self, merged: MergedWeight) -> Tensor | None:
         """The merged weight while torch.fx records, which has stand-ins in parameters' places."""
         sources = (self.held_weight(), *self._held_factors())
-        current = merged.has_same(sources) and merged.is_current(sources, self.scaling)
+        current = merged.has_same(sources) and merged.is_current(merged.sources, self.scaling)
         return merged.weight if current else None
 
     def _sources(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -196,7 +223,7 @@ class MergesOnEval:
 
     # ---- when the merged weight is made and dropped ----
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Self":
         """Merges if mode is False and ``merge_weights`` is set, drops the merged weight if not."""
         super().train(mode)
         if self.merge_weights and not mode:
@@ -216,7 +243,8 @@ class MergesOnEval:
         owner = self.weight_owner()
         if "forward" in owner.__dict__:
             return "the forward of the module with its weight was replaced"
-        weight, a, b, *_ = sources = (owner._parameters.get("weight"), *self._held_factors())
+        sources: tuple[Any, ...] = (owner._parameters.get("weight"), *self._held_factors())
+        weight, a, b, *_ = sources
         if distributed.is_managed(owner):
             return "its weight is sharded"
         if not {*map(type, sources)} <= {nn.Parameter, Tensor}:
@@ -267,7 +295,7 @@ class MergesOnEval:
 
 
 @contextlib.contextmanager
-def undisturbed(weight: Tensor):
+def undisturbed(weight: Tensor) -> Iterator[None]:
     """Arithmetic on weight without gradients, autocast, or the caller's inference_mode."""
     # What is so already is not entered again: eval() comes here for each layer.
     inference = weight.is_inference()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.functional.operands import under_autocast
 from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops.grouped_linear import lora_grouped_linear
@@ -60,21 +61,21 @@ def _probe() -> nn.Module | None:
         return None
 
     class Probe(nn.Module):
-        def __init__(self, config):
+        def __init__(self, config: None):
             super().__init__()
 
-        def forward(self):
+        def forward(self) -> None:
             """Replaced."""
 
     return use_experts_implementation(Probe)(None)
 
 
-def stack_names(module: nn.Module) -> tuple[str, str]:
+def stack_names(module: ForeignModule) -> tuple[str, str]:
     """The names of its two stacks of weights, in the order of the products."""
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
 
 
-def weight_of(module: nn.Module, name: str) -> Tensor:
+def weight_of(module: ForeignModule, name: str) -> Tensor:
     """The stack [E, N, K] of this name, a view if the module stores [E, K, N]."""
     weight = getattr(module, name)
     return weight.mT if module.is_transposed else weight
@@ -84,7 +85,7 @@ def weight_of(module: nn.Module, name: str) -> Tensor:
 
 
 def compute(
-    module: nn.Module,
+    module: ForeignModule,
     updates: Mapping[str, Update],
     hidden: Tensor,
     ids: Tensor,
@@ -114,7 +115,7 @@ def compute(
 
 
 def _product(
-    module: nn.Module,
+    module: ForeignModule,
     name: str,
     updates: Mapping[str, Update],
     x: Tensor,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,17 @@ from torch.nn import functional as F
 
 from lora_kernels import checks
 from lora_kernels.checks import check_alpha, check_dropout, check_rank
-from lora_kernels.foreign import check_options
+from lora_kernels.foreign import ForeignModule, check_options
 from lora_kernels.functional import lora_grouped_linear
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LinearLayer, LoRALinear
 from lora_kernels.layers.routing import ActiveRoutes
 from lora_kernels.ops.obstacle import is_opaque
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from lora_kernels.layers.options import LinearOptions
 
 __all__ = ["AdapterSpec", "MultiLoRALinear", "check_adapter_name"]
 
@@ -29,7 +34,7 @@ class AdapterSpec(NamedTuple):
     scaling: float
 
     @classmethod
-    def of(cls, owner: str, r: int, lora_alpha: float = 1, lora_dropout: float = 0.0):
+    def of(cls, owner: str, r: int, lora_alpha: float = 1, lora_dropout: float = 0.0) -> "Self":
         """With scaling = lora_alpha / r. Raises: ValueError that names owner, for a bad value."""
         rank = check_rank(r, owner)
         if rank == 0:
@@ -38,7 +43,7 @@ class AdapterSpec(NamedTuple):
         return cls(rank, alpha, dropout, alpha / rank)
 
 
-def check_adapter_name(owner: str, name) -> str:
+def check_adapter_name(owner: str, name: object) -> str:
     """name can be part of a parameter's name. Raises: ValueError that names it."""
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(
@@ -72,9 +77,9 @@ class MultiLoRALinear(LinearLayer):
         self,
         in_features: int,
         out_features: int,
-        adapters: Mapping[str, Mapping],
+        adapters: Mapping[str, Mapping[str, Any]],
         fan_in_fan_out: bool = False,
-        **kwargs,
+        **kwargs: "Unpack[LinearOptions]",
     ):
         specs = self._specs_of(adapters)
         check_options(type(self), nn.Linear, kwargs)
@@ -88,7 +93,7 @@ class MultiLoRALinear(LinearLayer):
         self.reset_parameters()
 
     @classmethod
-    def _specs_of(cls, adapters: Mapping[str, Mapping]) -> dict[str, AdapterSpec]:
+    def _specs_of(cls, adapters: Mapping[str, Mapping[str, Any]]) -> dict[str, AdapterSpec]:
         layer = cls.__name__
         if not isinstance(adapters, Mapping) or not adapters:
             raise ValueError(
@@ -110,9 +115,9 @@ class MultiLoRALinear(LinearLayer):
     def from_linear(
         cls,
         linear: nn.Module,
-        adapters: Mapping[str, Mapping],
+        adapters: Mapping[str, Mapping[str, Any]],
         lora_dtype: torch.dtype | None = None,
-    ) -> "MultiLoRALinear":
+    ) -> "Self":
         """Wraps an nn.Linear or a Hugging Face Conv1D: same parameters, no copy, same mode.
 
         lora_dtype: dtype of the factors; None takes the weight's.
@@ -120,7 +125,7 @@ class MultiLoRALinear(LinearLayer):
         """
         return cls._wrap(linear, lora_dtype, adapters=adapters)
 
-    def _adopt(self, wrapped: nn.Module, lora_dtype: torch.dtype | None) -> "MultiLoRALinear":
+    def _adopt(self, wrapped: ForeignModule, lora_dtype: torch.dtype | None) -> "Self":
         super()._adopt(wrapped, lora_dtype)
         for name, spec in self.adapters.items():
             self._add(name, spec, lora_dtype)
@@ -137,9 +142,9 @@ class MultiLoRALinear(LinearLayer):
 
     def _add(self, name: str, spec: AdapterSpec, lora_dtype: torch.dtype | None) -> None:
         weight = self.weight
-        options = {"dtype": lora_dtype or weight.dtype, "device": weight.device}
-        a = torch.empty((spec.r, self.in_features), **options)
-        b = torch.empty((self.out_features, spec.r), **options)
+        dtype, device = lora_dtype or weight.dtype, weight.device
+        a = torch.empty((spec.r, self.in_features), dtype=dtype, device=device)
+        b = torch.empty((self.out_features, spec.r), dtype=dtype, device=device)
         for kind, factor in zip(self._factor_names(name), (a, b), strict=True):
             self.register_parameter(kind, nn.Parameter(factor))
         self.adapters[name] = spec

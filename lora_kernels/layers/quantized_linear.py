@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.layers.dora import TakesMagnitude
 from lora_kernels.layers.merging import undisturbed
 from lora_kernels.quantization import FrozenWeight, frozen_weight, restore
@@ -52,10 +53,10 @@ class LoRAQuantizedLinear(TakesMagnitude, nn.Module):
         if self.r < 1:
             raise ValueError(f"{type(self).__name__}: r must be an integer >= 1, got {r!r}")
         self.out_features, self.in_features = n, k = frozen.shape
-        self.base_layer = base_layer
-        options = {"dtype": lora_dtype or frozen.dtype or torch.float32, "device": frozen.device}
-        self.lora_A = nn.Parameter(torch.empty((self.r, k), **options))
-        self.lora_B = nn.Parameter(torch.empty((n, self.r), **options))
+        self.base_layer: ForeignModule = base_layer
+        dtype, device = lora_dtype or frozen.dtype or torch.float32, frozen.device
+        self.lora_A = nn.Parameter(torch.empty((self.r, k), dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty((n, self.r), dtype=dtype, device=device))
         self._add_magnitude(use_dora, dropout_low_rank_only)
         self.reset_lora_parameters()
         self.train(base_layer.training)

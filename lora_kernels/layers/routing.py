@@ -44,8 +44,10 @@ class Segments:
         present: tuple[str, ...],
         device: torch.device,
     ):
-        numbers = {name: g for g, name in enumerate(present)}
-        ends, groups, end = [], [], 0
+        numbers: dict[str | None, int] = {name: g for g, name in enumerate(present)}
+        ends: list[int] = []
+        groups: list[int] = []
+        end = 0
         counts = [1] * len(names) if lengths is None else lengths
         for name, length in zip(names, counts, strict=True):
             group, end = numbers.get(name, -1), end + length
@@ -116,7 +118,7 @@ class ActiveRoutes:
     def __init__(self):
         self.entries: tuple[_Entry, ...] = ()
 
-    def __deepcopy__(self, memo) -> "ActiveRoutes":
+    def __deepcopy__(self, memo: dict) -> "ActiveRoutes":
         return ActiveRoutes()
 
     def __reduce__(self):

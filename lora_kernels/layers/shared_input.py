@@ -4,6 +4,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from lora_kernels import checks, distributed
 from lora_kernels.foreign import check_no_peft
 from lora_kernels.functional import lora_shared_linear
-from lora_kernels.layers.linear import LoRALinear
+from lora_kernels.layers.linear import LinearLayer, LoRALinear
 from lora_kernels.ops.obstacle import is_transformed
 
 __all__ = ["SharedInput", "share_inputs"]
@@ -118,12 +119,16 @@ def _kind(layer: LoRALinear) -> tuple:
 class SharedInput:
     """The layers that share their input, and for each thread the outputs still to be fetched."""
 
+    layers: tuple[LoRALinear, ...]
+    _parted_by: int | None  # computed what others could not take
+    _traced: "_Waiting | None"  # while TorchDynamo traces, which knows no threads
+
     def __init__(self, layers: Iterable[LoRALinear]):
         self.__setstate__({"layers": tuple(layers)})
         for layer in self.layers:
             layer._shared_input = self
 
-    def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
+    def output(self, layer: LinearLayer, x: Tensor) -> Tensor | None:
         """layer's output for x, or None if it has to compute alone."""
         own = [i for i, member in enumerate(self.layers) if member is layer]
         if not own or not isinstance(x, Tensor):
@@ -205,7 +210,7 @@ class SharedInput:
             if layer._shared_input is self:
                 layer._shared_input = None
 
-    def _compute(self, layer: LoRALinear, x: Tensor) -> tuple[Tensor, ...]:
+    def _compute(self, layer: LinearLayer, x: Tensor) -> tuple[Tensor, ...]:
         checks.check_input(layer, x, layer.oriented(layer.weight))
         layers = self.layers
         weights = [layer.oriented(layer.weight) for layer in layers]
@@ -227,8 +232,8 @@ class SharedInput:
     def __setstate__(self, state: dict) -> None:
         self.layers = state["layers"]
         self._threads = threading.local()
-        self._parted_by: int | None = state.get("parted_by")  # computed what others could not take
-        self._traced: _Waiting | None = None  # while TorchDynamo traces, which knows no threads
+        self._parted_by = state.get("parted_by")
+        self._traced = None
 
 
 def _in_backward() -> bool:
@@ -243,7 +248,7 @@ def _can_wait_for(x: Tensor) -> bool:
     return plain and not is_transformed() and not torch.jit.is_tracing()
 
 
-def _state_for(layer: LoRALinear, x: Tensor) -> tuple:
+def _state_for(layer: LinearLayer, x: Tensor) -> tuple:
     """What must not have changed between the computation and the fetching of layer's output."""
     state = (
         torch.is_grad_enabled(),
@@ -286,7 +291,8 @@ class _Waiting:
         if torch.compiler.is_dynamo_compiling():
             self._x = weakref.ref(x)
         else:
-            self._x = weakref.ref(x, lambda _, outputs=self._outputs: _clear(outputs))
+            waiting = self._outputs
+            self._x = weakref.ref(x, lambda _: _clear(waiting))
 
     def owned_by(self, first: Tensor) -> Tensor:
         """first, the output that is handed out at once, as the owner of the others if it can be."""
@@ -294,11 +300,12 @@ class _Waiting:
             return first
         # A node in front of the one that made them all: there they would hold each other.
         first = torch.ops.aten._unsafe_view(first, first.shape)
-        first.grad_fn.metadata["lora_kernels.share_inputs"] = self._owned
+        node: Any = first.grad_fn  # whose metadata PyTorch types as a method
+        node.metadata["lora_kernels.share_inputs"] = self._owned
         self._owned = None
         return first
 
-    def fetch(self, index: int, layer: LoRALinear, x: Tensor) -> tuple[bool, Tensor | None]:
+    def fetch(self, index: int, layer: LinearLayer, x: Tensor) -> tuple[bool, Tensor | None]:
         """Whether layer would compute what waits for it, and that output if it is there still."""
         same = self._x() is x and self.states[index] == _state_for(layer, x)
         del self.states[index]
