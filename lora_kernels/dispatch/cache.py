@@ -167,7 +167,8 @@ def ignored(path: Path, why: str) -> dict:
 def _driver() -> int:
     """The version of CUDA that the driver has, as PyTorch knows it; 0 if it does not."""
     try:
-        return torch._C._cuda_getDriverVersion()
+        # Of a build with CUDA; PyTorch's types do not know it.
+        return torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):
         return 0
 

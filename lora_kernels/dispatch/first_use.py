@@ -4,6 +4,7 @@ A product that no measurement holds for is computed by both algorithms a few tim
 faster one is kept for products of its shape, here and in the user's cache directory.
 """
 
+import functools
 import os
 import time
 import warnings
@@ -51,11 +52,11 @@ def decide(shape: GemmShape, what: Callable[[], tuple], compute: Callable[[str],
             for _ in range(_WARM_UP):
                 compute(name)
             seconds[name] = []
-        except fallback.KernelError as error:
-            errors[name] = error
+        except fallback.KernelError as failure:
+            errors[name] = failure
     for _ in range(_ROUNDS if len(seconds) > 1 else 0):
         for name, taken in seconds.items():
-            taken.append(_seconds(lambda name=name: compute(name), shape.device))
+            taken.append(_seconds(functools.partial(compute, name), shape.device))
     best = min(seconds, key=lambda name: _median(seconds[name] or [0.0]), default="reference")
     for name, error in errors.items():
         fallback.give_up(name, what(), error, best)
@@ -66,9 +67,9 @@ def decide(shape: GemmShape, what: Callable[[], tuple], compute: Callable[[str],
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
-        start = time.perf_counter()
+        before = time.perf_counter()
         call()
-        return time.perf_counter() - start
+        return time.perf_counter() - before
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     start.record()

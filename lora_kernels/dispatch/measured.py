@@ -7,6 +7,7 @@ kernels/measured_tiles.py puts into the kernels' tables.
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -114,15 +115,14 @@ def as_json(entry: TuningEntry, ratio: Sequence[float] | None = None) -> dict:
 
 
 def _entry(found: Mapping, capability: tuple[int, int]) -> TuningEntry:
-    bounds = {}
+    values: dict[str, Any] = {name: found[name] for name in _FLAGS}
     for name in _BOUNDS:
         low, high = found[name]
-        bounds[name] = (float(low), math.inf if high is None else float(high))
+        values[name] = (float(low), math.inf if high is None else float(high))
     dtype, algorithm = getattr(torch, found["dtype"]), found["algorithm"]
     if not isinstance(dtype, torch.dtype) or algorithm not in ("fused", "addmm"):
         raise ValueError(f"{found['dtype']}, {algorithm} must be a dtype, and fused or addmm")
-    flags = {name: found[name] for name in _FLAGS}
-    return TuningEntry(capability, dtype, algorithm, SOURCE, **bounds, **flags)
+    return TuningEntry(capability, dtype, algorithm, SOURCE, **values)
 
 
 def _finite(bound: float) -> float | None:
@@ -132,7 +132,7 @@ def _finite(bound: float) -> float | None:
 def _merged(*lists: Sequence[Mapping]) -> list[dict]:
     """All of the lists, the last one of those that differ in their verdict alone."""
     verdicts = ("algorithm", "config", "ratio")
-    found = {}
+    found: dict[str, dict] = {}
     for entry in (dict(entry) for entries in lists for entry in entries):
         key = repr(sorted((name, value) for name, value in entry.items() if name not in verdicts))
         found.pop(key, None)  # the last is the newest

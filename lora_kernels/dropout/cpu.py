@@ -88,6 +88,10 @@ def _draw(mask: Tensor, seed: Tensor, first_row: int, smallest: int) -> None:
     kept.drawn.keep(key, flags)
 
 
+# products, the keys to xor them with, and what makes words: two halves, and where they are written
+_Round = tuple[Tensor, Tensor | None, tuple[tuple[Tensor, Tensor, Tensor], ...]]
+
+
 class _Generator:
     """Philox-4x32 for the counters of rows x octets, in memory that serves every seed.
 
@@ -114,11 +118,11 @@ class _Generator:
         drawn, self._words_1_and_3 = halves.permute(3, 2, 0, 1)
 
         # keys[i], for words 0 and 2: the lower half is round i + 1's key, the upper half round i's.
-        int32 = {"dtype": torch.int32, "device": memory.device}
-        i = torch.arange(ROUNDS - 1, **int32).view(-1, 1, 1) + torch.arange(1, -1, -1, **int32)
+        int32 = functools.partial(torch.arange, dtype=torch.int32, device=memory.device)
+        number = int32(ROUNDS - 1).view(-1, 1, 1) + int32(1, -1, -1)
         first, second = map(_signed, WEYL)
-        weyl = torch.arange(2, **int32).view(2, 1) * _signed(second - first) + first
-        self._steps = i * weyl
+        weyl = int32(2).view(2, 1) * _signed(second - first) + first
+        self._steps = number * weyl
         self._keys = torch.empty_like(self._steps)
         pairs = self._keys.view(torch.int64)
         self._key_0, self._key_2 = self._keys[0, :, 1]
@@ -127,8 +131,8 @@ class _Generator:
         col = torch.arange(octets, device=memory.device)
         product = col * MULTIPLIERS[0]
         self._upper_cols, self._lower_cols = _upper(product), _lower(product)
-        self._upper_rows = torch.empty(rows, **int32)
-        self._lower_rows = torch.empty((rows, 1), **int32)
+        self._upper_rows = torch.empty(rows, dtype=torch.int32, device=memory.device)
+        self._lower_rows = torch.empty((rows, 1), dtype=torch.int32, device=memory.device)
         self._vectors = torch.zeros(rows + octets, dtype=torch.int64, device=memory.device)
         self._row_words, self._col_words = _lower(self._vectors).split((rows, octets))
         self._multipliers = torch.full_like(self._vectors, MULTIPLIERS[0])
@@ -143,7 +147,7 @@ class _Generator:
 
         # The other rounds: products, the keys to xor them with, and which halves make which words.
         uppers, lowers = [_upper(p) for p in products], [_lower(p) for p in products]
-        self._rounds = [
+        self._rounds: list[_Round] = [
             (
                 products[0],
                 None,
@@ -155,9 +159,9 @@ class _Generator:
         ]
         for i in range(3, ROUNDS):
             this = (i + ROUNDS - 1) % 2  # the last round gets none: its lower halves are draws
-            keys = pairs[i].unsqueeze(-1) if this else None
+            keyed = pairs[i].unsqueeze(-1) if this else None
             out = drawn if i == ROUNDS - 1 else words
-            self._rounds.append((products[this], keys, ((uppers[this], lowers[1 - this], out),)))
+            self._rounds.append((products[this], keyed, ((uppers[this], lowers[1 - this], out),)))
         self._last = lowers[0]
 
     def draws(self, seed: Tensor, first_row: int) -> Tensor:
@@ -169,8 +173,8 @@ class _Generator:
         xor(self._upper_rows, self._key_0, out=self._row_words)
         xor(self._upper_cols, self._key_2, out=self._col_words)
         multiply(self._vectors, self._multipliers, out=self._products)
-        for products, keys in self._keyed:
-            products.bitwise_xor_(keys)
+        for products, first_keys in self._keyed:
+            products.bitwise_xor_(first_keys)
         for upper, lower, out in self._joined:
             xor(upper, lower, out=out)
         for products, keys, made in self._rounds:

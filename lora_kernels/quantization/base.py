@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from lora_kernels.foreign import ForeignModule
 
 __all__ = ["DENSE", "TRAINED", "FourBit", "FrozenWeight", "NotFrozen"]
 
@@ -48,7 +50,7 @@ class FrozenWeight:
 
     keeps_dtype: ClassVar[bool] = False
 
-    layer: nn.Module
+    layer: ForeignModule
     shape: tuple[int, int]
     device: torch.device
     dtype: torch.dtype | None

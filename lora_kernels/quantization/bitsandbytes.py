@@ -1,8 +1,11 @@
 """Frozen weights of bitsandbytes: Linear4bit (NF4, FP4) and Linear8bitLt (LLM.int8())."""
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.quantization.base import TRAINED, FourBit, FrozenWeight, NotFrozen
 
 __all__ = ["linear_4bit", "linear_8bit"]
@@ -75,7 +78,7 @@ class EightBit(FrozenWeight):
         return codes.to(acc).mul_(scales.mul(1 / 127).unsqueeze(1)).to(dtype)
 
 
-def linear_4bit(layer: nn.Module) -> FrozenWeight | NotFrozen:
+def linear_4bit(layer: ForeignModule) -> FrozenWeight | NotFrozen:
     """The weight of a bitsandbytes.nn.Linear4bit.
 
     exact: once it knows what it computes in. If it was not told, its first forward decides that.
@@ -107,7 +110,7 @@ def linear_4bit(layer: nn.Module) -> FrozenWeight | NotFrozen:
     return Blocks(layer, shape, device, dtype, state.quant_type, layer.compute_type_is_set)
 
 
-def linear_8bit(layer: nn.Module) -> FrozenWeight | NotFrozen:
+def linear_8bit(layer: ForeignModule) -> FrozenWeight | NotFrozen:
     """The weight of a bitsandbytes.nn.Linear8bitLt.
 
     exact: in training on a CPU. Otherwise the layer rounds x to 8 bits.
@@ -131,7 +134,7 @@ def linear_8bit(layer: nn.Module) -> FrozenWeight | NotFrozen:
     return EightBit(layer, tuple(weight.shape), device, None, "int8", exact)
 
 
-def _state_of(layer: nn.Module, weight: Tensor):
+def _state_of(layer: ForeignModule, weight: Tensor):
     """The quant_state that the layer's forward finds: FSDP makes weights anew, without theirs."""
     state = getattr(weight, "quant_state", None)
     return layer.quant_state if state is None else state
@@ -165,8 +168,11 @@ def _codes(packed: Tensor, state) -> Tensor:
     return codes.transpose(1, 2).reshape(n, k)
 
 
-def _rows(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """codes [N, K] and scales [N] that the next forward multiplies by; the first one moves them."""
+def _rows(layer: ForeignModule) -> tuple[Tensor, Any]:
+    """codes [N, K] and scales [N] that the next forward multiplies by; the first one moves them.
+
+    The scales are None if the layer has none.
+    """
     weight, state = layer.weight, layer.state
     held = state if getattr(weight, "CB", None) is None else weight
     codes = weight.detach() if held.CB is None else held.CB

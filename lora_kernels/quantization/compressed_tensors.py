@@ -6,8 +6,9 @@ that layer is refused. With dequantize=True layers are dense from the start.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.quantization.base import TRAINED, FrozenWeight, NotFrozen
 
 __all__ = ["linear_fp8"]
@@ -21,7 +22,7 @@ class Rows(FrozenWeight):
         return layer.weight.detach().float().mul_(layer.weight_scale.detach().T).to(dtype)
 
 
-def linear_fp8(layer: nn.Module) -> FrozenWeight | NotFrozen:
+def linear_fp8(layer: ForeignModule) -> FrozenWeight | NotFrozen:
     """The weight of a CompressedTensorsFP8Linear. Never exact: the layer rounds x to 8 bits."""
     weight = layer.weight
     if weight.requires_grad:

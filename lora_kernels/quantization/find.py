@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.quantization import (
     bitsandbytes,
     compressed_tensors,
@@ -17,7 +18,7 @@ from lora_kernels.quantization.unsupported import REASONS
 
 __all__ = ["find", "frozen_weight", "is_quantised", "restore"]
 
-_Reader = Callable[[nn.Module], FrozenWeight | NotFrozen]
+_Reader = Callable[[ForeignModule], FrozenWeight | NotFrozen]
 # By name: a class exists only if its library has been imported, which is not done here.
 _READERS: dict[str, _Reader] = {
     "torch.nn.modules.linear.Linear": torchao.linear,
@@ -35,7 +36,7 @@ _READERS: dict[str, _Reader] = {
 _readers: dict[tuple[type, Callable], _Reader] = {}  # of classes met, with the forwards they had
 
 
-def find(layer: nn.Module) -> FrozenWeight | NotFrozen:
+def find(layer: ForeignModule) -> FrozenWeight | NotFrozen:
     """The frozen weight of a layer as it is now, or why it has none.
 
     It is asked in every call of a layer: what it looks at can change from one to the next.
@@ -44,9 +45,10 @@ def find(layer: nn.Module) -> FrozenWeight | NotFrozen:
     try:
         reader = _readers[kind, kind.forward]
     except (KeyError, AttributeError):
-        reader = _reader_of(kind)
-        if isinstance(reader, NotFrozen):
-            return reader
+        known = _reader_of(kind)
+        if isinstance(known, NotFrozen):
+            return known
+        reader = known
         _readers[kind, kind.forward] = reader
     if "forward" in layer.__dict__:
         if hasattr(layer, "quantization_scheme"):
@@ -55,7 +57,7 @@ def find(layer: nn.Module) -> FrozenWeight | NotFrozen:
     return reader(layer)
 
 
-def is_quantised(layer: nn.Module) -> bool:
+def is_quantised(layer: ForeignModule) -> bool:
     """Whether layer is a linear of a quantiser, taken or not; it may have to be quantised yet."""
     kind = type(layer)
     if kind.__module__.partition(".")[0] in REASONS:
@@ -90,7 +92,7 @@ def restore(module: nn.Module) -> None:
             found.restore()
 
 
-def _reader_of(kind: type) -> _Reader | NotFrozen:
+def _reader_of(kind: type[ForeignModule]) -> _Reader | NotFrozen:
     reader = _READERS.get(f"{kind.__module__}.{kind.__qualname__}")
     if reader is None:
         package = kind.__module__.partition(".")[0]
@@ -104,7 +106,7 @@ def _reader_of(kind: type) -> _Reader | NotFrozen:
     return reader
 
 
-def _is_replaced(kind: type) -> bool:
+def _is_replaced(kind: type[ForeignModule]) -> bool:
     """Whether the forward of a class is another than that which it was defined with."""
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = kind.forward
@@ -117,4 +119,4 @@ def _is_replaced(kind: type) -> bool:
 
 # torch.compile calls it and keeps the answer: it cannot trace what is asked of functions here. So
 # does torch.compiler.assume_constant_result, which imports the compiler, for more than a second.
-_is_replaced._dynamo_marked_constant = True
+vars(_is_replaced)["_dynamo_marked_constant"] = True

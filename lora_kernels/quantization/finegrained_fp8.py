@@ -4,8 +4,9 @@ Its forward needs a GPU or an XPU; what is tested without one is dense(), on lay
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.quantization.base import DENSE, TRAINED, FrozenWeight, NotFrozen
 
 __all__ = ["linear"]
@@ -27,7 +28,7 @@ class Blocks(FrozenWeight):
         return w.to(dtype)
 
 
-def linear(layer: nn.Module) -> FrozenWeight | NotFrozen:
+def linear(layer: ForeignModule) -> FrozenWeight | NotFrozen:
     """The weight of an FP8Linear. It is never exact: the layer rounds x to 8 bits."""
     weight = layer.weight
     if weight.dtype == torch.int8:

@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.quantization.base import FrozenWeight, NotFrozen
 
 __all__ = ["linear"]
@@ -35,7 +36,7 @@ class Grouped(FrozenWeight):
         return type(layer).dequantize(copy).to(dtype)
 
 
-def linear(layer: nn.Module) -> FrozenWeight | NotFrozen:
+def linear(layer: ForeignModule) -> FrozenWeight | NotFrozen:
     """The weight of an HQQLinear."""
     if not layer.ready:
         return NotFrozen("it is not quantised yet: call its initialize()")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.quantization.base import TRAINED, FrozenWeight, NotFrozen
 
 __all__ = ["linear"]
@@ -15,7 +16,7 @@ class Quanto(FrozenWeight):
         return self.layer.weight.dequantize().contiguous().to(dtype)
 
 
-def linear(layer: nn.Module) -> FrozenWeight | NotFrozen:
+def linear(layer: ForeignModule) -> FrozenWeight | NotFrozen:
     """The weight of a QLinear that is frozen, in quanto's sense and in PyTorch's."""
     weight = layer.weight
     if type(weight) in (Tensor, nn.Parameter):

@@ -1,8 +1,11 @@
 """Frozen weights of torchao: an nn.Linear whose weight is one of its tensors."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.quantization.base import DENSE, TRAINED, FrozenWeight, NotFrozen
 
 __all__ = ["linear"]
@@ -40,12 +43,12 @@ _TENSORS = {
 }
 
 
-def _is_of_rows(weight: Tensor) -> bool:
+def _is_of_rows(weight: Any) -> bool:
     """Whether an Int8Tensor has a scale for each row."""
     return weight.scale.shape == (weight.shape[0], 1)
 
 
-def linear(layer: nn.Module) -> FrozenWeight | NotFrozen:
+def linear(layer: ForeignModule) -> FrozenWeight | NotFrozen:
     """The weight of an nn.Linear. exact: the weight does not ask for x to be quantised too."""
     weight = layer._parameters.get("weight")
     kind = type(weight)
@@ -53,9 +56,10 @@ def linear(layer: nn.Module) -> FrozenWeight | NotFrozen:
         return NotFrozen(DENSE, TypeError)
     known = _TENSORS.get(kind.__name__)
     if known is None or not kind.__module__.startswith("torchao."):
-        known = f"{', '.join(_TENSORS)} of torchao"
         return NotFrozen(
-            f"its weight is a {kind.__module__}.{kind.__qualname__}; known are {known}", TypeError
+            f"its weight is a {kind.__module__}.{kind.__qualname__}; known are "
+            f"{', '.join(_TENSORS)} of torchao",
+            TypeError,
         )
     value, name, any_dtype, activation = known
     with torch._C.DisableTorchFunctionSubclass():  # attributes of tensors are slow without

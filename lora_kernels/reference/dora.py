@@ -267,8 +267,9 @@ def _dropped(
     """x_hat [M, K] in rows' dtype and h = x_hat·aᵀ [M, R], which is not made of a rounded x_hat."""
     acc = accumulate_dtype(rows.dtype)
     x_hat, parts = torch.empty_like(rows), []
+    m, k = rows.shape
     factor = None if a is None else a.to(acc).T
-    for some, mask in dropout.masks(seed, *rows.shape, dropout_p, acc):
+    for some, mask in dropout.masks(seed, m, k, dropout_p, acc):
         mask.mul_(rows[some]).mul_(dropout.keep_scale(dropout_p))
         if a is not None:
             parts.append(mask @ factor)
@@ -282,8 +283,8 @@ def _through_dropout(
     """Masks update [M, K] in place; da = dhᵀ·(mask∘rows), None without rows."""
     if dropout_p == 0:
         return None if rows is None else dh.T @ rows.to(dh.dtype)
-    da, shape = None, (update if rows is None else rows).shape
-    for some, mask in dropout.masks(seed, *shape, dropout_p, dh.dtype):
+    da, (m, k) = None, (update if rows is None else rows).shape
+    for some, mask in dropout.masks(seed, m, k, dropout_p, dh.dtype):
         if update is not None:
             update[some].mul_(mask)
         if rows is not None:

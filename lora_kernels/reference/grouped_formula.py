@@ -86,7 +86,8 @@ class _Sums:
     """A sum for each matrix of a stack; zero for those that nothing is added to."""
 
     def __init__(self, like: Tensor):
-        self.like, self.sums = like, {}
+        self.like = like
+        self.sums: dict[int, Tensor] = {}
 
     def add(self, place: int, term: Tensor) -> None:
         self.sums[place] = self.sums[place] + term if place in self.sums else term

@@ -52,7 +52,9 @@ def segments(ends: Tensor, groups: Tensor | None, w: Tensor) -> list[Segment]:
     stops = ends.tolist()
     of_segment = range(len(stops)) if groups is None else groups.tolist()
     per_expert = 1 if w.dim() == 2 else max(1, len(stops) // w.shape[0])
-    found, seen, start = [], {}, 0
+    found: list[Segment] = []
+    seen: dict[int, int] = {}
+    start = 0
     for q, (stop, group) in enumerate(zip(stops, of_segment, strict=True)):
         if stop > start:
             expert = q // per_expert if w.dim() == 3 else 0
@@ -155,8 +157,7 @@ def lora_grouped_linear_backward(
         for grad in (da, db):
             if grad is not None:
                 grad[g].zero_()
-    of_a, of_b = a.dtype, b.dtype
-    a, b = a.to(acc).unbind(), b.to(acc).unbind()
+    a_of, b_of = a.to(acc).unbind(), b.to(acc).unbind()
     da_of = da.unbind() if needs.a else ()
     db_of = db.unbind() if needs.b else ()
 
@@ -167,13 +168,13 @@ def lora_grouped_linear_backward(
         if g >= 0:
             p, scaling, dy_acc = spec.dropout_p(g), spec.scaling(g), dy_rows.to(acc)
             if needs.x or needs.a:
-                dh = (dy_acc @ b[g]).mul_(scaling * dropout.keep_scale(p))
+                dh = (dy_acc @ b_of[g]).mul_(scaling * dropout.keep_scale(p))
             if needs.a:
                 for part, x_hat in _x_hat(rows, segment, seeds, spec, acc):
                     begins = segment.first == part.start == 0  # what was there is not read
                     da_of[g].addmm_(dh[part].T, x_hat, beta=0 if begins else 1)
             if needs.x:
-                _update_dx_(dx_rows[some], dh, a[g], segment, seeds, p, add=wide)
+                _update_dx_(dx_rows[some], dh, a_of[g], segment, seeds, p, add=wide)
             if needs.b:
                 db_of[g].addmm_(dy_acc.T, h[some], beta=segment.first != 0, alpha=scaling)
         if experts:
@@ -189,8 +190,8 @@ def lora_grouped_linear_backward(
         dx = dx_rows
         if index is not None:
             dx = dy.new_zeros((sources, w.shape[-1])).index_add_(0, index, dx_rows)
-    da = None if da is None else da.to(of_a)
-    db = None if db is None else db.to(of_b)
+    da = None if da is None else da.to(a.dtype)
+    db = None if db is None else db.to(b.dtype)
     return [grad for grad in (dx, dw, da, db, dbias) if grad is not None]
 
 

@@ -33,9 +33,9 @@ def low_rank_input(x: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float) 
     if dropout_p == 0:
         return _as(acc, rows) @ _as(acc, a).T
     factor = _as(acc, a).T
+    m, k = rows.shape
     parts = [
-        mask.mul_(rows[some]) @ factor
-        for some, mask in dropout.masks(seed, *rows.shape, dropout_p, acc)
+        mask.mul_(rows[some]) @ factor for some, mask in dropout.masks(seed, m, k, dropout_p, acc)
     ]
     return _join(parts, dim=0) * dropout.keep_scale(dropout_p)
 

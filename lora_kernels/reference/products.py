@@ -65,4 +65,4 @@ def _ask_for_instructions(dtype: torch.dtype) -> bool:
 
 
 # torch.compile calls it and keeps the answer: it cannot trace what is asked of the CPU.
-_has_instructions._dynamo_marked_constant = True
+vars(_has_instructions)["_dynamo_marked_constant"] = True

@@ -58,7 +58,8 @@ class DoraProblem(Problem):
         }
         mask = self.scaled_mask()
         mask = None if mask is None else mask.to(leaves["x"].dtype)
-        y = dora_formula(*(leaves.get(name) for name in DORA_OPERANDS), self.spec, mask)
+        x, w, a, b, bias, magnitude = map(leaves.get, DORA_OPERANDS)
+        y = dora_formula(x, w, a, b, bias, magnitude, self.spec, mask)
         grads = torch.autograd.grad(y, list(leaves.values()), self.dy.to(y.dtype))
         return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 

@@ -87,7 +87,8 @@ class Problem:
         mask = self.mask()
         if mask is not None:
             mask = mask.to(leaves["x"].dtype) * dropout.keep_scale(self.dropout_p)
-        y = lora_formula(*(leaves.get(name) for name in OPERANDS), self.spec, mask)
+        x, w, a, b, bias = map(leaves.get, OPERANDS)
+        y = lora_formula(x, w, a, b, bias, self.spec, mask)
         grads = torch.autograd.grad(y, list(leaves.values()), self.dy.to(y.dtype))
         return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 

@@ -40,7 +40,8 @@ def assert_close_together(triples: Sequence[tuple[Tensor, Tensor, Tensor]], what
         size = _rms(triple[1]) if triple[1].numel() else 0.0
         scale = 2.0 ** -round(math.log2(size)) if size > 0 else 1.0  # a power: without rounding
         parts.append([tensor.flatten() * scale for tensor in triple])
-    assert_close(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), what)
+    actual, reference64, baseline = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    assert_close(actual, reference64, baseline, what)
 
 
 def _rms(tensor: Tensor) -> float:
