@@ -184,7 +184,8 @@ def write_pickle(path: Path, state: dict[str, Any], envelope: str | None = None)
             is_part = value.untyped_storage().nbytes() > value.numel() * value.dtype.itemsize
             state[key] = value.clone() if is_part else value
     with path.open("xb") as file:
-        torch.save({envelope: state} if envelope else state, mapped.Releasing(file))
+        releasing = mapped.Releasing(file)  # torch.save asks for no more than write() and flush()
+        torch.save({envelope: state} if envelope else state, releasing)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

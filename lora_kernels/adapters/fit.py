@@ -65,7 +65,7 @@ def fit(model: nn.Module, adapter: Adapter, stacks: Collection[str]) -> Fitted:
 
     stacks: paths of the parameters that target_parameters means.
     """
-    source, adapted, own = adapter.source, adapted_layers(model), plain_state(model)
+    source, adapted, own = adapter.read_from, adapted_layers(model), plain_state(model)
 
     def takes_part(path: str) -> bool:
         # What a LoRA layer has besides its factors is not that of a saved module.
@@ -86,7 +86,8 @@ def fit(model: nn.Module, adapter: Adapter, stacks: Collection[str]) -> Fitted:
     trained = entry_keys(model, targets, adapter.bias, saved)
     keys = _embedding_keys(model) | trained
     _check_entries(adapter, {*targets, *stacks}, trained, keys, saved)
-    specs, state = {}, {}
+    specs: dict[str, LayerSpec] = {}
+    state: dict[str, Tensor] = {}
     for path, module in targets.items():
         layer = adapter.layers[path]
         _check_base(layer, module, source)
@@ -118,7 +119,7 @@ def fit(model: nn.Module, adapter: Adapter, stacks: Collection[str]) -> Fitted:
 
 def fit_named(model: nn.Module, adapter: Adapter, name: str) -> Fitted:
     """Makes room for adapter under this name, after every check; its values are not loaded yet."""
-    source, modules = adapter.source, dict(named_modules(model))
+    source, modules = adapter.read_from, dict(named_modules(model))
     if adapter.stacks:
         raise ValueError(f"{source.config}: target_parameters: only linears have several adapters")
     targets = set(match_targets(model, adapter.target_modules))
@@ -129,7 +130,8 @@ def fit_named(model: nn.Module, adapter: Adapter, name: str) -> Fitted:
     for path in sorted(set(held) ^ set(adapter.layers)) if held else ():
         has, lacks = (name, "file") if path in held else ("file", name)
         raise ValueError(f"{source.weights}: {has} has factors for {path!r}, {lacks} does not")
-    specs, state = {}, {}
+    specs: dict[str, AdapterSpec] = {}
+    state: dict[str, Tensor] = {}
     for path, layer in adapter.layers.items():
         _check_base(layer, modules[path], source)
         spec = layer.spec
@@ -149,15 +151,15 @@ def fit_named(model: nn.Module, adapter: Adapter, name: str) -> Fitted:
         for kind, factor in zip(FACTORS, own_factors(layer), strict=True):
             state[join(path, f"{kind}_{name}")] = factor
     if held:
-        for path, layer in held.items():
-            layer.adapters[name] = specs[path]
+        for path, multi in held.items():
+            multi.adapters[name] = specs[path]
     else:
         check_adapter_name("load_adapter", name)
         put_adapters(model, {path: {name: spec} for path, spec in specs.items()})
         mark_only_lora_as_trainable(model)
-        for layer in multi_layers(model).values():
-            if name in layer.adapters:
-                layer.factors(name)[1].requires_grad &= adapter.trains_b
+        for multi in multi_layers(model).values():
+            if name in multi.adapters:
+                multi.factors(name)[1].requires_grad &= adapter.trains_b
     return Fitted({}, state, [])
 
 
@@ -175,9 +177,9 @@ def _targets(
     if not adapted:
         check_wrappable(targets)
         return targets
-    adapted = [p for path, layer in adapted.items() for p in adapted_parameters(path, layer)]
-    for path in sorted({*targets, *adapter.stacks} ^ set(adapted)):
-        has, lacks = ("model", "adapter") if path in adapted else ("adapter", "model")
+    own = {p for path, layer in adapted.items() for p in adapted_parameters(path, layer)}
+    for path in sorted({*targets, *adapter.stacks} ^ own):
+        has, lacks = ("model", "adapter") if path in own else ("adapter", "model")
         raise ValueError(f"the {has} has LoRA on {path!r}, the {lacks} does not")
     return targets
 
@@ -203,7 +205,7 @@ def _embedding_keys(model: nn.Module) -> dict[str, str]:
 
     PEFT does so if the input embedding or the output head is wrapped, or has a new vocabulary.
     """
-    keys = {}
+    keys: dict[str, str] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(AttributeError, NotImplementedError):
             module = unwrapped(getattr(unwrapped(model), getter)())
@@ -229,7 +231,7 @@ def _check_entries(
 
     trained: keys of what trains besides the factors; allowed: all keys that there may be.
     """
-    source = adapter.source
+    source = adapter.read_from
     missing = f"missing, though {source.config.name} and the model ask for"
     unexpected = f"unexpected, neither {source.config.name} nor the model asks for it"
     for path in sorted(set(targets) - set(adapter.layers)):
@@ -261,11 +263,9 @@ def _check_base(layer: AdapterLayer, module: nn.Module, source: Source) -> None:
         )
     if base.inputs != layer.base.inputs:
         raise ValueError(f"{a}: must have {base.inputs} inputs for {kind}, got {layer.base.inputs}")
-    if base.conv is not None and base.conv.kernel_size != layer.base.conv.kernel_size:
-        raise ValueError(
-            f"{a}: kernel must be {base.conv.kernel_size} for {kind}, got "
-            f"{layer.base.conv.kernel_size}"
-        )
+    own, got = base.conv, layer.base.conv
+    if own is not None and got is not None and own.kernel_size != got.kernel_size:
+        raise ValueError(f"{a}: kernel must be {own.kernel_size} for {kind}, got {got.kernel_size}")
     if base.outputs != layer.base.outputs:
         raise ValueError(
             f"{b}: must have {base.outputs} outputs for {kind}, got {layer.base.outputs}"

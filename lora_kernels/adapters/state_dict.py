@@ -99,7 +99,11 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
         "merged_state_dict", model, "model.merge_and_unload().state_dict() is the merged model's"
     )
     one_adapter("merged_state_dict", model, adapter)  # raises
-    renamed, dropped, merged, added, left = {}, set(), {}, {}, {}
+    renamed: dict[str, str] = {}
+    dropped: set[str] = set()
+    merged: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    left: dict[str, str] = {}
     copies: dict[int | tuple[int, str], Tensor] = {}
     state = plain_state(model)  # first, because this makes FSDP shard its parameters again
     for path, layer in named_modules(model, remove_duplicate=False):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.formats.base import UNKNOWN, Base
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
 from lora_kernels.model.paths import join
@@ -54,7 +55,7 @@ class Convolution:
     padding_mode: str = "zeros"
 
     @classmethod
-    def of(cls, conv: nn.Module) -> "Convolution":
+    def of(cls, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> "Convolution":
         """The options of an nn.Conv1d, nn.Conv2d or nn.Conv3d."""
         padded = conv.padding not in ("valid", (0,) * len(conv.kernel_size))
         return cls(conv.kernel_size, conv.groups, conv.dilation, padded, conv.padding_mode)
@@ -81,7 +82,7 @@ class BaseModule:
     conv: Convolution | None = None
 
     @classmethod
-    def of(cls, module: nn.Module) -> "BaseModule":
+    def of(cls, module: ForeignModule) -> "BaseModule":
         """The description of a linear, an embedding or a convolution, plain or wrapped."""
         conv = module.conv if isinstance(module, ConvLoRA) else module
         if isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -195,6 +196,13 @@ class Adapter:
     lora_biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
+    def read_from(self) -> Source:
+        """The files of an adapter that was read."""
+        if self.source is None:
+            raise ValueError("the adapter comes from a model, not from files")
+        return self.source
+
+    @property
     def stacks(self) -> list[str]:
         """The paths of the layers that are stacks of the weights of experts."""
         return [path for path, layer in self.layers.items() if layer.base.kind == "experts"]
@@ -210,7 +218,8 @@ def renamed(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
 
     Raises: ValueError if two get the same name.
     """
-    source, old = adapter.source, {}
+    source = adapter.source
+    old: dict[str, str] = {}
     for entry in (*adapter.layers, *adapter.entries):
         if old.setdefault(rename(entry), entry) != entry:
             raise ValueError(f"{entry} and {old[rename(entry)]} are both {rename(entry)!r}")

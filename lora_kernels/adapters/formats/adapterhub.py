@@ -67,7 +67,8 @@ def read(file: Path, hints: Hints) -> Adapter:
     with naming(config):
         r, alpha, dropout, matrices, notes = _parse(raw)
     tensors = files.read_tensors(file)
-    plain, keys_of = {}, {}
+    plain: dict[str, Tensor] = {}
+    keys_of: dict[str, str] = {}
     for key, value in tensors.items():
         match = _LORAS.match(key)
         if match is None or match["rest"] not in FACTORS:
@@ -93,7 +94,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     adapter = make_adapter(
         layers, found, config, file, notes, base if isinstance(base, str) and base else None
     )
-    source = replace(adapter.source, key=lambda entry: keys_of.get(entry, entry))
+    source = replace(adapter.read_from, key=lambda entry: keys_of.get(entry, entry))
     return replace(adapter, source=source)
 
 
@@ -157,7 +158,8 @@ def write(adapter: Adapter, directory: Path, hints: Hints) -> list[str]:
     """
     fused = {p: layer for p, layer in adapter.layers.items() if layer.spec.splits is not None}
     for path, layer in fused.items():
-        if split(path)[1] != _FUSED or len(set(layer.spec.splits.sizes)) > 1:
+        splits = layer.spec.splits
+        if split(path)[1] != _FUSED or (splits is not None and len(set(splits.sizes)) > 1):
             raise ValueError(f"{path}: AdapterHub has groups of columns in c_attn only, equal ones")
     others = {path: layer for path, layer in adapter.layers.items() if path not in fused}
     layers = plain_layers(replace(adapter, layers=others), "AdapterHub", ("linear",))
@@ -165,7 +167,8 @@ def write(adapter: Adapter, directory: Path, hints: Hints) -> list[str]:
     places = _places(adapter)
     scalings = {layer.spec.scaling for layer in fused.values()}
     ranks = {layer.spec.r for layer in fused.values()}
-    padded = scaled = []
+    padded: list[str] = []
+    scaled: list[str] = []
     if layers:
         layers, r, padded = of_one_rank(layers)
         layers, scaling, scaled = of_one_scaling(layers)
@@ -173,10 +176,10 @@ def write(adapter: Adapter, directory: Path, hints: Hints) -> list[str]:
         ranks.add(r)
     if len(scalings) > 1 or len(ranks) > 1:
         raise ValueError(f"{directory}: AdapterHub has one rank and one scaling, also for c_attn")
-    for layer in layers:
+    for plain in layers:
         state |= {
-            f"{layer.path}.loras.adapter.{n}": t
-            for n, t in zip(FACTORS, (layer.a, layer.b), strict=True)
+            f"{plain.path}.loras.adapter.{n}": t
+            for n, t in zip(FACTORS, (plain.a, plain.b), strict=True)
         }
     for path, layer in fused.items():
         front = f"{path}.loras.adapter."

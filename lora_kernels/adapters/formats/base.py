@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -47,7 +48,7 @@ class Base:
     def of(cls, model: nn.Module) -> "Base":
         """Of a model, by its config if it has one of Hugging Face's."""
         paths = [path for path, _ in named_modules(model) if path]
-        config = getattr(unwrapped(model), "config", None)
+        config: Any = getattr(unwrapped(model), "config", None)
         raw = config.to_dict() if hasattr(config, "to_dict") else {}
         return cls._of("the model", raw if isinstance(raw, dict) else {}, paths)
 

@@ -6,10 +6,13 @@ names in front of its keys. Without it diffusers takes lora_alpha = r, or what a
 """
 
 import json
+import operator
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from lora_kernels.adapters import files, mapped
 from lora_kernels.adapters.files import naming
@@ -17,6 +20,7 @@ from lora_kernels.adapters.formats.adapter import FACTORS, MAGNITUDE, Adapter, H
 from lora_kernels.adapters.formats.contents import Contents
 from lora_kernels.adapters.formats.peft_config import make_config, parse_config
 from lora_kernels.adapters.formats.plain import (
+    PlainLayer,
     collect,
     left_out,
     make_adapter,
@@ -118,7 +122,8 @@ def write(adapter: Adapter, path: Path, hints: Hints) -> list[str]:
     """
     file = path if path.suffix == ".safetensors" else path / _WEIGHTS
     layers = plain_layers(adapter, "diffusers", ("linear", "convolution"), dora=True)
-    tensors, by_component = {}, defaultdict(dict)
+    tensors: dict[str, Tensor] = {}
+    by_component: dict[str, dict[str, PlainLayer]] = defaultdict(dict)
     for layer in layers:
         tensors[f"{layer.path}.lora_A.weight"] = layer.a
         tensors[f"{layer.path}.lora_B.weight"] = layer.b
@@ -133,7 +138,7 @@ def write(adapter: Adapter, path: Path, hints: Hints) -> list[str]:
         front = "" if whole else f"{component}."
         own = {path: adapter.layers[path] for path in members}
         part = replace(adapter, layers=own, target_modules=sorted(own), entries={})
-        part = renamed(part, lambda entry, front=front: entry.removeprefix(front))
+        part = renamed(part, operator.methodcaller("removeprefix", front))
         ranks = {path.removeprefix(front): layer.r for path, layer in members.items()}
         for key, value in make_config(part, ranks, []).items():
             told[f"{front}{key}"] = value

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_kernels.adapters import files, mapped
 from lora_kernels.adapters.files import naming
-from lora_kernels.adapters.formats.adapter import FACTORS, Adapter, Hints
+from lora_kernels.adapters.formats.adapter import FACTORS, Adapter, Hints, Kind
 from lora_kernels.adapters.formats.contents import Contents
 from lora_kernels.adapters.formats.names import Names, halves, interleaved, rotated
 from lora_kernels.adapters.formats.plain import (
@@ -84,7 +84,7 @@ def read(file: Path, hints: Hints) -> Adapter:
         with naming(place):
             path = _NAMES.to_hf(name)
             scaling = alpha / a.shape[0]
-            kind = "embedding" if is_embedding else "linear"
+            kind: Kind = "embedding" if is_embedding else "linear"
             layer = make_layer(
                 path, place, a, b, scaling, kind=kind, dropout=hints.lora_dropout, hints=hints
             )
@@ -134,12 +134,13 @@ def write(adapter: Adapter, file: Path, hints: Hints) -> list[str]:
     gguf = _gguf(file)
     if file.is_dir():
         raise ValueError(f"{file}: is a directory, must be the file to write")
-    architecture = _ARCHITECTURES.get(hints.base.model_type)
-    if hints.base.model_type is None:
+    model_type = hints.base.model_type
+    if model_type is None:
         raise ValueError(
             f"{file}: GGUF holds the architecture of the base model: give --base, its directory or "
             f"config.json"
         )
+    architecture = _ARCHITECTURES.get(model_type)
     if architecture is None:
         known = ", ".join(_ARCHITECTURES)
         raise ValueError(f"{hints.base.place}: model_type: must be one of {known} for GGUF")

@@ -54,9 +54,9 @@ def plain_keys(
     taken = {"".join(found)} - {""}
     for key in keys:
         bare = strip(key)
-        name = _ADAPTERHUB.sub("", bare)
-        if name != bare:
-            taken.add(_ADAPTERHUB.search(bare)[0])
+        name, found_in = _ADAPTERHUB.sub("", bare), _ADAPTERHUB.search(bare)
+        if found_in is not None:
+            taken.add(found_in[0])
         if name in plain:
             raise ValueError(f"{key}: is {name} without wrappers, as {plain[name]} is")
         plain[name] = key

@@ -130,24 +130,27 @@ def _paths(file: Path, names: Iterable[str], base: Base) -> tuple[dict[str, str]
     """The path of each name, and what had to be assumed. Raises: ValueError."""
     fronts = {name: next((p for p in _PREFIXES if name.startswith(p)), "") for name in names}
     components = {_PREFIXES.get(front, "") for front in fronts.values()}
-    alone, known = len(components) == 1, {}
-    for path in base.paths or ():
-        flat = path.replace(".", "_")
-        if known.setdefault(flat, path) != path:
+    alone = len(components) == 1
+    known: dict[str, str | None] = {}
+    for own in base.paths or ():
+        flat = own.replace(".", "_")
+        if known.setdefault(flat, own) != own:
             known[flat] = None  # two modules of one name
-    paths, guessed, kept = {}, [], []
+    paths: dict[str, str] = {}
+    guessed: list[str] = []
+    kept: list[str] = []
     for name, front in fronts.items():
         inside, component = name.removeprefix(front), _PREFIXES.get(front, "")
         if base.paths is not None and alone:
             tried = (inside, inside.removeprefix(_FRONT), _FRONT + inside)
-            path = next((known[flat] for flat in tried if flat in known), None)
-            if path is None:
+            found = next((known[flat] for flat in tried if flat in known), None)
+            if found is None:
                 why = "two modules" if inside in known else "no module"
                 raise ValueError(f"{file}: {name}: {why} of {base.place} can be called so")
         else:
-            path = _guess(inside)
-            (guessed if path != inside else kept).append(name)
-        paths[name] = path if alone or not component else f"{component}.{path}"
+            found = _guess(inside)
+            (guessed if found != inside else kept).append(name)
+        paths[name] = found if alone or not component else f"{component}.{found}"
     notes = []
     if alone and components != {""}:
         notes.append(f"{file}: for the component {next(iter(components))!r} of a pipeline")

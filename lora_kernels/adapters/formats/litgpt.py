@@ -114,16 +114,16 @@ def _apart(
 
 def _sizes(file: Path, hints: Hints) -> list[int] | None:
     """Rows of q_proj, k_proj and v_proj."""
-    heads = [hints.base.heads_of(name) for name in ("q_proj", "k_proj")]
-    if None in heads:
+    of_q, of_k = (hints.base.heads_of(name) for name in ("q_proj", "k_proj"))
+    if of_q is None or of_k is None:
         model = _yaml(file.parent / _MODEL)
         count, size = model.get("n_head"), model.get("head_size")
         if size is None and count and "n_embd" in model:
             size = model["n_embd"] // count
         if not count or not size:
             return None
-        heads = [(count, size), (model.get("n_query_groups", count), size)]
-    (q, q_size), (k, k_size) = heads
+        of_q, of_k = (count, size), (model.get("n_query_groups", count), size)
+    (q, q_size), (k, k_size) = of_q, of_k
     return [q * q_size, k * k_size, k * k_size]
 
 

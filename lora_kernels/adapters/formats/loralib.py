@@ -162,15 +162,15 @@ def alphas_of(
     """lora_alpha of the layers at paths: the file's, else the hint."""
     if hint is not None:
         check_alpha(hint, "--lora-alpha")
-    found = {}
+    found: dict[str, float] = {}
     for path in paths:
-        found[path] = told.get(path, hint)
-        if found[path] is None:
+        alpha = told.get(path, hint)
+        if alpha is None:
             raise ValueError("the file does not hold lora_alpha: give --lora-alpha")
-        check_alpha(found[path], f"{path}: {_ALPHA}")
-        if hint is not None and not math.isclose(hint, found[path], rel_tol=1e-12):
+        found[path] = check_alpha(alpha, f"{path}: {_ALPHA}")
+        if hint is not None and not math.isclose(hint, alpha, rel_tol=1e-12):
             raise ValueError(
-                f"{path}: the file says lora_alpha={found[path]:.15g}, --lora-alpha {hint:.15g}: "
+                f"{path}: the file says lora_alpha={alpha:.15g}, --lora-alpha {hint:.15g}: "
                 f"leave --lora-alpha out"
             )
     return found
@@ -239,11 +239,11 @@ def taken_for(file: Path, layers: Mapping[str, AdapterLayer]) -> list[str]:
     """Lines that say what the factors of each module were taken for."""
     kinds = defaultdict(list)
     for path, layer in layers.items():
-        name = layer.base.kind if layer.spec.splits is None else "MergedLinear"
-        name = name[0].upper() + name[1:]
+        kind = layer.base.kind if layer.spec.splits is None else "MergedLinear"
+        name = kind[0].upper() + kind[1:]
         sizes = f"{layer.base.inputs}, {layer.base.outputs}"
         kinds[f"{name}({sizes}, r={layer.spec.r})"].append(path)
-    lines = [f"{file}: taken for {kind}: {', '.join(paths)}" for kind, paths in kinds.items()]
+    lines = [f"{file}: taken for {call}: {', '.join(paths)}" for call, paths in kinds.items()]
     if any(layer.base.kind == "linear" for layer in layers.values()):
         lines.append(f"{file}: factors do not tell a convolution from a Linear: {_IF_CONVOLUTION}")
     return lines
@@ -374,7 +374,7 @@ def write(adapter: Adapter, file: Path, hints: Hints | None = None) -> list[str]
         state |= {join(path, "lora_A"): layer.lora_A, join(path, "lora_B"): layer.lora_B}
         calls[_call(layer)].append(path)
     state = OrderedDict(state)
-    state._metadata = OrderedDict(
+    vars(state)["_metadata"] = OrderedDict(  # as nn.Module.state_dict() has it
         (path, {_ALPHA: _alpha(layer.spec)}) for path, layer in adapter.layers.items()
     )
     with files.replacing(file.parent, [file.name]) as scratch:

@@ -29,9 +29,9 @@ def unmerge(source: Path, destination: Path, hints: Hints) -> list[str]:
     Raises: ValueError, naming file and key, for a file without such weights, for what cannot be
     understood without further hints, and if destination is a directory; OSError.
     """
-    for path, what in ((source, "read"), (destination, "write")):
-        if path.is_dir():
-            raise ValueError(f"{path}: is a directory, must be the file to {what}")
+    for file, what in ((source, "read"), (destination, "write")):
+        if file.is_dir():
+            raise ValueError(f"{file}: is a directory, must be the file to {what}")
     state, told, notes, is_own = read_state(source, hints)
     with files.naming(source):
         if is_own:
@@ -51,10 +51,10 @@ def unmerge(source: Path, destination: Path, hints: Hints) -> list[str]:
             state[keys[path]] = (weight - update).to(weight.dtype)
     with files.replacing(destination.parent, [destination.name]) as scratch:
         torch.save(state, scratch / destination.name)
-    alphas = sorted({f"{alpha:.15g}" for alpha in alphas.values()})
+    given = sorted({f"{alpha:.15g}" for alpha in alphas.values()})
     lines = [
         f"{destination}: {len(updates)} weights without the update that was in them, with "
-        f"lora_alpha {', '.join(alphas)}"
+        f"lora_alpha {', '.join(given)}"
     ]
     if convolutions:
         lines.append(f"{source}: taken for convolutions: {', '.join(convolutions)}")
@@ -100,12 +100,16 @@ def _update(layer: AdapterLayer, weight: Tensor) -> Tensor:
 def _of_convolution(path: str, state: Mapping[str, Tensor], key: str, alpha: float) -> Tensor:
     """scaling·lora_B·lora_A of a loralib convolution, in its weight's shape."""
     weight = state[key]
-    factors = [state.get(join(path, name)) for name in ("lora_A", "lora_B")]
+    a, b = (state.get(join(path, name)) for name in ("lora_A", "lora_B"))
     kernel = weight.shape[2]
-    fit = all(factor is not None and factor.dim() == 2 for factor in factors)
-    a, b = factors
-    fit = fit and a.shape[0] == b.shape[1] and a.shape[0] % kernel == 0
-    if not fit or b.shape[0] * a.shape[1] != weight.numel():
+    if (
+        a is None
+        or b is None
+        or not a.dim() == b.dim() == 2
+        or a.shape[0] != b.shape[1]
+        or a.shape[0] % kernel
+        or b.shape[0] * a.shape[1] != weight.numel()
+    ):
         raise ValueError(f"{path}: lora_A and lora_B do not fit weight {list(weight.shape)}")
     acc = torch.promote_types(weight.dtype, torch.float32)
     scaling = alpha / (a.shape[0] // kernel)

@@ -78,7 +78,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     )
 
 
-def _parameters(raw) -> tuple[int, float, float]:
+def _parameters(raw) -> tuple[float, float, float]:
     """Rank, scale and dropout. Raises: ValueError that names the key."""
     if not isinstance(raw, dict):
         raise ValueError(f"must hold a JSON object, got {type(raw).__name__}")

@@ -110,9 +110,9 @@ def read(directory: Path, hints: Hints | None = None, stacks: Stacks | None = No
             f"{directory / _PICKLE}: a pickle can run code and is never read; have PEFT save the "
             f"adapter as {WEIGHTS}"
         )
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
+    for file in (config_path, weights_path):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file")
     raw = files.read_json(config_path)
     with naming(config_path):
         config = parse_config(raw)
@@ -121,7 +121,7 @@ def read(directory: Path, hints: Hints | None = None, stacks: Stacks | None = No
                 "target_parameters: which factors are whose is not in the file: "
                 "load_adapter(model, ...) reads it"
             )
-        found = stacks(config.target_parameters) if config.target_parameters else {}
+        found = stacks(config.target_parameters) if config.target_parameters and stacks else {}
     tensors, metadata = files.read_safetensors(weights_path)
     with naming(f"{weights_path}: metadata {METADATA}"):
         records = parse_records(metadata.get(METADATA, "{}"))

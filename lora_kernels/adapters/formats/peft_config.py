@@ -93,9 +93,9 @@ def parse_config(raw) -> AdapterConfig:
         use_rslora=take("use_rslora", (bool,), False),
         use_dora=take("use_dora", (bool,), False),
     )
-    for rank in (numbers.r, *numbers.rank_pattern.values()):
+    for rank in (numbers.r, *(numbers.rank_pattern or {}).values()):
         check_rank(rank, "adapter")
-    for alpha in (numbers.lora_alpha, *numbers.alpha_pattern.values()):
+    for alpha in (numbers.lora_alpha, *(numbers.alpha_pattern or {}).values()):
         check_alpha(alpha, "adapter")
     parameters = take("target_parameters", (list,), [])
     if not all(isinstance(name, str) and name for name in parameters):

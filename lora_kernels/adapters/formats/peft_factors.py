@@ -85,7 +85,7 @@ def from_peft(layer: AdapterLayer, record: Record | None, use_rslora: bool) -> A
     if splits is not None:
         own_a = a
         own_b = torch.cat([b[columns, ranks] for columns, _, ranks in splits.groups(r)])
-    else:
+    elif conv is not None:  # as _splits has found
         first, *rest = conv.kernel_size
         inner, copies = r * first, math.prod(rest)
         own_a = a.reshape(rank, copies, -1)[:inner, 0].contiguous()

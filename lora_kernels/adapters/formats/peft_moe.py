@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.model.paths import split
 
 __all__ = ["rewritten", "rewritten_by_name"]
@@ -28,12 +29,12 @@ _WAY_OUT = (
 )
 
 
-def rewritten(model: nn.Module, paths: Iterable[str]) -> str | None:
+def rewritten(model: ForeignModule, paths: Iterable[str]) -> str | None:
     """What PEFT does to LoRA of model, with the way out; None if it takes all layers as they are.
 
     model: without wrappers. paths: of its layers.
     """
-    names = _REWRITTEN.get(_family(model), ())
+    names = _REWRITTEN.get(_family(model) or "", ())
     lost = [path for path in paths if split(path)[1] in names]
     if not lost:
         return None

@@ -53,7 +53,7 @@ class Part:
 
 
 def collect(
-    file: Path, tensors: Mapping[str, Tensor], endings: Mapping[str, str]
+    file: Path, tensors: Mapping[str, Tensor], endings: dict[str, str]
 ) -> dict[str, dict[str, Part]]:
     """The parts of each layer by path, in the order of the file.
 
@@ -199,13 +199,13 @@ def summary(adapter: Adapter) -> list[str]:
     names = collections.defaultdict(list)
     for path, layer in adapter.layers.items():
         kind = layer.base.kind if layer.spec.splits is None else "merged linear"
-        kind = f"{kind} {layer.base.inputs} -> {layer.base.outputs}"
+        sizes = f"{layer.base.inputs} -> {layer.base.outputs}, r={layer.spec.r}"
         dora = ", DoRA" if layer.magnitude is not None else ""
-        names[f"{kind}, r={layer.spec.r}, scaling {layer.spec.scaling:.6g}{dora}"].append(path)
+        names[f"{kind} {sizes}, scaling {layer.spec.scaling:.6g}{dora}"].append(path)
     lines = []
-    for kind, paths in names.items():
+    for outline, paths in names.items():
         counts = collections.Counter(split(path)[1] for path in paths)
-        lines.append(f"  {kind}: " + ", ".join(f"{name} x{n}" for name, n in counts.items()))
+        lines.append(f"  {outline}: " + ", ".join(f"{name} x{n}" for name, n in counts.items()))
     return lines
 
 
@@ -231,7 +231,7 @@ class PlainLayer:
 
 
 def plain_layers(
-    adapter: Adapter, tool: str, kinds: Collection[Kind], dora: bool = False
+    adapter: Adapter, tool: str, kinds: Collection[str], dora: bool = False
 ) -> list[PlainLayer]:
     """The layers of adapter for a tool that has these kinds, with or without DoRA.
 

@@ -85,7 +85,7 @@ def _heads(path: str, base: Base, outputs: int) -> tuple[int, int] | None:
     if kind is not None and kind not in _INTERLEAVED:
         known = ", ".join(_INTERLEAVED)
         raise ValueError(f"{base.place}: model_type: {kind!r} is none of torchtune's: {known}")
-    return rotated(path, base, outputs) if _INTERLEAVED.get(kind, True) else None
+    return rotated(path, base, outputs) if kind is None or _INTERLEAVED[kind] else None
 
 
 def _in_halves(layer: AdapterLayer, heads: tuple[int, int]) -> AdapterLayer:
