@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 from lora_kernels.checks import check_dropout
-from lora_kernels.foreign import check_no_peft
+from lora_kernels.foreign import ForeignModule, check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
@@ -61,7 +62,7 @@ def apply_lora(
     modules_to_save: str | Iterable[str] | None = None,
     merge_weights: bool = False,
     autocast_adapter_dtype: bool = True,
-    adapters: Mapping[str, Mapping] | None = None,
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> nn.Module:
     """Replaces modules of model by LoRA layers around the same parameters; returns model.
 
@@ -199,10 +200,10 @@ def wrap_modules(
 
 
 def _wrap(
-    module: nn.Module, spec: LayerSpec, merge_weights: bool, autocast_adapter_dtype: bool
+    module: ForeignModule, spec: LayerSpec, merge_weights: bool, autocast_adapter_dtype: bool
 ) -> LoRALayer:
     quantised = is_quantised(module)
-    options = {
+    options: dict[str, Any] = {
         "merge_weights": False,  # scaling is not final yet
         "lora_dtype": lora_dtype(
             frozen_weight(module) if quantised else module.weight, autocast_adapter_dtype
@@ -210,7 +211,7 @@ def _wrap(
     }
     if not isinstance(module, nn.Embedding):
         options["lora_dropout"] = spec.lora_dropout
-    construct = constructor_of(module)
+    construct: Any = constructor_of(module)
     if spec.splits is not None:
         construct = LoRAMergedLinear.from_linear
         options |= {"enable_lora": spec.splits.enabled, "out_splits": spec.splits.sizes}
@@ -232,7 +233,7 @@ def _wrap_experts(
         {name: spec.lora_alpha for name, spec in specs.items()},
         next(iter(specs.values())).lora_dropout,
         specs,
-        lora_dtype(module._parameters[next(iter(specs))], autocast_adapter_dtype),
+        lora_dtype(getattr(module, next(iter(specs))), autocast_adapter_dtype),
     )
     layer.scaling = {name: specs[name].scaling for name in layer.target_parameters}
     return layer

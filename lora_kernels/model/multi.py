@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from lora_kernels.checks import check_dropout
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.layers.linear import is_hf_conv1d
 from lora_kernels.layers.multi_linear import AdapterSpec, MultiLoRALinear, check_adapter_name
 from lora_kernels.model.paths import adapted_layers, named_modules
@@ -155,7 +156,7 @@ def _targets(model: nn.Module, name: str, options, target_modules) -> dict[str, 
 
 
 def _wrap(
-    module: nn.Module, specs: Mapping[str, AdapterSpec], autocast_adapter_dtype: bool
+    module: ForeignModule, specs: Mapping[str, AdapterSpec], autocast_adapter_dtype: bool
 ) -> MultiLoRALinear:
     options = {
         name: {"r": spec.r, "lora_alpha": spec.lora_alpha, "lora_dropout": spec.lora_dropout}

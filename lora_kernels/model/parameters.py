@@ -80,6 +80,7 @@ def _check_stack(path: str, module: nn.Module, wrapped: bool) -> None:
     owner, name = split(path)
     if wrapped and isinstance(module, LoRAExperts):
         return
+    reason: str | None = None
     if not owner:
         reason = "it is the model's own: put the module into another, or use LoRAExperts(module, r)"
     elif constructor_of(module) is not None:

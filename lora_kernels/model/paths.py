@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.quantization import is_quantised, restore
 
@@ -147,18 +148,19 @@ def pattern_without_wrappers(pattern: str) -> str:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside of all wrappers around model."""
-    while (name := _wrapped_name(model)) is not None:
-        model = model._modules[name]
-    return model
+    inside: ForeignModule = model
+    while (name := _wrapped_name(inside)) is not None:
+        inside = inside._modules[name]
+    return inside
 
 
-def wrapper_prefix(model: nn.Module) -> str:
+def wrapper_prefix(model: ForeignModule) -> str:
     """What the wrappers around model put in front of every key of model.state_dict()."""
-    prefix = ""
-    while (name := _wrapped_name(model)) is not None:
+    prefix, inside = "", model
+    while (name := _wrapped_name(inside)) is not None:
         if name not in _HIDDEN:
             prefix += f"{name}."
-        model = model._modules[name]
+        inside = inside._modules[name]
     return prefix
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.model.paths import lora_layers
 
@@ -12,7 +13,8 @@ __all__ = ["keep_hooks", "replace_modules"]
 
 def replace_modules(model: nn.Module, layers: Mapping[int, LoRALayer]) -> None:
     """Puts layers in the places of the modules with these ids."""
-    for parent in list(model.modules()):
+    parents: list[ForeignModule] = list(model.modules())
+    for parent in parents:
         for name, child in list(parent._modules.items()):
             if id(child) in layers:
                 setattr(parent, name, layers[id(child)])

@@ -180,10 +180,10 @@ def _seeds(present: Sequence[str], given: Mapping[str, int | torch.Generator]) -
     drawn = iter(draw_seeds(len(present), torch.device("cpu")).tolist())
     seeds = {}
     for name, own in zip(present, drawn, strict=True):
-        seed = given.get(name)
-        if isinstance(seed, torch.Generator):
-            seed = int(torch.randint(2**62, (), generator=seed))
-        seeds[name] = own if seed is None else mixed(seed, rank)
+        told = given.get(name)
+        if isinstance(told, torch.Generator):
+            told = int(torch.randint(2**62, (), generator=told))
+        seeds[name] = own if told is None else mixed(told, rank)
     return seeds
 
 

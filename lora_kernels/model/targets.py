@@ -5,13 +5,14 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels import distributed
 from lora_kernels.checks import check_alpha, check_rank
-from lora_kernels.foreign import did_you_mean
+from lora_kernels.foreign import ForeignModule, did_you_mean
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_kernels.layers.embedding import LoRAEmbedding
@@ -57,8 +58,8 @@ class LayerSpec:
 class Hyperparameters:
     """Arguments of apply_lora: the numbers for all layers, and by pattern other ones for some."""
 
-    r: int
-    lora_alpha: float
+    r: int | None  # None: the patterns have to say it of every path
+    lora_alpha: float | None
     lora_dropout: float = 0.0
     rank_pattern: Mapping[str, int] | None = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] | None = field(default_factory=dict)
@@ -75,8 +76,14 @@ class Hyperparameters:
         alpha = _look_up("alpha_pattern", self.alpha_pattern, path, self.lora_alpha)
         alpha = check_alpha(alpha, layer)
         scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank)
-        dora = {"use_dora": self.use_dora, "dropout_low_rank_only": self.dropout_low_rank_only}
-        return LayerSpec(rank, alpha, scaling, self.lora_dropout, **dora)
+        return LayerSpec(
+            rank,
+            alpha,
+            scaling,
+            self.lora_dropout,
+            use_dora=self.use_dora,
+            dropout_low_rank_only=self.dropout_low_rank_only,
+        )
 
     def unmatched(self, paths: Collection[str]) -> str | None:
         """A sentence about patterns that match none of paths; None if there are none."""
@@ -193,10 +200,12 @@ def _linear_paths(
     model: nn.Module, modules: dict[str, nn.Module], parameters: Collection[str]
 ) -> list[str]:
     try:
-        head = unwrapped(unwrapped(model).get_output_embeddings())
+        inside: ForeignModule = unwrapped(model)
+        head = unwrapped(inside.get_output_embeddings())
     except (AttributeError, NotImplementedError):
         head = None
-    paths, skipped = [], []
+    paths: list[str] = []
+    skipped: list[str] = []
     for path, module in modules.items():
         linear = isinstance(module, nn.Linear) or constructor_of(module) in _OF_LINEARS
         if module is head or not linear:
@@ -226,7 +235,7 @@ def _stacked_weights(modules: Mapping[str, nn.Module], parameters: Collection[st
 
     Those that parameters names, and those of LoRA layers, are left out.
     """
-    found = {}
+    found: dict[str, None] = {}
     for path, module in modules.items():
         kinds = set(type(module).__mro__) - {nn.Module}
         if any(kind.__module__.startswith("torch.nn.") for kind in kinds):
@@ -255,7 +264,7 @@ def name_targets(paths: Iterable[str], others: Collection[str]) -> list[str] | s
 
 # ---- which modules can become LoRA layers ----
 
-_CONSTRUCTORS = {
+_CONSTRUCTORS: dict[type[nn.Module], Callable[..., LoRALayer]] = {
     nn.Linear: LoRALinear.from_linear,
     nn.Embedding: LoRAEmbedding.from_embedding,
     nn.Conv1d: LoRAConv1d.from_conv,
@@ -276,7 +285,7 @@ def constructor_of(module: nn.Module) -> Callable[..., LoRALayer] | None:
     return _CONSTRUCTORS.get(type(module))
 
 
-def constructor_name(construct: Callable[..., LoRALayer]) -> str:
+def constructor_name(construct: Any) -> str:
     """What constructor_of returns, as a user would write it."""
     if isinstance(construct, type):
         return construct.__name__
@@ -328,10 +337,10 @@ def check_wrappable(targets: Mapping[str, nn.Module]) -> None:
             map(distributed.is_dtensor, module._parameters.values())
         ):
             reason = "its weight is sharded: call apply_lora before fully_shard or FSDP"
-        elif "weight" not in module._parameters:
+        elif (weight := module._parameters.get("weight")) is None:
             reason = "its weight is computed, not a parameter"
-        elif not module.weight.is_floating_point():
-            reason = f"its weight is {module.weight.dtype}, which no formula of LoRA can take"
+        elif not weight.is_floating_point():
+            reason = f"its weight is {weight.dtype}, which no formula of LoRA can take"
         elif "forward" in module.__dict__:
             reason = "its forward has been replaced"
         else:

@@ -174,9 +174,9 @@ def untie(model: nn.Module, paths: Collection[str]) -> None:
                 copy = parameter.detach().clone()
                 copies[id(parameter)] = nn.Parameter(copy, parameter.requires_grad)
         for module in modules[path].modules():
-            for name, parameter in module._parameters.items():
-                if id(parameter) in copies:
-                    module._parameters[name] = copies[id(parameter)]
+            for name, held in module._parameters.items():
+                if id(held) in copies:
+                    module._parameters[name] = copies[id(held)]
 
 
 def with_tied(model: nn.Module, paths: Collection[str]) -> list[str]:
