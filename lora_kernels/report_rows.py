@@ -89,8 +89,8 @@ class Report(list[Row]):
         if spare < 0:  # names of classes are the longest
             widths[1] = max(12, widths[1] + spare)
         for cells in table:
-            cells = [_short(cell, width) for cell, width in zip(cells, widths, strict=True)]
-            lines.append("  ".join(map(str.ljust, cells, widths)).rstrip())
+            short = [_short(cell, width) for cell, width in zip(cells, widths, strict=True)]
+            lines.append("  ".join(map(str.ljust, short, widths)).rstrip())
         for reason, number in reasons.items():
             mark = f"[{number}] "
             lines += textwrap.wrap(

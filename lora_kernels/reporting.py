@@ -11,7 +11,8 @@ from lora_kernels import checks, distributed
 from lora_kernels.dispatch import algorithm
 from lora_kernels.dispatch.algorithm import Algorithm, GemmShape
 from lora_kernels.dispatch.tma import is_tma_compliant
-from lora_kernels.integrations.peft.guard import NotFused, misfit, operands_of
+from lora_kernels.foreign import ForeignModule
+from lora_kernels.integrations.peft.guard import NotFused, Operands, misfit, operands_of
 from lora_kernels.integrations.peft.patch import patched_experts, unreached
 from lora_kernels.integrations.peft.variants import folded_of
 from lora_kernels.layers.base import LoRALayer
@@ -62,7 +63,8 @@ def report(
     load = Load(tokens, None if device is None else torch.device(device))
     # If peft was never imported, the model has no layer of it.
     upstream = sys.modules.get("peft.tuners.lora.layer")
-    rows, outermost = [], {}
+    rows: list[Row] = []
+    outermost: dict[nn.Module, nn.Module] = {}
     for name, module in named_modules(model):
         if isinstance(module, LoRAExperts):
             rows += _own_experts_rows(name, module, load)
@@ -87,7 +89,7 @@ def report_of_layers(layers: Sequence[nn.Module], tokens: int = 4096) -> Report:
     return Report(rows, tokens)
 
 
-def _own_row(name: str, layer: nn.Module, load: Load) -> Row:
+def _own_row(name: str, layer: LoRALayer, load: Load) -> Row:
     if isinstance(layer, MultiLoRALinear):
         return _multi_row(name, layer, load)
     if isinstance(layer, LoRAQuantizedLinear):
@@ -113,7 +115,7 @@ def _own_row(name: str, layer: nn.Module, load: Load) -> Row:
         if len(joined) > 1:
             others = f"{len(joined) - 1} other layer{'s' * (len(joined) > 2)}"
             taken = taken._replace(reason=f"{taken.reason}; in one call with {others}")
-    if isinstance(layer, LinearLayer):
+    if isinstance(layer, LinearLayer) and weight is not None:
         weight = layer.oriented(weight)
     ranks = (layer.r,) if layer.has_lora else ()
     return _row(name, type(layer).__name__, *_outline(weight), ranks, taken, reason)
@@ -179,7 +181,7 @@ def _own_experts_rows(name: str, layer: LoRAExperts, load: Load) -> list[Row]:
     return rows
 
 
-def _experts_row(name: str, layer: nn.Module, outermost: nn.Module, load: Load) -> Row:
+def _experts_row(name: str, layer: ForeignModule, outermost: nn.Module, load: Load) -> Row:
     """A wrapper of PEFT around one parameter of a module; the outermost computes them all."""
     base, found = layer.get_base_layer(), patched_experts(outermost)
     shape, dtype = _outline(getattr(base, layer.parameter_name, None))
@@ -196,44 +198,48 @@ def _experts_row(name: str, layer: nn.Module, outermost: nn.Module, load: Load) 
     return _row(name, kind, shape, dtype, ranks, taken, reason)
 
 
-def _peft_row(name: str, layer: nn.Module, load: Load) -> Row:
+def _peft_row(name: str, layer: ForeignModule, load: Load) -> Row:
     base = layer.get_base_layer()
     shape, dtype = _outline(getattr(base, "weight", None))
     if len(shape) < 3 and hasattr(base, "in_features") and hasattr(base, "out_features"):
         shape = (base.out_features, base.in_features)  # a quantised weight is packed
     ranks = tuple(_rank(layer, name) for name in layer.active_adapters if name in layer.r)
     taken, reason = None, ""
-    operands, words = unreached(layer), ()
-    if operands is None:
-        operands = operands_of(layer)
-        if isinstance(operands, NotFused):
-            folded = folded_of(layer)
-            operands, words = (
-                (folded, ()) if isinstance(folded, NotFused) else (folded.operands, folded.words)
-            )
-    weight = None if isinstance(operands, NotFused) else operands.weight
+    operands, words = _peft_operands(layer)
     kind = f"peft {type(layer).__name__}({type(base).__name__})"
-    if isinstance(weight, FrozenWeight):
-        kind = f"peft {type(layer).__name__}({_frozen_kind(weight)})"
-        shape, dtype = weight.shape, weight.dtype
-    elif weight is not None:
+    if not isinstance(operands, NotFused):
+        weight = operands.weight
         shape = weight.shape
-        operands = misfit(_example(weight), operands) or operands
+        if isinstance(weight, FrozenWeight):
+            kind, dtype = f"peft {type(layer).__name__}({_frozen_kind(weight)})", weight.dtype
+        else:
+            operands = misfit(_example(weight), operands) or operands
     if isinstance(operands, NotFused):
         reason = operands.reason
         if reason.endswith("is a DTensor"):
             reason += " as it stands; if fully_shard gathers it, ask in the forward"
-    elif isinstance(weight, FrozenWeight):
-        taken = _over_frozen(weight, operands.a, operands.dropout_p, load)
     else:
-        taken = _algorithm(
-            [weight], operands.a.shape[0], operands.dropout_p, load, operands.b.dtype
-        )
-    if taken is not None and operands.magnitude is not None:
-        taken = _with_magnitude(taken)
-    if taken is not None and words:
+        a, b, p = operands.a, operands.b, operands.dropout_p
+        if isinstance(weight, FrozenWeight):
+            taken = _over_frozen(weight, a, p, load)
+        else:
+            taken = _algorithm([weight], a.shape[0], p, load, b.dtype)
+        if operands.magnitude is not None:
+            taken = _with_magnitude(taken)
         taken = taken._replace(reason="; ".join((*words, taken.reason)))
     return _row(name, kind, shape, dtype, ranks, taken, reason)
+
+
+def _peft_operands(layer: ForeignModule) -> tuple[Operands | NotFused, tuple[str, ...]]:
+    """What the patch computes a layer with, and what it says of a variant in words."""
+    unfused = unreached(layer)
+    if unfused is not None:
+        return unfused, ()
+    operands = operands_of(layer)
+    if not isinstance(operands, NotFused):
+        return operands, ()
+    folded = folded_of(layer)
+    return (folded, ()) if isinstance(folded, NotFused) else (folded.operands, folded.words)
 
 
 def _outline(weight) -> tuple[tuple[int, ...], torch.dtype | None]:
@@ -243,7 +249,7 @@ def _outline(weight) -> tuple[tuple[int, ...], torch.dtype | None]:
     return tuple(weight.shape), weight.dtype
 
 
-def _rank(layer: nn.Module, adapter: str) -> int:
+def _rank(layer: ForeignModule, adapter: str) -> int:
     """The rank of an adapter of a PEFT layer. Padding for hotswapping leaves layer.r as it was."""
     a = layer.lora_A[adapter] if adapter in layer.lora_A else None  # noqa: SIM401, a ModuleDict
     rows = getattr(a, "out_features", getattr(a, "out_channels", None))

@@ -20,6 +20,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -172,7 +173,7 @@ def _tokens(verdicts: Mapping[int, bool]) -> list[Interval]:
 
 def _runs(verdicts: Mapping[int, bool]) -> list[Interval]:
     """The first and the last of neighbours that are True, run by run."""
-    runs = []
+    runs: list[Interval] = []
     for verdict, group in itertools.groupby(sorted(verdicts), verdicts.__getitem__):
         first, *others = group
         if verdict:
@@ -183,8 +184,9 @@ def _runs(verdicts: Mapping[int, bool]) -> list[Interval]:
 def _either(made: Iterable[TuningEntry], flag: str) -> list[TuningEntry]:
     """Two entries that differ in a flag alone are one for either of its values."""
     found: dict[TuningEntry, list[TuningEntry]] = {}
+    either: dict[str, Any] = {flag: None}
     for entry in made:
-        found.setdefault(dataclasses.replace(entry, **{flag: None}), []).append(entry)
+        found.setdefault(dataclasses.replace(entry, **either), []).append(entry)
     return [merged if len(of) == 2 else of[0] for merged, of in found.items()]
 
 

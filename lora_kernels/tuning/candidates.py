@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,7 +26,7 @@ AXES = {"m": "m", "k": "k", "n": "n", "r": "r", "p": "dropout_p"}
 def without_unused(name: str, shape: Shape) -> Shape:
     """The shape with the least there is of what the launcher's time does not depend on."""
     least, needed = {"k": 1, "n": 1, "p": 0.0}, LAUNCHERS[name].depends_on.split()
-    unused = {AXES[axis]: value for axis, value in least.items() if axis not in needed}
+    unused: dict[str, Any] = {AXES[a]: value for a, value in least.items() if a not in needed}
     return dataclasses.replace(shape, **unused)
 
 
@@ -92,14 +92,14 @@ OTHER_BANDS = (4, 16)  # BAND_M beside 8, of the first of the large tiles
 SUBTILES = {128: (4,), 64: (2, 1, 4), 32: (1, 2)}
 
 
-def grid(name: str, shape: Shape, when: When) -> list[Config]:
+def grid(name: str, shape: Shape, when: When) -> Sequence[Config]:
     """Configurations worth a try, all different; when: what the shape's entry has to serve.
 
     Some use tensor descriptors if the entry is for operands that these can describe.
     """
     kernel = kernel_of(name)
     if not kernel.is_gemm:
-        pairs = STAGES_AND_PROGRAMS
+        pairs: tuple[tuple[int, int], ...] = STAGES_AND_PROGRAMS
         if kernel.name.endswith(("expand", "dequantize", "apply_dropout")):
             # It has no loop over the matrix that it writes, so nothing to prefetch or to cut.
             pairs = ONE_STAGE
@@ -111,19 +111,19 @@ def grid(name: str, shape: Shape, when: When) -> list[Config]:
             if rows * cols in ELEMENTS
         ]
     if kernel.name == "gemm_small_m":
-        rows = min(when.m, SMALL_M)  # the most that the entry has to serve
-        pairs = itertools.product(STRIPES, STRIPE_WARPS_AND_STAGES)
-        return [GemmConfig(rows, *stripe, *pair) for stripe, pair in pairs]
+        band = int(min(when.m, SMALL_M))  # the most that the entry has to serve
+        stripes = itertools.product(STRIPES, STRIPE_WARPS_AND_STAGES)
+        return [GemmConfig(band, *stripe, *pair) for stripe, pair in stripes]
     few = shape.m <= SMALL_M
     cuts = _cuts_tiles(name, shape) and not few
-    configs = []
+    configs: list[GemmConfig] = []
     for tma in (True, False) if when.tma else (False,):
         for tile, warps, stages in SMALL_M_TILES if few else LARGE_TILES:
             subtiles = SUBTILES[tile[0] * tile[1] // (32 * warps)] if cuts else (1,)
             # The first number of stages with every number of parts, the others with the first.
-            pairs = [(stages[0], parts) for parts in subtiles]
-            pairs += [(number, subtiles[0]) for number in stages[1:]]
-            configs += [GemmConfig(*tile, warps, number, tma, parts) for number, parts in pairs]
+            cut = [(stages[0], parts) for parts in subtiles]
+            cut += [(number, subtiles[0]) for number in stages[1:]]
+            configs += [GemmConfig(*tile, warps, number, tma, parts) for number, parts in cut]
         if not few:
             largest = next(config for config in configs if config.tma == tma)
             configs += [dataclasses.replace(largest, BAND_M=tiles) for tiles in OTHER_BANDS]

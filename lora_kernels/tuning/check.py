@@ -153,8 +153,8 @@ def as_text(checked: Sequence[Checked]) -> str:
     head = "  ".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))
     lines = [f"{'right of':{wide}}  {head}"]
     for name, row in counts.items():
-        cells = ("{} of {}".format(*row[c]) if c in row else "" for c in columns)
-        cells = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        counted = ("{} of {}".format(*row[c]) if c in row else "" for c in columns)
+        cells = "  ".join(f"{cell:>{width}}" for cell, width in zip(counted, widths, strict=True))
         lines.append(f"{name:{wide}}  {cells}".rstrip())
     lines += [f"{each.variant}: {each.reason}" for each in wrong(checked)]
     left = sum(each.reason == workers.NOT_REACHED for each in checked)

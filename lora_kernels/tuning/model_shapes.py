@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.tuning.shapes import SETS, Layer
 
 __all__ = ["layers_of", "parse_shapes", "without_weights"]
@@ -49,7 +50,7 @@ def without_weights(model: str, dtype: torch.dtype | None = None) -> nn.Module:
     return made.to(dtype or made.dtype)
 
 
-def _shape(module: nn.Module) -> Layer | None:
+def _shape(module: ForeignModule) -> Layer | None:
     if isinstance(module, nn.Linear):
         return Layer(module.in_features, module.out_features)
     if type(module).__name__ == "Conv1D":  # Transformers' own, which stores [K, N]

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ __all__ = [
 WARMUP_ROUNDS = 3
 MIN_ROUNDS = 20  # the fewest that the 99 % interval of rows.py makes sense of
 MOST_COPIES = 64
+
+_Key = TypeVar("_Key")
 
 # Runs a call and says how many seconds it took.
 Stopwatch = Callable[[Callable[[], object]], float]
@@ -53,11 +56,11 @@ def wall_seconds(call: Callable[[], object]) -> float:
 
 
 def interleave(
-    steps: Mapping[str, Step],
+    steps: Mapping[_Key, Step],
     seconds: float,
     stopwatch: Stopwatch = wall_seconds,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
+) -> dict[_Key, list[float]]:
     """Seconds of each step; entry i of every list comes from round i.
 
     Noise of the machine hits all steps of a round alike, and no step always runs in the wake of the
@@ -65,7 +68,7 @@ def interleave(
     """
     order = list(steps)
     shuffle = random.Random(0).shuffle
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+    samples: dict[_Key, list[float]] = {name: [] for name in steps}
 
     def run_round(record: bool) -> None:
         shuffle(order)

@@ -18,7 +18,7 @@ from lora_kernels.kernels.registry import LAUNCHERS
 from lora_kernels.tuning import cases, machine, rows, shapes, workers
 from lora_kernels.tuning.options import count, duration, listed, probability
 from lora_kernels.tuning.shapes import Layer, Shape
-from lora_kernels.tuning.verdicts import confirm
+from lora_kernels.tuning.verdicts import Verdict, confirm
 
 __all__ = ["main"]
 
@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = cases.try_out(found, options.jobs)
     print(f"{sum(map(len, failed.values()))} fail, {time.perf_counter() - start:.0f} s", flush=True)
 
-    environment, kept, verdicts, complete = machine.describe(device), [], [], True
+    environment, complete = machine.describe(device), True
+    kept: list[dict] = []
+    verdicts: list[Verdict] = []
 
     def keep(measured: Sequence[Mapping]) -> None:
         kept.extend({**environment, **row} for row in measured)

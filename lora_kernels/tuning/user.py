@@ -73,9 +73,9 @@ class Plan:
 
     def shapes(self) -> list[Shape]:
         """Every layer at every number of tokens, rank, dropout and dtype of the factors."""
-        on = {"dtype": self.dtype, "device": self.device.type}
+        dtype, device = self.dtype, self.device.type
         return [
-            Shape(m, layer.k, layer.n, r, p, factors=factors, **on)
+            Shape(m, layer.k, layer.n, r, p, dtype=dtype, device=device, factors=factors)
             for layer, m, r, p, factors in itertools.product(
                 self.layers, self.tokens, self.ranks, self.dropout, self.factors
             )

@@ -75,8 +75,9 @@ def confirm(
         if best not in times:
             return measured, None
         ours.append(times[best])
-        table.append(times.get(each.table))
-    if None in table:
+        if each.table in times:
+            table.append(times[each.table])
+    if len(table) < len(ours):
         return measured, dataclasses.replace(verdict, ratio=None)
     by_case = tuple(rows.paired_ratio(*pair)[0] for pair in zip(ours, table, strict=True))
     sums = ([sum(times) for times in zip(*each, strict=False)] for each in (ours, table))
@@ -101,4 +102,4 @@ def _best(
         if all(each in known for each, known in zip(same, medians, strict=True)):
             pairs = zip(same, medians, strict=True)
             means[config] = statistics.geometric_mean(known[each] for each, known in pairs)
-    return min(means, key=means.get, default=None)
+    return min(means, key=means.__getitem__, default=None)

@@ -8,11 +8,13 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any, TypeVar
 
 import torch
 
 __all__ = ["NOT_REACHED", "attempt", "most_jobs", "reason"]
 
+_Task = TypeVar("_Task")
 _MOST_JOBS = 16
 NOT_REACHED = "not reached in time"
 TIMEOUT = 180.0  # seconds; a process starts in some ten, a kernel compiles in a few
@@ -24,8 +26,8 @@ def most_jobs() -> int:
 
 
 def attempt(
-    function: Callable[[object], object],
-    tasks: Sequence,
+    function: Callable[[_Task], object],
+    tasks: Sequence[_Task],
     jobs: int,
     timeout: float = TIMEOUT,
     seconds: float = math.inf,
@@ -46,7 +48,7 @@ def attempt(
     for worker in workers:
         idle.put(worker)
 
-    def run(task) -> str | None:
+    def run(task: _Task) -> str | None:
         if time.monotonic() >= end:
             return NOT_REACHED
         worker = idle.get()
@@ -71,13 +73,12 @@ def reason(error: Exception) -> str:
 class _Worker:
     """A process for one task after the other, and a new one if it is of no more use."""
 
-    def __init__(self, function: Callable[[object], object], timeout: float):
+    def __init__(self, function: Callable[[Any], object], timeout: float):
         self._function, self._timeout = function, timeout
         self._process: multiprocessing.process.BaseProcess | None = None
 
-    def run(self, task) -> str | None:
-        if self._process is None:
-            self._start()
+    def run(self, task: object) -> str | None:
+        process = self._start() if self._process is None else self._process
         try:
             self._pipe.send(task)
             if self._pipe.poll(self._timeout):
@@ -85,18 +86,20 @@ class _Worker:
             else:
                 failure, usable = f"no end within {self._timeout:g} s", False
         except (EOFError, OSError):
-            self._process.join(self._timeout)
-            failure, usable = f"its process died, exit code {self._process.exitcode}", False
+            process.join(self._timeout)
+            failure, usable = f"its process died, exit code {process.exitcode}", False
         if not usable:
             self.stop()
         return failure
 
-    def _start(self) -> None:
+    def _start(self) -> multiprocessing.process.BaseProcess:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
-        self._process.start()
+        process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
+        process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
+        self._process = process
+        return process
 
     def stop(self) -> None:
         if self._process is not None:
@@ -106,14 +109,14 @@ class _Worker:
             self._process = None
 
 
-def _serve(pipe: Connection, function: Callable[[object], object]) -> None:
+def _serve(pipe: Connection, function: Callable[[Any], object]) -> None:
     """Answers each task with its failure, and whether this process can take another one."""
     while True:
         failure = _failure(function, pipe.recv())
         pipe.send((failure, failure is None or _cuda_works()))
 
 
-def _failure(function: Callable[[object], object], task) -> str | None:
+def _failure(function: Callable[[_Task], object], task: _Task) -> str | None:
     try:
         function(task)
     except Exception as error:  # whatever it is, the other tasks go on
