@@ -4,8 +4,9 @@ import inspect
 import sys
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.integrations.peft.guard import (
     VARIANTS,
     NotFused,
@@ -51,7 +52,7 @@ def register() -> None:
         VARIANTS[DoraLinearVariant] = magnitude_of
 
 
-def magnitude_of(layer: nn.Module, adapter: str) -> Tensor | NotFused:
+def magnitude_of(layer: ForeignModule, adapter: str) -> Tensor | NotFused:
     """The magnitude of an adapter of a PEFT lora.Linear, or why PEFT's own forward runs."""
     variant = type(layer.lora_variant[adapter])
     if variant.forward is not _forwards[variant]:

@@ -9,12 +9,13 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from types import CodeType
-from typing import NamedTuple
+from types import CodeType, MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.integrations.peft.guard import (
     DEVICES,
     LINEAR,
@@ -41,13 +42,13 @@ _KNOWN = {
     ),
 }
 _IMPLEMENTATIONS = ("grouped_mm", "batched_mm")  # one formula, for many rows and for few
-_IDENTITY = {nn.Identity: nn.Identity.forward}
+_IDENTITY: dict[type[nn.Module], Callable] = {nn.Identity: nn.Identity.forward}
 
 
 class Experts(NamedTuple):
     """An experts module of Transformers, and the updates of its parameters by their names."""
 
-    module: nn.Module
+    module: ForeignModule
     updates: Mapping[str, Update]
 
     def weight(self, name: str) -> Tensor:
@@ -66,14 +67,14 @@ class Versions(NamedTuple):
     asks for a forward by name. forwards: those that mixture.compute() stands in for.
     """
 
-    wrapper: type[nn.Module]
+    wrapper: type[ForeignModule]
     unknown: NotFused | None
     interface: CodeType | None = None
-    registry: Mapping[str, Callable] | None = None
-    forwards: Mapping[str, Callable] | None = None
+    registry: Mapping[str, Callable] = MappingProxyType({})
+    forwards: Mapping[str, Callable] = MappingProxyType({})
 
 
-def versions(kind: type[nn.Module], forward: Callable) -> Versions:
+def versions(kind: type[ForeignModule], forward: Callable) -> Versions:
     """Of the class ParamWrapper with PEFT's forward."""
     try:
         from transformers.integrations import moe
@@ -89,11 +90,12 @@ def versions(kind: type[nn.Module], forward: Callable) -> Versions:
     return Versions(kind, None, interface(), moe.ALL_EXPERTS_FUNCTIONS, forwards)
 
 
-def experts_of(layer: nn.Module, versions: Versions) -> Experts | NotFused:
+def experts_of(layer: ForeignModule, versions: Versions) -> Experts | NotFused:
     """The experts that an outermost ParamWrapper wraps, or why PEFT's own forward runs."""
     if versions.unknown:
         return versions.unknown
-    updates, module = {}, layer
+    updates: dict[str, Update] = {}
+    module = layer
     while isinstance(module, versions.wrapper):  # fully_shard derives classes of its own
         problem = None
         if module is not layer:
@@ -114,7 +116,9 @@ def experts_of(layer: nn.Module, versions: Versions) -> Experts | NotFused:
     return Experts(module, updates)
 
 
-def misfit_of_experts(hidden, experts: Experts, args: tuple, kwargs: Mapping) -> NotFused | None:
+def misfit_of_experts(
+    hidden: Any, experts: Experts, args: tuple, kwargs: Mapping
+) -> NotFused | None:
     """Why PEFT's own forward runs for this call; None if mixture.compute() takes it."""
     weight = parameter(experts.module, "down_proj")
     if kwargs or len(args) != 2:
@@ -140,7 +144,7 @@ def misfit_of_experts(hidden, experts: Experts, args: tuple, kwargs: Mapping) ->
     return misfit_of_moment()
 
 
-def _update_of(wrapper: nn.Module) -> Update | NotFused:
+def _update_of(wrapper: ForeignModule) -> Update | NotFused:
     """The active adapter's factors of a ParamWrapper, seen as those of a product x·Wᵀ."""
     if wrapper.disable_adapters:
         return NotFused("its adapters are disabled")
@@ -184,7 +188,7 @@ def _update_of(wrapper: nn.Module) -> Update | NotFused:
     )
 
 
-def _not_plain_experts(module: nn.Module, versions: Versions) -> NotFused | None:
+def _not_plain_experts(module: ForeignModule, versions: Versions) -> NotFused | None:
     """Why module is not experts of Transformers that compute what mixture.compute() computes."""
     kind = type(module)
     if getattr(kind.forward, "__code__", None) is not versions.interface:
@@ -213,7 +217,7 @@ def _not_plain_experts(module: nn.Module, versions: Versions) -> NotFused | None
     return None
 
 
-def _unfit(module: nn.Module, name: str, update: Update) -> NotFused | None:
+def _unfit(module: ForeignModule, name: str, update: Update) -> NotFused | None:
     """Why an update does not fit the parameter of this name."""
     if name not in stack_names(module):
         return NotFused(f"{name} is not a weight of its experts")

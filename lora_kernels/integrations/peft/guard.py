@@ -6,27 +6,32 @@ they look at can change from one call to the next.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.checks import DTYPES, autocast_dtype
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.ops.obstacle import is_hooked, is_transformed
 from lora_kernels.quantization import FrozenWeight, NotFrozen, find
 
 __all__ = [
-    "BASES", "DEVICES", "LINEAR", "VARIANTS", "Beyond", "NotFused", "Operands", "hooked", "misfit",
-    "misfit_of_moment", "not_plain_module", "not_plain_tensor", "operands_of", "parameter",
+    "BASES", "DEVICES", "LINEAR", "VARIANTS", "Beyond", "Fold", "NotFused", "Operands", "hooked",
+    "misfit", "misfit_of_moment", "not_plain_module", "not_plain_tensor", "operands_of",
+    "parameter",
 ]  # fmt: skip
 
 _TENSORS = (Tensor, nn.Parameter)
 DEVICES = ("cpu", "cuda", "meta")  # what the operators are registered for
 _CPU = torch.device("cpu")
 # The classes of modules that are taken, with the forwards that lora_linear replaces.
-LINEAR = {nn.Linear: nn.Linear.forward}
-_DROPOUTS = {nn.Dropout: nn.Dropout.forward, nn.Identity: nn.Identity.forward}
+LINEAR: dict[type[nn.Module], Callable] = {nn.Linear: nn.Linear.forward}
+_DROPOUTS: dict[type[nn.Module], Callable] = {
+    nn.Dropout: nn.Dropout.forward,
+    nn.Identity: nn.Identity.forward,
+}
 BASES: dict[type[nn.Module], Callable] = {**LINEAR}  # of base layers; patch_peft() adds Conv1D
 # By the class of a variant of LoRA, what gives the magnitude or a NotFused; patch_peft() adds DoRA.
 VARIANTS: dict[type, Callable] = {}
@@ -53,21 +58,25 @@ class NotFused(NamedTuple):
     reason: str
 
 
+# (layer, adapter, their weights) -> a, b of lora_linear.
+Fold = Callable[[ForeignModule, str, Tensor, Tensor], tuple[Tensor, Tensor] | NotFused]
+
+
 class Beyond(NamedTuple):
     """What operands_of() takes of an adapter besides plain LoRA, for variants.py.
 
     That is any variant, and a bias of lora_B, which the caller looks at. linears: the classes of
-    lora_A and lora_B, with their forwards. fold: (layer, adapter, their weights) -> a, b of
-    lora_linear. groups: b is in so many blocks, each for its own rows of a.
+    lora_A and lora_B, with their forwards. groups: b is in so many blocks, each for its own rows
+    of a.
     """
 
     linears: dict[type[nn.Module], Callable]
-    fold: Callable[[nn.Module, str, Tensor, Tensor], tuple[Tensor, Tensor] | NotFused]
+    fold: Fold
     groups: int
 
 
 def operands_of(
-    layer: nn.Module, adapter: str | None = None, beyond: Beyond | None = None
+    layer: ForeignModule, adapter: str | None = None, beyond: Beyond | None = None
 ) -> Operands | NotFused:
     """The operands of a PEFT LoRA layer over a linear as it is now, or why PEFT's forward runs.
 
@@ -123,11 +132,12 @@ def operands_of(
         parameter(lora_a, "bias") is not None or parameter(lora_b, "bias") is not None
     ):
         return NotFused("its adapter has a bias")
-    weight, bias = frozen, None
+    weight: Any = frozen
+    bias = None
     if frozen is None:
         weight, bias = parameter(base, "weight"), parameter(base, "bias")
         problem = not_plain_tensor(weight, "base_layer.weight", 2) or (
-            bias is not None and not_plain_tensor(bias, "base_layer.bias", 1)
+            None if bias is None else not_plain_tensor(bias, "base_layer.bias", 1)
         )
         if problem:
             return problem
@@ -161,7 +171,7 @@ def operands_of(
     return Operands(weight, a, b, bias, scaling, dropout_p, magnitude)
 
 
-def misfit(x, operands: Operands) -> NotFused | None:
+def misfit(x: Any, operands: Operands) -> NotFused | None:
     """Why PEFT's own forward runs for this x, here and now; None if lora_linear takes it."""
     weight = operands.weight
     if type(x) not in _TENSORS:
@@ -217,7 +227,7 @@ def misfit_of_moment() -> NotFused | None:
 
 
 def _unfit(
-    weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, groups: int
+    weight: Tensor | FrozenWeight, a: Tensor, b: Tensor, bias: Tensor | None, groups: int
 ) -> NotFused | None:
     """Why PEFT would raise an error, or compute in float64, while lora_linear would not."""
     (n, k), r = weight.shape, a.shape[0]
@@ -235,13 +245,14 @@ def _unfit(
     if a.dtype != b.dtype:
         return NotFused(f"lora_A is {a.dtype} and lora_B {b.dtype}")
     if a.dtype == torch.float64 != weight.dtype:
-        return NotFused(f"its adapter is float64 and its base {weight.dtype or weight.kind}")
+        kind = weight.kind if isinstance(weight, FrozenWeight) else None
+        return NotFused(f"its adapter is float64 and its base {weight.dtype or kind}")
     if bias is not None and bias.dtype != weight.dtype:
         return NotFused(f"base_layer.weight is {weight.dtype} and its bias {bias.dtype}")
     return None
 
 
-def _unfit_magnitude(magnitude: Tensor | None, weight: Tensor) -> NotFused | None:
+def _unfit_magnitude(magnitude: Tensor | None, weight: Tensor | FrozenWeight) -> NotFused | None:
     if magnitude is None:
         return None
     shape, device, name = magnitude.shape, magnitude.device, "lora_magnitude_vector.weight"
@@ -271,13 +282,13 @@ def hooked(module: nn.Module, name: str) -> NotFused | None:
     return NotFused(f"{name} has hooks") if is_hooked(module) else None
 
 
-def parameter(module: nn.Module, name: str) -> Tensor | None:
+def parameter(module: ForeignModule, name: str) -> Any:
     """module.name, which may be a plain tensor (FSDP, replicas), past nn.Module's slow lookup."""
     held = module._parameters
     return held[name] if name in held else getattr(module, name)
 
 
-def not_plain_tensor(tensor, name: str, dim: int) -> NotFused | None:
+def not_plain_tensor(tensor: Any, name: str, dim: int) -> NotFused | None:
     """Why tensor is not a dense floating-point matrix or vector of PyTorch's own class."""
     if type(tensor) not in _TENSORS:
         return NotFused(f"{name} is a {type(tensor).__name__}")

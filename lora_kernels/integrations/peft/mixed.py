@@ -7,12 +7,13 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_kernels import functional
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.integrations.peft.guard import NotFused, Operands, misfit, operands_of
 from lora_kernels.quantization import FrozenWeight
 from lora_kernels.reference.linear import shaped_like
@@ -33,7 +34,9 @@ class Segments(NamedTuple):
     groups: tuple[int, ...]
 
 
-def mixed_of(layer: nn.Module, x, names) -> tuple[Segments, list[Operands]] | NotFused:
+def mixed_of(
+    layer: ForeignModule, x: Any, names: Any
+) -> tuple[Segments, list[Operands]] | NotFused:
     """What compute_mixed takes of a PEFT lora.Linear, or why PEFT's own forward runs."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return NotFused("adapter_names is not a list of names")
@@ -43,7 +46,7 @@ def mixed_of(layer: nn.Module, x, names) -> tuple[Segments, list[Operands]] | No
     segments = _segments(tuple(names), tuple(name for name in held if name != BASE))
     if not segments.adapters:
         return NotFused("none of adapter_names is an adapter of the layer")
-    found = []
+    found: list[Operands] = []
     for name in segments.adapters:
         operands = operands_of(layer, name)
         if isinstance(operands, NotFused):
@@ -63,8 +66,11 @@ def mixed_of(layer: nn.Module, x, names) -> tuple[Segments, list[Operands]] | No
     return misfit(x, found[0]) or (segments, found)
 
 
-def compute_mixed(x: Tensor, segments: Segments, operands: list[Operands]) -> Tensor:
-    """The layer's output. Shapes: x [samples, ..., K] -> [samples, ..., N]."""
+def compute_mixed(x: Tensor, segments: Segments, operands: list[Any]) -> Tensor:
+    """The layer's output, by Operands as mixed_of gives them, without frozen weights.
+
+    Shapes: x [samples, ..., K] -> [samples, ..., N].
+    """
     weight, bias = operands[0].weight, operands[0].bias
     rows = math.prod(x.shape[1:-1])
     ends = torch.tensor([end * rows for end in segments.ends], dtype=torch.int32, device=x.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.functional.dora import dora_forward
 from lora_kernels.integrations.peft import dora, experts, mixed, quantized, variants
 from lora_kernels.integrations.peft.census import Census
@@ -33,16 +34,16 @@ _KNOWN_FORWARDS = {
 def _why_not(layer: nn.Module) -> str | None:
     """Why PEFT's own code runs a layer that reached a patched forward; None if it does not."""
     if hasattr(layer, "parameter_name"):
-        found = patched_experts(layer)
-    else:
-        found = operands_of(layer)
-        if isinstance(found, NotFused):
-            found = variants.folded_of(layer)
+        experts_found = patched_experts(layer)
+        return experts_found.reason if isinstance(experts_found, NotFused) else None
+    if not isinstance(operands_of(layer), NotFused):
+        return None
+    found = variants.folded_of(layer)
     return found.reason if isinstance(found, NotFused) else None
 
 
 _census = Census(_why_not)  # of the first training step since the patch
-_upstream: dict[type[nn.Module], Callable] = {}  # PEFT's forwards, while patched
+_upstream: dict[type[ForeignModule], Callable] = {}  # PEFT's forwards, while patched
 _endings: list[Callable[[], None]] = []  # what unpatch_peft() calls, too
 
 
@@ -78,7 +79,7 @@ def patch_peft() -> None:
     BASES.setdefault(peft.Conv1D, peft.Conv1D.forward)
     dora.register()
     variants.register()
-    replacements = {peft.Linear: _patched}
+    replacements: dict[type[ForeignModule], Callable] = {peft.Linear: _patched}
     if hasattr(peft, "ParamWrapper"):  # since 0.17
         replacements[peft.ParamWrapper] = _patched_experts
     for kind, patched in replacements.items():
@@ -140,7 +141,7 @@ def _warn_unless_known(forward: Callable) -> None:
         )
 
 
-def _patch_quantised(kind: type[nn.Module]) -> None:
+def _patch_quantised(kind: type[ForeignModule]) -> None:
     forward = kind.forward
     if kind not in _upstream and quantized.is_known(kind, forward):
         _upstream[kind], kind.forward = forward, _patched(forward)
@@ -202,10 +203,10 @@ def _patched_experts(upstream: Callable) -> Callable:
             _census.note(self, y)
         return y
 
-    forward.versions = versions
+    vars(forward)["versions"] = versions
     return forward
 
 
-def patched_experts(layer: nn.Module) -> experts.Experts | NotFused:
+def patched_experts(layer: ForeignModule) -> experts.Experts | NotFused:
     """The experts that this outermost ParamWrapper computes under the patch, or why it does not."""
     return unreached(layer) or experts.experts_of(layer, type(layer).forward.versions)

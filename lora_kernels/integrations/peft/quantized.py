@@ -5,9 +5,11 @@ it. A class is known by its name and the source of its forward.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.integrations.peft.source import digest
 
 __all__ = ["classes_below", "is_known", "is_quantised", "watch_classes"]
@@ -41,7 +43,7 @@ def is_known(kind: type[nn.Module], forward: Callable) -> bool:
     return digest(forward) in _KNOWN_FORWARDS[f"{kind.__module__}.{kind.__qualname__}"]
 
 
-def classes_below(base: type) -> Iterator[type]:
+def classes_below(base: type[ForeignModule]) -> Iterator[type]:
     """The classes over quantised bases that derive from PEFT's LoraLayer and exist now."""
     for kind in base.__subclasses__():
         if is_quantised(kind):
@@ -49,7 +51,7 @@ def classes_below(base: type) -> Iterator[type]:
         yield from classes_below(kind)
 
 
-def watch_classes(base: type, arrive: Callable[[type], None]) -> Callable[[], None]:
+def watch_classes(base: Any, arrive: Callable[[type], None]) -> Callable[[], None]:
     """Calls arrive for each such class that is defined from now on; what is returned ends that."""
 
     before = vars(base).get("__init_subclass__")

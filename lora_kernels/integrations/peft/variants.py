@@ -6,18 +6,21 @@ blocks a dense one with zeros. Without dropout several adapters are one, with th
 side. The gradients flow to PEFT's parameters through what makes the operands of them.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
 from lora_kernels.checks import autocast_dtype
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.integrations.peft.guard import (
     LINEAR,
     Beyond,
+    Fold,
     NotFused,
     Operands,
     not_plain_tensor,
@@ -47,7 +50,7 @@ class _Variant(NamedTuple):
     """What is known of the class of a variant."""
 
     forward: Callable
-    fold: Callable[[nn.Module, str, Tensor, Tensor], tuple[Tensor, Tensor] | NotFused]
+    fold: Fold
     words: str | None
 
 
@@ -84,12 +87,13 @@ def register() -> None:
             _variants[kind] = _Variant(kind.forward, *_FOLDS[name])
 
 
-def folded_of(layer: nn.Module) -> Folded | NotFused:
+def folded_of(layer: ForeignModule) -> Folded | NotFused:
     """What a PEFT LoRA layer that is no plain one computes now, or why PEFT's own forward runs."""
     held = layer._modules["lora_A"]._modules
     names = [name for name in layer.active_adapters if name in held]
     if not names or getattr(layer, "lora_variant", None) is None:
-        return operands_of(layer)
+        plain = operands_of(layer)
+        return plain if isinstance(plain, NotFused) else Folded(plain, None, 1, ())
     found = []
     for name in names:
         one = _alone(layer, name)
@@ -134,10 +138,12 @@ class _AddRow(torch.autograd.Function):
         return dy, drow
 
 
-def _alone(layer: nn.Module, name: str) -> Folded | NotFused:
+def _alone(layer: ForeignModule, name: str) -> Folded | NotFused:
     """One adapter."""
     variant = layer.lora_variant.get(name)
-    fold, linears, groups, words = _as_they_are, LINEAR, 1, []
+    fold: Fold = _as_they_are
+    linears, groups = LINEAR, 1
+    words: list[str] = []
     if variant is not None:
         known = _variants.get(type(variant))
         if known is None or "forward" in vars(variant):
@@ -171,7 +177,7 @@ def _alone(layer: nn.Module, name: str) -> Folded | NotFused:
     return Folded(operands, shift, groups, tuple(words))
 
 
-def _unfit_shift(bias, operands: Operands) -> NotFused | None:
+def _unfit_shift(bias: Any, operands: Operands) -> NotFused | None:
     name, b = "lora_B.bias", operands.b
     problem = not_plain_tensor(bias, name, 1)
     if problem:
@@ -203,20 +209,19 @@ def _joined(found: Sequence[Folded]) -> Folded | NotFused:
         a=torch.cat([one.a for one in several]), b=torch.cat(bs, 1), scaling=scaling
     )
     words = dict.fromkeys(word for one in found for word in one.words)
-    return Folded(
-        operands, sum(shifts) if shifts else None, 1, (f"{count} adapters in one", *words)
-    )
+    shift = functools.reduce(torch.add, shifts) if shifts else None
+    return Folded(operands, shift, 1, (f"{count} adapters in one", *words))
 
 
 # ---- what the factors of a variant come to ----
 
 
-def _as_they_are(layer: nn.Module, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _as_they_are(layer: ForeignModule, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
 def _from_blocks(
-    layer: nn.Module, name: str, a: Tensor, b: Tensor
+    layer: ForeignModule, name: str, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor] | NotFused:
     lora_a = layer._modules["lora_A"]._modules[name]
     if type(lora_a) not in _blocks:
@@ -227,7 +232,7 @@ def _from_blocks(
 
 
 def _with_diagonal(
-    layer: nn.Module, name: str, a: Tensor, b: Tensor
+    layer: ForeignModule, name: str, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor] | NotFused:
     if name in (getattr(layer, "_lora_kasa_truncation_deferred", None) or ()):
         return NotFused("its adapter's first forward is to truncate the base weight (KaSA)")
