@@ -18,8 +18,8 @@ from lora_kernels.dispatch.table import TABLE, GemmShape
 
 __all__ = [
     "ALGORITHMS", "SMALL_M", "Algorithm", "GemmShape", "asked", "capability_of", "choose",
-    "is_free", "is_open", "is_small_m", "machine_obstacle", "tf32_allowed", "unmeasured",
-    "warn_of_machine",
+    "is_free", "is_open", "is_small_m", "machine_obstacle", "tf32_allowed", "triton_version",
+    "unmeasured", "warn_of_machine",
 ]  # fmt: skip
 
 ALGORITHMS = ("fused", "addmm", "reference")
@@ -148,7 +148,7 @@ def machine_obstacle(device: torch.device) -> str | None:
         return (
             f"Triton multiplies without matrix instructions on capability {capability}, below 8.0"
         )
-    if capability >= (10, 0) and _triton_version() < BLACKWELL:
+    if capability >= (10, 0) and triton_version() < BLACKWELL:
         return (
             f"Triton before 3.7.1 leaves out fences in the kernels on capability {capability}, so "
             f"results could be wrong: install triton 3.7.1 or newer"
@@ -211,7 +211,8 @@ def _has_triton() -> bool:
         return False
 
 
-def _triton_version() -> tuple[int, ...]:
+def triton_version() -> tuple[int, ...]:
+    """The numbers of the installed Triton, such as (3, 6, 0)."""
     import triton
 
     return tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))

@@ -1,6 +1,7 @@
 """What launchers share: matrices as arguments, how work is cut, and the launch itself."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import triton.language as tl
@@ -89,11 +90,28 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+_watched: list | None = None
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list]:
+    """The list of all that Triton has compiled for the launches within."""
+    global _watched
+    before, _watched = _watched, []
+    try:
+        yield _watched
+    finally:
+        _watched = before
+
+
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
     """Every launch of a kernel goes through here."""
     tape = records.current()
     with of_kernels():
         if tape is None:
-            kernel.run(grid=grid, warmup=False, **arguments)  # kernel[grid], in fewer calls
+            # kernel[grid](**arguments), in fewer calls
+            compiled = kernel.run(grid=grid, warmup=False, **arguments)
+            if _watched is not None:
+                _watched.append(compiled)
         else:
             tape.launch(kernel, grid, arguments)

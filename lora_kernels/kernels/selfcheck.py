@@ -15,7 +15,10 @@ from torch import Tensor
 
 from lora_kernels.checks import dtype_name
 from lora_kernels.dispatch import cache
+from lora_kernels.dispatch.algorithm import tf32_allowed
 from lora_kernels.dispatch.fallback import KernelError
+from lora_kernels.kernels import hazards
+from lora_kernels.kernels.launch import watched
 from lora_kernels.kernels.operands import Operands
 from lora_kernels.kernels.registry import LAUNCHERS, entry_for
 from lora_kernels.testing.memory import guarded_outputs
@@ -109,7 +112,8 @@ def key_of(variant: Variant, device: torch.device) -> str | None:
     o = of_launcher(variant, device)
     if not LAUNCHERS[variant.launcher].supports(o):
         return None
-    return f"{variant} {entry_for(variant.launcher, o)[1]}"
+    tf32 = torch.float32 in (variant.dtype, variant.lora_dtype) and tf32_allowed()
+    return f"{variant}{' tf32' * tf32} {entry_for(variant.launcher, o)[1]}"
 
 
 def wrong_result(
@@ -138,7 +142,7 @@ def fault(variant: Variant, device: torch.device, guard: bool = False) -> str | 
     launcher, o = LAUNCHERS[variant.launcher], of_launcher(variant, device)
     memory = guarded_outputs() if guard else contextlib.nullcontext()
     try:
-        with torch.no_grad(), memory:
+        with torch.no_grad(), memory, watched() as compiled:
             outputs = launcher(o)
         with torch.no_grad():
             again = launcher(o)
@@ -148,7 +152,7 @@ def fault(variant: Variant, device: torch.device, guard: bool = False) -> str | 
     wrong = wrong_result(outputs, exact, baseline)
     if wrong is None and not all(map(torch.equal, outputs, again)):
         return "two runs differ"
-    return wrong
+    return wrong or hazards.fault(compiled, device)
 
 
 # ---- at the first use ----

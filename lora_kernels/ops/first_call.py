@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch.algorithm import is_small_m
+from lora_kernels.dispatch.algorithm import is_small_m, tf32_allowed
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.dispatch.tma import is_tma_compliant
 
@@ -74,6 +74,7 @@ def prepare(function: Callable, algorithm: str, shape: GemmShape, operands: tupl
         function.__name__,
         algorithm,
         shape.device,
+        tf32_allowed(),
         # The fields of a Variant from here on.
         shape.dtype,
         lora_dtype,
@@ -90,7 +91,7 @@ def prepare(function: Callable, algorithm: str, shape: GemmShape, operands: tupl
     from lora_kernels.kernels import measured_tiles, selfcheck
 
     measured_tiles.use(shape.device)
-    _, _, _, *kernel = kind
+    _, _, _, _, *kernel = kind
     selfcheck.first_use(
         [selfcheck.Variant(launcher, *kernel) for launcher in LAUNCHERS[kind[0]][algorithm]],
         shape.device,

@@ -9,9 +9,12 @@ from typing import Any, TypeVar
 import torch
 
 from lora_kernels.dispatch.algorithm import SMALL_M
+from lora_kernels.kernels import hazards
 from lora_kernels.kernels.config import Config, GemmConfig, SkinnyConfig, When
+from lora_kernels.kernels.launch import watched
 from lora_kernels.kernels.operands import Operands
 from lora_kernels.kernels.registry import LAUNCHERS, kernel_of
+from lora_kernels.kernels.selfcheck import WrongKernelError
 from lora_kernels.tuning.shapes import Shape
 
 __all__ = [
@@ -36,11 +39,17 @@ def operands(shape: Shape) -> Operands:
 
 
 def try_out(task: tuple[str, Shape, Config]) -> None:
-    """Compiles and launches one configuration; what is compiled stays in Triton's cache."""
+    """Compiles and launches one configuration; what is compiled stays in Triton's cache.
+
+    Raises: WrongKernelError if its machine code cannot be trusted; what a launch raises.
+    """
     name, shape, config = task
-    LAUNCHERS[name](operands(shape), config)
+    with watched() as compiled:
+        LAUNCHERS[name](operands(shape), config)
     if shape.device == "cuda":
         torch.cuda.synchronize()
+    if fault := hazards.fault(compiled, torch.device(shape.device)):
+        raise WrongKernelError(fault)
 
 
 def as_run(name: str, shape: Shape, config: Config) -> Config:

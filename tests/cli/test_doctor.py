@@ -201,7 +201,7 @@ def test_gpu_without_triton(hopper, algorithm, monkeypatch):
 )
 def test_gpu_that_triton_does_not_serve(hopper, algorithm, capability, what, fix, monkeypatch):
     monkeypatch.setattr(algorithms, "capability_of", lambda device: capability)
-    monkeypatch.setattr(algorithms, "_triton_version", lambda: (3, 6, 0))
+    monkeypatch.setattr(algorithms, "triton_version", lambda: (3, 6, 0))
     (missing,) = doctor.examine().missing
     assert what in missing.what
     assert missing.fix.startswith(fix)

@@ -7,12 +7,10 @@ for operands. One process compiles for one target, and not under TRITON_INTERPRE
 
 import contextlib
 import re
-import subprocess
 import tempfile
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -21,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench import standin
-from tests.kernels import wgmma
+from lora_kernels.kernels.hazards import cuobjdump, hazards
 
 # Largest shared memory of one program, in bytes, and multiprocessors.
 SHARED = {target: device.shared for target, device in standin.DEVICES.items()}
@@ -124,17 +122,11 @@ def _read_cubin(compiled) -> tuple[int, int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
+        usage, code = (cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))  # stores to and loads from local memory
     matrix = len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", code))
-    return registers, spills, matrix, len(wgmma.hazards(code))
-
-
-def _cuobjdump(*arguments: str) -> str:
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+    return registers, spills, matrix, len(hazards(code))
 
 
 def _read_amdgcn(compiled) -> tuple[int, int, int, int]:

@@ -113,6 +113,16 @@ def test_another_configuration_is_checked_for_itself(asked, monkeypatch, device)
     assert checked == [SHRINK, SHRINK]
 
 
+def test_tf32_is_checked_for_itself(asked, monkeypatch, device):
+    checked = []
+    monkeypatch.setattr(selfcheck, "fault", lambda variant, device: checked.append(variant))
+    half = Variant("shrink", torch.float16, torch.float16)
+    for allowed in (False, True):
+        monkeypatch.setattr(selfcheck, "tf32_allowed", lambda allowed=allowed: allowed)
+        first_use([SHRINK, half], device)
+    assert checked == [SHRINK, half, SHRINK]
+
+
 def test_a_wrong_kernel_is_refused_in_this_process_and_the_next(asked, wrong_shrink, device):
     for _ in range(2):
         with pytest.raises(WrongKernelError, match=r"shrink float32 .* is not right .*wrong: "):

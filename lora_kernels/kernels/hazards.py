@@ -2,12 +2,25 @@
 
 A WGMMA runs beside the code that follows it. If its left operand is in registers, as x is under a
 dropout mask, these must stay as they are until a wait says that it is done. Compilers have got this
-wrong. A hazard is timing, so that no test of results finds it for sure.
+wrong, Triton before 3.7 in many loops. A hazard is timing, so that no test of results finds it for
+sure.
+Source: triton-lang/triton, issue 9433 and pull request 9514.
 """
 
 import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ["hazards"]
+import torch
+import triton
+
+from lora_kernels.dispatch.algorithm import capability_of, triton_version
+
+__all__ = ["cuobjdump", "fault", "hazards"]
+
+_MENDED = (3, 7)  # Triton that copies the registers before each product
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _PRODUCT = re.compile(r"HGMMA\S* R\d+, (?:R(\d+)|gdesc)")
@@ -21,6 +34,35 @@ _NO_RESULT = (
 )  # fmt: skip
 _OPERAND = 4  # registers of a thread that hold its part of the left operand
 _ROUNDS = 3  # of a loop, in which what is pending at its end meets its beginning
+
+
+def fault(compiled: Iterable, device: torch.device) -> str | None:
+    """What is wrong with the machine code of kernels that Triton has compiled for device, or None.
+
+    Only what Triton before 3.7 makes for Hopper is read, which takes a tenth of a second a kernel.
+    """
+    if device.type != "cuda" or torch.version.hip or capability_of(device)[0] != 9:
+        return None
+    if triton_version() >= _MENDED:
+        return None
+    for kernel in compiled:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            found = hazards(cuobjdump("-sass", file.name))
+        if found:
+            return (
+                f"its machine code overwrites what a product still reads, in {len(found)} places: "
+                f"install triton 3.7 or newer"
+            )
+    return None
+
+
+def cuobjdump(*arguments: str) -> str:
+    """What Triton's own cuobjdump says. Raises: OSError and CalledProcessError."""
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def hazards(code: str) -> list[str]:
