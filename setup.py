@@ -30,6 +30,7 @@ EXAMPLES = [
 ]
 BENCH = ["loralib", "matplotlib", "peft", "pytest", "pytest-benchmark", "transformers"]
 TEST = [
+    "argcomplete",
     "bitsandbytes",
     "hypothesis",
     "loralib",
