@@ -3,7 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,14 +67,13 @@ Config = SkinnyConfig | GemmConfig
 class Tiles(dict[str, list[tuple[When, Config]]]):
     """The table of a kernel: by target, which configuration serves which products."""
 
-    __hash__ = object.__hash__  # a key of select's cache
+    # A key of select's cache: a dict, which has no hash, by its identity.
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 @functools.lru_cache(1024)
-def select(
-    table: Tiles, target: str, bits: int, m: int = 1, r: int = 1, tma: bool = False
-) -> Config:
-    """The first entry of the target's table that serves such a product."""
+def select(table: Tiles, target: str, bits: int, m: int = 1, r: int = 1, tma: bool = False) -> Any:
+    """The first entry of the target's table that serves such a product, of the table's kind."""
     return next(config for when, config in table[target] if when.holds(bits, m, r, tma))
 
 

@@ -82,11 +82,11 @@ def dora_backward(
         needs_dh = needs.x or needs.a
         if needs_dh or needs.b:
             of_b = h.contiguous() if needs.b else None
-            operands = dy_rows, as_rows(b), of_b, spec, needs_dh, numerics
-            dh, db = grad_b(*operands, col_scale=m)
+            dh, db = grad_b(dy_rows, as_rows(b), of_b, spec, needs_dh, numerics, col_scale=m)
         if needs_dh and spec.drops_product:
-            operands = dy_rows, rows, w, dh, a, seed, m
-            dx, da = _through_both_products(*operands, spec.dropout_p, numerics, needs)
+            dx, da = _through_both_products(
+                dy_rows, rows, w, dh, a, seed, m, spec.dropout_p, numerics, needs
+            )
         elif needs_dh:
             folded = dy_rows, w
             if needs.x and _folds_weight(dy_rows, w):
@@ -94,8 +94,9 @@ def dora_backward(
             elif needs.x:
                 folded = _scaled(dy_rows, m), w
             left, right = folded
-            operands = left, rows, right, dh, a, seed
-            dx, da = of_x_and_a(algorithm, *operands, spec.dropout_p, numerics, needs)
+            dx, da = of_x_and_a(
+                algorithm, left, rows, right, dh, a, seed, spec.dropout_p, numerics, needs
+            )
         if needs.w and spec.drops_product:
             x_hat = apply_dropout(rows, seed, spec.dropout_p)
             dw = _scaled(dy_rows.T @ x_hat, (m - 1)[:, None]).addmm_(dy_rows.T, rows)

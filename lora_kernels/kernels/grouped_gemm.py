@@ -147,7 +147,7 @@ def grouped_gemm(
         _grouped_gemm_kernel,
         (routing.tiles(config.BLOCK_M) * cdiv(n, config.BLOCK_N),),
         left=matrix(left),
-        index=routing.index,
+        index=routing.x_index,
         w=stack_of(w.mT if w_t else w),
         bias=bias,
         update_left_ptr=update_left,

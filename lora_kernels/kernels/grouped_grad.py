@@ -126,7 +126,7 @@ def grouped_grad(
         (chunks * cdiv(k, config.BLOCK_COLS) * cdiv(r, block_r),),
         left=matrix(left),
         right=matrix(right),
-        index=routing.index,
+        index=routing.x_index,
         mask=mask,
         parts_ptr=parts,
         group_ptr=group_of_chunk,

@@ -87,7 +87,7 @@ def lora_grouped_linear_backward(
 ) -> list[Tensor]:
     """reference.grouped_linear.lora_grouped_linear_backward by algorithm "fused" or "addmm"."""
     of_dy = _routing(dy, w, ends, groups, None)
-    of_x, count = of_dy._replace(index=index), a.shape[0]
+    of_x, count = of_dy._replace(x_index=index), a.shape[0]
     numerics = numerics_of(dy, a, b, narrow=spec.narrow)
     dy, x, a, b = as_rows(dy), as_rows(x), with_unit_rows(a), with_unit_rows(b)
     dx = dw = da = db = dbias = None
@@ -146,7 +146,7 @@ def _product_and_update(
     update = (update_left, right, transposed)
     if algorithm == "fused" or (experts and not _takes_grouped_mm(left, w)):
         return grouped_gemm(left, w, bias, *update, routing, mask, scales, numerics)
-    rows = left if routing.index is None else left.index_select(0, routing.index)
+    rows = left if routing.x_index is None else left.index_select(0, routing.x_index)
     if experts:
         out = F.grouped_mm(rows, w, offs=routing.by_expert().ends)
     else:
@@ -173,15 +173,16 @@ def _grad_w(dy: Tensor, x: Tensor, w: Tensor, of_x: Routing) -> Tensor:
     """dw_e = dyᵀ·x over the rows of each expert; over all rows if one weight serves them."""
     if w.dim() == 3:
         return _grad_of_experts(dy, x, w.shape[0], of_x)
-    return dy.T @ (x if of_x.index is None else x.index_select(0, of_x.index))
+    return dy.T @ (x if of_x.x_index is None else x.index_select(0, of_x.x_index))
 
 
 def _grad_of_experts(left: Tensor, right: Tensor, experts: int, routing: Routing) -> Tensor:
     """leftᵀ·right over the rows of each expert [E, .., ..], a whole expert by one program."""
     numerics = numerics_of(right)
     routing = routing.by_expert()
-    whole = {"chunk_rows": routing.rows}
-    return grouped_grad(left, right, experts, routing, None, None, right.dtype, numerics, **whole)
+    return grouped_grad(
+        left, right, experts, routing, None, None, right.dtype, numerics, chunk_rows=routing.rows
+    )
 
 
 def _with_unit_stride(w: Tensor) -> Tensor:

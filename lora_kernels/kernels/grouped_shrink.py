@@ -127,7 +127,7 @@ def grouped_shrink(
         _grouped_shrink_kernel,
         (routing.tiles(config.BLOCK_ROWS) * ranks, parts),
         x=matrix(x),
-        index=routing.index,
+        index=routing.x_index,
         factors=stack_of(factors),
         mask=mask,
         scales=scales,

@@ -81,7 +81,8 @@ class Operands:
     @functools.cached_property
     def four_bit(self) -> FourBit:
         """A weight of w's shape in 4 bits; it has nothing to do with w."""
-        return random_four_bit(tuple(self.w.shape), self.w.device)
+        n, k = self.w.shape
+        return random_four_bit((n, k), self.w.device)
 
     @functools.cached_property
     def grouped(self) -> "GroupedOperands":
@@ -91,15 +92,15 @@ class Operands:
         """
         m, count, device = len(self.x), 4, self.x.device
         ends = [m * (q + 1) * (q + 2) // 72 for q in range(8)]
-        as_int32 = {"dtype": torch.int32, "device": device}
+        int32 = functools.partial(torch.tensor, dtype=torch.int32, device=device)
         weights = {name: torch.stack([getattr(self, name)] * count) for name in "ab"}
         problem = GroupedProblem(
             x=self.x,
             w=self.w.expand(2, *self.w.shape),
             bias=None if self.bias is None else torch.stack([self.bias] * 2),
             dy=self.dy,
-            ends=torch.tensor(ends, **as_int32),
-            groups=torch.tensor([0, 1, 2, 3] * 2, **as_int32),
+            ends=int32(ends),
+            groups=int32([0, 1, 2, 3] * 2),
             index=torch.arange(m, device=device).flip(0),
             seeds=torch.cat([self.seed] * count),
             spec=GroupedSpec((self.spec.scaling,), (self.spec.dropout_p,), self.spec.narrow),
@@ -150,7 +151,7 @@ class GroupedOperands:
     @property
     def without_index(self) -> Routing:
         """The routing of dy, whose rows are those of the batch."""
-        return self.routing._replace(index=None)
+        return self.routing._replace(x_index=None)
 
     def segments(self) -> list[Segment]:
         """The segments that have rows."""

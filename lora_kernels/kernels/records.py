@@ -98,7 +98,8 @@ def call_of(name: str, operands: Sequence, *depends: object) -> Call | None:
         or (leave is not None and getattr(leave, "calls", True))
     ):
         return None
-    key, tensors = [name], []
+    key: list = [name]
+    tensors: list[Tensor] = []
     try:
         known = _describe(operands, key, tensors)
     except RuntimeError:  # a tensor without memory, as one that outlived a transform of torch.func

@@ -168,7 +168,7 @@ class Routing(NamedTuple):
 
     ends: Tensor
     groups: Tensor | None
-    index: Tensor | None
+    x_index: Tensor | None
     rows: int
     per_expert: int = 1
 
@@ -193,7 +193,7 @@ class Routing(NamedTuple):
     def by_expert(self) -> "Routing":
         """The same rows with one segment for each expert, the e-th of group e."""
         ends = self.ends[self.per_expert - 1 :: self.per_expert].contiguous()
-        return Routing(ends, None, self.index, self.rows)
+        return Routing(ends, None, self.x_index, self.rows)
 
 
 class GroupNumbers(NamedTuple):
@@ -221,7 +221,8 @@ def numbers_of(spec: GroupedSpec, groups: int, device: torch.device) -> GroupNum
         return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
 
     scales = on_device([keep, scaling, both], torch.float32)
-    return GroupNumbers(*scales, on_device([word_threshold(p) for p in ps], torch.int32))
+    thresholds = on_device([word_threshold(p) for p in ps], torch.int32)
+    return GroupNumbers(scales[0], scales[1], scales[2], thresholds)
 
 
 def group_mask(spec: GroupedSpec, seeds: Tensor | None, numbers: GroupNumbers) -> GroupMask | None:

@@ -125,8 +125,8 @@ def wrong_result(
     h and dh is that of the layer that they serve.
     """
     try:
-        for output, *references in zip(outputs, exact, baseline, strict=True):
-            assert_close(output.to(references[1].dtype), *references, what="result")
+        for output, right, own in zip(outputs, exact, baseline, strict=True):
+            assert_close(output.to(own.dtype), right, own, "result")
     except AssertionError as error:
         return f"wrong: {error}"
     return None

@@ -56,7 +56,7 @@ class Tape(TorchDispatchMode):
     def launch(self, kernel, grid: tuple[int, ...], arguments: dict) -> None:
         """Launches the kernel, and records that."""
         compiled = kernel.run(grid=grid, warmup=True, **arguments)
-        seen = []
+        seen: list = []
         with _spying(compiled, seen):
             kernel.run(grid=grid, warmup=False, **arguments)
         self._globals.setdefault("kept", []).append(compiled)  # or its code could be unloaded

@@ -173,8 +173,9 @@ def halves(tile):
 def cut(tile, PARTS: tl.constexpr):
     """A tuple of 1, 2 or 4 parts of a tile's columns, from left to right."""
     parts = (tile,)
-    if PARTS >= 2:
-        parts = halves(tile)
     if PARTS >= 4:
-        parts = halves(parts[0]) + halves(parts[1])
+        left, right = halves(tile)
+        parts = halves(left) + halves(right)
+    elif PARTS >= 2:
+        parts = halves(tile)
     return parts
