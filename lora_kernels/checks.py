@@ -7,11 +7,15 @@ import contextlib
 import math
 import operator
 import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.spec import LoraSpec, OutputSplits
+
+if TYPE_CHECKING:
+    from lora_kernels.quantization import FrozenWeight
 
 __all__ = [
     "DTYPES", "autocast_dtype", "check_alpha", "check_device_and_dtype", "check_dropout",
@@ -152,7 +156,7 @@ def check_weight(layer: str | nn.Module, weight) -> None:
         )
 
 
-def check_shape(layer: str | nn.Module, x, weight: Tensor) -> None:
+def check_shape(layer: str | nn.Module, x: Any, weight: "Tensor | FrozenWeight") -> None:
     """x is a dense or jagged tensor of floats [..., K] for weight [N, K].
 
     Raises: TypeError, ValueError.
@@ -184,7 +188,7 @@ def check_input(layer: str | nn.Module, x, weight: Tensor) -> None:
 
 def check_operands(
     layer: str | nn.Module,
-    weight: Tensor,
+    weight: "Tensor | FrozenWeight",
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
@@ -217,7 +221,9 @@ def check_operands(
             _fail(layer, name, f"be on weight's device {device}", operand.device)
 
 
-def check_magnitude(layer: str | nn.Module, magnitude, weight: Tensor) -> None:
+def check_magnitude(
+    layer: str | nn.Module, magnitude: Any, weight: "Tensor | FrozenWeight"
+) -> None:
     """magnitude has an entry for each row of weight [N, K]. Raises: TypeError, ValueError."""
     check_tensor(layer, "magnitude", magnitude)
     n, device = weight.shape[0], weight.device

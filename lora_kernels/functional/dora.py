@@ -91,8 +91,7 @@ def _without_op(
         )
     if not is_opaque(x):
         checks.check_magnitude(layer, magnitude, weight)
-    operands = of_formula(layer, x, weight, a, b, bias, spec, seed)
-    x, weight, bias, x_hat, dtype = operands
+    x, weight, bias, x_hat, dtype = of_formula(layer, x, weight, a, b, bias, spec, seed)
     norm = dora_formula.row_norms(weight, a, b, spec, dtype)
     m = scale_of(magnitude, norm)
     return dora_formula.with_magnitude(x, x_hat, weight, a, b, bias, m, spec, dtype)[0]

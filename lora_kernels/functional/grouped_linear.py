@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,10 +125,10 @@ def _stacked(name: str, factors: Tensor | Sequence[Tensor], rank_dim: int) -> Te
     zero = factors[0].new_zeros(())
     padded = []
     for factor in factors:
-        shape = list(factor.shape)
-        shape[rank_dim] = rank - shape[rank_dim]
-        whole = shape[rank_dim] == 0
-        padded.append(factor if whole else torch.cat([factor, zero.expand(shape)], rank_dim))
+        missing = list(factor.shape)
+        missing[rank_dim] = rank - missing[rank_dim]
+        whole = missing[rank_dim] == 0
+        padded.append(factor if whole else torch.cat([factor, zero.expand(missing)], rank_dim))
     return torch.stack(padded)
 
 
@@ -164,9 +165,12 @@ def _check_routing(
     index: Tensor | None,
 ) -> None:
     """ends, groups and index fit x, weight and count groups."""
-    integers = {"ends": (ends, torch.int32), "groups": (groups, torch.int32)}
-    integers["index"] = (index, torch.int64)
-    for name, (tensor, dtype) in integers.items():
+    integers: list[tuple[str, Any, torch.dtype]] = [
+        ("ends", ends, torch.int32),
+        ("groups", groups, torch.int32),
+        ("index", index, torch.int64),
+    ]
+    for name, tensor, dtype in integers:
         if tensor is None and name != "ends":
             continue
         if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.dim() != 1:

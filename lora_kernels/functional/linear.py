@@ -7,6 +7,7 @@ formula of reference/ if an op cannot.
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled
@@ -29,8 +30,11 @@ from lora_kernels.spec import DoraSpec, LoraSpec, OutputSplits
 
 __all__ = ["lora_forward", "lora_linear", "lora_merged_linear", "lora_shared_linear"]
 
+_P = ParamSpec("_P")
+_Y = TypeVar("_Y")
 
-def _recorded_by_fx(function: Callable) -> Callable:
+
+def _recorded_by_fx(function: Callable[_P, _Y]) -> Callable[_P, _Y]:
     """function as one node of the graph if torch.fx.symbolic_trace records a call of it."""
 
     @functools.wraps(function)
@@ -39,7 +43,8 @@ def _recorded_by_fx(function: Callable) -> Callable:
             return x.tracer.create_proxy("call_function", wrapper, (x, *args), kwargs)
         return function(x, *args, **kwargs)
 
-    return wrapper
+    recorded: Any = wrapper  # of function's signature
+    return recorded
 
 
 @_recorded_by_fx
@@ -94,8 +99,8 @@ def lora_linear(
     else:
         checks.check_weight(name, weight)
     if magnitude is not None:
-        spec = DoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
-        return dora_forward(name, x, weight, lora_A, lora_B, bias, magnitude, spec, seed)
+        dora = DoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
+        return dora_forward(name, x, weight, lora_A, lora_B, bias, magnitude, dora, seed)
     spec = LoraSpec(scaling, dropout_p, OutputSplits.whole(weight.shape[0]))
     if isinstance(weight, FrozenWeight):
         return quantized_forward(name, x, weight, lora_A, lora_B, spec, seed)
@@ -193,9 +198,9 @@ def lora_shared_linear(
     xs, weights, biases = zip(*prepared, strict=True)
     seeds = seeds_for(name, xs[0], dropout_p, seed, count)
     factors = zip(specs, lora_As, lora_Bs, strict=True)
-    specs = tuple(under_autocast(spec, xs[0], a, b) for spec, a, b in factors)
+    specs = [under_autocast(spec, xs[0], a, b) for spec, a, b in factors]
     operands = (*weights, *lora_As, *lora_Bs, *biases)
-    return tuple(shared_input.lora_shared_linear(xs[0], seeds, specs, *operands))
+    return tuple(shared_input.lora_shared_linear(xs[0], seeds, tuple(specs), *operands))
 
 
 def lora_forward(

@@ -1,20 +1,21 @@
 """What the public functions make of their operands before an op, or the formula, computes."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels import checks
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.functional.seeds import seeds_for
 from lora_kernels.ops.obstacle import is_opaque, is_plain
 from lora_kernels.reference import formula
 from lora_kernels.reference.linear import accumulate_dtype
-from lora_kernels.spec import GroupedSpec, LoraSpec
+from lora_kernels.spec import DoraSpec, GroupedSpec, LoraSpec
 
-_Spec = TypeVar("_Spec", LoraSpec, GroupedSpec)
+_Spec = TypeVar("_Spec", LoraSpec, DoraSpec, GroupedSpec)
 
 __all__ = ["cast", "of_formula", "over_values", "own_dropout", "prepare", "under_autocast"]
 
@@ -85,7 +86,7 @@ def of_formula(
     return x, weight, bias, formula.dropped(x, seed, spec.dropout_p, dtype), dtype
 
 
-def own_dropout(layer: str | nn.Module, x, dropout_p: float, seed: Tensor | None):
+def own_dropout(layer: str | ForeignModule, x: Any, dropout_p: float, seed: Tensor | None) -> Any:
     """dropout(x) by PyTorch's dropout, which knows how to be recorded, and nested tensors.
 
     A layer's own module goes into the record, so that train() and eval() still act on it.
@@ -97,12 +98,12 @@ def own_dropout(layer: str | nn.Module, x, dropout_p: float, seed: Tensor | None
                 f"if seed is given, got a nested tensor of layout torch.strided"
             )
         return formula.dropped(x, seed, dropout_p, accumulate_dtype(x.dtype))
-    if isinstance(layer, nn.Module):
+    if not isinstance(layer, str):
         return layer.lora_dropout(x)
     return F.dropout(x, dropout_p) if dropout_p > 0 else x
 
 
-def over_values(x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+def over_values(x: Any, forward: Callable[[Tensor], Tensor]) -> Tensor:
     """forward of a jagged x: of its values, which are one matrix in memory."""
     y = forward(x.values())
     return torch.nested.nested_tensor_from_jagged(

@@ -8,18 +8,22 @@ import functools
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from lora_kernels.adapters.save import save_adapter
 from lora_kernels.adapters.state_dict import lora_state_dict
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
 __all__ = ["adapter_callback"]
 
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
-def adapter_callback(only: bool = False):
+def adapter_callback(only: bool = False) -> "TrainerCallback":
     """A TrainerCallback: every checkpoint gets a folder ``adapter``, as save_adapter writes it.
 
     load_adapter and PEFT open it. only: the checkpoint's model.safetensors then holds what LoRA

@@ -159,5 +159,6 @@ def differentiable_backward(operands, spec: DoraSpec, needs: DoraNeeds) -> list[
     dy, x, h, w, a, b, bias, magnitude, seed, norm, kept = operands
     if (needs.b or needs.magnitude) and x is not None and a is not None:
         h = formula.low_rank_input(x, a, seed, spec.dropout_p)
-    operands = (dy, x, h, w, a, b, bias, magnitude, seed, norm, kept)
-    return dora_formula.dora_backward(*operands, spec, needs)
+    return dora_formula.dora_backward(
+        dy, x, h, w, a, b, bias, magnitude, seed, norm, kept, spec, needs
+    )

@@ -91,7 +91,7 @@ def prepare(function: Callable, algorithm: str, shape: GemmShape, operands: tupl
     from lora_kernels.kernels import measured_tiles, selfcheck
 
     measured_tiles.use(shape.device)
-    _, _, _, _, *kernel = kind
+    kernel: list[Any] = [*kind[4:]]
     selfcheck.first_use(
         [selfcheck.Variant(launcher, *kernel) for launcher in LAUNCHERS[kind[0]][algorithm]],
         shape.device,

@@ -149,8 +149,9 @@ class _LoraGroupedLinear(torch.autograd.Function):
                     "lora_grouped_linear: double backward through x and lora_B needs lora_A to "
                     "require a gradient too; without it x is not saved"
                 )
+            x, h, w, a, b, ends, groups, index, seeds = ctx.saved_tensors
             grads = formula.lora_grouped_linear_backward(
-                dy, *ctx.saved_tensors, ctx.sources, spec, needs
+                dy, x, h, w, a, b, ends, groups, index, seeds, ctx.sources, spec, needs
             )
         else:
             constants = spec.scalings, spec.dropout_ps, needs, spec.narrow

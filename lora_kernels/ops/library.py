@@ -119,30 +119,30 @@ def compute(
         result = call.run()
         if result is not NotImplemented:
             return result
-    shape = shape()
-    chosen = algorithm.choose(shape)
+    gemm = shape()
+    chosen = algorithm.choose(gemm)
     if chosen.name == "reference":
-        algorithm.warn_of_machine(shape.device)
+        algorithm.warn_of_machine(gemm.device)
         return getattr(reference, name)(*operands)
 
     def by(chosen: str):
         if chosen == "reference":
             return getattr(reference, name)(*operands)
         kernels = _kernels_of(reference)
-        first_call.prepare(getattr(reference, name), chosen, shape, operands)
+        first_call.prepare(getattr(reference, name), chosen, gemm, operands)
         run = functools.partial(getattr(kernels, name), chosen, *operands)
         return run() if call is None else _records().observe(call, run)
 
     def what() -> tuple:
         dtypes = dict.fromkeys(tensor.dtype for tensor in typed if tensor is not None)
-        words = ["small m"] * (shape.m <= algorithm.SMALL_M)  # has kernels of its own
-        words += [f"r <= {1 << (shape.r - 1).bit_length()}", *["dropout"] * shape.dropout]
+        words = ["small m"] * (gemm.m <= algorithm.SMALL_M)  # has kernels of its own
+        words += [f"r <= {1 << (gemm.r - 1).bit_length()}", *["dropout"] * gemm.dropout]
         matrices = [tensor for tensor in typed if tensor is not None and tensor.dim() > 1]
         words += ["unaligned"] * (not is_tma_compliant(*matrices))
-        return (name, *words, shape.device, *dtypes)
+        return (name, *words, gemm.device, *dtypes)
 
-    if name in _REPEATABLE and algorithm.is_open(chosen) and first_use.is_asked(shape.device):
-        chosen = chosen._replace(name=first_use.decide(shape, what, by))
+    if name in _REPEATABLE and algorithm.is_open(chosen) and first_use.is_asked(gemm.device):
+        chosen = chosen._replace(name=first_use.decide(gemm, what, by))
     return fallback.run(chosen, what, by)
 
 
@@ -191,7 +191,8 @@ def applier(function: type[torch.autograd.Function]) -> Callable:
     Function.apply binds its arguments to forward's signature in every call, which costs as much as
     a small product. What traces or transforms knows apply itself alone.
     """
-    below = super(torch.autograd.Function, function).apply  # what apply ends in
+    # What apply ends in; PyTorch's types do not know it.
+    below = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*args):
         """The Function's apply, for all arguments by position."""

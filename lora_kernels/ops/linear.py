@@ -214,11 +214,11 @@ class LoraLinear(torch.autograd.Function):
         needs = ctx.needs
         if dy is None or not any(needs):
             return (None,) * 8  # one for each argument of forward
-        operands = (dy, *ctx.saved_tensors)
+        x, h, w, a, b, seed = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = differentiable_backward(*operands, ctx.spec, needs)
+            grads = differentiable_backward(dy, x, h, w, a, b, seed, ctx.spec, needs)
         else:
-            grads = lora_linear_backward(operands, ctx.spec, needs)
+            grads = lora_linear_backward((dy, x, h, w, a, b, seed), ctx.spec, needs)
         return (*needs.spread(grads), None, None, None)
 
 
@@ -283,7 +283,7 @@ class _LoraLinearBackward(torch.autograd.Function):
             given = dict.fromkeys(operands) | dict(zip(present, tensors, strict=True))
             return tuple(_backward_of_all(**given, h=h, seed=seed, spec=ctx.spec, needs=ctx.needs))
 
-        _, vjp = torch.func.vjp(backward, *(operands[name] for name in present))
+        vjp = torch.func.vjp(backward, *(operands[name] for name in present))[1]
         by_name = dict(zip(present, vjp(grads), strict=True))
         ordered = [by_name.get(name) for name in ("dy", "x", None, "w", "a", "b")]
         return (*ordered, None, None, None)

@@ -100,7 +100,7 @@ def is_plain(kind: type[Tensor]) -> bool:
         return True
     way = kind.__torch_function__
     plain = getattr(way, "__func__", way) in (
-        Tensor.__torch_function__.__func__,
+        getattr(Tensor.__torch_function__, "__func__", None),
         torch._C._disabled_torch_function_impl,
     )
     return plain and kind.__torch_dispatch__ is Tensor.__torch_dispatch__

@@ -195,14 +195,14 @@ class _LoraSharedLinear(torch.autograd.Function):
         else:
             scalings, dropout_p, narrow = _constants(specs)
             grads = _backward_op(full, x, h, ws, a, bs, seeds, scalings, dropout_p, needs, narrow)
-        grads = iter(grads)
+        following = iter(grads)
 
         def of_layers(needed: bool) -> list[Tensor | None]:
-            return [next(grads) if needed else None for _ in range(count)]
+            return [next(following) if needed else None for _ in range(count)]
 
-        grad_x = next(grads) if needs.x else None
+        grad_x = next(following) if needs.x else None
         grad_ws = of_layers(needs.w)
-        grad_as = next(grads).unbind() if needs.a else [None] * count
+        grad_as = next(following).unbind() if needs.a else [None] * count
         spread = (*grad_ws, *grad_as, *of_layers(needs.b), *of_layers(needs.bias))
         # An output that nothing used gives its layer no gradient, rather than zeros.
         asked = zip(ctx.needs_input_grad[3:], used * 4, strict=True)
@@ -216,4 +216,5 @@ _apply = applier(_LoraSharedLinear)
 def _quarters(operands: Sequence) -> tuple[list, list, list, list]:
     """ws, factors, bs and biases, out of a list that holds them in this order."""
     count = len(operands) // 4
-    return tuple(list(operands[i * count : (i + 1) * count]) for i in range(4))
+    ws, as_, bs, biases = (list(operands[i * count : (i + 1) * count]) for i in range(4))
+    return ws, as_, bs, biases

@@ -175,8 +175,8 @@ def _patched(upstream: Callable) -> Callable:
             b, scaling = b * scaling, 1.0  # its value stays on the device
         splits = OutputSplits.whole(weight.shape[0])
         if magnitude is not None:
-            spec = DoraSpec(scaling, dropout_p, splits)
-            return dora_forward(self, x, weight, a, b, bias, magnitude, spec)
+            dora_spec = DoraSpec(scaling, dropout_p, splits)
+            return dora_forward(self, x, weight, a, b, bias, magnitude, dora_spec)
         spec = LoraSpec(scaling, dropout_p, splits)
         if isinstance(weight, FrozenWeight):
             return functional.quantized_forward(self, x, weight, a, b, spec)

@@ -113,8 +113,8 @@ def compute_folded(x: Tensor, folded: Folded) -> Tensor:
     late = isinstance(weight, FrozenWeight) or (autocast_dtype(x) or weight.dtype).itemsize < 4
     if shift is not None and not late:
         bias = shift.to(weight.dtype) if bias is None else bias + shift.to(weight.dtype)
-    numbers = {"scaling": scaling, "dropout_p": dropout_p}
-    if groups == 1:
+    numbers: dict[str, Any] = {"scaling": scaling, "dropout_p": dropout_p}
+    if groups == 1 or isinstance(weight, FrozenWeight):  # which _alone takes with one group only
         y = functional.lora_linear(x, weight, a, b, bias, **numbers)
     else:
         enable_lora = [True] * groups
