@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,9 +47,10 @@ def path_of(
         from huggingface_hub import snapshot_download
     except ImportError:
         raise FileNotFoundError(f"{missing} cannot be asked: pip install huggingface_hub") from None
-    options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     try:
-        found = Path(snapshot_download(source, allow_patterns=list(DOWNLOADED), **options))
+        copy = snapshot_download(str(source), allow_patterns=list(DOWNLOADED), **options)
+        found = Path(str(copy))
     except Exception as error:  # of the network, of the Hub, of what this machine keeps of it
         raise FileNotFoundError(
             f"{missing} does not give it: {_in_a_line(error)} (a private repository needs token=, "

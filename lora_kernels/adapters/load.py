@@ -1,6 +1,8 @@
 """load_adapter: an Adapter is put into a model that it fits."""
 
+import functools
 import logging
+import operator
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +17,7 @@ from lora_kernels.adapters.formats import FORMATS, locate, peft
 from lora_kernels.adapters.formats.adapter import Adapter, Hints, renamed
 from lora_kernels.adapters.formats.base import Base
 from lora_kernels.adapters.formats.peft_experts import Stack
-from lora_kernels.foreign import check_no_peft
+from lora_kernels.foreign import ForeignModule, check_no_peft
 from lora_kernels.layers.mixture import weight_of
 from lora_kernels.model.apply import wrap_modules
 from lora_kernels.model.parameters import match_parameters
@@ -86,8 +88,8 @@ def load_adapter(
         stacks.update(_stacks(model, names))
         return stacks
 
-    download = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    path = hub.path_of(directory, "load_adapter: directory", **download)
+    where = "load_adapter: directory"
+    path = hub.path_of(directory, where, revision=revision, token=token, cache_dir=cache_dir)
     is_peft = not path.exists() or (path / peft.WEIGHTS).is_file()
     found, file = ("peft", path) if is_peft else locate(path)
     if found == "peft":
@@ -95,37 +97,37 @@ def load_adapter(
     else:
         read = FORMATS[found].read(file, Hints(lora_alpha=lora_alpha, base=Base.of(model)))
     _log.info("load_adapter: %s: taken for the format of %s", file, found)
-    name, adapter = adapter, _with_biases_of(model, _aligned(read, model), adapter)
-    fitted = fit(model, adapter, stacks) if name is None else fit_named(model, adapter, name)
-    for note in adapter.notes:
+    read = _with_biases_of(model, _aligned(read, model), adapter)
+    fitted = fit(model, read, stacks) if adapter is None else fit_named(model, read, adapter)
+    for note in read.notes:
         if found == "peft":
             warnings.warn(f"load_adapter: {note}", RuntimeWarning, stacklevel=2)
         else:
             _log.info("load_adapter: %s", note)
-    if name is not None:
+    if adapter is not None:
         load_plain_state(model, _distributed(fitted.state, plain_state(model)))
         return model
     state, layers = fitted.state, adapted_layers(model)
     if layers:
-        for path, spec in fitted.specs.items():
-            if path in layers:
-                layers[path].lora_alpha, layers[path].scaling = spec.lora_alpha, spec.scaling
+        for at, spec in fitted.specs.items():
+            if at in layers:
+                layers[at].lora_alpha, layers[at].scaling = spec.lora_alpha, spec.scaling
             else:
-                owner, name = split(path)
-                layers[owner].lora_alpha[name] = spec.lora_alpha
-                layers[owner].scaling[name] = spec.scaling
-        record_trained(model, adapter.bias, fitted.saved)
+                owner, stack = split(at)
+                experts: ForeignModule = layers[owner]
+                experts.lora_alpha[stack], experts.scaling[stack] = spec.lora_alpha, spec.scaling
+        record_trained(model, read.bias, fitted.saved)
         state = _distributed(state, plain_state(model))
     else:
         wrap_modules(model, fitted.specs, merge_weights)
-        if not adapter.keeps_ties:
+        if not read.keeps_ties:
             untie(model, fitted.saved)
-        mark_only_lora_as_trainable(model, adapter.bias, fitted.saved)
+        mark_only_lora_as_trainable(model, read.bias, fitted.saved)
         layers = adapted_layers(model)
         for layer in layers.values():
             for name in layer.factor_names:
                 if name.startswith("lora_B"):
-                    getattr(layer, name).requires_grad &= adapter.trains_b
+                    getattr(layer, name).requires_grad &= read.trains_b
     load_plain_state(model, state)
     for layer in layers.values():
         if not layer.training:
@@ -140,7 +142,8 @@ def _with_biases_of(model: nn.Module, adapter: Adapter, name: str | None) -> Ada
     """
     if not adapter.lora_biases:
         return adapter
-    place, own, entries = f"{adapter.source.config}: lora_bias", plain_state(model), {}
+    place, own = f"{adapter.read_from.config}: lora_bias", plain_state(model)
+    entries: dict[str, Tensor] = {}
     if name is not None or adapted_layers(model) or multi_layers(model):
         raise ValueError(
             f"{place}: adds to the biases of a plain model: load it into one, and without a name"
@@ -155,13 +158,13 @@ def _with_biases_of(model: nn.Module, adapter: Adapter, name: str | None) -> Ada
             )
         if bias.shape != lora_bias.shape:
             raise ValueError(
-                f"{adapter.source.weights}: {path}.lora_B.bias: shape must be {list(bias.shape)}, "
-                f"got {list(lora_bias.shape)}"
+                f"{adapter.read_from.weights}: {path}.lora_B.bias: shape must be "
+                f"{list(bias.shape)}, got {list(lora_bias.shape)}"
             )
         wide = lora_bias.double() * adapter.layers[path].spec.scaling
         entries[key] = (bias.cpu().double() + wide).to(bias.dtype)
-    bias = "lora_only" if adapter.bias == "none" else adapter.bias
-    return replace(adapter, entries={**adapter.entries, **entries}, bias=bias)
+    trains = "lora_only" if adapter.bias == "none" else adapter.bias
+    return replace(adapter, entries={**adapter.entries, **entries}, bias=trains)
 
 
 # What may lie in front of the paths in a model, or in an adapter, that the other does not know of.
@@ -176,9 +179,9 @@ def _aligned(adapter: Adapter, model: nn.Module) -> Adapter:
         if paths.issuperset(adapter.layers):
             break
         if all(path.startswith(front) and path[len(front) :] in paths for path in adapter.layers):
-            return renamed(adapter, lambda entry, front=front: entry.removeprefix(front))
+            return renamed(adapter, operator.methodcaller("removeprefix", front))
         if paths.issuperset(front + path for path in adapter.layers):
-            longer = renamed(adapter, lambda entry, front=front: front + entry)
+            longer = renamed(adapter, functools.partial(operator.add, front))
             return replace(longer, modules_to_save=adapter.modules_to_save)  # ends of paths
     if not paths.issuperset(adapter.layers):
         _check_not_inside(adapter, paths)
@@ -192,15 +195,15 @@ def _check_not_inside(adapter: Adapter, paths: Collection[str]) -> None:
         front = path.removesuffix(first)
         if path.endswith(f".{first}") and all(front + p in paths for p in adapter.layers):
             raise ValueError(
-                f"{adapter.source.weights}: the adapter is for a module inside of the model: load "
-                f"it into model.get_submodule({front[:-1]!r}) (for sentence-transformers that is "
-                f"model[0].auto_model)"
+                f"{adapter.read_from.weights}: the adapter is for a module inside of the model: "
+                f"load it into model.get_submodule({front[:-1]!r}) (for sentence-transformers that "
+                f"is model[0].auto_model)"
             )
 
 
 def _stacks(model: nn.Module, names: Sequence[str]) -> dict[str, Stack]:
     """The stacks of the weights of experts that target_parameters means in model."""
-    found = match_parameters(model, names, wrapped=True)
+    found: dict[str, ForeignModule] = match_parameters(model, names, wrapped=True)
     stacks = {}
     for path, module in found.items():
         count, n, k = weight_of(module, split(path)[1]).shape

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +155,8 @@ def _library_class(model: nn.Module) -> type | None:
 
 def _layer(path: str, layers: Mapping[str, LoRALayer], state: Mapping[str, Tensor]) -> AdapterLayer:
     if path not in layers:
-        return _stack(path, layers[split(path)[0]], state)
+        experts: Any = layers[split(path)[0]]
+        return _stack(path, experts, state)
     layer = layers[path]
     if not isinstance(layer, (nn.Linear, nn.Embedding, ConvLoRA, LoRAQuantizedLinear)):
         raise ValueError(

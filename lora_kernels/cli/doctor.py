@@ -38,9 +38,9 @@ VARIABLES = (
 # Tokens and pass of products with a 4096 x 4096 weight at rank 16, as in a model of 7 billion
 # parameters.
 PRODUCTS = {
-    "training, forward": {"m": 8192},
-    "training, backward": {"m": 8192, "backward": True},
-    "decoding": {"m": 1},
+    "training, forward": (8192, False),
+    "training, backward": (8192, True),
+    "decoding": (1, False),
 }
 
 
@@ -96,11 +96,13 @@ def examine_machine() -> Findings:
             missing += _why_reference(chosen) or advice.compiler() or _failures(device)
     return Findings(
         python=f"{platform.python_version()}, {sys.executable}",
-        versions={"lora_kernels": lora_kernels.__version__}
-        | {name: _version(name) for name in PACKAGES},
+        versions={
+            "lora_kernels": lora_kernels.__version__,
+            **{name: _version(name) for name in PACKAGES},
+        },
         variables={name: os.environ.get(name) for name in VARIABLES},
         gpus=gpus,
-        no_gpu=no_gpu and no_gpu.what,
+        no_gpu=None if no_gpu is None else no_gpu.what,
         algorithms=algorithms,
         peft="",
         notes=list(dict.fromkeys(notes)),
@@ -265,8 +267,8 @@ def _why_no_gpu() -> Missing:
 
 def _algorithms(device: torch.device) -> list[dict[str, str]]:
     rows = []
-    for name, fields in PRODUCTS.items():
-        shape = GemmShape(n=4096, k=4096, r=16, dtype=torch.bfloat16, device=device, **fields)
+    for name, (m, backward) in PRODUCTS.items():
+        shape = GemmShape(m, 4096, 4096, 16, torch.bfloat16, device, backward=backward)
         chosen = algorithm.choose(shape)
         what = f"{name}, [{shape.m}, 4096] x [4096, 4096], r=16, bfloat16"
         row = {"device": str(device), "product": what}

@@ -166,8 +166,8 @@ def _suspicious(adapter: Adapter, hints: Hints) -> list[str]:
         if len(numbers) == 1:
             blocks[path.replace(f".{numbers[0]}.", ".N.")].add(int(numbers[0]))
     seen = set().union(*blocks.values()) if blocks else set()
-    for path, numbers in blocks.items():
-        gaps = set(range(min(seen), max(seen) + 1)) - numbers
+    for path, held in blocks.items():
+        gaps = set(range(min(seen), max(seen) + 1)) - held
         if gaps and len(gaps) < len(seen):
             lines.append(f"{path}: not in block {', '.join(map(str, sorted(gaps)[:8]))}")
     return lines
@@ -194,16 +194,15 @@ def as_text(found: Inspection) -> str:
     if found.base_model:
         lines.append(f"base model: {found.base_model}")
     header = ("layers", "x", "kind", "in", "out", "r", "scaling", "dtype")
-    table = [header] if found.rows else []
+    table: list[tuple[str, ...]] = [header] if found.rows else []
     for row in found.rows:
         scaling = "not told" if row.scaling is None else f"{row.scaling:.6g}"
         kind = f"{row.kind}, DoRA" if row.dora else row.kind
         sizes = (row.inputs, row.outputs, row.r)
-        table.append((row.name, row.count, kind, *sizes, scaling, row.dtype))
-    widths = [max(len(str(row[i])) for row in table) for i in range(len(header))] if table else []
-    for row in table:
-        cells = (str(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  " + "  ".join(cells).rstrip())
+        table.append((row.name, str(row.count), kind, *map(str, sizes), scaling, row.dtype))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        lines.append("  " + "  ".join(map(str.ljust, cells, widths)).rstrip())
     if found.entries:
         lines.append(f"also: {', '.join(found.entries[:8])}" + ", ..." * (len(found.entries) > 8))
     lines += [f"note: {note}" for note in found.notes]

@@ -244,7 +244,7 @@ def _kept() -> "_Kept":
 class _Kept:
     """What a thread keeps: generators of the last shapes over one memory, and a mask's memory."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.generator = functools.lru_cache(_GENERATORS)(self._generator)
         self.scratch = functools.cache(self._scratch)
         self.drawn = Drawn()

@@ -24,7 +24,7 @@ _COPIES, _OF_BYTE = 0x0101010101010101, 0x8040201008040201 - (1 << 64)
 class Drawn:
     """The last masks, by what they follow from."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._bits: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._bytes = 0
 

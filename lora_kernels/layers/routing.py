@@ -115,7 +115,7 @@ class ActiveRoutes:
     A copy or a pickle is in no route.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.entries: tuple[_Entry, ...] = ()
 
     def __deepcopy__(self, memo: dict) -> "ActiveRoutes":

@@ -61,7 +61,7 @@ class _PeftFinder:
             execute(module)
             _patch()
 
-        spec.loader.exec_module = exec_module
+        vars(spec.loader)["exec_module"] = exec_module
         return spec
 
 
