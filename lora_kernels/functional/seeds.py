@@ -1,18 +1,16 @@
 """Seeds of dropout masks: one that the caller gives, or one drawn for this call and rank."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels import checks
 
-try:
-    from torch.distributed import GroupMember
-except ImportError:  # a PyTorch without distributed
-    GroupMember = None
-
 __all__ = ["draw_like", "draw_seeds", "is_alone", "like_drawn", "rank_of", "seeds_for"]
+
+GroupMember: Any = getattr(torch.distributed, "GroupMember", None)  # None: built without
 
 
 def seeds_for(
