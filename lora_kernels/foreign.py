@@ -55,14 +55,24 @@ def check_options(layer: type, base: type[ForeignModule], options: Mapping[str, 
     taken = inspect.signature(base.__init__).parameters
     for name in options:
         if name not in taken:
-            # A constructor may pass on what it does not name itself.
-            own = [vars(kind)["__init__"] for kind in layer.__mro__ if "__init__" in vars(kind)]
-            names = [*taken, *(n for each in own for n in inspect.signature(each).parameters)]
+            names = [*taken, *_named(layer)]
             meant = _ALIASES[name] if _ALIASES.get(name) in names else did_you_mean(name, names)
             raise TypeError(
                 f"{layer.__name__}: got an unexpected argument {name!r}"
                 + (f": did you mean {meant}?" if meant else "")
             )
+
+
+def _named(layer: type) -> list[str]:
+    """What the constructors of a layer name, as far as they pass on what they do not name."""
+    names: list[str] = []
+    for kind in layer.__mro__:
+        if "__init__" in vars(kind):
+            _, *parameters = inspect.signature(vars(kind)["__init__"]).parameters.values()
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+                break
+            names += [parameter.name for parameter in parameters]
+    return names
 
 
 def did_you_mean(name: str, names: Collection[str]) -> str | None:

@@ -170,6 +170,13 @@ def test_a_constructor_that_passes_all_on_knows_the_names_of_what_it_passes_to()
         lora.LoRAConv1d(4, 4, 1, r=2, dropout=0.1)
 
 
+def test_no_name_is_proposed_that_the_constructor_does_not_take():
+    with pytest.raises(TypeError, match=r"MultiLoRALinear: got an unexpected argument 'r'$"):
+        lora.MultiLoRALinear(4, 4, {"a": {"r": 2}}, r=2)
+    with pytest.raises(TypeError, match=r"MultiLoRALinear: got an unexpected argument 'rank'$"):
+        lora.MultiLoRALinear(4, 4, {"a": {"r": 2}}, rank=2)
+
+
 def test_a_subclass_names_itself():
     class Mine(lora.LoRALinear):
         pass

@@ -230,7 +230,9 @@ class ConvLoRA(LoRALayer, nn.Module):
         return text
 
 
-class _ConvLoRAOfKind(ConvLoRA):
+class LoRAConv(ConvLoRA):
+    """What LoRAConv1d, LoRAConv2d and LoRAConv3d share: ConvLoRA around one class."""
+
     _kind: type[_Conv]
 
     def __init__(
@@ -257,25 +259,25 @@ class _ConvLoRAOfKind(ConvLoRA):
         )
 
 
-class LoRAConv1d(_ConvLoRAOfKind):
+class LoRAConv1d(LoRAConv):
     """ConvLoRA around nn.Conv1d: (in_channels, out_channels, kernel_size, r=0, ...)."""
 
     _kind = nn.Conv1d
 
 
-class LoRAConv2d(_ConvLoRAOfKind):
+class LoRAConv2d(LoRAConv):
     """ConvLoRA around nn.Conv2d: (in_channels, out_channels, kernel_size, r=0, ...)."""
 
     _kind = nn.Conv2d
 
 
-class LoRAConv3d(_ConvLoRAOfKind):
+class LoRAConv3d(LoRAConv):
     """ConvLoRA around nn.Conv3d: (in_channels, out_channels, kernel_size, r=0, ...)."""
 
     _kind = nn.Conv3d
 
 
-_LAYERS: dict[type[_Conv], type[_ConvLoRAOfKind]] = {
+_LAYERS: dict[type[_Conv], type[LoRAConv]] = {
     nn.Conv1d: LoRAConv1d,
     nn.Conv2d: LoRAConv2d,
     nn.Conv3d: LoRAConv3d,
