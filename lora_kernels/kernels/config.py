@@ -50,15 +50,18 @@ class When:
 
     bits: of the operands of the dot; None means any. m, r: the most rows, the highest rank. tma:
     whether the entry is for operands that tensor descriptors can describe, and for no others.
+    terms: whether it is for factors of several terms, see split_terms.py, and for no others.
     """
 
     bits: int | None = None
     m: float = math.inf
     r: float = math.inf
     tma: bool = False
+    terms: bool = False
 
-    def holds(self, bits: int, m: int, r: int, tma: bool) -> bool:
-        return self.bits in (None, bits) and m <= self.m and r <= self.r and (tma or not self.tma)
+    def holds(self, bits: int, m: int, r: int, tma: bool, terms: bool) -> bool:
+        fits = self.bits in (None, bits) and m <= self.m and r <= self.r
+        return fits and (tma or not self.tma) and (terms or not self.terms)
 
 
 Config = SkinnyConfig | GemmConfig
@@ -72,9 +75,17 @@ class Tiles(dict[str, list[tuple[When, Config]]]):
 
 
 @functools.lru_cache(1024)
-def select(table: Tiles, target: str, bits: int, m: int = 1, r: int = 1, tma: bool = False) -> Any:
+def select(
+    table: Tiles,
+    target: str,
+    bits: int,
+    m: int = 1,
+    r: int = 1,
+    tma: bool = False,
+    terms: bool = False,
+) -> Any:
     """The first entry of the target's table that serves such a product, of the table's kind."""
-    return next(config for when, config in table[target] if when.holds(bits, m, r, tma))
+    return next(config for when, config in table[target] if when.holds(bits, m, r, tma, terms))
 
 
 class Stand(NamedTuple):

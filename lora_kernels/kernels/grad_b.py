@@ -23,6 +23,15 @@ from lora_kernels.kernels.grad_a import grad_a
 from lora_kernels.kernels.launch import cdiv, launch, matrix, rank_block, split
 from lora_kernels.kernels.numerics import Numerics, bits_of
 from lora_kernels.kernels.split_k_reduce import split_k_reduce, split_k_reduce_both
+from lora_kernels.kernels.split_terms import (
+    are_apart,
+    dot_terms,
+    load_terms,
+    split_terms,
+    sum_terms,
+    terms_of,
+    zeros_of_terms,
+)
 from lora_kernels.kernels.tile import Matrix, load_tile, part_of
 from lora_kernels.spec import LoraSpec
 
@@ -30,23 +39,31 @@ TILES = Tiles(
     interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
     sm_80=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
+        (When(terms=True, r=16), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
+        (When(terms=True), SkinnyConfig(128, 64, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
     ],
     sm_90=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=2)),
+        (When(terms=True, r=16), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
+        (When(terms=True), SkinnyConfig(128, 64, num_warps=8, num_stages=3)),
         (When(r=16), SkinnyConfig(256, 64, num_warps=8, num_stages=3, programs_per_sm=1)),
         (When(), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
     ],
     sm_100=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=2)),
+        (When(terms=True, r=16), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
+        (When(terms=True), SkinnyConfig(128, 64, num_warps=8, num_stages=3)),
         (When(), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
     ],
     hip=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=4, num_stages=2)),
+        (When(terms=True), SkinnyConfig(64, 64, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(128, 64, num_warps=8, num_stages=2)),
     ],
     other=[
         (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),
+        (When(terms=True), SkinnyConfig(64, 64, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(128, 64, num_warps=8, num_stages=2)),
     ],
 )
@@ -56,7 +73,7 @@ TILES = Tiles(
 def _grad_b_kernel(
     dy, b, h_ptr, col_scale, dh_ptr, db_ptr,
     M, R, rank_total, b_rows, sizes, parts, scale_dh, scale_db,
-    ENABLED: tl.constexpr, NUMERICS: tl.constexpr,
+    ENABLED: tl.constexpr, NUMERICS: tl.constexpr, TERMS: tl.constexpr, APART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     ranks = tl.cdiv(R, BLOCK_R)  # programs of the same rows are neighbours: dy comes from L2
@@ -81,23 +98,31 @@ def _grad_b_kernel(
     first_n = part * n_slice
     steps = tl.cdiv(tl.maximum(min(size - first_n, n_slice), 0), BLOCK_N)
 
+    RANK_TERMS: tl.constexpr = NUMERICS.terms
     offs_r = r + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     if db_ptr is not None:
         h = Matrix(h_ptr, rank_total)
-        h_tile = load_tile(part_of(h, 0, group * R), row, r, M, R, BLOCK_M, BLOCK_R)
-        h_tile = h_tile.to(NUMERICS.rank)
-    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        h = part_of(h, 0, group * R)
+        if RANK_TERMS > 1:
+            hs = terms_of(h, row, r, M, R, RANK_TERMS, APART, NUMERICS, BLOCK_M, BLOCK_R)
+        else:
+            hs = (load_tile(h, row, r, M, R, BLOCK_M, BLOCK_R).to(NUMERICS.rank),)
+    accs = zeros_of_terms(TERMS, APART, BLOCK_M, BLOCK_R)
     for step in tl.range(0, steps):
         n = first_n + step * BLOCK_N
         dy_tile = load_tile(dy, row, start + n, M, start + size, BLOCK_M, BLOCK_N)
         if dh_ptr is not None:
-            b_tile = load_tile(b, b_start + n, r, b_start + size, R, BLOCK_N, BLOCK_R)
-            left, right = dy_tile.to(NUMERICS.factor), b_tile.to(NUMERICS.factor)
-            acc = tl.dot(left, right, acc, input_precision=NUMERICS.precision)
+            b_tiles = load_terms(
+                b, b_start + n, r, b_start + size, R, b_rows,
+                False, TERMS, APART, NUMERICS, BLOCK_N, BLOCK_R,
+            )  # fmt: skip
+            accs = dot_terms(accs, dy_tile, b_tiles, False, NUMERICS)
         if db_ptr is not None:
-            left = dy_tile.to(NUMERICS.rank).T
-            db = tl.dot(left, h_tile, input_precision=NUMERICS.precision) * scale_db
+            left, dbs = dy_tile.to(NUMERICS.main if RANK_TERMS > 1 else NUMERICS.rank).T, ()
+            for i in tl.static_range(len(hs)):
+                dbs += (tl.dot(left, hs[i], input_precision=NUMERICS.precision),)
+            db = sum_terms(dbs, BLOCK_R) * scale_db
             offs_n = n + tl.arange(0, BLOCK_N)
             if col_scale is not None:
                 db *= tl.load(col_scale + start + offs_n, mask=offs_n < size, other=0.0)[:, None]
@@ -108,12 +133,14 @@ def _grad_b_kernel(
         offs_m = row + tl.arange(0, BLOCK_M)
         offs_dh = (tl.cast(part, tl.int64) * M + offs_m)[:, None] * rank_total + group * R
         mask = (offs_m < M)[:, None] & mask_r[None, :]
-        tl.store(dh_ptr + offs_dh + offs_r[None, :], acc * scale_dh, mask=mask)
+        dh = sum_terms(accs, BLOCK_R) * scale_dh
+        tl.store(dh_ptr + offs_dh + offs_r[None, :], dh, mask=mask)
 
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    return select(TILES, target_of(device), bits_of(numerics.rank), r=r)
+    bits, terms = bits_of(numerics.of_rank), numerics.terms > 1
+    return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
 def grad_b(
@@ -143,7 +170,9 @@ def grad_b(
         db = (db if col_scale is None else db * col_scale[:, None]).to(b.dtype)
     if not (needs_dh or needs_db):
         return None, db
-    block_r = rank_block(r, numerics.rank)
+    dtype = b.dtype
+    b, terms = split_terms(b, dy.dtype, numerics.terms)
+    block_r = rank_block(r, numerics.of_rank)
     rows, ranks = cdiv(m, config.BLOCK_ROWS), cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(dy.device)
     parts, _ = split(max(splits.sizes), config.BLOCK_COLS, rows * ranks * groups, wanted)
@@ -171,6 +200,8 @@ def grad_b(
         scale_db=spec.scaling,
         ENABLED=splits.enabled,
         NUMERICS=numerics,
+        TERMS=terms,
+        APART=are_apart(dy.device),
         BLOCK_M=config.BLOCK_ROWS,
         BLOCK_N=config.BLOCK_COLS,
         BLOCK_R=block_r,
@@ -178,10 +209,10 @@ def grad_b(
         num_stages=config.num_stages,
     )
     if needs_dh and needs_db:
-        return split_k_reduce_both(dh_parts, numerics.dh, db_parts, b.dtype)
+        return split_k_reduce_both(dh_parts, numerics.dh, db_parts, dtype)
     if needs_dh:
         return split_k_reduce(dh_parts, numerics.dh), db
-    return None, split_k_reduce(db_parts, b.dtype)
+    return None, split_k_reduce(db_parts, dtype)
 
 
 def _db_alone(dy: Tensor, h: Tensor, spec: LoraSpec, r: int, numerics: Numerics) -> Tensor:

@@ -26,6 +26,7 @@ from lora_kernels.kernels.segments import (
     stack_of,
 )
 from lora_kernels.kernels.split_k_reduce import split_k_reduce
+from lora_kernels.kernels.split_terms import rounded
 from lora_kernels.kernels.tile import Matrix, load_tile, part_of, store_tile
 
 TILES = Tiles(
@@ -117,6 +118,8 @@ def grouped_shrink(
     """
     s, k = routing.rows, x.shape[1]
     r = factors.shape[1] if transposed else factors.shape[2]
+    if numerics.terms == 1:
+        factors = rounded(factors, x.dtype)
     config = config or config_for(x.device, r, numerics)
     block_r = rank_block(r, numerics.factor)
     ranks = cdiv(r, block_r)

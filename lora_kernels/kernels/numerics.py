@@ -16,8 +16,9 @@ class Numerics(NamedTuple):
 
     main: x·wᵀ and dy·w. factor: x or dy times a factor, for h and dh. rank: h or dh times dy or x,
     for db and da. update: h or dh times a factor, for y and dx. precision: how factor and rank are
-    multiplied. update_precision: how main and update are multiplied. A constexpr argument of every
-    kernel with a dot.
+    multiplied. update_precision: how main and update are multiplied. terms: if it is not 0, then
+    shrink and grad_b multiply in main's dtype instead, and a factor in another dtype is so many
+    terms, see split_terms.py. A constexpr argument of every kernel with a dot.
     """
 
     main: tl.dtype
@@ -26,6 +27,7 @@ class Numerics(NamedTuple):
     update: tl.dtype
     precision: str
     update_precision: str
+    terms: int = 0
 
     def __hash__(self) -> int:
         # Triton hashes it in every launch, and a dtype's own hash is Python code.
@@ -35,6 +37,16 @@ class Numerics(NamedTuple):
     def dh(self) -> torch.dtype:
         """The dtype of dh in memory: bfloat16 if every product rounds dh to that, else float32."""
         return torch.bfloat16 if self.rank is tl.bfloat16 else torch.float32
+
+    @property
+    def of_factor(self) -> tl.dtype:
+        """The dtype in which x or dy meets the terms of a factor."""
+        return self.main if self.terms else self.factor
+
+    @property
+    def of_rank(self) -> tl.dtype:
+        """The dtype in which x or dy meets the terms of h or dh."""
+        return self.main if self.terms > 1 else self.rank
 
 
 _TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -71,6 +83,10 @@ def _numerics(dtype: torch.dtype, uniform: bool, target: str, allowed: bool) -> 
         precision = tf32 if allowed else "ieee"
         return Numerics(main, main, main, main, precision, precision)
     if uniform:
-        return Numerics(main, main, update, update, tf32, tf32)
+        # Triton's interpreter would cut bits off, too, where it rounds to bfloat16.
+        terms = 0 if interpreted_bf16 else 1
+        return Numerics(main, main, update, update, tf32, tf32, terms)
     precision = tf32 if allowed else exact
-    return Numerics(main, tl.float32, tl.float32, update, precision, tf32)
+    # Sixteen bits are more than TF32 has. The terms of a large number would not fit into float16.
+    terms = 0 if dtype == torch.float16 else 2 if allowed else 3
+    return Numerics(main, tl.float32, tl.float32, update, precision, tf32, terms)

@@ -25,6 +25,7 @@ from lora_kernels.kernels import (
     grouped_shrink,
     shrink,
     split_k_reduce,
+    split_terms,
     weight_norm,
 )
 from lora_kernels.kernels.config import Config, When, target_of
@@ -217,6 +218,7 @@ KERNELS = {
             ),
         )),
         Kernel("split_k_reduce", split_k_reduce._split_k_reduce_kernel, None),
+        Kernel("split_terms", split_terms._split_terms_kernel, None),
         Kernel("grouped_shrink", grouped_shrink._grouped_shrink_kernel, grouped_shrink.TILES, (
             Launcher(
                 "grouped_shrink_h", "m k r p",

@@ -16,20 +16,33 @@ from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block, split
 from lora_kernels.kernels.numerics import Numerics, bits_of
 from lora_kernels.kernels.split_k_reduce import split_k_reduce
+from lora_kernels.kernels.split_terms import (
+    are_apart,
+    dot_terms,
+    load_terms,
+    split_terms,
+    sum_terms,
+    zeros_of_terms,
+)
 from lora_kernels.kernels.tile import load_tile, part_of
 
 TILES = Tiles(
     interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
     sm_80=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
+        (When(terms=True, r=16), SkinnyConfig(128, 32, num_warps=8, num_stages=2)),
+        (When(terms=True), SkinnyConfig(64, 32, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(128, 64, num_warps=8, num_stages=3)),
     ],
     sm_90=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
+        (When(terms=True, r=16), SkinnyConfig(128, 64, num_warps=8, num_stages=3)),
+        (When(terms=True), SkinnyConfig(128, 32, num_warps=8, num_stages=3)),
         (When(), SkinnyConfig(128, 64, num_warps=8, num_stages=3)),
     ],
     sm_100=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
+        (When(terms=True), SkinnyConfig(128, 64, num_warps=8, num_stages=3)),
         (When(r=16), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=3)),
     ],
@@ -39,6 +52,8 @@ TILES = Tiles(
     ],
     other=[
         (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),
+        (When(terms=True, r=16), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
+        (When(terms=True), SkinnyConfig(64, 32, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
     ],
 )
@@ -48,7 +63,7 @@ TILES = Tiles(
 def _shrink_kernel(
     x, a, mask, h_ptr,
     M, K, R, layers, k_slice, scale,
-    NUMERICS: tl.constexpr,
+    NUMERICS: tl.constexpr, TERMS: tl.constexpr, APART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     ranks = tl.cdiv(R, BLOCK_R)  # programs of the same rows are neighbours: x comes from L2
@@ -62,26 +77,29 @@ def _shrink_kernel(
     if mask is not None:
         seed = tl.load(mask.seed + layer)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    accs = zeros_of_terms(TERMS, APART, BLOCK_M, BLOCK_R)
     for step in tl.range(0, steps):
         k = first_k + step * BLOCK_K
         x_tile = load_tile(x, row, k, M, K, BLOCK_M, BLOCK_K)
-        a_tile = load_tile(a, r, k, R, K, BLOCK_R, BLOCK_K)
+        a_tiles = load_terms(
+            a, r, k, R, K, layers * R, True, TERMS, APART, NUMERICS, BLOCK_R, BLOCK_K
+        )
         if mask is not None:
             keep = keep_tile(seed, mask.threshold, row, k, BLOCK_M, BLOCK_K)
             x_tile = tl.where(keep, x_tile, 0.0)
-        x_tile, a_tile = x_tile.to(NUMERICS.factor), a_tile.to(NUMERICS.factor)
-        acc = tl.dot(x_tile, a_tile.T, acc, input_precision=NUMERICS.precision)
+        accs = dot_terms(accs, x_tile, a_tiles, True, NUMERICS)
 
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_r = r + tl.arange(0, BLOCK_R)
     offs_h = (tl.cast(part * layers + layer, tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
-    tl.store(h_ptr + offs_h, acc * scale, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
+    h = sum_terms(accs, BLOCK_R) * scale
+    tl.store(h_ptr + offs_h, h, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
 
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    return select(TILES, target_of(device), bits_of(numerics.factor), r=r)
+    bits, terms = bits_of(numerics.of_factor), numerics.terms > 1
+    return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
 def shrink(
@@ -96,13 +114,14 @@ def shrink(
 
     For L layers that share x: a [L, R, K], seed [L] -> [L, M, R].
     """
-    (m, k), r, layers = x.shape, a.shape[-2], a.shape[:-2].numel()
+    (m, k), (*stack, r, _), layers = x.shape, a.shape, a.shape[:-2].numel()
     config = config or config_for(x.device, r, numerics)
-    block_r = rank_block(r, numerics.factor)
+    a, terms = split_terms(a, x.dtype, numerics.terms)
+    block_r = rank_block(r, numerics.of_factor)
     programs = cdiv(m, config.BLOCK_ROWS) * layers * cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(x.device)
     parts, k_slice = split(k, config.BLOCK_COLS, programs, wanted)
-    h = torch.empty((parts, *a.shape[:-2], m, r), dtype=torch.float32, device=x.device)
+    h = torch.empty((parts, *stack, m, r), dtype=torch.float32, device=x.device)
     launch(
         _shrink_kernel,
         (programs, parts),
@@ -117,6 +136,8 @@ def shrink(
         k_slice=k_slice,
         scale=dropout.keep_scale(dropout_p),
         NUMERICS=numerics,
+        TERMS=terms,
+        APART=are_apart(x.device),
         BLOCK_M=config.BLOCK_ROWS,
         BLOCK_K=config.BLOCK_COLS,
         BLOCK_R=block_r,

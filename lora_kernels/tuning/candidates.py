@@ -163,5 +163,5 @@ def in_words(when: When) -> str:
     words = [f"{when.bits} bits"] if when.bits else []
     bounds = {"m": when.m, "r": when.r}
     words += [f"{axis} <= {most}" for axis, most in bounds.items() if most < math.inf]
-    words += ["TMA"] if when.tma else []
+    words += ["TMA"] * when.tma + ["factors in terms"] * when.terms
     return ", ".join(words) or "any product"

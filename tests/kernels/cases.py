@@ -60,13 +60,14 @@ def gemms(kernel: str, subtiles: tuple[int, ...] = (1,)):
 
 
 def operands(
-    shape, dtype, device, *, dropout_p=0.0, aligned=True, groups=None, bias=True, transposed=False
-) -> Operands:
+    shape, dtype, device, *, dropout_p=0.0, aligned=True, groups=None, bias=True, transposed=False,
+    lora_dtype=None,
+) -> Operands:  # fmt: skip
     """A problem's matrices between NaN; transposed: w is stored [K, N]."""
     m, k, n, r = shape
     problem = make_problem(
         m, k, sum(size for size, _ in groups) if groups else n, r, device=device, dtype=dtype,
-        dropout_p=dropout_p, groups=groups, bias=bias, scaling=1.5,
+        dropout_p=dropout_p, groups=groups, bias=bias, scaling=1.5, lora_dtype=lora_dtype,
     )  # fmt: skip
     few = m * min(k, n) <= FEW
     o = Operands(problem.without_cancellation() if few else problem)

@@ -7,6 +7,7 @@ of each kernel.
 """
 
 import argparse
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -34,13 +35,15 @@ class Case(NamedTuple):
     r: int = 16
     dropout_p: float = 0.1
     merged: bool = False
+    narrow: bool = False
 
     def __str__(self) -> str:
         short = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
         words = [short[self.dtype], f"m{self.m}", f"r{self.r}", f"p{self.dropout_p:g}"]
         if self.lora_dtype != self.dtype:
             words[0] += f"/{short[self.lora_dtype]}"
-        words += [name for name in ("tf32", "fan_in_fan_out", "merged") if getattr(self, name)]
+        flags = ("tf32", "fan_in_fan_out", "merged", "narrow")
+        words += [name for name in flags if getattr(self, name)]
         return " ".join(words + ["unaligned"] * (not self.aligned))
 
 
@@ -52,6 +55,8 @@ REPRESENTATIVES = (
     Case(m=64, dropout_p=0.0),
     Case(dtype=torch.float16, lora_dtype=torch.float16),
     Case(lora_dtype=torch.float32, r=64),
+    Case(lora_dtype=torch.float32, narrow=True),
+    Case(lora_dtype=torch.float32, r=64, narrow=True),
     Case(dtype=torch.float32, lora_dtype=torch.float32),
     Case(dtype=torch.float32, lora_dtype=torch.float32, r=64),
 )
@@ -82,6 +87,7 @@ def operands(case: Case, layers: int = 1) -> Operands:
     )  # fmt: skip
     if case.fan_in_fan_out:
         problem.w = problem.w.new_empty(k, 4096).T
+    problem.spec = dataclasses.replace(problem.spec, narrow=case.narrow)
     return Operands(problem, layers)
 
 

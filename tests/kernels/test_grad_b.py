@@ -49,3 +49,15 @@ def test_grad_b_computes_one_alone_to_the_same_bits(
 def test_with_a_magnitude_grad_b_is_its_formula(config, dtype, shape, seed, device):
     o = operands(shape, dtype, device, dropout_p=0.3)
     check("grad_b_scaled", o, config, dh=o.numerics.dh, db=dtype)
+
+
+@linear_and_merged
+@shapes
+@skinny("grad_b")
+def test_terms_of_float32_b_and_h(config, shape, groups, terms, seed, device):
+    o = without_disabled_groups(
+        operands(
+            shape, torch.bfloat16, device, groups=groups, dropout_p=0.3, lora_dtype=torch.float32
+        )
+    )
+    check("grad_b", o, config, dh=torch.float32, db=torch.float32)

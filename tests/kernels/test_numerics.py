@@ -16,15 +16,19 @@ META, F32, F16, BF16 = torch.device("meta"), torch.float32, torch.float16, torch
         (F32, F32, True, Numerics(tl.float32, tl.float32, tl.float32, tl.float32, "tf32", "tf32")),
         (
             BF16, BF16, False,
-            Numerics(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, "tf32", "tf32"),
+            Numerics(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, "tf32", "tf32", 1),
         ),
         (
             F16, F16, False,
-            Numerics(tl.float16, tl.float16, tl.float32, tl.float32, "tf32", "tf32"),
+            Numerics(tl.float16, tl.float16, tl.float32, tl.float32, "tf32", "tf32", 1),
+        ),
+        (
+            BF16, F32, True,
+            Numerics(tl.bfloat16, tl.float32, tl.float32, tl.bfloat16, "tf32", "tf32", 2),
         ),
         (
             BF16, F32, False,
-            Numerics(tl.bfloat16, tl.float32, tl.float32, tl.bfloat16, "tf32x3", "tf32"),
+            Numerics(tl.bfloat16, tl.float32, tl.float32, tl.bfloat16, "tf32x3", "tf32", 3),
         ),
         (
             F16, F32, True,
