@@ -34,6 +34,7 @@ TEST = [
     "bitsandbytes",
     "hypothesis",
     "loralib",
+    "mypy",
     "numpy<2.4",  # the interpreter of triton 3.6 breaks with 2.4
     "pytest",
     "pytest-benchmark",
@@ -70,6 +71,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
+    package_dir={"": "."},  # an editable install is then a path, which type checkers follow
     packages=find_packages(include=["lora_kernels", "lora_kernels.*"]),
     package_data={"lora_kernels": ["py.typed"]},
     entry_points={"console_scripts": ["lora-kernels = lora_kernels.cli:main"]},

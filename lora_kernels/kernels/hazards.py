@@ -18,9 +18,9 @@ import triton
 
 from lora_kernels.dispatch.algorithm import capability_of, triton_version
 
-__all__ = ["cuobjdump", "fault", "hazards"]
+__all__ = ["MENDED", "cuobjdump", "fault", "hazards"]
 
-_MENDED = (3, 7)  # Triton that copies the registers before each product
+MENDED = (3, 7)  # Triton that copies the registers before each product
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _PRODUCT = re.compile(r"HGMMA\S* R\d+, (?:R(\d+)|gdesc)")
@@ -43,7 +43,7 @@ def fault(compiled: Iterable, device: torch.device) -> str | None:
     """
     if device.type != "cuda" or torch.version.hip or capability_of(device)[0] != 9:
         return None
-    if triton_version() >= _MENDED:
+    if triton_version() >= MENDED:
         return None
     for kernel in compiled:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -7,8 +7,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.dispatch.algorithm import tf32_allowed
+from lora_kernels.dispatch.algorithm import tf32_allowed, triton_version
 from lora_kernels.kernels.config import target_of
+from lora_kernels.kernels.hazards import MENDED
 
 
 class Numerics(NamedTuple):
@@ -60,6 +61,8 @@ def numerics_of(x: Tensor, *factors: Tensor | None, narrow: bool = False) -> Num
     are multiplied as TF32: it has as many bits of mantissa as float16, and a range that no scaling
     overflows. float32 factors over a 16-bit layer get float32 gradients, so the products that make
     these are float32; unless they are narrow, because autocast rounds the factors to x's dtype.
+    On Hopper with Triton before 3.7, x and dy meet factors as TF32x3 if TF32 is allowed, see
+    hazards.py.
     """
     uniform = narrow or all(factor is None or factor.dtype == x.dtype for factor in factors)
     return _numerics(x.dtype, uniform, target_of(x.device), tf32_allowed())
@@ -75,18 +78,20 @@ def _numerics(dtype: torch.dtype, uniform: bool, target: str, allowed: bool) -> 
     """uniform: the factors are in the layer's dtype. allowed: whether TF32 is."""
     # Not all of AMD's GPUs have TF32.
     tf32, exact = ("ieee", "ieee") if target == "hip" else ("tf32", "tf32x3")
+    # For operands that are changed in registers: products of TF32x3 are waited for one by one.
+    steady = exact if target == "sm_90" and triton_version() < MENDED else tf32
     # Triton's interpreter would multiply bfloat16 as integers.
     interpreted_bf16 = dtype == torch.bfloat16 and target == "interpreter"
     main = tl.float32 if interpreted_bf16 else _TL[dtype]
     update = main if main is tl.bfloat16 else tl.float32
     if dtype == torch.float32:
-        precision = tf32 if allowed else "ieee"
-        return Numerics(main, main, main, main, precision, precision)
+        precisions = (steady, tf32) if allowed else ("ieee", "ieee")
+        return Numerics(main, main, main, main, *precisions)
     if uniform:
         # Triton's interpreter would cut bits off, too, where it rounds to bfloat16.
         terms = 0 if interpreted_bf16 else 1
         return Numerics(main, main, update, update, tf32, tf32, terms)
-    precision = tf32 if allowed else exact
+    precision = steady if allowed else exact
     # Sixteen bits are more than TF32 has. The terms of a large number would not fit into float16.
     terms = 0 if dtype == torch.float16 else 2 if allowed else 3
     return Numerics(main, tl.float32, tl.float32, update, precision, tf32, terms)

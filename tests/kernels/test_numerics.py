@@ -4,9 +4,23 @@ import pytest
 import torch
 import triton.language as tl
 
+from lora_kernels.kernels import numerics as module
 from lora_kernels.kernels.numerics import Numerics, numerics_of
 
 META, F32, F16, BF16 = torch.device("meta"), torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def triton_37(monkeypatch):
+    """Products of TF32 as Triton 3.7 and newer compile them."""
+    with_triton((3, 7, 0), monkeypatch)
+    yield
+    module._numerics.cache_clear()
+
+
+def with_triton(version, monkeypatch):
+    monkeypatch.setattr(module, "triton_version", lambda: version)
+    module._numerics.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -48,6 +62,18 @@ def test_numerics_of_a_layer(hopper, x, factor, allow_tf32, expected):
 def test_narrow_products_are_those_of_factors_in_the_layers_dtype(hopper, dtype):
     x, a, wide = (torch.empty(4, 4, dtype=d, device=META) for d in (dtype, dtype, F32))
     assert numerics_of(x, wide, wide, narrow=True) == numerics_of(x, a, a)
+
+
+@pytest.mark.parametrize("allow_tf32", [True], indirect=True)
+@pytest.mark.parametrize("x", [F32, F16, BF16])
+def test_what_triton_before_3_7_would_overwrite_is_multiplied_as_tf32x3(
+    hopper, allow_tf32, x, monkeypatch
+):
+    operands = [torch.empty(4, 4, dtype=dtype, device=META) for dtype in (x, F32)]
+    newer = numerics_of(*operands)
+    assert newer.precision == "tf32"
+    with_triton((3, 6, 0), monkeypatch)
+    assert numerics_of(*operands) == newer._replace(precision="tf32x3")
 
 
 def test_numerics_of_amd_parts_multiply_float32_as_float32(hopper, monkeypatch):
