@@ -15,7 +15,7 @@ from lora_kernels import distributed
 from lora_kernels.checks import check_alpha, check_dropout, check_rank
 from lora_kernels.foreign import ForeignModule
 from lora_kernels.layers.merged_state_dict import STATE_DICT_VERSION, notice_merged_weight
-from lora_kernels.layers.merging import MergesOnEval
+from lora_kernels.layers.merging import MergesOnEval, undisturbed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -85,6 +85,27 @@ class LoRALayer(MergesOnEval):
     def reset_lora_parameters(self) -> None:
         """Draws lora_A and lora_B anew; does nothing to a layer without them."""
         raise NotImplementedError(f"{type(self).__name__} does not define reset_lora_parameters")
+
+    # ---- a layer that loralib has pickled ----
+
+    def __setstate__(self, state: dict) -> None:
+        if not isinstance(self, nn.Module):
+            self.__dict__.update(state)
+            return
+        super().__setstate__(state)
+        if _merge_after_load not in self._load_state_dict_post_hooks.values():
+            self._come_from_loralib()
+
+    def _come_from_loralib(self) -> None:
+        """Makes a layer of this package of what loralib's attributes say."""
+        self.register_load_state_dict_post_hook(_merge_after_load)
+        merged, self.merged = self.merged, False
+        if merged and self.has_lora:  # the update is in the weight
+            weight = self.base_weight()
+            with undisturbed(weight):
+                weight.sub_(self.delta_weight().to(weight.dtype))
+        if self.merge_weights and not self.training:
+            self._merge()
 
     # ---- factors that a library left undrawn ----
 

@@ -95,6 +95,13 @@ class LoRAMergedLinear(LinearLayer):
             out_splits=out_splits,
         )
 
+    def _come_from_loralib(self) -> None:
+        self.__dict__.pop("lora_ind", None)  # a property here
+        count = len(self.enable_lora)
+        self.enable_lora = list(self.enable_lora)
+        self.out_splits = [self.out_features // count] * count
+        super()._come_from_loralib()
+
     @property
     def output_splits(self) -> OutputSplits:
         """The groups of output columns: out_splits and enable_lora."""
