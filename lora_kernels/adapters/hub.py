@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.adapters.formats.contents import DOWNLOADED, candidates
+from lora_kernels.adapters.formats.contents import CONFIG, DOWNLOADED, candidates
 from lora_kernels.adapters.save import save_adapter
 
 __all__ = ["path_of", "push_to_hub"]
@@ -29,9 +29,10 @@ def path_of(
     """The path of an adapter: source, or where its download is if source is a name on the Hub.
 
     A name is a string OWNER/NAME that is no path here, as long as there is no directory OWNER.
+    adapter_config.json stands for its directory.
     place: what errors begin with. revision, token, cache_dir: as of huggingface_hub.
-    Raises: FileNotFoundError if the Hub does not give an adapter of this name; ValueError for a
-    revision of a path.
+    Raises: FileNotFoundError for a path that is not there, and if the Hub does not give an adapter
+    of this name; ValueError for a revision of a path.
     """
     path = Path(source)
     match = _NAME.fullmatch(source) if isinstance(source, str) else None
@@ -41,7 +42,9 @@ def path_of(
                 f"{place}={str(source)!r} is a path, and revision={revision!r} is for names on the "
                 f"Hugging Face Hub"
             )
-        return path
+        if not path.exists():
+            raise FileNotFoundError(f"{place}={str(source)!r}: no such file or directory")
+        return path.parent if path.name == CONFIG and path.is_file() else path
     missing = f"{place}={source!r}: there is no such path, and the Hugging Face Hub"
     try:
         from huggingface_hub import snapshot_download

@@ -90,10 +90,10 @@ def load_adapter(
 
     where = "load_adapter: directory"
     path = hub.path_of(directory, where, revision=revision, token=token, cache_dir=cache_dir)
-    is_peft = not path.exists() or (path / peft.WEIGHTS).is_file()
+    is_peft = (path / peft.WEIGHTS).is_file()
     found, file = ("peft", path) if is_peft else locate(path)
     if found == "peft":
-        read = peft.read(path, stacks=find_stacks)
+        read = peft.read(file, stacks=find_stacks)
     else:
         read = FORMATS[found].read(file, Hints(lora_alpha=lora_alpha, base=Base.of(model)))
     _log.info("load_adapter: %s: taken for the format of %s", file, found)

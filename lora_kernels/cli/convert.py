@@ -28,8 +28,6 @@ def convert(options: argparse.Namespace) -> list[str]:
     destination = Path(options.destination)
     try:
         source = hub.path_of(options.source, "SOURCE")
-        if not source.exists():
-            raise FileNotFoundError(f"{source}: no such file or directory")
         hints = hints_of(options)
         if options.merged:
             _check_new(destination)

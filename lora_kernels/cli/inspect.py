@@ -59,8 +59,6 @@ def inspect(options: argparse.Namespace) -> Inspection:
     """
     try:
         path = hub.path_of(options.source, "SOURCE")
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or directory")
         hints = hints_of(options)
         name, file = formats.locate(path, options.source_format)
         tensors = _tensors(file)

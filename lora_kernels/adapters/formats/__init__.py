@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lora_kernels.adapters import files
 from lora_kernels.adapters.format_names import FORMAT_NAMES
 from lora_kernels.adapters.formats.adapter import Adapter, Hints
-from lora_kernels.adapters.formats.contents import Contents, candidates, look
+from lora_kernels.adapters.formats.contents import Contents, below, candidates, look
 
 __all__ = ["FORMATS", "Format", "locate", "recognise"]
 
@@ -36,6 +36,7 @@ def _format(name: str) -> Format:
     return Format(module.recognises, module.read, module.write)
 
 
+_FOLDER = "adapter"  # in a checkpoint, see integrations/trainer.py
 FORMATS = {name: _format(name) for name in FORMAT_NAMES}
 
 
@@ -47,7 +48,8 @@ def recognise(path: Path) -> str:
 def locate(path: Path, wanted: str | None = None) -> tuple[str, Path]:
     """The format of the adapter at path, and the file of its weights, or its directory.
 
-    wanted: the format, if the user has told it.
+    wanted: the format, if the user has told it. A directory without an adapter that has one in its
+    folder ``adapter``, as adapter_callback leaves it, stands for this one.
     Raises: ValueError if nothing there is in one of FORMATS, or in the one wanted, and if path is
     a directory with several adapters; OSError.
     """
@@ -59,6 +61,13 @@ def locate(path: Path, wanted: str | None = None) -> tuple[str, Path]:
             found.append((name, contents.path))
         elif wanted is not None and FORMATS[wanted].recognises(contents):
             found.append((wanted, contents.path))
+    if not found or (len(looks) == 1 and looks[0].kind == "directory"):
+        folders = below(path)
+        if path / _FOLDER in folders:
+            return locate(path / _FOLDER, wanted)
+        if folders:
+            names = ", ".join(map(str, folders))
+            raise ValueError(f"{path}: holds no adapter, but its folders do: {names}: give one")
     if not found:
         for contents in looks:
             if contents.kind == "safetensors" and not contents.keys:

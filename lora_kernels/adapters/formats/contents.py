@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_kernels.adapters import files, mapped
 
-__all__ = ["CONFIG", "DOWNLOADED", "Contents", "candidates", "look", "sibling_config"]
+__all__ = ["CONFIG", "DOWNLOADED", "Contents", "below", "candidates", "look", "sibling_config"]
 
 CONFIG = "adapter_config.json"  # PEFT, MLX and AdapterHub call it so
 
@@ -23,6 +23,10 @@ _NAMES = (
 # What a download takes of a repository: those, and the files that say what is in them.
 DOWNLOADED = (CONFIG, "hyperparameters.yaml", "model_config.yaml", *_NAMES)
 _ENDINGS = ("*.gguf", "*.safetensors", "*.pt")
+# What training scripts keep beside the weights.
+_OF_TRAINING = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "training_args*")
+# Where adapter_callback and PEFT put adapters in a folder.
+_BELOW = ("*", "*/*")
 
 Kind = Literal["directory", "safetensors", "gguf", "pickle"]
 
@@ -53,7 +57,14 @@ def candidates(path: Path) -> list[Path]:
     named = _matches(path, _NAMES)
     if path / _NAMES[0] in named:  # PEFT's pickle beside it is the same adapter
         named = [file for file in named if file.name != _NAMES[1]]
-    return named or _matches(path, _ENDINGS)
+    others = set(_matches(path, _OF_TRAINING))
+    return named or [file for file in _matches(path, _ENDINGS) if file not in others]
+
+
+def below(path: Path) -> list[Path]:
+    """The directories in path, and in those, that hold files that adapters are called by."""
+    folders = (folder for pattern in _BELOW for folder in path.glob(f"{pattern}/"))
+    return sorted(folder for folder in folders if _matches(folder, _NAMES))
 
 
 def _matches(directory: Path, patterns: Iterable[str]) -> list[Path]:
