@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_kernels import distributed
 from lora_kernels.adapters import hub
+from lora_kernels.adapters.advice import in_python
 from lora_kernels.adapters.fit import fit, fit_named
 from lora_kernels.adapters.formats import FORMATS, locate, peft
 from lora_kernels.adapters.formats.adapter import Adapter, Hints, renamed
@@ -95,7 +96,10 @@ def load_adapter(
     if found == "peft":
         read = peft.read(file, stacks=find_stacks)
     else:
-        read = FORMATS[found].read(file, Hints(lora_alpha=lora_alpha, base=Base.of(model)))
+        try:
+            read = FORMATS[found].read(file, Hints(lora_alpha=lora_alpha, base=Base.of(model)))
+        except ValueError as error:
+            raise ValueError(in_python(str(error), model, file)) from None
     _log.info("load_adapter: %s: taken for the format of %s", file, found)
     read = _with_biases_of(model, _aligned(read, model), adapter)
     fitted = fit(model, read, stacks) if adapter is None else fit_named(model, read, adapter)
