@@ -52,6 +52,7 @@ def test_the_weights_are_those_of_train_mode(files, capsys):
     said = capsys.readouterr().out
     assert "base.pt: 6 weights without the update that was in them, with lora_alpha 6" in said
     assert "taken for convolutions: conv" in said
+    assert "do not tell a convolution" not in said  # the weights beside them do
     assert "square weights, taken as [out, in]: square;" in said
     written = torch.load("base.pt")
     assert list(written) == list(base)

@@ -79,6 +79,9 @@ def read(file: Path, hints: Hints) -> Adapter:
         unmerged = ends.intersection(alphas)
         entries, bias, saved = _read_others(state, layers, hints.modules_to_save, unmerged)
     others = [path for path in modules if not is_inside(path, layers)]
+    if any(layer.base.kind == "linear" for layer in layers.values()):
+        doubt = f"{file}: factors do not tell a convolution from a Linear: {_IF_CONVOLUTION}"
+        notes.insert(0, doubt)
     return Adapter(
         layers={path: layers[path] for path in modules if path in layers},
         entries=entries,
@@ -243,10 +246,7 @@ def taken_for(file: Path, layers: Mapping[str, AdapterLayer]) -> list[str]:
         name = kind[0].upper() + kind[1:]
         sizes = f"{layer.base.inputs}, {layer.base.outputs}"
         kinds[f"{name}({sizes}, r={layer.spec.r})"].append(path)
-    lines = [f"{file}: taken for {call}: {', '.join(paths)}" for call, paths in kinds.items()]
-    if any(layer.base.kind == "linear" for layer in layers.values()):
-        lines.append(f"{file}: factors do not tell a convolution from a Linear: {_IF_CONVOLUTION}")
-    return lines
+    return [f"{file}: taken for {call}: {', '.join(paths)}" for call, paths in kinds.items()]
 
 
 def _factors(path: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
