@@ -13,9 +13,18 @@ from torch import nn
 from lora_kernels.adapters.formats.contents import CONFIG, DOWNLOADED, candidates
 from lora_kernels.adapters.save import save_adapter
 
-__all__ = ["path_of", "push_to_hub"]
+__all__ = ["is_name", "path_of", "push_to_hub"]
 
 _NAME = re.compile(r"(\w[\w.-]*)/\w[\w.-]*", re.ASCII)
+
+
+def is_name(source: str | os.PathLike) -> bool:
+    """Whether source is a name on the Hub.
+
+    That is a string OWNER/NAME that is no path here, as long as there is no directory OWNER.
+    """
+    match = _NAME.fullmatch(source) if isinstance(source, str) else None
+    return match is not None and not (Path(source).exists() or Path(match[1]).is_dir())
 
 
 def path_of(
@@ -28,15 +37,13 @@ def path_of(
 ) -> Path:
     """The path of an adapter: source, or where its download is if source is a name on the Hub.
 
-    A name is a string OWNER/NAME that is no path here, as long as there is no directory OWNER.
     adapter_config.json stands for its directory.
     place: what errors begin with. revision, token, cache_dir: as of huggingface_hub.
     Raises: FileNotFoundError for a path that is not there, and if the Hub does not give an adapter
     of this name; ValueError for a revision of a path.
     """
     path = Path(source)
-    match = _NAME.fullmatch(source) if isinstance(source, str) else None
-    if match is None or path.exists() or Path(match[1]).is_dir():
+    if not is_name(source):
         if revision is not None:
             raise ValueError(
                 f"{place}={str(source)!r} is a path, and revision={revision!r} is for names on the "

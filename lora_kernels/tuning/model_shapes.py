@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lora_kernels.adapters.hub import is_name
 from lora_kernels.foreign import ForeignModule
 from lora_kernels.tuning.shapes import SETS, Layer
 
@@ -31,16 +32,16 @@ def layers_of(model: str) -> tuple[Layer, ...]:
 def without_weights(model: str, dtype: torch.dtype | None = None) -> nn.Module:
     """A Transformers model on the meta device, without its output layer.
 
-    model: a folder with config.json, that file, or a name that Transformers knows. dtype: that of
-    the weights; None for that of the configuration.
+    model: a folder with config.json, that file, or OWNER/NAME on the Hugging Face Hub. dtype: that
+    of the weights; None for that of the configuration.
     Raises: ValueError, in one line, if no model can be made of it; ImportError.
     """
+    path = Path(model)
+    named = is_name(model) and path.name != "config.json"
+    if not (named or path.exists()):  # Transformers would ask the Hub for it
+        raise ValueError(f"{model}: no such file or directory; a name on the Hub is OWNER/NAME")
     from transformers import AutoConfig, AutoModel
 
-    path = Path(model)
-    named = len(path.parts) <= 2 and not path.is_absolute() and path.name != "config.json"
-    if not (named or path.exists()):  # Transformers would take it for a name
-        raise ValueError(f"{model}: there is no such folder or file")
     try:
         config = AutoConfig.from_pretrained(path.parent if path.name == "config.json" else model)
         with torch.device("meta"):

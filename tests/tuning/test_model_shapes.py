@@ -1,7 +1,7 @@
 """Shapes of layers out of a model's configuration, and out of a list."""
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import AutoConfig, GPT2Config, LlamaConfig
 
 from lora_kernels.tuning.model_shapes import layers_of, parse_shapes
 from lora_kernels.tuning.shapes import LLAMA_3_8B, Layer
@@ -32,6 +32,27 @@ def test_a_configuration_that_is_none_is_one_line(content, tmp_path):
     with pytest.raises(ValueError, match="config") as raised:
         layers_of(str(tmp_path))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["nothere", "owner/nothere", "./a/b", "a/b/c", "other/config.json"]
+)
+def test_what_no_hub_can_have_is_never_asked_for(name, tmp_path, monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    with pytest.raises(ValueError, match=f"{name}: no such file or directory; a name on the Hub"):
+        layers_of(name)
+
+
+def test_a_name_goes_to_transformers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", {"owner/gpt2": config}.__getitem__)
+    assert Layer(32, 96) in layers_of("owner/gpt2")
 
 
 def test_lists_of_shapes():
