@@ -145,7 +145,11 @@ def _add_tune(commands) -> None:
     tune.add_argument("--jobs", type=options.count, metavar="N", help="processes that compile")
     instead = tune.add_mutually_exclusive_group()
     instead.add_argument("--dry-run", action="store_true", help="print what would be measured")
-    instead.add_argument("--show", action="store_true", help="print what is kept for this GPU")
+    instead.add_argument(
+        "--show",
+        action="store_true",
+        help="print what is kept for this GPU, or for every one if there is none",
+    )
     instead.add_argument("--clear", action="store_true", help="remove what is kept")
 
 

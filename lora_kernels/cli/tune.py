@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -25,23 +26,30 @@ _DTYPES = {name: getattr(torch, name) for name in DTYPES}
 def tune(options: argparse.Namespace) -> int:
     """Does what the command line asks for: 0; 1 if the GPU failed on the way; 130 after Ctrl-C.
 
-    Raises: UsageError for arguments that are wrong, a directory that cannot be written, and another
-    process that tunes.
+    Without a GPU, --dry-run leaves out tiles, and --show has what is kept for every GPU.
+    Raises: UsageError for arguments that are wrong, no GPU to measure, a directory that cannot be
+    written, and another process that tunes.
     """
     if options.clear:
         paths = measured.clear()
         print("\n".join(f"removed {path}" for path in paths) or "there was nothing to remove")
         return 0
     device = machine.device_of_kernels()
+    if options.show:
+        print("\n".join(_every_gpu() if device is None else _this_gpu(device)))
+        return 0
+    plan = _plan(device or torch.device("cuda"), options)
+    if device is None and options.dry_run:
+        layers, measures, products = _products(plan)
+        print(layers, measures, products, "there is no GPU here, and tiles are a GPU's", sep="\n")
+        return 0
     if device is None:
         raise UsageError(f"tune: {machine.NO_KERNELS}")
     path = cache.path_of(measured.KIND, device)
-    if options.show:
-        print(path, json.dumps(measured.content(device), indent=1), sep="\n")
-        return 0
-    plan = _plan(device, options)
     if options.dry_run:
-        print(_outline(plan), f"results go to {path}", sep="\n")
+        layers, measures, products = _products(plan)
+        tiles = plan.tiles_in_words(plan.tile_cases())
+        print(layers, measures, tiles, products, f"results go to {path}", sep="\n")
         return 0
     try:
         with cache.exclusive(measured.KIND):
@@ -112,16 +120,28 @@ def _plan(device: torch.device, options: argparse.Namespace) -> Plan:
     )
 
 
-def _outline(plan: Plan) -> str:
-    """What would be measured."""
+def _products(plan: Plan) -> tuple[str, str, str]:
+    """What would be measured, but for tiles: the layers, all else, and how many products."""
     layers = ", ".join(f"{layer.k} -> {layer.n}" for layer in plan.layers)
     factors = " and ".join(dtype_name(factors or plan.dtype) for factors in plan.factors)
-    return "\n".join(
-        (
-            f"layers: {layers}",
-            f"tokens {plan.tokens}, ranks {plan.ranks}, dropout {plan.dropout}, "
-            f"{dtype_name(plan.dtype)}, factors in {factors}, {plan.seconds / 60:g} minutes",
-            plan.tiles_in_words(plan.tile_cases()),
-            f"algorithms: {len(user.cells(plan))} products",
-        )
+    return (
+        f"layers: {layers}",
+        f"tokens {plan.tokens}, ranks {plan.ranks}, dropout {plan.dropout}, "
+        f"{dtype_name(plan.dtype)}, factors in {factors}, {plan.seconds / 60:g} minutes",
+        f"algorithms: {len(user.cells(plan))} products",
     )
+
+
+def _this_gpu(device: torch.device) -> Iterator[str]:
+    yield str(cache.path_of(measured.KIND, device))
+    yield json.dumps(measured.content(device), indent=1)
+
+
+def _every_gpu() -> Iterator[str]:
+    """The path and the text of every file, whatever it holds for."""
+    found = cache.files(measured.KIND)
+    if not found:
+        yield f"nothing is kept in {cache.directory()}"
+    for path in found:
+        yield str(path)
+        yield path.read_text("utf-8", "replace").rstrip()

@@ -92,6 +92,42 @@ def test_wrong_arguments_are_one_line(tune, arguments, message, monkeypatch):
 def test_without_a_gpu_it_is_one_line(tune, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "there is no GPU" in refused(tune(*SHAPES))
+    assert "'48' must be KxN" in refused(tune("--shapes=48"))
+    assert "--minutes must be" in refused(tune(*SHAPES, "--minutes=0"))
+
+
+@without_gpu
+def test_without_a_gpu_dry_run_says_what_one_would_measure(tune, own, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    code, lines, err = tune(*SHAPES, "--dry-run", "--ranks=8", "--dropout=0")
+    assert (code, err) == (0, "")
+    assert lines == [
+        "layers: 48 -> 40",
+        "tokens (16, 512, 4096), ranks (8,), dropout (0.0,), bfloat16, factors in bfloat16 "
+        "and float32, 5 minutes",
+        "algorithms: 12 products",
+        "there is no GPU here, and tiles are a GPU's",
+    ]
+    assert not own.exists()
+    assert "give a model" in refused(tune("--dry-run"))
+
+
+@without_gpu
+def test_without_a_gpu_show_has_what_is_kept_for_every_one(tune, own, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert tune("--show") == (0, [f"nothing is kept in {own}"], "")
+    own.mkdir()
+    (own / "tuned-a.json").write_text('{"content":\n 1}\n')
+    (own / "tuned-b.json").write_bytes(b"\xff")
+    (own / "checked-a.json").write_text("{}")
+    expected = [
+        str(own / "tuned-a.json"),
+        '{"content":',
+        " 1}",
+        str(own / "tuned-b.json"),
+        "\ufffd",
+    ]
+    assert tune("--show") == (0, expected, "")
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(tune, monkeypatch, tmp_path):
