@@ -175,3 +175,4 @@ def pytest_terminal_summary(terminalreporter, config):
         for path in (config.option.bench_results, config.stash.get(RECORD, None)):
             if path:
                 rows.save(measured, pathlib.Path(path))
+                terminalreporter.write_line(f"rows: {path}")

@@ -83,7 +83,7 @@ def _tax(linear: Sequence[Mapping]):
         axis.set_xticks(tokens, [str(m) for m in tokens])
         axis.minorticks_off()
         axis.set_title(f"{k}x{n}, r = {r}, dropout {dropout:g}", fontsize=9)
-        axis.set_xlabel("tokens M", fontsize=9)
+        axis.set_xlabel("tokens", fontsize=9)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("time over frozen layer", fontsize=9)
     figure.suptitle(f"LoRA tax, forward + backward ({_machine(kept[0])})", fontsize=10)
@@ -124,11 +124,15 @@ def _memory(steps: Sequence[Mapping]):
     """Bytes kept for the backward beyond x, over those of x, a group of bars per layer."""
     dropout = max(row["dropout_p"] for row in steps)
     kept = [row for row in steps if row["dropout_p"] == dropout]
-    by_layer: dict[str, dict[str, Mapping]] = {}
+    by_layer: dict[tuple[str, int], dict[str, Mapping]] = {}
     for row in sorted(kept, key=lambda row: row["m"]):  # of several numbers of tokens the largest
         merged = "merged " if len(row["enable_lora"]) > 1 else ""
-        layer = f"{merged}{row['k']}x{row['n']}\nr = {row['r']}"
+        layer = f"{merged}{row['k']}x{row['n']}", row["r"]
         by_layer.setdefault(layer, {})[row["implementation"]] = row
+    labels = [
+        f"{layer}\nr = {r}, {max(row['m'] for row in here.values())} tokens"
+        for (layer, r), here in by_layer.items()
+    ]
     names = [name for name in _names(kept) if name != FLOOR]
     figure, (axis, *_) = _figure(width=max(6.0, 1.6 * len(by_layer)))
     width = 0.8 / max(1, len(names))
@@ -140,7 +144,7 @@ def _memory(steps: Sequence[Mapping]):
         ]
         places = [at + i * width for at in shown]
         axis.bar(places, heights, width, label=name, color=COLOURS.get(name))
-    axis.set_xticks([at + 0.4 - width / 2 for at in range(len(by_layer))], by_layer, fontsize=8)
+    axis.set_xticks([at + 0.4 - width / 2 for at in range(len(by_layer))], labels, fontsize=8)
     axis.set_ylabel("saved beyond x, over x", fontsize=9)
     axis.set_title(f"Saved for backward, dropout {dropout:g} ({_machine(kept[0])})", fontsize=10)
     axis.grid(alpha=0.3, axis="y")

@@ -184,9 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     files = parser.parse_args(arguments).files
-    measured = [row for file in files for row in load(file)]
-    commits = {row["commit"] for row in measured}
     try:
+        measured = [row for file in files for row in load(file)]
+        commits = {row["commit"] for row in measured}
         if len(commits) != 1:
             raise ValueError(f"rows of one commit are needed, got {sorted(commits)}")
         repository.require_clean(*commits)

@@ -62,5 +62,13 @@ def save(rows: Sequence[Mapping], path: pathlib.Path) -> None:
 
 
 def load(path: pathlib.Path) -> list[dict]:
-    """The rows of a file."""
-    return json.loads(path.read_text())
+    """The rows of a file. Raises: ValueError, naming the file, if it holds none."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not a file of JSON: {error}") from error
+    if not (isinstance(found, list) and found and all(isinstance(row, dict) for row in found)):
+        raise ValueError(f"{path}: holds no rows of pytest bench/ --bench-results FILE")
+    return found

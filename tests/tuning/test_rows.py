@@ -54,3 +54,21 @@ def test_save_makes_the_folder_and_load_reads_the_rows_again(tmp_path):
     path = tmp_path / "folder" / "rows.json"
     rows.save([{"cell": "one", "median_ms": None}], path)
     assert rows.load(path) == [{"cell": "one", "median_ms": None}]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "No such file"),
+        ("[{", "not a file of JSON"),
+        ("{}", "holds no rows"),
+        ("[]", "holds"),
+    ],
+)
+def test_a_file_without_rows_is_named(text, why, tmp_path):
+    path = tmp_path / "rows.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=why) as error:
+        rows.load(path)
+    assert str(error.value).startswith(f"{path}: ")
