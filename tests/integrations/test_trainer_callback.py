@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
 
@@ -85,3 +85,31 @@ def test_the_best_checkpoint_is_loaded_at_the_end(base, tmp_path):
 def test_old_checkpoints_are_removed_as_always(base, tmp_path):
     trainer(own(base), tmp_path, adapter_callback(), save_total_limit=1).train()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def of_peft(base):
+    return get_peft_model(base, LoraConfig(r=2, target_modules=TARGETS["llama"]))
+
+
+def named(base):
+    return apply_lora(base, adapters={"a": {"r": 2, "lora_alpha": 4}})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            of_peft,
+            "holds adapters of PEFT .*: Trainer saves them by itself: leave the callback out",
+        ),
+        (named, r"the model has several adapters.* save_adapter\(model, directory, adapter="),
+        (lambda base: base, "the model has no LoRA layer: call apply_lora"),
+    ],
+)
+def test_a_model_that_it_cannot_save_is_told_before_a_step(base, make, message, tmp_path):
+    model = make(base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"adapter_callback: .*{message}"):
+        trainer(model, tmp_path, adapter_callback()).train()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not list(tmp_path.glob("checkpoint-*"))
