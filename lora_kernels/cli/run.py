@@ -89,13 +89,27 @@ def _replace_first_path(directory: str) -> None:
 
 
 def _outcome(run) -> int:
-    """0, or 1 after an exception, whose traceback starts where the program does."""
+    """0, or 1 after an exception, whose traceback starts where the program does.
+
+    Raises: KeyboardInterrupt, with which Python ends the process as it always does.
+    """
     try:
         run()
     except Exception as error:
-        traceback = error.__traceback__
-        while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
-            traceback = traceback.tb_next
+        traceback = _its_own(error.__traceback__)
         sys.excepthook(type(error), error.with_traceback(traceback), traceback)
         return 1
+    except KeyboardInterrupt as error:
+        traceback, hook = _its_own(error.__traceback__), sys.excepthook
+        sys.excepthook = lambda kind, value, _: hook(
+            kind, value.with_traceback(traceback), traceback
+        )
+        raise
     return 0
+
+
+def _its_own(traceback: types.TracebackType | None) -> types.TracebackType | None:
+    """traceback from the program's first frame on."""
+    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
+        traceback = traceback.tb_next
+    return traceback

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -64,6 +65,22 @@ def test_run_ends_an_exception_with_pythons_traceback_and_1(tmp_path, in_process
     expected = python(str(script), cwd=tmp_path)
     assert in_process(["run", str(script)]) == expected.returncode == 1
     assert capsys.readouterr().err == expected.stderr
+
+
+def test_run_ends_after_ctrl_c_as_python_does(tmp_path):
+    source = "import os, signal\n\ndef f():\n    os.kill(os.getpid(), signal.SIGINT)\n\nf()\n"
+    (tmp_path / "script.py").write_text(source)
+    expected = python("script.py", cwd=tmp_path)
+    actual = python("-m", "lora_kernels", "run", "script.py", cwd=tmp_path)
+    assert actual.returncode == expected.returncode == -signal.SIGINT
+    assert actual.stderr == expected.stderr
+
+
+def test_run_shows_ctrl_c_with_the_hook_of_the_program(tmp_path):
+    source = "import sys\nsys.excepthook = lambda *_: print('mine')\nraise KeyboardInterrupt\n"
+    (tmp_path / "script.py").write_text(source)
+    actual = python("-m", "lora_kernels", "run", "script.py", cwd=tmp_path)
+    assert (actual.stdout, actual.stderr) == ("mine\n", "")
 
 
 def test_run_of_a_script_without_an_exception_ends_with_0(tmp_path, in_process):
