@@ -1,13 +1,19 @@
-"""What is not this package's: PEFT's adapters in a model, and names that are nearly right."""
+"""What is not this package's: PEFT's adapters in a model, arguments of another kind, and names that
+are nearly right.
+"""
 
 import inspect
+import os
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
 
 from torch import nn
 
-__all__ = ["ForeignModule", "check_no_peft", "check_options", "did_you_mean", "peft_layer"]
+__all__ = [
+    "ForeignModule", "check_keywords", "check_model", "check_no_peft", "check_options",
+    "check_path", "did_you_mean", "peft_layer",
+]  # fmt: skip
 
 # A module of a class that is not imported here. Its attributes are of any type, while type checkers
 # take those of an nn.Module for tensors or modules.
@@ -32,12 +38,21 @@ def peft_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
     return next((pair for pair in model.named_modules() if isinstance(pair[1], kind)), None)
 
 
+def check_model(function: str, model: Any) -> None:
+    """model, function's first argument, is a module. Raises: TypeError that names it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{function}: model, the first argument, must be an nn.Module, got {_shown(model)}"
+        )
+
+
 def check_no_peft(function: str, model: nn.Module, instead: str) -> None:
     """model holds no adapters of PEFT, on which function would do harm, or nothing.
 
     instead: what does for them what function does for this package's layers.
-    Raises: ValueError that names the first of PEFT's layers and says what to do.
+    Raises: TypeError; ValueError that names the first of PEFT's layers and says what to do.
     """
+    check_model(function, model)
     found = peft_layer(model)
     if found is not None:
         path, layer = found
@@ -47,20 +62,38 @@ def check_no_peft(function: str, model: nn.Module, instead: str) -> None:
         )
 
 
+def check_path(function: str, name: str, value: Any, instead: str = "") -> None:
+    """value can be a path. instead: what takes other values. Raises: TypeError that names it."""
+    if not isinstance(value, (str, os.PathLike)):
+        way_out = f": {instead}" if instead else ""
+        raise TypeError(f"{function}: {name} must be a path, got {_shown(value)}{way_out}")
+
+
+def _shown(value: Any) -> str:
+    """What value is, in a few words."""
+    kind = type(value).__name__
+    return f"{kind} {str(value)!r}" if isinstance(value, (str, os.PathLike)) else kind
+
+
+def check_keywords(function: str, given: Collection[str], names: Collection[str]) -> None:
+    """given, the keywords that function does not take, are none. Raises: TypeError, as below."""
+    for name in given:
+        meant = _ALIASES[name] if _ALIASES.get(name) in names else did_you_mean(name, names)
+        raise TypeError(
+            f"{function}: got an unexpected argument {name!r}"
+            + (f": did you mean {meant}?" if meant else "")
+        )
+
+
 def check_options(layer: type, base: type[ForeignModule], options: Mapping[str, Any]) -> None:
     """The constructor of base takes all options that a layer's constructor passes on.
 
     Raises: TypeError that names the layer, the argument, and one with nearly its name.
     """
     taken = inspect.signature(base.__init__).parameters
-    for name in options:
-        if name not in taken:
-            names = [*taken, *_named(layer)]
-            meant = _ALIASES[name] if _ALIASES.get(name) in names else did_you_mean(name, names)
-            raise TypeError(
-                f"{layer.__name__}: got an unexpected argument {name!r}"
-                + (f": did you mean {meant}?" if meant else "")
-            )
+    unknown = [name for name in options if name not in taken]
+    if unknown:
+        check_keywords(layer.__name__, unknown, [*taken, *_named(layer)])
 
 
 def _named(layer: type) -> list[str]:

@@ -196,3 +196,48 @@ def test_a_file_is_no_directory(tmp_path):
 def test_nearly_right():
     assert did_you_mean("q_porj", ["q_proj", "mlp"]) == "q_proj"
     assert did_you_mean("zzz", ["q_proj"]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 4}, "'rank': did you mean r?"),
+        ({"r": 4, "alpha": 8}, "'alpha': did you mean lora_alpha?"),
+        ({"r": 4, "lora_alpha": 8, "dropout": 0.1}, "'dropout': did you mean lora_dropout?"),
+        ({"r": 4, "lora_alpha": 8, "target_module": "0"}, "did you mean target_modules?"),
+        ({"adapters": {"a": {"r": 2, "lora_alpha": 4}}, "rank": 4}, "'rank': did you mean r?"),
+        ({"misspelt": 1}, "'misspelt'"),
+    ],
+)
+def test_apply_lora_names_the_nearest_of_its_arguments(options, said):
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"^apply_lora: got an unexpected argument ") as raised:
+        lora.apply_lora(model, **options)
+    assert said in str(raised.value)
+    assert type(model[0]) is nn.Linear
+
+
+# ---- arguments in another's place ----
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("model", "shown"), [("dir", "str 'dir'"), (None, "NoneType"), ([], "list")]
+)
+def test_what_is_no_model_is_told(name, model, shown, tmp_path):
+    told = rf"^{name}: model, the first argument, must be an nn\.Module, got {shown}$"
+    with pytest.raises(TypeError, match=told):
+        CALLS[name][0](model, tmp_path)
+
+
+def test_what_is_no_path_is_told():
+    model = lora.apply_lora(nn.Sequential(nn.Linear(4, 4)), r=2, lora_alpha=4)
+    with pytest.raises(TypeError, match=r"^save_adapter: directory must be a path, got None"):
+        lora.save_adapter(model, None)
+    with pytest.raises(
+        TypeError, match=r"^load_adapter: directory must be a path, got Sequential$"
+    ):
+        lora.load_adapter(model, model)
+    told = r"must be a path, got OrderedDict: model\.load_state_dict\(it, strict=False\) takes"
+    with pytest.raises(TypeError, match=told):
+        lora.load_adapter(model, model.state_dict())

@@ -18,7 +18,7 @@ from lora_kernels.adapters.formats import FORMATS, locate, peft
 from lora_kernels.adapters.formats.adapter import Adapter, Hints, renamed
 from lora_kernels.adapters.formats.base import Base
 from lora_kernels.adapters.formats.peft_experts import Stack
-from lora_kernels.foreign import ForeignModule, check_no_peft
+from lora_kernels.foreign import ForeignModule, check_no_peft, check_path
 from lora_kernels.layers.mixture import weight_of
 from lora_kernels.model.apply import wrap_modules
 from lora_kernels.model.parameters import match_parameters
@@ -80,9 +80,13 @@ def load_adapter(
     all that is damaged, does not fit together or does not fit the model, for pickles (never read)
     for a model with adapters of PEFT, and for what PEFT offers beyond LoRA and DoRA of linears
     (KaSA, layer_replication, ...).
+    TypeError for a model that is none, or a directory that is no path.
     After an error model is unchanged.
     """
     check_no_peft("load_adapter", model, "model.load_adapter(directory, name) loads another one")
+    is_state = isinstance(directory, Mapping)
+    instead = "model.load_state_dict(it, strict=False) takes a state dict" if is_state else ""
+    check_path("load_adapter", "directory", directory, instead)
     stacks: dict[str, Stack] = {}
 
     def find_stacks(names: Sequence[str]) -> dict[str, Stack]:

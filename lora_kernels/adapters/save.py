@@ -16,7 +16,7 @@ from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer, BaseMod
 from lora_kernels.adapters.formats.peft_moe import rewritten
 from lora_kernels.adapters.formats.peft_saved import saved_modules
 from lora_kernels.adapters.state_dict import entry_keys
-from lora_kernels.foreign import check_no_peft
+from lora_kernels.foreign import check_no_peft, check_path
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.experts import LoRAExperts
@@ -72,6 +72,7 @@ def save_adapter(
     others without, and a convolution that PEFT cannot express: groups > 1, dilation, padding_mode.
     """
     check_no_peft("save_adapter", model, "model.save_pretrained(directory) saves them")
+    check_path("save_adapter", "directory", directory)
     if Path(directory).is_file():
         raise ValueError(f"save_adapter: directory={str(directory)!r} is a file")
     saved = as_names("modules_to_save", modules_to_save, model)

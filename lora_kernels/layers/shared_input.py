@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import checks, distributed
-from lora_kernels.foreign import check_no_peft
+from lora_kernels.foreign import check_model, check_no_peft
 from lora_kernels.functional import lora_shared_linear
 from lora_kernels.layers.linear import LinearLayer, LoRALinear
 from lora_kernels.ops.obstacle import is_transformed
@@ -77,6 +77,7 @@ def share_inputs(
     Raises: ValueError if no layers were found to join; NotImplementedError, before anything is
     joined with it, for a layer with use_dora.
     """
+    check_model("share_inputs", model)
     groups = [tuple(group) for group in groups]
     joined = []
     for path, module in model.named_modules():

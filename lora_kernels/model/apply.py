@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lora_kernels.checks import check_dropout
-from lora_kernels.foreign import ForeignModule, check_no_peft
+from lora_kernels.foreign import ForeignModule, check_keywords, check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
@@ -42,6 +42,15 @@ from lora_kernels.model.trainable import (
 )
 from lora_kernels.quantization import frozen_weight, is_quantised
 
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    from typing_extensions import Unpack
+
+    class _None(TypedDict):
+        """No keyword at all."""
+
+
 __all__ = ["apply_lora", "wrap_modules"]
 
 
@@ -63,6 +72,7 @@ def apply_lora(
     merge_weights: bool = False,
     autocast_adapter_dtype: bool = True,
     adapters: Mapping[str, Mapping[str, Any]] | None = None,
+    **misspelt: "Unpack[_None]",
 ) -> nn.Module:
     """Replaces modules of model by LoRA layers around the same parameters; returns model.
 
@@ -110,11 +120,13 @@ def apply_lora(
     numbers, an adapter that is there already, a pattern that is not a regular expression, no match,
     use_dora for what is no linear, a match that cannot be wrapped (parameters of experts without
     Transformers' experts interface among them), a model that is itself a linear, embedding or
-    convolution (use the from_... constructor of its LoRA layer).
+    convolution (use the from_... constructor of its LoRA layer). TypeError, with the nearest name,
+    for an argument that there is not.
     Source: Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; the
     meaning of the arguments: PEFT's LoraConfig.
     """
     given = locals()
+    check_keywords("apply_lora", misspelt, [name for name in given if name != "misspelt"])
     if adapters is not None:
         check_only_adapters(apply_lora, given)
         every = "all-linear" if target_modules is None else target_modules

@@ -4,7 +4,7 @@ import warnings
 
 from torch import nn
 
-from lora_kernels.foreign import check_no_peft
+from lora_kernels.foreign import check_model, check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merged_state_dict import use_merged_state_dict
 from lora_kernels.model.paths import adapted_layers, lora_layers
@@ -81,6 +81,7 @@ def use_merged_state_dicts(model: nn.Module, enabled: bool = True) -> nn.Module:
 
 
 def _layers(model: nn.Module, function: str) -> list[LoRALayer]:
+    check_model(function, model)
     layers = [layer for _, layer in lora_layers(model)]
     names = adapter_names(model)
     if names:

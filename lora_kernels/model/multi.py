@@ -50,7 +50,7 @@ def check_only_adapters(function, given: Mapping) -> None:
     for name, parameter in inspect.signature(function).parameters.items():
         if name in ("model", "adapters", "target_modules", "autocast_adapter_dtype"):
             continue
-        if given[name] == parameter.default:
+        if parameter.kind is parameter.VAR_KEYWORD or given[name] == parameter.default:
             continue
         way = "all adapters share the base model" if name not in _KEYS else "give it to each"
         way = "nothing merges while there are several" if name == "merge_weights" else way
