@@ -2,22 +2,24 @@
 are nearly right.
 """
 
+import functools
 import inspect
 import os
 import sys
-from collections.abc import Collection, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import nn
 
 __all__ = [
     "ForeignModule", "check_keywords", "check_model", "check_no_peft", "check_options",
-    "check_path", "did_you_mean", "peft_layer",
+    "check_path", "did_you_mean", "named_by_layer", "peft_layer",
 ]  # fmt: skip
 
 # A module of a class that is not imported here. Its attributes are of any type, while type checkers
 # take those of an nn.Module for tensors or modules.
 ForeignModule: TypeAlias = Any
+_Init = TypeVar("_Init", bound=Callable[..., None])
 
 # What other libraries, or this one elsewhere, call an argument.
 _ALIASES = {
@@ -94,6 +96,32 @@ def check_options(layer: type, base: type[ForeignModule], options: Mapping[str, 
     unknown = [name for name in options if name not in taken]
     if unknown:
         check_keywords(layer.__name__, unknown, [*taken, *_named(layer)])
+
+
+def named_by_layer(init: _Init) -> _Init:
+    """init of a layer, which names the layer, and what was meant, if an argument is missing.
+
+    Python names the class that defines init. Raises: TypeError, also for a module as the first.
+    """
+    parameters = inspect.signature(init).parameters.values()
+    _, *required = [p.name for p in parameters if p.default is p.empty and p.kind < p.VAR_KEYWORD]
+
+    @functools.wraps(init)
+    def checked(self, *args, **kwargs):
+        layer = type(self)
+        if args and isinstance(args[0], nn.Module):
+            wraps = next(name for name in dir(layer) if name.startswith("from_"))
+            raise TypeError(
+                f"{layer.__name__}: {required[0]} must be an integer, got a "
+                f"{type(args[0]).__name__}: {layer.__name__}.{wraps} wraps a module"
+            )
+        missing = [name for name in required[len(args) :] if name not in kwargs]
+        if missing:
+            check_keywords(layer.__name__, [k for k in kwargs if did_you_mean(k, missing)], missing)
+            raise TypeError(f"{layer.__name__}: {', '.join(missing)} must be given")
+        init(self, *args, **kwargs)
+
+    return cast(_Init, checked)
 
 
 def _named(layer: type) -> list[str]:

@@ -241,3 +241,35 @@ def test_what_is_no_path_is_told():
     told = r"must be a path, got OrderedDict: model\.load_state_dict\(it, strict=False\) takes"
     with pytest.raises(TypeError, match=told):
         lora.load_adapter(model, model.state_dict())
+
+
+# ---- constructors ----
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lora.Conv2d(3, 4, kernel_sise=3), "LoRAConv2d: .*'kernel_sise': .* kernel_size?"),
+        (lambda: lora.Conv1d(3), "LoRAConv1d: out_channels, kernel_size must be given"),
+        (lambda: lora.Linear(4, r=2), "LoRALinear: out_features must be given"),
+        (lambda: lora.Linear(in_feature=4, out_features=4), "'in_feature': .*in_features?"),
+        (lambda: lora.Embedding(), "LoRAEmbedding: num_embeddings, embedding_dim must"),
+        (lambda: lora.Linear(nn.Linear(4, 4), r=4), "Linear: LoRALinear.from_linear wraps a"),
+        (lambda: lora.Linear(nn.Linear(4, 4), 4, r=4), "got a Linear: LoRALinear.from_linear"),
+        (lambda: lora.Conv2d(nn.Conv2d(3, 4, 3), r=4), "LoRAConv2d.from_conv wraps a module"),
+        (lambda: lora.Embedding(nn.Embedding(3, 4), r=4), "LoRAEmbedding.from_embedding wraps"),
+        (lambda: lora.MergedLinear(nn.Linear(4, 4), r=4), "LoRAMergedLinear.from_linear wraps"),
+    ],
+)
+def test_a_missing_argument_names_the_layer_and_what_was_meant(make, message):
+    with pytest.raises(TypeError, match=message.replace("?", r"\?")):
+        make()
+
+
+def test_a_subclass_is_named_as_well():
+    class Mine(lora.LoRALinear):
+        pass
+
+    with pytest.raises(TypeError, match=r"^Mine: out_features must be given$"):
+        Mine(4)
+    assert Mine(4, out_features=3, r=2).lora_B.shape == (3, 2)

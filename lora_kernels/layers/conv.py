@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_kernels import checks, distributed
-from lora_kernels.foreign import check_options
+from lora_kernels.foreign import check_options, named_by_layer
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merging import takes_merged_weight
 from lora_kernels.ops.obstacle import is_opaque, is_plain
@@ -235,6 +235,7 @@ class LoRAConv(ConvLoRA):
 
     _kind: type[_Conv]
 
+    @named_by_layer
     def __init__(
         self,
         in_channels: int,

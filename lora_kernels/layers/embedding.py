@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels import checks, distributed
-from lora_kernels.foreign import check_options
+from lora_kernels.foreign import check_options, named_by_layer
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merging import takes_merged_weight, undisturbed
 from lora_kernels.ops.obstacle import is_batched, is_opaque, obstacle
@@ -47,6 +47,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
     weight: Tensor
 
+    @named_by_layer
     def __init__(
         self,
         num_embeddings: int,

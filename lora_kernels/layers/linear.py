@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels import checks, functional
-from lora_kernels.foreign import ForeignModule, check_options
+from lora_kernels.foreign import ForeignModule, check_options, named_by_layer
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.dora import TakesMagnitude
 from lora_kernels.layers.merging import takes_merged_weight
@@ -156,6 +156,7 @@ class LoRALinear(TakesMagnitude, LinearLayer):
     arXiv 2402.09353.
     """
 
+    @named_by_layer
     def __init__(
         self,
         in_features: int,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.foreign import check_options
+from lora_kernels.foreign import check_options, named_by_layer
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LinearLayer
 from lora_kernels.spec import OutputSplits
@@ -35,6 +35,7 @@ class LoRAMergedLinear(LinearLayer):
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.2; loralib's MergedLinear.
     """
 
+    @named_by_layer
     def __init__(
         self,
         in_features: int,
