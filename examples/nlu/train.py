@@ -1,8 +1,10 @@
 """Training and measuring through Hugging Face's Trainer; checkpoints hold what trains only."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -117,8 +119,13 @@ class _Progress(ProgressCallback):
             self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+        if "loss" not in (logs or {}):
+            return
+        loss = logs["loss"]
+        if not math.isfinite(loss):
+            self._end(args, state, control, f"the loss is {loss}")
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(loss=f"{loss:.3f}")
 
     def on_prediction_step(self, args, state, control, **kwargs) -> None:
         pass  # a second bar below the first leaves empty lines in files
@@ -127,13 +134,15 @@ class _Progress(ProgressCallback):
         # Before the weights are measured and saved.
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not parameter.isfinite().all():
-                self.on_train_end(args, state, control)
-                raise InputError(
-                    f"--lr {args.learning_rate:g}: the run has diverged: {name} is not finite at "
-                    f"step {state.global_step}"
-                )
+                self._end(args, state, control, f"{name} is not finite")
         if args.eval_strategy == "no":
             self._tell(args, state, {})
+
+    def _end(self, args, state, control, why: str) -> NoReturn:
+        self.on_train_end(args, state, control)
+        raise InputError(
+            f"--lr {args.learning_rate:g}: the run has diverged: {why} at step {state.global_step}"
+        )
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         value = (metrics or {}).get(f"eval_{self._measure}")
@@ -212,6 +221,7 @@ def make_trainer(
         metric_for_best_model=None if keep == "none" else task.metrics[0],
         greater_is_better=None if keep == "none" else True,
         logging_steps=LOGGED_SHARE,
+        logging_nan_inf_filter=False,  # which would log 0 for NaN
         train_sampling_strategy="group_by_length" if group_by_length else "random",
         bf16=precision == "bf16",
         fp16=precision == "fp16",
