@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NoReturn
 
 import torch
@@ -110,6 +111,7 @@ class _Progress(ProgressCallback):
         super().__init__()
         self._measure = measure
         self._started, self._first = 0.0, 0.0
+        self._losses: list[float] = []  # logged in this epoch
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -124,6 +126,7 @@ class _Progress(ProgressCallback):
         loss = logs["loss"]
         if not math.isfinite(loss):
             self._end(args, state, control, f"the loss is {loss}")
+        self._losses.append(loss)
         if self.training_bar is not None:
             self.training_bar.set_postfix(loss=f"{loss:.3f}")
 
@@ -149,10 +152,10 @@ class _Progress(ProgressCallback):
         self._tell(args, state, {} if value is None else {self._measure: f"{value:.4f}"})
 
     def _tell(self, args, state, measured: dict) -> None:
+        losses, self._losses = self._losses, []
         if self.training_bar is None:
             return
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        told = {"loss": f"{losses[-1]:.3f}"} if losses else {}
+        told = {"loss": f"{fmean(losses):.3f}"} if losses else {}
         seconds = (time.perf_counter() - self._started) / max(state.epoch - self._first, 1e-9)
         line = epoch_line(round(state.epoch, 2), args.num_train_epochs, seconds, told | measured)
         self.training_bar.write(line)

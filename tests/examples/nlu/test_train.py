@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -59,7 +60,9 @@ def test_a_run_learns_and_leaves_results_curves_and_the_adapter(
     printed, bar = capsys.readouterr()
     assert f"{TRAINABLE:,} train" in printed
     assert printed.count(", accuracy ") >= 4
-    assert "epoch 1 of 4: loss " in printed
+    for epoch in range(1, 5):
+        mean = fmean(losses(result)[10 * (epoch - 1) : 10 * epoch])  # every step is logged
+        assert f"epoch {epoch} of 4: loss {mean:.3f}, accuracy " in printed
     assert " left\nepoch" not in bar
     assert "loss=" in bar
     assert "\x1b[A" not in bar
