@@ -200,14 +200,12 @@ def _train(
         _say("resume", f"{file}, behind step {done}")
     elif options.resume:
         _say("resume", "no checkpoint: from the start")
-    saved, started, first = done, time.perf_counter(), None
+    started, first = time.perf_counter(), None
 
     def after_turn(step: int) -> None:
-        nonlocal saved
         results["step"] = step
-        if ranks.is_first() and step - saved >= options.save_every:
+        if ranks.is_first() and step % options.save_every == 0:
             checkpoint.save(file, arms, step, {"accuracies": accuracies})
-            saved = step
 
     def after_epoch(epoch: int) -> None:
         nonlocal first
@@ -226,7 +224,10 @@ def _train(
 
     results["accuracies"] = accuracies
     try:
-        train(arms, features, settings, done=done, after_turn=after_turn, after_epoch=after_epoch)
+        train(
+            arms, features, settings, done=done, save_every=options.save_every,
+            after_turn=after_turn, after_epoch=after_epoch,
+        )  # fmt: skip
     finally:
         results["losses"] = [loss.item() for loss in arms[0].losses]
 

@@ -77,16 +77,22 @@ class Arm:
         self.losses = list(state["losses"].to(self.device))
         self.seconds, self.tokens = state["seconds"], state["tokens"]
 
-    def train_on(self, batches: Sequence[list[dict]], seed: int) -> None:
+    def train_on(
+        self,
+        batches: Sequence[list[dict]],
+        seed: int,
+        after_batch: Callable[[Tensor], None] = lambda loss: None,
+    ) -> None:
         """One optimizer step per batch, of which every rank computes its share.
 
-        The same seed draws the same dropout in every arm.
+        seed: of the first batch, the others count on. The same one draws the same dropout in every
+        arm. after_batch(loss).
         """
-        torch.manual_seed(seed * ranks.count() + ranks.rank())
         self.model.train()
         self._wait()
         start = time.perf_counter()
-        for features in batches:
+        for number, features in enumerate(batches, start=seed):
+            torch.manual_seed(number * ranks.count() + ranks.rank())
             rows, weight = ranks.share(features)
             loss = self.parallel(**self.collate(rows).to(self.device)).loss * weight
             loss.backward()
@@ -95,6 +101,7 @@ class Arm:
             self.schedule.step()
             self.optimizer.zero_grad()
             self.losses.append(ranks.mean(loss.detach()))
+            after_batch(self.losses[-1])
         self._wait()
         self.seconds += time.perf_counter() - start
         self.tokens += sum(len(row["input_ids"]) for features in batches for row in features)
@@ -110,36 +117,47 @@ def train(
     settings: Settings,
     *,
     done: int = 0,
+    save_every: int = 100,
     after_turn: Callable[[int], None] = lambda step: None,
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> None:
     """Trains every arm on the same batches in the same order.
 
     The arms take turns of ten batches, and every other turn in reverse order, so that whatever
-    else the machine does falls on all of them alike.
+    else the machine does falls on all of them alike. Turns end at every multiple of save_every,
+    too.
     done: steps that the arms have behind them, as after_turn(step) was told. after_epoch(number of
     epochs done) comes before the last turn of an epoch is told of.
     """
     lengths = [len(row["input_ids"]) for row in features]
     generator = random.Random(settings.seed)
     steps = settings.epochs * -(-len(features) // settings.batch_size)
-    step = 0
+    step, order = 0, list(arms)
     with tqdm(
         total=steps * len(arms), initial=done * len(arms), unit="step", desc="training",
         disable=not ranks.is_first(),
     ) as progress:  # fmt: skip
+
+        def after_batch(loss: Tensor) -> None:
+            if progress.update():  # has drawn the bar: the loss waits for the device
+                progress.set_postfix(loss=f"{loss.item():.3f}")
+
         for epoch in range(settings.epochs):
             batches = random_batches(lengths, settings.batch_size, generator)
-            for start in range(0, len(batches), TURN):
-                turn = [[features[i] for i in batch] for batch in batches[start : start + TURN]]
-                step += len(turn)
+            start = 0
+            while start < len(batches):
+                end = min(start + TURN, start + save_every - step % save_every)
+                if step < done:
+                    end = min(end, start + done - step)
+                turn = [[features[i] for i in batch] for batch in batches[start:end]]
+                start, step = end, step + len(turn)
                 if step <= done:
                     continue
-                for arm in arms if start // TURN % 2 == 0 else reversed(arms):
-                    arm.train_on(turn, settings.seed + step - len(turn))
-                    progress.update(len(turn))
+                for arm in order:
+                    arm.train_on(turn, settings.seed + step - len(turn), after_batch)
                     progress.set_postfix(loss=f"{arm.losses[-1].item():.3f}")
-                if start + TURN >= len(batches):
+                order.reverse()
+                if start >= len(batches):
                     after_epoch(epoch + 1)
                 after_turn(step)
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from matplotlib import image
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import lora_kernels as lora
 from examples.errors import InputError
-from examples.finetune import data, experiment
+from examples.finetune import checkpoint, data, experiment
+from examples.finetune import train as training
 from examples.finetune.__main__ import main
 from examples.finetune.data import Example
 from examples.finetune.model import DEFAULT_MODEL, load_model, load_tokenizer, locate, set_merging
@@ -180,22 +182,24 @@ def test_a_finished_run_is_told_again_and_never_overwritten(arguments, tmp_path,
 
 @pytest.mark.parametrize("compare", [[], ["--compare-peft"]], ids=["alone", "with PEFT"])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(arguments, tmp_path, monkeypatch, compare):
-    arguments = [*arguments, "--epochs", "2", "--batch-size", "4", "--save-every", "1", *compare]
+    # Of 38 batches an epoch; how often a run saves does not change what it trains.
+    arguments = [*arguments, "--epochs", "2", "--batch-size", "4", *compare]
     assert main([*arguments, "--output", str(tmp_path / "whole")]) == 0
-    train_on, turns = Arm.train_on, []
+    train_on = Arm.train_on
 
     def stopped(arm, *args):
-        if len(turns) == 5 * (1 + len(compare)):
+        if len(arm.losses) == 42:
             raise KeyboardInterrupt
-        turns.append(arm)
         train_on(arm, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(Arm, "train_on", stopped)
         with pytest.raises(KeyboardInterrupt):
-            main(arguments)
+            main([*arguments, "--save-every", "7"])
     left = metrics(tmp_path)
-    assert (left["status"], left["step"], len(left["losses"])) == ("interrupted", 48, 48)
+    assert (left["status"], left["step"], len(left["losses"])) == ("interrupted", 42, 42)
+    saved = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 42
     assert main([*arguments, "--resume"]) == 0
     whole = json.loads((tmp_path / "whole" / "results.json").read_text())
     found = metrics(tmp_path)
@@ -210,6 +214,33 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(arguments, tmp_path, monkeyp
     )
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(("every", "expected"), [(3, range(3, 39, 3)), (25, [25]), (38, [38])])
+def test_checkpoints_come_at_multiples_of_save_every(arguments, monkeypatch, every, expected):
+    steps = []
+    monkeypatch.setattr(checkpoint, "save", lambda path, arms, step, measured: steps.append(step))
+    arguments = [*arguments, "--epochs", "1", "--batch-size", "4"]  # 38 steps
+    assert main([*arguments, "--save-every", str(every)]) == 0
+    assert steps == list(expected)
+
+
+def test_the_bar_moves_with_every_batch_and_shows_the_loss(arguments, monkeypatch):
+    moved, shown = [], []
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            moved.append(n)
+            super().update(n)
+            return True  # as after a tenth of a second
+
+        def set_postfix(self, **values):
+            shown.append(len(moved))
+
+    monkeypatch.setattr(training, "tqdm", Bar)
+    assert main([*arguments, "--epochs", "1"]) == 0
+    assert moved == [1] * 10
+    assert set(shown) == set(range(1, 11))
 
 
 def test_a_damaged_checkpoint_is_named(arguments, tmp_path, monkeypatch, capsys):
