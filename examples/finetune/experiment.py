@@ -143,11 +143,12 @@ def _carry_out(
         results["peft"] = rows[1]
     _say("accuracy after", report.per_cent(after[0]))
     _say("speed", f"{rows[0]['tokens_per_second']:,.0f} tokens/s over {arms[0].seconds:.1f} s")
-    losses = rows[0]["losses"]
+    losses = rows[0]["losses"]  # finite: training ends at one that is not
     if not _check(
         "trained",
-        all(map(math.isfinite, losses)),
-        f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last",
+        all(parameter.isfinite().all() for arm in arms for parameter in arm.parameters),
+        f"losses and trained weights must be finite; loss {losses[0]:.3f} at the first step, "
+        f"{losses[-1]:.3f} at the last",
     ):
         return False
 

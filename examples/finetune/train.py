@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DataCollatorWithPadding, get_scheduler
 
+from examples.errors import InputError
 from examples.finetune import ranks
 from examples.finetune.data import Example, random_batches, sorted_batches
 
@@ -128,6 +129,7 @@ def train(
     too.
     done: steps that the arms have behind them, as after_turn(step) was told. after_epoch(number of
     epochs done) comes before the last turn of an epoch is told of.
+    Raises: InputError, behind a turn, for a loss that is no finite number.
     """
     lengths = [len(row["input_ids"]) for row in features]
     generator = random.Random(settings.seed)
@@ -156,10 +158,21 @@ def train(
                 for arm in order:
                     arm.train_on(turn, settings.seed + step - len(turn), after_batch)
                     progress.set_postfix(loss=f"{arm.losses[-1].item():.3f}")
+                    _check_finite(arm, len(turn), settings.lr)
                 order.reverse()
                 if start >= len(batches):
                     after_epoch(epoch + 1)
                 after_turn(step)
+
+
+def _check_finite(arm: Arm, last: int, lr: float) -> None:
+    losses = torch.stack(arm.losses[-last:])
+    if not losses.isfinite().all():
+        at = int((~losses.isfinite()).nonzero()[0])
+        raise InputError(
+            f"at step {len(arm.losses) - last + at + 1} the loss of {arm.name} is {losses[at]:g}: "
+            f"--lr {lr:g} too high?"
+        )
 
 
 @torch.no_grad()

@@ -332,10 +332,28 @@ def test_the_command_line_answers_bad_data_without_loading_transformers(tmp_path
 # ---- what is not trusted ----
 
 
-def test_a_diverged_run_fails_and_writes_no_adapter(arguments, tmp_path, capsys):
-    assert main([*arguments, "--lr", "1e30", "--epochs", "2"]) == 1
-    assert "trained          FAILED" in capsys.readouterr().out
-    assert metrics(tmp_path)["status"] == "failed"
+def test_a_diverged_run_ends_at_once_and_writes_no_adapter(arguments, tmp_path, capsys):
+    assert main([*arguments, "--lr", "1e30", "--epochs", "2"]) == 2
+    found = metrics(tmp_path)
+    # Without a rate at the first step, and with too high a one at the second.
+    assert found["error"] == "at step 3 the loss of lora_kernels is nan: --lr 1e+30 too high?"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {found['error']}"
+    assert (found["status"], found["losses"][2:]) == ("failed", [None] * 8)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_weights_that_the_last_step_spoils_fail_the_run(arguments, tmp_path, monkeypatch, capsys):
+    train_on = Arm.train_on
+
+    def spoiled(arm, *args):
+        train_on(arm, *args)
+        arm.parameters[0].data.fill_(float("inf"))
+
+    monkeypatch.setattr(Arm, "train_on", spoiled)
+    assert main([*arguments, "--epochs", "1"]) == 1
+    assert "trained          FAILED: losses and trained weights must be finite" in (
+        capsys.readouterr().out
+    )
     assert not (tmp_path / "out" / "adapter").exists()
 
 
