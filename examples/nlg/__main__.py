@@ -48,7 +48,7 @@ def train(options: argparse.Namespace) -> int:
     from examples.nlg.train import Progress, Settings, mean_loss
     from examples.nlg.train import train as run
 
-    check_fresh(options.output, options.resume)
+    ended = check_fresh(options.output, options.resume)
     tokenizer = load_tokenizer(options.model)
     features = _encode(tokenizer, examples, options.data, options.max_length)
     held_features = _encode(tokenizer, held, source, options.max_length) if held else []
@@ -62,12 +62,10 @@ def train(options: argparse.Namespace) -> int:
     def after_epoch(done: int) -> None:
         lora.save_adapter(model, options.output / f"epoch-{done}")
         lora.save_adapter(model, options.output / ADAPTER)
-        recent = [float(loss) for loss in progress.losses[-(progress.step // done) :]]
-        told = {"loss": f"{sum(recent) / len(recent):.4f}"}
         if held_features:
             loss = mean_loss(model, tokenizer, held_features)
             progress.held_out.append((progress.step, loss))
-            told[f"loss on {source}"] = f"{loss:.4f}"
+        told = _told(progress, done, source)
         line = epoch_line(done, options.epochs, progress.seconds / done, told)
         tqdm.write(line)  # beside the bar
         sys.stdout.flush()
@@ -84,8 +82,8 @@ def train(options: argparse.Namespace) -> int:
     }
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of a launcher
 
-    def writes() -> bool:  # of a run that was refused nothing
-        return is_first and progress.has_begun
+    def writes() -> bool:  # of a run that was refused, or has ended, nothing
+        return is_first and progress.has_begun and not ended
 
     with runs.reported(options.output / runs.RESULTS, record, writes) as results:
         try:
@@ -109,9 +107,22 @@ def train(options: argparse.Namespace) -> int:
             results |= {name: reached[name] for name in ("tokens", "seconds", "losses", "held_out")}
         results["tokens_per_second"] = progress.tokens / progress.seconds
     if is_first:
+        if ended:
+            print("resume: the run has ended")
+            told = _told(progress, options.epochs, source)
+            print(epoch_line(options.epochs, options.epochs, 0.0, told))
         _draw(options, progress)
         print(f"adapter: {options.output / ADAPTER}, results: {options.output / runs.RESULTS}")
     return 0
+
+
+def _told(progress, epochs: int, source: str | None) -> dict[str, str]:
+    """The training loss of the last of these epochs, and behind it the one on source."""
+    recent = [float(loss) for loss in progress.losses[-(progress.step // epochs) :]]
+    told = {"loss": f"{sum(recent) / len(recent):.4f}"}
+    if progress.held_out:
+        told[f"loss on {source}"] = f"{progress.held_out[-1][1]:.4f}"
+    return told
 
 
 def _draw(options: argparse.Namespace, progress) -> None:

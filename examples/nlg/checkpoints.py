@@ -11,6 +11,7 @@ from torch import nn
 import lora_kernels as lora
 from examples.errors import InputError
 from examples.record import differences, short
+from examples.runs import has_ended
 
 __all__ = [
     "CHECKPOINTS",
@@ -26,12 +27,20 @@ CHECKPOINTS, RECORD = "checkpoints", "run.json"
 SAMPLE = 256  # numbers of a weight, at least: all of them would take seconds for a large model
 
 
-def check_fresh(output: Path, resume: bool) -> None:
-    """output has no checkpoints of a run, or it is to be resumed; else an InputError."""
-    if complete(output / CHECKPOINTS) and not resume:
+def check_fresh(output: Path, resume: bool) -> bool:
+    """output has no checkpoints of a run, or it is to be resumed; else an InputError.
+
+    -> whether there is a run that has ended.
+    """
+    if not complete(output / CHECKPOINTS):
+        return False
+    ended = has_ended(output) is not None
+    if not resume:
+        what = "tells its results" if ended else "goes on with it"
         raise InputError(
-            f"--output {output}: holds a run: --resume goes on with it, another folder starts anew"
+            f"--output {output}: holds a run: --resume {what}, another folder starts anew"
         )
+    return ended
 
 
 def complete(checkpoints: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from examples import runs
 from examples.errors import InputError
 from examples.nlg.__main__ import main
 from examples.nlg.checkpoints import check_fresh
@@ -126,10 +127,21 @@ def test_a_checkpoint_without_a_record_is_refused(command, finished, tmp_path, c
     assert f"{record}: cannot be read" in capsys.readouterr().err
 
 
-def test_a_finished_run_stays_as_it_is(command, finished):
-    before = json.loads((finished / "results.json").read_text())
-    assert main([*command, "--output", str(finished), "--resume"]) == 0
-    assert json.loads((finished / "results.json").read_text()) == before
+def test_a_finished_run_is_told_again_and_stays_as_it_is(
+    command, e2e_file, tmp_path, monkeypatch, capsys
+):
+    command = [*command, "--validation-data", str(e2e_file), "--output", str(tmp_path)]
+    assert main(command) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "epoch 1 of 1: " in line]
+    before = (tmp_path / "results.json").read_bytes()
+    monkeypatch.setattr(runs, "versions", lambda: {})
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("holds a run: --resume tells its results, another folder starts anew")
+    assert main([*command, "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["resume: the run has ended", *told]
+    assert "loss on " in told[0]
+    assert (tmp_path / "results.json").read_bytes() == before
 
 
 def test_without_a_checkpoint_resuming_starts(command, finished, tmp_path):
