@@ -2,12 +2,18 @@
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 
-__all__ = ["INTERRUPTED", "InputError", "resuming", "until_interrupted"]
+__all__ = ["INTERRUPTED", "TERMINATED", "InputError", "Terminated", "resuming", "until_interrupted"]
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ends
+TERMINATED = 143  # of one that SIGTERM ends, as of Slurm, docker stop and kill
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a program ends as after Ctrl-C, but for its exit code."""
 
 
 class InputError(Exception):
@@ -15,16 +21,24 @@ class InputError(Exception):
 
 
 def resuming(program: str) -> str:
-    """What to do after Ctrl-C: the command line of this process, with --resume."""
+    """What to do after Ctrl-C or SIGTERM: the command line of this process, with --resume."""
     arguments = [part for part in sys.argv[1:] if part != "--resume"]
     return f"this goes on: {shlex.join(['python', '-m', program, *arguments, '--resume'])}"
 
 
 def until_interrupted(main: Callable[[], int], what_now: str) -> int:
-    """main(), or INTERRUPTED after Ctrl-C, with one line that says what to do now."""
+    """main(), or INTERRUPTED after Ctrl-C, TERMINATED after SIGTERM; a line says what to do now."""
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
             print(f"\ninterrupted: {what_now}", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number, frame) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would break off what is written
+    raise Terminated

@@ -1,13 +1,16 @@
 """How the examples end if the user stops them."""
 
 import importlib
+import os
 import runpy
+import signal
 import sys
+import time
 
 import pytest
 
-from examples import errors
-from examples.errors import INTERRUPTED, until_interrupted
+from examples import errors, runs
+from examples.errors import INTERRUPTED, TERMINATED, until_interrupted
 
 
 def stopped():
@@ -17,6 +20,36 @@ def stopped():
 def test_an_interrupt_is_one_line_and_130(capsys):
     assert until_interrupted(stopped, "go on") == INTERRUPTED == 130
     assert capsys.readouterr().err == "\ninterrupted: go on\n"
+
+
+def test_sigterm_is_the_same_line_and_143_and_the_results_are_written(tmp_path, capsys):
+    def main():
+        with runs.reported(tmp_path / "results.json", {"lr": 1}) as results:
+            results["step"] = 3
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert until_interrupted(main, "go on") == TERMINATED == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert capsys.readouterr().err == "\ninterrupted: go on\n"
+    found = runs.read_json(tmp_path / "results.json")
+    assert found == {"lr": 1, "step": 3, "status": "interrupted"}
+
+
+def test_a_second_sigterm_does_not_break_off_what_is_written():
+    written = []
+
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            written.append("results")
+
+    assert until_interrupted(main, "go on") == TERMINATED
+    assert written == ["results"]
 
 
 def test_other_ends_are_the_programs_own():
