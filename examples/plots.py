@@ -43,6 +43,7 @@ def curves(
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
     for axes in (top, *below):
         axes.grid(alpha=0.3)
+        axes.ticklabel_format(axis="y", useOffset=False)  # numbers as they are
     last = (below or [top])[-1]
     last.set_xlabel("step of the optimizer")
     last.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -128,13 +128,16 @@ def _told(progress, epochs: int, source: str | None) -> dict[str, str]:
 def _draw(options: argparse.Namespace, progress) -> None:
     from examples.plots import curves
 
+    # Of the training loss alone.
+    parts = {"label smoothing": options.label_smoothing, "dropout": options.dropout}
+    used = " and ".join(name for name, value in parts.items() if value)
     curves(
         options.output / "curves.png",
         f"{Path(options.model).name} on {options.task}, LoRA of rank {options.rank}",
         {"training": list(enumerate(progress.losses, start=1))},
-        "nats a predicted token",
+        "nats a predicted token" + (f",\nwith {used}" if used else ""),
         {"held out": progress.held_out},
-        "held-out loss\n(nats a token)",
+        "held-out loss\n(nats a predicted token" + (f",\nwithout {used})" if used else ")"),
     )
 
 

@@ -39,6 +39,14 @@ def test_it_has_a_title_units_a_legend_and_a_scale_for_each_panel(drawn, steps):
     assert all(tick == int(tick) for tick in bottom.get_xticks())
 
 
+def test_numbers_stand_at_the_axes_as_they_are(drawn):
+    close = [(i + 1, 4567.0 + i / 1e4) for i in range(5)]
+    figure, _ = drawn("MiniLM", {"one": close}, "nats", {"dev": close}, "loss")
+    for axes in figure.axes:
+        assert axes.yaxis.get_offset_text().get_text() == ""
+        assert axes.get_yticklabels()[0].get_text().startswith("456")
+
+
 def test_without_scores_it_is_one_panel(drawn):
     figure, _ = drawn("MiniLM", {"one": [(1, 2.0)], "two": [(1, 3.0)]}, "nats")
     (axes,) = figure.axes

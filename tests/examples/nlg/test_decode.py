@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lora_kernels as lora
+from examples import plots
 from examples.errors import InputError
 from examples.finetune.model import set_merging
 from examples.nlg import data
@@ -241,6 +242,30 @@ def test_losses_on_held_out_data_have_lines_of_their_own(e2e_file, tiny_gpt2, tm
     with redirect_stdout(terminal), redirect_stderr(terminal):
         assert main(arguments) == 0
     assert "\repoch 1 of 1: loss " in terminal.getvalue()  # the bar is wiped away before
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], (",\nwith label smoothing and dropout", ",\nwithout label smoothing and dropout")),
+        (["--label-smoothing", "0"], (",\nwith dropout", ",\nwithout dropout")),
+        (["--label-smoothing", "0", "--dropout", "0"], ("", "")),
+    ],
+)
+def test_the_axes_say_what_one_loss_has_and_the_other_has_not(
+    e2e_file, tiny_gpt2, tmp_path, monkeypatch, flags, told
+):
+    drawn = []
+    monkeypatch.setattr(plots, "curves", lambda *arguments: drawn.append(arguments))
+    arguments = [
+        "train", "--model", tiny_gpt2, "--task", "e2e", "--data", str(e2e_file),
+        "--validation-data", str(e2e_file), "--max-length", "64", "--epochs", "1",
+        "--output", str(tmp_path), *flags,
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    (_, _, _, unit, _, measure) = drawn[0]
+    assert unit == f"nats a predicted token{told[0]}"
+    assert measure == f"held-out loss\n(nats a predicted token{told[1]})"
 
 
 def test_lengths_that_do_not_fit_are_refused(e2e_file, tiny_gpt2, tmp_path, capsys):
