@@ -13,6 +13,7 @@ from examples.errors import InputError, resuming, until_interrupted
 from examples.nlg import data
 from examples.options import add, number
 from examples.progress import epoch_line
+from examples.record import content_hash
 
 ADAPTER = "adapter"
 LR_BELOW = 1e37  # AdamW's first step divides it by 1 - β₁ = 0.1 and has to stay in float32
@@ -72,8 +73,13 @@ def train(options: argparse.Namespace) -> int:
 
     made_of = {name: getattr(options, name) for name in MADE_OF}
     settings = {name: getattr(options, name) for name in Settings.__dataclass_fields__}
+    on_cpu = is_cpu(options.device)
     record = {
         **made_of,
+        "data": options.data,
+        "validation_data": source,
+        "data_hash": content_hash([[vars(row) for row in rows] for rows in (examples, held)]),
+        "device": "cpu" if on_cpu else torch.accelerator.current_accelerator().type,
         **settings,
         "precision": options.precision,
         "examples": len(features),
@@ -95,7 +101,7 @@ def train(options: argparse.Namespace) -> int:
                 made_of=made_of,
                 progress=progress,
                 precision=options.precision,
-                cpu=is_cpu(options.device),
+                cpu=on_cpu,
                 checkpoints=options.output / CHECKPOINTS,
                 save_every=options.save_every,
                 resume=options.resume,

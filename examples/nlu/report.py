@@ -152,10 +152,15 @@ def draw(results: Mapping, task: Task, path: Path) -> None:
         f"eval_{task.metrics[0]}",
         f"{task.metrics[0]}\non {next(iter(results['dev']))}",
     )
+    method = {
+        "lora": f"LoRA of rank {results['settings']['rank']}",
+        "full": "full fine-tuning",
+        "head": "the head alone",
+    }
     share = 100 if task.metrics[0] == "accuracy" else 1
     curves(
         path,
-        f"{Path(results['model']).name} on {task.title}, {results['method']}",
+        f"{Path(results['model']).name} on {task.title}, {method[results['method']]}",
         {"training": _points(results["log"], "loss")},
         "cross-entropy, nats" if task.labels else "squared error",
         {"dev": [(step, share * value) for step, value in _points(results["log"], score)]},

@@ -62,6 +62,21 @@ def test_an_earlier_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
         check_fresh(tmp_path, resume=False)
 
 
+def test_results_say_on_what_and_with_which_data(command, finished, e2e_file, tmp_path, device):
+    found = runs.read_json(finished / "results.json")
+    assert (found["data"], found["validation_data"]) == (str(e2e_file), None)
+    assert found["device"] == device.type
+    other = tmp_path / "other.txt"
+    other.write_text(e2e_file.read_text(encoding="utf-8"), encoding="utf-8")
+    hashes = [found["data_hash"]]
+    for end in ("", "name : Cotto||Cotto ."):  # the same examples, then one more
+        other.write_text(other.read_text(encoding="utf-8") + end, encoding="utf-8")
+        output = tmp_path / f"run{len(hashes)}"
+        assert main([*command, "--data", str(other), "--output", str(output)]) == 0
+        hashes.append(runs.read_json(output / "results.json")["data_hash"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 # Option, value, what is told.
 CHANGED = [
     ("--rank", "2", "rank was 4, is 2"),

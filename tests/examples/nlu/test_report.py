@@ -155,3 +155,18 @@ def test_runs_that_do_not_count_are_named_with_the_reason(tmp_path, capsys):
 def test_a_folder_without_results_is_named(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [("lora", "LoRA of rank 8"), ("full", "full fine-tuning"), ("head", "the head alone")],
+)
+def test_the_picture_says_what_trained(monkeypatch, tmp_path, method, told):
+    titles = []
+    monkeypatch.setattr(report, "curves", lambda path, title, *_: titles.append(title))
+    result = {
+        "model": "models/roberta-base", "method": method, "settings": {"rank": 8}, "log": [],
+        "dev": {"dev": {}},
+    }  # fmt: skip
+    report.draw(result, TASKS["sst2"], tmp_path)
+    assert titles == [f"roberta-base on SST-2, {told}"]
