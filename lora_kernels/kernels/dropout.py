@@ -32,11 +32,13 @@ def word_threshold(dropout_p: float) -> int:
 def keep_tile(
     seed, threshold, row, col,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, PHILOX: tl.constexpr = _PHILOX,
+    IN_DOT: tl.constexpr = False,
 ):  # fmt: skip
     """keep(seed, row.., col..) -> bool [BLOCK_ROWS, BLOCK_COLS].
 
     row: int64; the upper half of its bits must be the same for all rows of the tile, as it is if
-    row is a multiple of BLOCK_ROWS. col: a multiple of 8. threshold: word_threshold(p).
+    row is a multiple of BLOCK_ROWS. col: a multiple of 8. threshold: word_threshold(p). IN_DOT: the
+    masked tile is an operand of a 16-bit dot.
     """
     LANES: tl.constexpr = PHILOX[0]
     ROUNDS: tl.constexpr = PHILOX[1]
@@ -62,6 +64,10 @@ def keep_tile(
     # A word is broadcast to its two elements. If other threads need it, because the layout is that
     # of a dot's result, the words are moved to them, and not a byte for every element.
     words = words.reshape(BLOCK_ROWS, BLOCK_COLS // 2, 1)
+    if IN_DOT:
+        # Triton takes a joined operand for one of 8 bits and moves its registers about for each
+        # product. Behind a maximum, of one word, it does not see that the words were joined.
+        words = tl.max(words, 2, keep_dims=True)
     to_upper_half = (16 - 16 * tl.arange(0, 2)).to(tl.uint32)[None, None, :]
     halves = (words << to_upper_half).to(tl.int32, bitcast=True)
     return (halves >= threshold).reshape(BLOCK_ROWS, BLOCK_COLS)

@@ -14,20 +14,32 @@ from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block, split
 from lora_kernels.kernels.numerics import Numerics, bits_of
 from lora_kernels.kernels.split_k_reduce import split_k_reduce
-from lora_kernels.kernels.tile import Matrix, load_tile, part_of
+from lora_kernels.kernels.split_terms import (
+    are_apart,
+    dot_of_terms,
+    load_terms,
+    split_terms,
+    sum_terms,
+    zeros_of_terms,
+)
+from lora_kernels.kernels.tile import load_tile, part_of
 
 TILES = Tiles(
     interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
     sm_80=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
+        (When(terms=True, r=16), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
+        (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=3)),
     ],
     sm_90=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=3)),
+        (When(terms=True), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
     ],
     sm_100=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=3)),
+        (When(terms=True), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
     ],
     hip=[
@@ -36,6 +48,7 @@ TILES = Tiles(
     ],
     other=[
         (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),
+        (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
     ],
 )
@@ -43,43 +56,49 @@ TILES = Tiles(
 
 @triton.jit(do_not_specialize=["M"])
 def _grad_a_kernel(
-    dh_ptr, x, mask, da_ptr,
+    dh, x, mask, da_ptr,
     M, K, R, layers, m_slice,
-    NUMERICS: tl.constexpr,
+    NUMERICS: tl.constexpr, TERMS: tl.constexpr, APART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     ranks = tl.cdiv(R, BLOCK_R)  # programs of the same columns are neighbours: x comes from L2
     k = tl.program_id(0) // (ranks * layers) * BLOCK_K
     layer = tl.program_id(0) // ranks % layers
     r = tl.program_id(0) % ranks * BLOCK_R
-    dh = part_of(Matrix(dh_ptr, R), tl.cast(layer, tl.int64) * M, 0)
+    dh = part_of(dh, tl.cast(layer, tl.int64) * M, 0)
     part = tl.program_id(1)
     first_m = tl.cast(part, tl.int64) * m_slice
     steps = tl.cdiv(tl.maximum(min(M - first_m, m_slice), 0), BLOCK_M).to(tl.int32)
     if mask is not None:
         seed = tl.load(mask.seed + layer)
 
-    acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms > 1 else NUMERICS.rank
+    IN_DOT: tl.constexpr = TERMS > 1 or tl.bfloat16 == DTYPE
+    accs = zeros_of_terms(TERMS, APART, BLOCK_R, BLOCK_K, BELOW=True)
     for step in tl.range(0, steps):
         row = first_m + step * BLOCK_M
         # Pointers begin at the tile's first row, so that each step computes only a scalar.
-        dh_tile = load_tile(part_of(dh, row, 0), 0, r, M - row, R, BLOCK_M, BLOCK_R)
+        dh_tiles = load_terms(
+            part_of(dh, row, 0), 0, r, M - row, R, layers * M,
+            False, TERMS, APART, DTYPE, BLOCK_M, BLOCK_R,
+        )  # fmt: skip
         x_tile = load_tile(part_of(x, row, 0), 0, k, M - row, K, BLOCK_M, BLOCK_K)
         if mask is not None:
-            keep = keep_tile(seed, mask.threshold, row, k, BLOCK_M, BLOCK_K)
+            keep = keep_tile(seed, mask.threshold, row, k, BLOCK_M, BLOCK_K, IN_DOT=IN_DOT)
             x_tile = tl.where(keep, x_tile, 0.0)
-        dh_tile, x_tile = dh_tile.to(NUMERICS.rank), x_tile.to(NUMERICS.rank)
-        acc = tl.dot(dh_tile.T, x_tile, acc, input_precision=NUMERICS.precision)
+        accs = dot_of_terms(accs, dh_tiles, x_tile, DTYPE, NUMERICS)
 
     offs_r = r + tl.arange(0, BLOCK_R)
     offs_k = k + tl.arange(0, BLOCK_K)
     offs_da = ((part * layers + layer) * R + offs_r).to(tl.int64)[:, None] * K + offs_k[None, :]
-    tl.store(da_ptr + offs_da, acc, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])
+    da = sum_terms(accs, BLOCK_R, BELOW=True)
+    tl.store(da_ptr + offs_da, da, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])
 
 
-def config_for(device: torch.device, numerics: Numerics) -> SkinnyConfig:
-    """The entry of TILES that serves a layer."""
-    return select(TILES, target_of(device), bits_of(numerics.rank))
+def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
+    """The entry of TILES that serves rank r."""
+    bits, terms = bits_of(numerics.of_rank), numerics.terms > 1
+    return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
 def grad_a(
@@ -95,17 +114,18 @@ def grad_a(
 
     For L layers that share x: dh [L, M, R], seed [L] -> [L, R, K].
     """
-    (m, k), r, layers = x.shape, dh.shape[-1], dh.shape[:-2].numel()
-    config = config or config_for(x.device, numerics)
-    block_r = rank_block(r, numerics.rank)
+    (m, k), (*stack, _, r), layers = x.shape, dh.shape, dh.shape[:-2].numel()
+    config = config or config_for(x.device, r, numerics)
+    dh, terms = split_terms(dh, x.dtype, numerics.terms if numerics.terms > 1 else 0)
+    block_r = rank_block(r, numerics.of_rank)
     programs = cdiv(k, config.BLOCK_COLS) * layers * cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(x.device)
     parts, m_slice = split(m, config.BLOCK_ROWS, programs, wanted)
-    da = torch.empty((parts, *dh.shape[:-2], r, k), dtype=torch.float32, device=x.device)
+    da = torch.empty((parts, *stack, r, k), dtype=torch.float32, device=x.device)
     launch(
         _grad_a_kernel,
         (programs, parts),
-        dh_ptr=dh,
+        dh=matrix(dh),
         x=matrix(x),
         mask=mask(seed, dropout_p),
         da_ptr=da,
@@ -115,6 +135,8 @@ def grad_a(
         layers=layers,
         m_slice=m_slice,
         NUMERICS=numerics,
+        TERMS=terms,
+        APART=are_apart(x.device, block_r),
         BLOCK_M=config.BLOCK_ROWS,
         BLOCK_K=config.BLOCK_COLS,
         BLOCK_R=block_r,

@@ -99,6 +99,7 @@ def _grad_b_kernel(
     steps = tl.cdiv(tl.maximum(min(size - first_n, n_slice), 0), BLOCK_N)
 
     RANK_TERMS: tl.constexpr = NUMERICS.terms
+    DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms else NUMERICS.factor
     offs_r = r + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     if db_ptr is not None:
@@ -115,9 +116,9 @@ def _grad_b_kernel(
         if dh_ptr is not None:
             b_tiles = load_terms(
                 b, b_start + n, r, b_start + size, R, b_rows,
-                False, TERMS, APART, NUMERICS, BLOCK_N, BLOCK_R,
+                False, TERMS, APART, DTYPE, BLOCK_N, BLOCK_R,
             )  # fmt: skip
-            accs = dot_terms(accs, dy_tile, b_tiles, False, NUMERICS)
+            accs = dot_terms(accs, dy_tile, b_tiles, False, DTYPE, NUMERICS)
         if db_ptr is not None:
             left, dbs = dy_tile.to(NUMERICS.main if RANK_TERMS > 1 else NUMERICS.rank).T, ()
             for i in tl.static_range(len(hs)):

@@ -134,7 +134,7 @@ def of_x_and_a(
     if needs.x and algorithm == "fused" and w.dtype == dy.dtype:
         dx = gemm_bwd(dy, with_unit_stride(w), dh, a, seed, dropout_p, numerics)
     elif needs.x:
-        if needs.a and takes_all_ranks(len(a), numerics):
+        if needs.a and takes_all_ranks(len(a), numerics, dy.device):
             dx, da = expand_grad_a(dh, a, x, seed, dropout_p, numerics)
         else:
             dx = expand_dx(dh, a, seed, dropout_p, dy.dtype, numerics)

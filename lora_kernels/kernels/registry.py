@@ -129,7 +129,7 @@ KERNELS = {
                 config_for=lambda o: expand_grad_a.config_for(o.x.device, len(o.a), o.numerics),
                 flops=lambda d: 4 * d.m * d.k * d.r,
                 moved=lambda d: 2 * d.e * (d.m * d.k + d.r * d.k) + 4 * d.m * d.r,
-                supports=lambda o: expand_grad_a.supports(len(o.a), o.numerics),
+                supports=lambda o: expand_grad_a.supports(len(o.a), o.numerics, o.x.device),
             ),
         )),
         Kernel("grad_b", grad_b._grad_b_kernel, grad_b.TILES, (
@@ -164,7 +164,7 @@ KERNELS = {
                     grad_a.grad_a(o.dh, o.x, *dropout_of(o), o.a.dtype, o.numerics, c),
                 ),
                 formula=formulas.grad_a,
-                config_for=lambda o: grad_a.config_for(o.x.device, o.numerics),
+                config_for=lambda o: grad_a.config_for(o.x.device, len(o.a), o.numerics),
                 flops=lambda d: 2 * d.m * d.k * d.r,
                 moved=lambda d: d.e * (d.m * d.k + d.r * d.k) + 4 * d.m * d.r,
                 layers=True,

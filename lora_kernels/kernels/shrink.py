@@ -77,17 +77,16 @@ def _shrink_kernel(
     if mask is not None:
         seed = tl.load(mask.seed + layer)
 
+    DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms else NUMERICS.factor
     accs = zeros_of_terms(TERMS, APART, BLOCK_M, BLOCK_R)
     for step in tl.range(0, steps):
         k = first_k + step * BLOCK_K
         x_tile = load_tile(x, row, k, M, K, BLOCK_M, BLOCK_K)
-        a_tiles = load_terms(
-            a, r, k, R, K, layers * R, True, TERMS, APART, NUMERICS, BLOCK_R, BLOCK_K
-        )
+        a_tiles = load_terms(a, r, k, R, K, layers * R, True, TERMS, APART, DTYPE, BLOCK_R, BLOCK_K)
         if mask is not None:
             keep = keep_tile(seed, mask.threshold, row, k, BLOCK_M, BLOCK_K)
             x_tile = tl.where(keep, x_tile, 0.0)
-        accs = dot_terms(accs, x_tile, a_tiles, True, NUMERICS)
+        accs = dot_terms(accs, x_tile, a_tiles, True, DTYPE, NUMERICS)
 
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_r = r + tl.arange(0, BLOCK_R)

@@ -21,17 +21,21 @@ ALIGNED = 16  # elements that are loaded at once, and a stride that Triton knows
 
 @triton.jit
 def zeros_of_terms(
-    TERMS: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    TERMS: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BELOW: tl.constexpr = False,
 ):  # fmt: skip
     """The accumulators of the products with each term: a tuple, for dot_terms to add to.
 
-    APART: one for each term [ROWS, COLS]; otherwise one for all, side by side.
+    APART: one for each term [ROWS, COLS]; otherwise one for all, side by side, or below each other
+    if BELOW, as the terms of a left operand are.
     """
     SLOTS: tl.constexpr = 1 if APART else TERMS + TERMS // 3  # a power of two
-    accs = (tl.zeros([ROWS, SLOTS * COLS], tl.float32),)
+    HEIGHT: tl.constexpr = SLOTS * ROWS if BELOW else ROWS
+    WIDTH: tl.constexpr = COLS if BELOW else SLOTS * COLS
+    accs = (tl.zeros([HEIGHT, WIDTH], tl.float32),)
     if APART:
         for _ in tl.static_range(TERMS - 1):
-            accs += (tl.zeros([ROWS, COLS], tl.float32),)
+            accs += (tl.zeros([HEIGHT, WIDTH], tl.float32),)
     return accs
 
 
@@ -54,7 +58,7 @@ def _load_side_by_side(
 @triton.jit
 def load_terms(
     source, row, col, rows, cols, rows_of_term, ALONG_ROWS: tl.constexpr,
-    TERMS: tl.constexpr, APART: tl.constexpr, NUMERICS: tl.constexpr,
+    TERMS: tl.constexpr, APART: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """The tiles source[row.., col..] of all terms, as dot_terms takes them: zero beyond rows, cols.
@@ -62,7 +66,6 @@ def load_terms(
     source: a matrix [.., cols] whose terms are rows_of_term rows below each other. ALONG_ROWS: the
     rows of source are ranks, of which each term has its own; otherwise its columns are.
     """
-    DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms else NUMERICS.factor
     tiles = ()
     if APART or TERMS == 1:
         for i in tl.static_range(TERMS):
@@ -79,13 +82,23 @@ def load_terms(
 
 
 @triton.jit
-def dot_terms(accs, left, tiles, TILES_T: tl.constexpr, NUMERICS: tl.constexpr):
-    """accs + left · the terms in tiles, or their transposes if TILES_T."""
-    DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms else NUMERICS.factor
+def dot_terms(
+    accs, left, tiles, TILES_T: tl.constexpr, DTYPE: tl.constexpr, NUMERICS: tl.constexpr
+):  # fmt: skip
+    """accs + left · the terms in tiles, or their transposes if TILES_T; in DTYPE."""
     left, sums = left.to(DTYPE), ()
     for i in tl.static_range(len(tiles)):
         tile = tiles[i].T if TILES_T else tiles[i]
         sums += (tl.dot(left, tile, accs[i], input_precision=NUMERICS.precision),)
+    return sums
+
+
+@triton.jit
+def dot_of_terms(accs, tiles, right, DTYPE: tl.constexpr, NUMERICS: tl.constexpr):
+    """accs + the transposes of the terms in tiles · right; in DTYPE."""
+    right, sums = right.to(DTYPE), ()
+    for i in tl.static_range(len(tiles)):
+        sums += (tl.dot(tiles[i].T, right, accs[i], input_precision=NUMERICS.precision),)
     return sums
 
 
@@ -112,12 +125,15 @@ def terms_of(
 
 
 @triton.jit
-def sum_terms(accs, COLS: tl.constexpr):
-    """The sum of the products with each term [rows, COLS]."""
-    SLOTS: tl.constexpr = accs[0].shape[1] // COLS
+def sum_terms(accs, LENGTH: tl.constexpr, BELOW: tl.constexpr = False):
+    """The sum of the products with each term [rows, LENGTH], or [LENGTH, cols] if BELOW."""
+    SLOTS: tl.constexpr = accs[0].shape[0 if BELOW else 1] // LENGTH
     total = accs[0]
     if SLOTS > 1:
-        total = tl.sum(total.reshape(total.shape[0], SLOTS, COLS), 1)
+        if BELOW:
+            total = tl.sum(total.reshape(SLOTS, LENGTH, total.shape[1]), 0)
+        else:
+            total = tl.sum(total.reshape(total.shape[0], SLOTS, LENGTH), 1)
     for i in tl.static_range(1, len(accs)):
         total += accs[i]
     return total
@@ -139,11 +155,13 @@ def _split_terms_kernel(
         rest -= rounded.to(tl.float32)
 
 
-def are_apart(device: torch.device) -> bool:
+def are_apart(device: torch.device, rows: int = 0) -> bool:
     """Whether each term has a dot of its own. A single one for all takes fewer instructions, if its
     right operand is read from shared memory; if from registers, more, for there is an empty place.
+
+    rows: of the tile of a term, if terms are the left operand. Without padding a dot takes 64.
     """
-    return target_of(device) not in SIDE_BY_SIDE
+    return target_of(device) not in SIDE_BY_SIDE or rows >= 64
 
 
 def split_terms(factor: Tensor, dtype: torch.dtype, terms: int) -> tuple[Tensor, int]:

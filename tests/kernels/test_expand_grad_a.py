@@ -28,15 +28,23 @@ def test_expand_grad_a_is_its_formula(aligned, config, dtype, shape, dropout_p, 
     check("expand_grad_a", o, config, dx=dtype, da=dtype)
 
 
+@dropout
+@pytest.mark.parametrize("shape", [(5, 7, 11, 3), (33, 65, 70, 17), (97, 96, 40, 32)], ids=str)
+@skinny("expand_grad_a")
+def test_terms_of_float32_dh(config, shape, dropout_p, terms, seed, device):
+    o = operands(shape, BF16, device, dropout_p=dropout_p, lora_dtype=F32)
+    check("expand_grad_a", o, config, dx=BF16, da=F32)
+
+
 @pytest.mark.parametrize(
     ("dtype", "lora", "r", "expected"),
     [
         (BF16, BF16, 64, True), (BF16, BF16, 65, False),
-        (BF16, F32, 32, True), (BF16, F32, 33, False),
+        (BF16, F32, 64, True), (BF16, F32, 65, False),
         (F16, F16, 32, True), (F16, F16, 33, False), (F32, F32, 32, True), (F32, F32, 33, False),
     ],
     ids=str,
 )  # fmt: skip
 def test_expand_grad_a_supports_ranks_of_one_block(hopper, dtype, lora, r, expected):
     dy, a = torch.empty(8, 8, dtype=dtype, device=META), torch.empty(r, 8, dtype=lora, device=META)
-    assert expand_grad_a.supports(r, numerics_of(dy, a)) == expected
+    assert expand_grad_a.supports(r, numerics_of(dy, a), META) == expected
