@@ -45,7 +45,10 @@ SHARED = {
     "--epochs": {
         "type": number(int, 1), "metavar": "N", "help": "passes over the training examples",
     },
-    "--batch-size": {"type": number(int, 1), "metavar": "N", "help": "examples a batch and device"},
+    "--batch-size": {
+        "type": number(int, 1), "metavar": "N",
+        "help": "examples of a batch on each device: two devices take 2 N at a time",
+    },
     "--accumulation": {"type": number(int, 1), "metavar": "N", "help": "batches a step"},
     "--lr": {"type": number(float, 0), "metavar": "LR", "help": "peak learning rate"},
     "--warmup": {"metavar": "N", "help": "steps to the peak"},

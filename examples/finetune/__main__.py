@@ -43,7 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--output", Path("runs/finetune"))
     option("--device", "auto")
     option("--epochs", 5)
-    option("--batch-size", 16, "sentences a step, of all ranks")
+    option(
+        "--batch-size",
+        16,
+        "sentences of a step on all ranks together: each of two ranks takes N / 2",
+    )
     option("--lr", 2e-3)
     option("--max-length", 64, type=number(int, 3))
     option("--rank", 8)

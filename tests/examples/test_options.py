@@ -43,6 +43,18 @@ def test_every_program_has(flag):
     assert all(flag in options for options in PROGRAMS.values())
 
 
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("finetune", "on all ranks together: each of two ranks takes N / 2"),
+        ("nlu", "on each device: two devices take 2 N at a time"),
+        ("nlg", "on each device: two devices take 2 N at a time"),
+    ],
+)
+def test_help_says_whose_batch_the_size_is(program, told):
+    assert told in PROGRAMS[program]["--batch-size"].help
+
+
 def test_help_is_that_of_all_programs_or_goes_on_from_it():
     parser = argparse.ArgumentParser()
     add(parser, "--seed", 3, ", and of more")
