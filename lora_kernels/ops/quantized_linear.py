@@ -77,7 +77,9 @@ class LoraQuantizedLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         needs_x, needs_a, needs_b, needs_bias = ctx.needs_input_grad[:4]
         ctx.needs = needs = Needs(needs_x, False, needs_a, needs_b, needs_bias)
-        of_a = x.to(update_dtype(x, frozen))
+        dtype = update_dtype(x, frozen)
+        # torch.compile takes no second name for an operand, as to() gives if nothing is to do.
+        of_a = x if x.dtype == dtype else x.to(dtype)
         ctx.x_dtype, ctx.dense_dtype = of_a.dtype, frozen.product_dtype(x)
         rows = x.numel() // max(1, x.shape[-1])
         if (
