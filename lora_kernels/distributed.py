@@ -1,14 +1,24 @@
-"""Parameters that FSDP2 (fully_shard) has sharded: they are DTensors."""
+"""The ranks of torch.distributed, and parameters that FSDP2 (fully_shard) has sharded: DTensors."""
 
 import sys
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["distribute_like", "full_tensor", "is_dtensor", "is_managed", "is_sharded_alone"]
+__all__ = [
+    "distribute_like", "full_tensor", "is_dtensor", "is_managed", "is_sharded_alone", "rank_of",
+]  # fmt: skip
+
+
+def rank_of() -> tuple[int, int]:
+    """This process's rank under torch.distributed, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_kernels.adapters.formats.contents import CONFIG, DOWNLOADED, candidates
 from lora_kernels.adapters.save import save_adapter
+from lora_kernels.distributed import rank_of
 
 __all__ = ["is_name", "path_of", "push_to_hub"]
 
@@ -103,7 +103,8 @@ def push_to_hub(
         )
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder, modules_to_save, adapter=adapter)
-        if _rank() != 0:
+        rank, _ = rank_of()
+        if rank != 0:
             return None
         api = HfApi(token=token)
         try:
@@ -117,11 +118,6 @@ def push_to_hub(
                 f"says who you are; save_adapter writes the same files to a directory)"
             ) from error
     return done.commit_url
-
-
-def _rank() -> int:
-    is_several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if is_several else 0
 
 
 def _in_a_line(error: Exception) -> str:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import checks
+from lora_kernels.distributed import rank_of
 
-__all__ = ["draw_like", "draw_seeds", "is_alone", "like_drawn", "rank_of", "seeds_for"]
+__all__ = ["draw_like", "draw_seeds", "is_alone", "like_drawn", "seeds_for"]
 
 GroupMember: Any = getattr(torch.distributed, "GroupMember", None)  # None: built without
 
@@ -71,10 +72,3 @@ def _bounds() -> tuple[int, int]:
 def is_alone() -> bool:
     """Whether torch.distributed has no other ranks; asked in every call."""
     return GroupMember is None or GroupMember.WORLD is None or rank_of()[1] == 1
-
-
-def rank_of() -> tuple[int, int]:
-    """This process's rank under torch.distributed, and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

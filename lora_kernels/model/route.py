@@ -175,8 +175,7 @@ def _seeds(present: Sequence[str], given: Mapping[str, int | torch.Generator]) -
                 f"route: seeds[{name!r}] must be an integer or a torch.Generator on the CPU, got "
                 f"{seed!r}"
             )
-    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if parallel else 0
+    rank, _ = distributed.rank_of()
     drawn = iter(draw_seeds(len(present), torch.device("cpu")).tolist())
     seeds = {}
     for name, own in zip(present, drawn, strict=True):

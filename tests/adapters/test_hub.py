@@ -169,6 +169,6 @@ def test_a_model_that_cannot_be_saved_reaches_no_hub(hub):
 def test_of_several_ranks_the_first_one_uploads(hub, monkeypatch):
     from lora_kernels.adapters import hub as module
 
-    monkeypatch.setattr(module, "_rank", lambda: 1)
+    monkeypatch.setattr(module, "rank_of", lambda: (1, 2))
     assert lora.push_to_hub(trained(), "me/new", token="secret") is None
     assert hub.asked == []
