@@ -70,7 +70,10 @@ def _draw(mask: Tensor, seed: Tensor, first_row: int, smallest: int) -> None:
     octets = cols // LANES
     if not _keeps(rows * octets, seed.device):
         draws = _Generator(rows, octets, _memory(rows * octets, seed.device)).draws(seed, first_row)
-        mask.copy_(draws >= smallest)
+        if mask.dtype == torch.bool:
+            torch.ge(draws, smallest, out=mask)
+        else:  # a float holds every draw exactly: compared in place
+            mask.copy_(draws).ge_(smallest)
         return
     kept, elements = _kept(), rows * cols
     flags, flat = kept.scratch(torch.uint8)[:elements], mask.view(-1)
@@ -79,7 +82,7 @@ def _draw(mask: Tensor, seed: Tensor, first_row: int, smallest: int) -> None:
         flat.copy_(flags)
         return
     draws = kept.generator(rows, octets).draws(seed, first_row)
-    # A float holds every draw exactly. From int16 straight to bytes PyTorch is five times as slow.
+    # By way of floats: from int16 straight to bytes PyTorch is five times as slow.
     floats = flat if mask.dtype == torch.float32 else kept.scratch(torch.float32)[:elements]
     floats.copy_(draws.view(-1)).ge_(smallest)
     flags.view(torch.bool).copy_(floats)

@@ -128,7 +128,7 @@ def expand_grad_a(
     """
     (m, k), r = x.shape, len(a)
     config = config or config_for(x.device, r, numerics)
-    dh, terms = split_terms(dh, x.dtype, numerics.terms if numerics.terms > 1 else 0)
+    dh, terms = split_terms(dh, x.dtype, numerics.rank_terms)
     block_r, programs = _block_r(r, numerics, x.device), cdiv(k, config.BLOCK_COLS)
     wanted = config.programs_per_sm * num_sms(x.device)
     parts, m_slice = split(m, config.BLOCK_ROWS, programs, wanted)

@@ -116,7 +116,7 @@ def grad_a(
     """
     (m, k), (*stack, _, r), layers = x.shape, dh.shape, dh.shape[:-2].numel()
     config = config or config_for(x.device, r, numerics)
-    dh, terms = split_terms(dh, x.dtype, numerics.terms if numerics.terms > 1 else 0)
+    dh, terms = split_terms(dh, x.dtype, numerics.rank_terms)
     block_r = rank_block(r, numerics.of_rank)
     programs = cdiv(k, config.BLOCK_COLS) * layers * cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(x.device)

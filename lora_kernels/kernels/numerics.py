@@ -19,7 +19,8 @@ class Numerics(NamedTuple):
     for db and da. update: h or dh times a factor, for y and dx. precision: how factor and rank are
     multiplied. update_precision: how main and update are multiplied. terms: if it is not 0, then
     shrink and grad_b multiply in main's dtype instead, and a factor in another dtype is so many
-    terms, see split_terms.py. A constexpr argument of every kernel with a dot.
+    terms, see split_terms.py; if it is more than 1, h and dh in grad_b, grad_a and expand_grad_a
+    are, too. A constexpr argument of every kernel with a dot.
     """
 
     main: tl.dtype
@@ -48,6 +49,11 @@ class Numerics(NamedTuple):
     def of_rank(self) -> tl.dtype:
         """The dtype in which x or dy meets the terms of h or dh."""
         return self.main if self.terms > 1 else self.rank
+
+    @property
+    def rank_terms(self) -> int:
+        """How many terms h or dh is; 0 if it is one number in dtype rank."""
+        return self.terms if self.terms > 1 else 0
 
 
 _TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
