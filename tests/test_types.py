@@ -25,7 +25,7 @@ import lora_kernels as lora
 
 x = torch.ones(2, 4)
 layer = lora.Linear(4, 4, r=2, lora_alpha=4, bias=False, dtype=torch.float32)
-y: Tensor = layer(x)
+y: Tensor = layer(x) + layer(x=x)
 other: lora.LoRALinear = layer.train().eval()
 factors: tuple[nn.Parameter, nn.Parameter] = (layer.lora_A, layer.lora_B)
 scaling: float = layer.scaling * layer.r
@@ -59,6 +59,8 @@ lora.Linear(4, 4, r=2, dtype="float16")  # [arg-type]
 lora.ConvLoRA(nn.Linear, 3, 4, 3)  # [arg-type]
 word: str = layer(x)  # [assignment]
 layer(x).upper()  # [attr-defined]
+layer(3)  # [arg-type]
+layer(x, x)  # [call-arg]
 """
 
 

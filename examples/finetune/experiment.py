@@ -82,7 +82,7 @@ def _record(
         "data": str(options.data),
         "data_hash": content_hash([training, held_out]),
         "device": device.type,
-        "ranks": ranks.count(),
+        "processes": ranks.count(),
         **{name: getattr(options, name) for name in SETTINGS},
         "compare_peft": options.compare_peft,
         "training_examples": len(training),
@@ -121,7 +121,7 @@ def _carry_out(
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in arms[0].parameters)
     _say("model", f"{options.model} on {device}, {total:,} parameters")
-    _say("ranks", ranks.count())
+    _say("processes", ranks.count())
     _say("data", f"{options.data}, {len(training):,} to train on, {len(held_out):,} held out")
     _say("trainable", f"{trainable:,} parameters ({100 * trainable / total:.2f} %)")
     results |= {"classes": classes, "total_parameters": total}

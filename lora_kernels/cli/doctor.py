@@ -35,6 +35,12 @@ VARIABLES = (
     "LORA_KERNELS_PLAN", "LORA_KERNELS_CHECK", "LORA_KERNELS_TUNE", "LORA_KERNELS_CACHE",
     "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
+# Most machines of which this is true have no GPU, and lack nothing.
+NO_DRIVER = Missing(
+    "no NVIDIA driver answers",
+    "if this machine has no GPU there is nothing to do, PyTorch's operators run; if it has one, "
+    "install its driver",
+)
 # Tokens and pass of products with a 4096 x 4096 weight at rank 16, as in a model of 7 billion
 # parameters.
 PRODUCTS = {
@@ -51,7 +57,8 @@ class Findings:
     gpus: device, name, capability, driver of each; no_gpu: why there is none. algorithms: device,
     product, algorithm and reason. peft: what patch_peft() does to the installed PEFT.
     notes: what could be faster, and files of the cache that are in use; with what changes it.
-    missing: empty if the kernels will run on every GPU, and for PEFT too if it is installed.
+    missing: empty if the kernels will run on every GPU that there is, and for PEFT too if it is
+    installed.
     """
 
     python: str
@@ -81,8 +88,9 @@ def examine_machine() -> Findings:
     """Looks at the environment of this process and runs a small product on every GPU."""
     gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
     no_gpu = None if gpus else _why_no_gpu()
-    missing = [no_gpu] if no_gpu else []
-    algorithms, notes = [], []
+    notes = [no_gpu] if no_gpu == NO_DRIVER else []
+    missing = [no_gpu] if no_gpu and no_gpu != NO_DRIVER else []
+    algorithms: list[dict[str, str]] = []
     for name in [gpu["device"] for gpu in gpus] or ["cpu"]:
         device = torch.device(name)
         try:
@@ -242,11 +250,7 @@ def _driver() -> str | None:
 def _why_no_gpu() -> Missing:
     driver = _driver()
     if driver is None and torch.version.hip is None:
-        return Missing(
-            "no NVIDIA driver answers",
-            "if this machine has no GPU there is nothing to do, PyTorch's operators run; if it "
-            "has one, install its driver",
-        )
+        return NO_DRIVER
     if torch.version.cuda is None and torch.version.hip is None:
         return Missing(
             f"driver {driver} is there, torch {torch.__version__} is built without CUDA",

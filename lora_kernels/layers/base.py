@@ -5,8 +5,7 @@ A layer is the mixin :class:`LoRALayer` in front of a torch module, as in
 (``weight_name``) and what the update adds to it (``delta_weight``); merging.py does the rest.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["LoRALayer"]
+
+
+class _TakesX(Protocol):
+    """What a call of a layer is for type checkers: nn.Module's takes anything."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class LoRALayer(MergesOnEval):
@@ -62,7 +67,7 @@ class LoRALayer(MergesOnEval):
     r: int
     lora_alpha: float
     scaling: float
-    __call__: Callable[..., Tensor]
+    __call__: _TakesX
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool):
         layer = type(self).__name__

@@ -1,7 +1,7 @@
 """LoRAExperts: the experts of a mixture, stacked in parameters, with low-rank updates."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -84,6 +84,7 @@ class LoRAExperts(LoRALayer, nn.Module):
     r: Any  # by the name of the parameter, unlike other layers'; so are lora_alpha and scaling
     lora_alpha: Any
     scaling: Any
+    __call__: Callable[..., Tensor]
 
     # Versions of Transformers that have no such option compute this.
     has_gate = True

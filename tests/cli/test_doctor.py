@@ -47,20 +47,26 @@ def test_json_holds_what_was_found(capsys, algorithm):
 
 
 @without_gpu
-def test_doctor_without_a_gpu_says_so(capsys):
+@pytest.mark.parametrize(("driver", "lacks"), [(None, False), ("580.1", True)])
+def test_doctor_without_a_gpu_says_so(monkeypatch, capsys, driver, lacks):
+    """A machine without a GPU lacks nothing, one whose driver answers does."""
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setenv("COLUMNS", "200")
     code, findings = found(capsys)
-    assert code == 1
+    assert code == lacks
     assert findings["gpus"] == []
-    assert findings["missing"][0]["what"] == findings["no_gpu"]
-    assert findings["missing"][0]["fix"]
+    (said,) = findings["missing" if lacks else "notes"]
+    assert said["what"] == findings["no_gpu"]
+    assert said["fix"]
     assert all(
         row["device"] == "cpu" and row["algorithm"] == "reference" for row in findings["algorithms"]
     )
-    assert main(["doctor"]) == 1
+    assert main(["doctor"]) == lacks
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:2] == ["GPU", "none:"] for line in lines)
     assert any(line.split()[:2] == ["torch", torch.__version__] for line in lines)
-    assert any(line.startswith("missing ") and findings["no_gpu"] in line for line in lines)
+    label = "missing " if lacks else "note "
+    assert any(line.startswith(label) and findings["no_gpu"] in line for line in lines)
 
 
 def test_peft_is_fused_under_the_patch_which_is_undone(capsys):
