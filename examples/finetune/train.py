@@ -107,6 +107,12 @@ class Arm:
         self.seconds += time.perf_counter() - start
         self.tokens += sum(len(row["input_ids"]) for features in batches for row in features)
 
+    def warm_up(self, batch: list[dict]) -> None:
+        """A step without an update: what the first one of a process or a shape costs besides."""
+        self.model.train()
+        self.parallel(**self.collate(ranks.share(batch)[0]).to(self.device)).loss.backward()
+        self.optimizer.zero_grad()
+
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -124,9 +130,9 @@ def train(
 ) -> None:
     """Trains every arm on the same batches in the same order.
 
-    The arms take turns of ten batches, and every other turn in reverse order, so that whatever
-    else the machine does falls on all of them alike. Turns end at every multiple of save_every,
-    too.
+    Several arms take turns of ten batches, and every other turn in reverse order, so that whatever
+    else the machine does falls on all of them alike. Before the first turn each takes a step that
+    is not timed. Turns end at every multiple of save_every, too.
     done: steps that the arms have behind them, as after_turn(step) was told. after_epoch(number of
     epochs done) comes before the last turn of an epoch is told of.
     Raises: InputError, behind a turn, for a loss that is no finite number.
@@ -146,6 +152,9 @@ def train(
 
         for epoch in range(settings.epochs):
             batches = random_batches(lengths, settings.batch_size, generator)
+            if epoch == 0 and len(arms) > 1:
+                for arm in arms:
+                    arm.warm_up([features[i] for i in batches[0]])
             start = 0
             while start < len(batches):
                 end = min(start + TURN, start + save_every - step % save_every)
