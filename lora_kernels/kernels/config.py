@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +85,10 @@ def select(
     terms: bool = False,
 ) -> Any:
     """The first entry of the target's table that serves such a product, of the table's kind."""
+    if target == WAVE32 and target not in table:
+        # Warps of half as many lanes, each of which has half as many registers.
+        config = select(table, "hip", bits, m, r, tma, terms)
+        return replace(config, num_warps=2 * config.num_warps)
     return next(config for when, config in table[target] if when.holds(bits, m, r, tma, terms))
 
 
@@ -96,6 +100,7 @@ class Stand(NamedTuple):
 
 
 CPU = Stand("interpreter", 4)  # which runs programs one by one
+WAVE32 = "hip_wave32"  # AMD's Radeon GPUs; "hip" are the Instinct ones, whose warps are 64 wide
 _TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
 
@@ -104,7 +109,7 @@ def target_of(device: torch.device) -> str:
     if device.type == "cpu":
         return CPU.target
     if torch.version.hip is not None:
-        return "hip"
+        return "hip" if capability_of(device) < (10, 0) else WAVE32
     return _TARGETS.get(capability_of(device), "other")
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.dispatch.algorithm import tf32_allowed, triton_version
-from lora_kernels.kernels.config import target_of
+from lora_kernels.kernels.config import WAVE32, target_of
 from lora_kernels.kernels.hazards import MENDED
 
 
@@ -83,7 +83,7 @@ def bits_of(dtype: tl.dtype) -> int:
 def _numerics(dtype: torch.dtype, uniform: bool, target: str, allowed: bool) -> Numerics:
     """uniform: the factors are in the layer's dtype. allowed: whether TF32 is."""
     # Not all of AMD's GPUs have TF32.
-    tf32, exact = ("ieee", "ieee") if target == "hip" else ("tf32", "tf32x3")
+    tf32, exact = ("ieee", "ieee") if target in ("hip", WAVE32) else ("tf32", "tf32x3")
     # For operands that are changed in registers: products of TF32x3 are waited for one by one.
     steady = exact if target == "sm_90" and triton_version() < MENDED else tf32
     # Triton's interpreter would multiply bfloat16 as integers.

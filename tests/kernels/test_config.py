@@ -1,5 +1,7 @@
 """select, target_of: which entry of a table serves a product."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -45,11 +47,27 @@ def test_target_of_a_gpu_without_a_table_is_other(monkeypatch, capability, targe
     assert config.target_of(torch.device("cuda", 0)) == target
 
 
+@pytest.mark.parametrize(
+    ("capability", "target"), [((9, 4), "hip"), ((11, 0), config.WAVE32), ((12, 0), config.WAVE32)]
+)
+def test_target_of_an_amd_gpu_is_by_the_width_of_its_warps(monkeypatch, capability, target):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(config, "capability_of", lambda device: capability)
+    assert config.target_of(torch.device("cuda", 0)) == target
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_narrow_warps_are_twice_as_many_unless_the_table_has_its_own(table):
+    wide, narrow = (select(table, target, 16) for target in ("hip", config.WAVE32))
+    if config.WAVE32 not in table:
+        assert narrow == dataclasses.replace(wide, num_warps=2 * wide.num_warps)
+
+
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_tables_serve_every_product_on_every_target(table):
     targets = {"interpreter", "sm_80", "sm_90", "sm_100", "hip", "other"}
-    assert set(table) == targets
-    for target in targets:
+    assert set(table) in (targets, targets | {config.WAVE32})
+    for target in table:
         *_, (last, _) = table[target]
         assert last == When(), "the last entry serves what no other does"
         entries = [when for when, _ in table[target]]
