@@ -36,7 +36,8 @@ def is_small(
     torch.compile, nor if LORA_KERNELS_PLAN or TRITON_INTERPRET asks for an algorithm.
     """
     if not (
-        not torch.compiler.is_dynamo_compiling()
+        not torch.compiler.is_dynamo_compiling()  # else the sizes below would be guarded
+        and 0 < (elements := x.numel()) <= _MOST_ELEMENTS
         and is_free()
         and x.is_cpu
         and x.dtype is torch.float32
@@ -56,10 +57,8 @@ def is_small(
     ):
         return False
     n, k = weight.shape if weight.dim() == 2 else (0, 0)
-    elements = x.numel()
     return (
-        0 < elements <= _MOST_ELEMENTS
-        and x.dim() > 0
+        x.dim() > 0
         and x.shape[-1] == k
         and elements * n <= LARGEST
         and elements * n <= _MOST_ELEMENTS * k
