@@ -103,6 +103,24 @@ def dot_of_terms(accs, tiles, right, DTYPE: tl.constexpr, NUMERICS: tl.constexpr
 
 
 @triton.jit
+def _next_term(rest, DTYPE: tl.constexpr, FIRST: tl.constexpr):
+    """(rest in DTYPE, what that lacks of rest).
+
+    FIRST: of several terms in bfloat16. A finite rest has a finite term, and one that is infinite
+    lacks nothing.
+    """
+    term = rest.to(DTYPE).to(tl.float32)
+    if FIRST:
+        # Rounded, what is above the largest bfloat16 is an infinity; cut off, it is not.
+        cut = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        term = tl.where(tl.abs(term) == float("inf"), cut, term)
+    lacking = rest - term
+    if FIRST:
+        lacking = tl.where(tl.abs(term) == float("inf"), 0.0, lacking)  # inf - inf is NaN
+    return term.to(DTYPE), lacking
+
+
+@triton.jit
 def terms_of(
     source, row, col, rows, cols, TERMS: tl.constexpr, APART: tl.constexpr,
     NUMERICS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -115,10 +133,9 @@ def terms_of(
     term = (tl.arange(0, SLOTS * BLOCK_COLS) // BLOCK_COLS)[None, :]
     terms, tile = (), tl.zeros(rest.shape, tl.bfloat16)
     for i in tl.static_range(TERMS):
-        rounded = rest.to(tl.bfloat16)
+        rounded, rest = _next_term(rest, tl.bfloat16, i == 0)
         terms += (rounded.to(NUMERICS.main),)
         tile = tl.where(term == i, rounded, tile)
-        rest -= rounded.to(tl.float32)
     if not APART:
         terms = (tile.to(NUMERICS.main),)
     return terms
@@ -149,10 +166,9 @@ def _split_terms_kernel(
     at = factor.ptr + row * factor.stride + col
     rest = tl.load(at, mask=inside & (col < cols), other=0.0).to(tl.float32)
     for term in tl.static_range(TERMS):
-        rounded = rest.to(terms.ptr.dtype.element_ty)
+        rounded, rest = _next_term(rest, terms.ptr.dtype.element_ty, TERMS > 1 and term == 0)
         at = terms.ptr + (tl.cast(term * rows, tl.int64) + row) * terms.stride + col
         tl.store(at, rounded, mask=inside)
-        rest -= rounded.to(tl.float32)
 
 
 def are_apart(device: torch.device, rows: int = 0) -> bool:

@@ -33,6 +33,25 @@ def terms(request, monkeypatch, device) -> str:
     return request.param
 
 
+@pytest.fixture
+def rounded_bfloat16(monkeypatch):
+    """Triton's interpreter cuts bfloat16 off, where every GPU rounds to the nearest: it rounds."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    cut = builder.create_fp_trunc
+
+    def rounded(src, dst_type):
+        if str(dst_type.scalar) != "bf16":
+            return cut(src, dst_type)
+        bits = torch.from_numpy(src.data).bfloat16().view(torch.uint16).numpy()
+        return interpreter.TensorHandle(bits, dst_type.scalar)
+
+    monkeypatch.setattr(builder, "create_fp_trunc", rounded)
+
+
 @pytest.fixture(autouse=True)
 def no_races() -> Iterator[None]:
     with races.noticed():

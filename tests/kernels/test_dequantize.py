@@ -12,7 +12,9 @@ from lora_kernels.kernels.dequantize import dequantize_4bit
 from lora_kernels.kernels.operands import random_four_bit
 from lora_kernels.reference.dequantize import dense_4bit
 from lora_kernels.testing.memory import guarded_outputs
-from tests.kernels.cases import GPU, check, operands, skinny
+from tests.kernels.cases import check, operands, skinny
+
+pytestmark = pytest.mark.usefixtures("rounded_bfloat16")
 
 # One weight; an odd number of them; rows across blocks; a last block that is short; several blocks
 # of statistics.
@@ -20,25 +22,6 @@ SHAPES = [(1, 1), (5, 7), (8, 48), (3, 50), (64, 64), (130, 129)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 statistics = pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_is_rounded(monkeypatch):
-    """Triton's interpreter cuts bfloat16 off, where every GPU rounds to the nearest."""
-    if GPU:
-        return
-    from triton.runtime import interpreter
-
-    builder = interpreter.interpreter_builder
-    cut = builder.create_fp_trunc
-
-    def rounded(src, dst_type):
-        if str(dst_type.scalar) != "bf16":
-            return cut(src, dst_type)
-        bits = torch.from_numpy(src.data).bfloat16().view(torch.uint16).numpy()
-        return interpreter.TensorHandle(bits, dst_type.scalar)
-
-    monkeypatch.setattr(builder, "create_fp_trunc", rounded)
 
 
 def weight(shape, device, nested=True, blocksize=64):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lora_kernels.kernels.grad_b import grad_b
+from lora_kernels.kernels.registry import LAUNCHERS
 from tests.kernels.cases import check, dtypes, linear_and_merged, operands, shapes, skinny
 
 
@@ -61,3 +62,18 @@ def test_terms_of_float32_b_and_h(config, shape, groups, terms, seed, device):
         )
     )
     check("grad_b", o, config, dh=torch.float32, db=torch.float32)
+
+
+def test_terms_of_an_infinite_h(terms, seed, device):
+    o = operands((5, 7, 11, 3), torch.bfloat16, device, lora_dtype=torch.float32)
+    o.h[2, 1] = torch.inf
+    _, db = LAUNCHERS["grad_b"](o, None)
+    assert torch.equal(db[:, 1], o.dy[2].float() * torch.inf)
+    assert db[:, [0, 2]].isfinite().all()
+
+
+def test_terms_of_a_finite_h_above_the_largest_bfloat16(terms, rounded_bfloat16, seed, device):
+    o = operands((5, 7, 11, 3), torch.bfloat16, device, lora_dtype=torch.float32)
+    o.h[2] = torch.finfo(torch.float32).max
+    o.dy[2] *= 2.0**-100
+    check("grad_b", o, None, dh=torch.float32, db=torch.float32)

@@ -26,6 +26,23 @@ def test_two_terms_have_more_bits_than_tf32(seed, device):
     assert ((terms.double().sum(0) - factor.double()) / factor).abs().max() < 2**-15
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_an_infinite_factor_is_an_infinite_term_and_zeros(count, device):
+    factor = torch.tensor([[torch.inf, -torch.inf, torch.nan, -0.0]], device=device)
+    terms, _ = split_terms(factor, BF16, count)
+    assert torch.equal(terms.float().sum(0)[:, :2], factor[:, :2])
+    assert not terms[1:, :, :2].any()
+    assert terms[0, :, 2].isnan().all()
+    assert not terms[..., 3].any()
+
+
+def test_a_finite_factor_above_the_largest_bfloat16_has_finite_terms(rounded_bfloat16, device):
+    factor = torch.finfo(torch.float32).max * torch.tensor([[1, -1, 0.999, 0.998]], device=device)
+    assert factor.bfloat16().isinf().any()
+    terms, _ = split_terms(factor, BF16, 3)
+    assert torch.equal(terms.double().sum(0), factor.double())
+
+
 def test_one_term_is_rounded_as_pytorch_rounds(seed, device):
     factor = torch.randn(9, 33, device=device)
     terms, count = split_terms(factor[:, 1:], F16, 1)
