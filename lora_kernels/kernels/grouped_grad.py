@@ -25,7 +25,15 @@ from lora_kernels.kernels.segments import (
     row_of_group,
     source_rows,
 )
-from lora_kernels.kernels.tile import Matrix, load_tile, part_of, store_tile
+from lora_kernels.kernels.split_terms import (
+    are_apart,
+    dot_of_terms,
+    load_terms,
+    split_terms,
+    sum_terms,
+    zeros_of_terms,
+)
+from lora_kernels.kernels.tile import Matrix, part_of, store_tile
 
 CHUNK = 512  # rows: a chunk's gradient is written and read once, as float32
 
@@ -33,6 +41,9 @@ TILES = Tiles(
     interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
     sm_80=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
+        (When(terms=True, r=16), SkinnyConfig(32, 128, num_warps=4, num_stages=2)),
+        (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
+        (When(r=16), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=3)),
     ],
     sm_90=[
@@ -43,6 +54,8 @@ TILES = Tiles(
     sm_100=[
         (When(bits=32, r=16), SkinnyConfig(32, 64, num_warps=4, num_stages=3)),
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
+        (When(terms=True, r=16), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
+        (When(terms=True, r=32), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
     ],
     hip=[
@@ -51,6 +64,8 @@ TILES = Tiles(
     ],
     other=[
         (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),
+        (When(terms=True, r=16), SkinnyConfig(32, 128, num_warps=4, num_stages=2)),
+        (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
     ],
 )
@@ -60,7 +75,7 @@ TILES = Tiles(
 def _grouped_grad_kernel(
     left, right, index, segments, mask, parts_ptr, group_ptr,
     S, Q, K, R, chunk_rows,
-    NUMERICS: tl.constexpr,
+    NUMERICS: tl.constexpr, TERMS: tl.constexpr, APART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     ranks = tl.cdiv(R, BLOCK_R)  # programs of the same columns are neighbours: right is in L2
@@ -76,25 +91,29 @@ def _grouped_grad_kernel(
         if mask is not None:
             seed, threshold = tl.load(mask.seeds + group), tl.load(mask.thresholds + group)
             mask_row = row_of_group(segments, Q, S, segment, group, first - start, BLOCK_Q)
-        acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+        DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms > 1 else NUMERICS.rank
+        IN_DOT: tl.constexpr = TERMS > 1 or tl.bfloat16 == DTYPE
+        accs = zeros_of_terms(TERMS, APART, BLOCK_R, BLOCK_K, BELOW=True)
         for step in tl.range(0, tl.cdiv(end - first, BLOCK_M)):
             row = first + step * BLOCK_M
-            left_tile = load_tile(left, row, r, end, R, BLOCK_M, BLOCK_R)
+            left_tiles = load_terms(
+                left, row, r, end, R, S, False, TERMS, APART, DTYPE, BLOCK_M, BLOCK_R
+            )
             rows, inside = source_rows(index, row, end, BLOCK_M)
             right_tile = load_rows(right, rows, inside, k, K, BLOCK_K)
             if mask is not None:
                 at = mask_row + step * BLOCK_M
-                keep = keep_tile(seed, threshold, at, k, BLOCK_M, BLOCK_K)
+                keep = keep_tile(seed, threshold, at, k, BLOCK_M, BLOCK_K, IN_DOT=IN_DOT)
                 right_tile = tl.where(keep, right_tile, 0.0)
-            left_tile, right_tile = left_tile.to(NUMERICS.rank), right_tile.to(NUMERICS.rank)
-            acc = tl.dot(left_tile.T, right_tile, acc, input_precision=NUMERICS.precision)
+            accs = dot_of_terms(accs, left_tiles, right_tile, DTYPE, NUMERICS)
         part = part_of(Matrix(parts_ptr, K), tl.cast(chunk, tl.int64) * R, 0)
-        store_tile(part, acc, r, k, R, K)
+        store_tile(part, sum_terms(accs, BLOCK_R, BELOW=True), r, k, R, K)
 
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    return select(TILES, target_of(device), bits_of(numerics.rank), r=r)
+    bits, terms = bits_of(numerics.of_rank), numerics.terms > 1
+    return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
 def grouped_grad(
@@ -115,7 +134,8 @@ def grouped_grad(
     """
     k, r = right.shape[1], left.shape[1]
     config = config or config_for(right.device, r, numerics)
-    block_r = rank_block(r, numerics.rank)
+    left, terms = split_terms(left, right.dtype, numerics.rank_terms)
+    block_r = rank_block(r, numerics.of_rank)
     chunk_rows = chunk_rows or CHUNK
     chunks = routing.tiles(chunk_rows)
     # Not all are written, and no other is read.
@@ -134,6 +154,8 @@ def grouped_grad(
         R=r,
         chunk_rows=chunk_rows,
         NUMERICS=numerics,
+        TERMS=terms,
+        APART=are_apart(right.device, block_r),
         BLOCK_M=config.BLOCK_ROWS,
         BLOCK_K=config.BLOCK_COLS,
         BLOCK_R=block_r,

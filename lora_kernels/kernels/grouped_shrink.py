@@ -26,22 +26,35 @@ from lora_kernels.kernels.segments import (
     stack_of,
 )
 from lora_kernels.kernels.split_k_reduce import split_k_reduce
-from lora_kernels.kernels.split_terms import rounded
-from lora_kernels.kernels.tile import Matrix, load_tile, part_of, store_tile
+from lora_kernels.kernels.split_terms import (
+    are_apart,
+    dot_of_terms,
+    load_terms,
+    split_terms,
+    sum_terms,
+    zeros_of_terms,
+)
+from lora_kernels.kernels.tile import Matrix, part_of, store_tile
 
 TILES = Tiles(
     interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
     sm_80=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=4, num_stages=3)),
+        (When(terms=True, r=16), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
+        (When(terms=True), SkinnyConfig(128, 32, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=8, num_stages=3)),
     ],
     sm_90=[
         (When(bits=32, r=16), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=2)),
+        (When(terms=True), SkinnyConfig(128, 64, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=3)),
     ],
     sm_100=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=4, num_stages=3)),
+        (When(terms=True, r=32), SkinnyConfig(128, 64, num_warps=8, num_stages=2)),
+        # Triton 3.6 cannot pipeline three products of one transposed tile.
+        (When(terms=True), SkinnyConfig(64, 64, num_warps=4, num_stages=1, programs_per_sm=4)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=3)),
     ],
     hip=[
@@ -50,16 +63,18 @@ TILES = Tiles(
     ],
     other=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=2)),
+        (When(terms=True, r=16), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
+        (When(terms=True), SkinnyConfig(64, 32, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
     ],
 )
 
 
-@triton.jit(do_not_specialize=["S", "Q"])
+@triton.jit(do_not_specialize=["S", "Q", "rows_of_term"])
 def _grouped_shrink_kernel(
     x, index, factors, segments, mask, scales, h_ptr,
-    S, Q, K, R, k_slice,
-    FACTOR_T: tl.constexpr, NUMERICS: tl.constexpr,
+    S, Q, K, R, rows_of_term, k_slice,
+    FACTOR_T: tl.constexpr, NUMERICS: tl.constexpr, TERMS: tl.constexpr, APART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     ranks = tl.cdiv(R, BLOCK_R)  # programs of the same rows are neighbours: x comes from L2
@@ -71,7 +86,10 @@ def _grouped_shrink_kernel(
         first_k = part * k_slice
         # Transposed: x under a mask is in registers, where code for Hopper would overwrite the left
         # operand of a product while it is read. The right one goes through shared memory.
-        acc = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
+        DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms else NUMERICS.factor
+        IN_DOT: tl.constexpr = TERMS > 1 or tl.bfloat16 == DTYPE
+        accs = zeros_of_terms(TERMS, APART, BLOCK_R, BLOCK_M, BELOW=True)
+        scale = 0.0
         if group >= 0:
             factor = of_group(factors, group)
             rows, inside = source_rows(index, row, end, BLOCK_M)
@@ -82,22 +100,29 @@ def _grouped_shrink_kernel(
                 k = first_k + step * BLOCK_K
                 x_tile = load_rows(x, rows, inside, k, K, BLOCK_K)
                 if FACTOR_T:
-                    other = load_tile(factor, r, k, R, K, BLOCK_R, BLOCK_K).T
+                    tiles = load_terms(
+                        factor, r, k, R, K, rows_of_term,
+                        True, TERMS, APART, DTYPE, BLOCK_R, BLOCK_K,
+                    )  # fmt: skip
                 else:
-                    other = load_tile(factor, k, r, K, R, BLOCK_K, BLOCK_R)
+                    tiles = load_terms(
+                        factor, k, r, K, R, rows_of_term,
+                        False, TERMS, APART, DTYPE, BLOCK_K, BLOCK_R,
+                    )  # fmt: skip
                 if mask is not None:
-                    keep = keep_tile(seed, threshold, mask_row, k, BLOCK_M, BLOCK_K)
+                    keep = keep_tile(seed, threshold, mask_row, k, BLOCK_M, BLOCK_K, IN_DOT=IN_DOT)
                     x_tile = tl.where(keep, x_tile, 0.0)
-                x_tile, other = x_tile.to(NUMERICS.factor), other.to(NUMERICS.factor)
-                acc = tl.dot(other.T, x_tile.T, acc, input_precision=NUMERICS.precision)
-            acc *= tl.load(scales + group)
+                accs = dot_of_terms(accs, tiles, x_tile.T, DTYPE, NUMERICS, not FACTOR_T)
+            scale = tl.load(scales + group)
         h = part_of(Matrix(h_ptr, R), tl.cast(part, tl.int64) * S, 0)
+        acc = sum_terms(accs, BLOCK_R, BELOW=True) * scale
         store_tile(h, acc.T, row, r, end, R)
 
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    return select(TILES, target_of(device), bits_of(numerics.factor), r=r)
+    bits, terms = bits_of(numerics.of_factor), numerics.terms > 1
+    return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
 def grouped_shrink(
@@ -118,10 +143,11 @@ def grouped_shrink(
     """
     s, k = routing.rows, x.shape[1]
     r = factors.shape[1] if transposed else factors.shape[2]
-    if numerics.terms == 1:
-        factors = rounded(factors, x.dtype)
     config = config or config_for(x.device, r, numerics)
-    block_r = rank_block(r, numerics.factor)
+    rows_of_term = factors.shape[:-1].numel()
+    factors, terms = split_terms(factors, x.dtype, numerics.terms)
+    factors = factors[0] if factors.dim() == 4 else factors
+    block_r = rank_block(r, numerics.of_factor)
     ranks = cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(x.device)
     parts, k_slice = split(k, config.BLOCK_COLS, cdiv(s, config.BLOCK_ROWS) * ranks, wanted)
@@ -137,9 +163,12 @@ def grouped_shrink(
         h_ptr=h,
         K=k,
         R=r,
+        rows_of_term=rows_of_term,
         k_slice=k_slice,
         FACTOR_T=transposed,
         NUMERICS=numerics,
+        TERMS=terms,
+        APART=are_apart(x.device, block_r),
         BLOCK_M=config.BLOCK_ROWS,
         BLOCK_K=config.BLOCK_COLS,
         BLOCK_R=block_r,

@@ -17,10 +17,10 @@ class Numerics(NamedTuple):
 
     main: x·wᵀ and dy·w. factor: x or dy times a factor, for h and dh. rank: h or dh times dy or x,
     for db and da. update: h or dh times a factor, for y and dx. precision: how factor and rank are
-    multiplied. update_precision: how main and update are multiplied. terms: if it is not 0, then
-    shrink and grad_b multiply in main's dtype instead, and a factor in another dtype is so many
-    terms, see split_terms.py; if it is more than 1, h and dh in grad_b, grad_a and expand_grad_a
-    are, too. A constexpr argument of every kernel with a dot.
+    multiplied. update_precision: how main and update are multiplied. terms: if it is not 0, then x
+    and dy meet factors in main's dtype instead, and a factor in another dtype is so many terms, see
+    split_terms.py; if it is more than 1, h and dh in db and da are, too. A constexpr argument of
+    every kernel with a dot.
     """
 
     main: tl.dtype

@@ -94,11 +94,14 @@ def dot_terms(
 
 
 @triton.jit
-def dot_of_terms(accs, tiles, right, DTYPE: tl.constexpr, NUMERICS: tl.constexpr):
-    """accs + the transposes of the terms in tiles · right; in DTYPE."""
+def dot_of_terms(
+    accs, tiles, right, DTYPE: tl.constexpr, NUMERICS: tl.constexpr, TILES_T: tl.constexpr = True
+):  # fmt: skip
+    """accs + the terms in tiles, or their transposes if TILES_T, · right; in DTYPE."""
     right, sums = right.to(DTYPE), ()
     for i in tl.static_range(len(tiles)):
-        sums += (tl.dot(tiles[i].T, right, accs[i], input_precision=NUMERICS.precision),)
+        tile = tiles[i].T if TILES_T else tiles[i]
+        sums += (tl.dot(tile, right, accs[i], input_precision=NUMERICS.precision),)
     return sums
 
 
@@ -125,11 +128,11 @@ def terms_of(
     source, row, col, rows, cols, TERMS: tl.constexpr, APART: tl.constexpr,
     NUMERICS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """The terms of source[row.., col..], which is float32 in memory: a tuple, as accs above."""
+    """The terms of source[row.., col..], which is no terms in memory: a tuple, as accs above."""
     SLOTS: tl.constexpr = 1 if APART else TERMS + TERMS // 3
     rest = _load_side_by_side(
         source, row, col, rows, cols, 0, False, TERMS, SLOTS, BLOCK_ROWS, BLOCK_COLS
-    )
+    ).to(tl.float32)
     term = (tl.arange(0, SLOTS * BLOCK_COLS) // BLOCK_COLS)[None, :]
     terms, tile = (), tl.zeros(rest.shape, tl.bfloat16)
     for i in tl.static_range(TERMS):
@@ -175,20 +178,23 @@ def are_apart(device: torch.device, rows: int = 0) -> bool:
     """Whether each term has a dot of its own. A single one for all takes fewer instructions, if its
     right operand is read from shared memory; if from registers, more, for there is an empty place.
 
-    rows: of the tile of a term, if terms are the left operand. Without padding a dot takes 64.
+    rows: of the tile of a term, if terms are the left operand. Without padding a dot takes 64. A
+    dot of 64 has its sums in Blackwell's tensor memory, and moving them takes more instructions.
     """
-    return target_of(device) not in SIDE_BY_SIDE or rows >= 64
+    target = target_of(device)
+    return target not in SIDE_BY_SIDE or rows >= 64 or (rows > 0 and target == "sm_100")
 
 
 def split_terms(factor: Tensor, dtype: torch.dtype, terms: int) -> tuple[Tensor, int]:
     """The terms of factor in dtype, one after the other, and their number.
 
-    A factor that is in dtype has one term: itself; so has any if terms is 0. Shapes: factor [R, K],
-    or a stack of such without gaps, with a unit inner stride -> [terms, *factor.shape], whose rows
-    lie a multiple of ALIGNED elements apart.
+    A factor that is in dtype has one term: itself; so has any if terms is 0. Shapes: factor [R, K]
+    with a unit inner stride, or a stack of any strides -> [terms, *factor.shape], whose rows lie a
+    multiple of ALIGNED elements apart.
     """
     if factor.dtype == dtype or terms == 0:
         return factor, 1
+    factor = factor if factor.dim() == 2 else factor.contiguous()
     *rows, cols = factor.shape
     stride = cdiv(cols, ALIGNED) * ALIGNED
     out = torch.empty((terms, *rows, stride), dtype=dtype, device=factor.device)[..., :cols]
@@ -203,10 +209,3 @@ def split_terms(factor: Tensor, dtype: torch.dtype, terms: int) -> tuple[Tensor,
         BLOCK=BLOCK,
     )
     return out, terms
-
-
-def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor in dtype, rounded by split_terms if it is in another. Shapes: [.., R, K]."""
-    if factor.dtype == dtype:
-        return factor
-    return split_terms(factor.contiguous(), dtype, 1)[0][0]

@@ -39,7 +39,9 @@ def small(kernel: str):
     return pytest.mark.parametrize("config", found, ids=str)
 
 
-def operands(routing, dtype, device, dropout_p=0.0, aligned=True, bias=True, product=True):
+def operands(
+    routing, dtype, device, dropout_p=0.0, aligned=True, bias=True, product=True, lora_dtype=None
+):
     """A grouped problem's operands between NaN, with another p and scaling in each group.
 
     What nobody may read is NaN: rows of h and dh without a group; with experts all rows behind the
@@ -49,7 +51,7 @@ def operands(routing, dtype, device, dropout_p=0.0, aligned=True, bias=True, pro
     groups = options.get("groups", range(len(sizes)))
     count = max(groups) + 1
     problem = make_grouped_problem(
-        sizes, k, n, r, device=device, dtype=dtype, bias=bias,
+        sizes, k, n, r, device=device, dtype=dtype, bias=bias, lora_dtype=lora_dtype,
         scalings=tuple(0.5 + g for g in range(count)),
         dropout_ps=tuple(dropout_p * (g % 3) / 2 for g in range(count)), **options,
     )  # fmt: skip

@@ -38,6 +38,20 @@ def test_db_is_its_formula(config, dtype, routing, short_chunks, seed, device):
     check(grouped_launchers.grad_b, formulas.grouped_grad_b, o, dtype, config)
 
 
+@dropout
+@routings
+@small("grouped_grad")
+def test_terms_of_float32_dh_and_h(config, routing, dropout_p, terms, short_chunks, seed, device):
+    aligned = routing == "gathered"
+    o = operands(
+        routing, torch.bfloat16, device, dropout_p, aligned, product=False, lora_dtype=torch.float32
+    )
+    for unread in (o.h, o.dh):
+        unread[unread.isnan()] = torch.inf  # terms of NaN would look as if nobody had written them
+    check(grouped_launchers.grad_a, formulas.grouped_grad_a, o, torch.float32, config)
+    check(grouped_launchers.grad_b, formulas.grouped_grad_b, o, torch.float32, config)
+
+
 @pytest.mark.parametrize("routing", ["several of a group", "experts"])
 @dtypes
 def test_the_tables_tiles(dtype, routing, seed, device):
