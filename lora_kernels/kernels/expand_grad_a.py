@@ -14,6 +14,7 @@ from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms, sele
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block, split
 from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.scaled import dot_scaled
 from lora_kernels.kernels.split_k_reduce import split_k_reduce
 from lora_kernels.kernels.split_terms import (
     are_apart,
@@ -70,12 +71,12 @@ def _expand_grad_a_kernel(
     part = tl.program_id(1)
     first_m = tl.cast(part, tl.int64) * m_slice
     steps = tl.cdiv(tl.maximum(min(M - first_m, m_slice), 0), BLOCK_M).to(tl.int32)
-    a_tile = load_tile(a, 0, k, R, K, BLOCK_R, BLOCK_K).to(NUMERICS.update)
+    a_tile = load_tile(a, 0, k, R, K, BLOCK_R, BLOCK_K).to(NUMERICS.of_update)
     if mask is not None:
         seed = tl.load(mask.seed)
 
-    DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms > 1 else NUMERICS.rank
-    IN_DOT: tl.constexpr = TERMS > 1 or tl.bfloat16 == DTYPE
+    DTYPE: tl.constexpr = NUMERICS.of_rank
+    IN_DOT: tl.constexpr = tl.float32 != DTYPE
     accs = zeros_of_terms(TERMS, APART, BLOCK_R, BLOCK_K, BELOW=True)
     for step in tl.range(0, steps):
         row = first_m + step * BLOCK_M
@@ -87,13 +88,19 @@ def _expand_grad_a_kernel(
         # The first term is dh rounded, as it meets a.
         dh_tile = load_tile(dh_part, 0, 0, M - row, R, BLOCK_M, BLOCK_R)
         x_tile = load_tile(part_of(x, row, 0), 0, k, M - row, K, BLOCK_M, BLOCK_K)
-        left = dh_tile.to(NUMERICS.update)
-        update = tl.dot(left, a_tile, input_precision=NUMERICS.update_precision)
+        if NUMERICS.scaled:
+            update = dot_scaled(dh_tile, a_tile)
+        else:
+            left = dh_tile.to(NUMERICS.update)
+            update = tl.dot(left, a_tile, input_precision=NUMERICS.update_precision)
         if mask is not None:
             keep = keep_tile(seed, mask.threshold, row, k, BLOCK_M, BLOCK_K, IN_DOT=IN_DOT)
             update, x_tile = tl.where(keep, update, 0.0), tl.where(keep, x_tile, 0.0)
         store_tile(part_of(dx, row, 0), update, 0, k, M - row, K)
-        accs = dot_of_terms(accs, dh_tiles, x_tile, DTYPE, NUMERICS)
+        if NUMERICS.scaled:
+            accs = (accs[0] + dot_scaled(dh_tile.T, x_tile.to(DTYPE)),)
+        else:
+            accs = dot_of_terms(accs, dh_tiles, x_tile, DTYPE, NUMERICS)
 
     offs_r = tl.arange(0, BLOCK_R)
     offs_k = k + tl.arange(0, BLOCK_K)
@@ -160,6 +167,6 @@ def expand_grad_a(
 
 
 def _block_r(r: int, numerics: Numerics, device: torch.device) -> int:
-    block = min(rank_block(r, numerics.update), rank_block(r, numerics.of_rank))
+    block = min(rank_block(r, numerics.of_update), rank_block(r, numerics.of_rank))
     # Products with operands in registers have none for the terms of more ranks beside dx.
     return min(block, 32) if numerics.terms > 1 and are_apart(device) else block

@@ -13,6 +13,7 @@ from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms, sele
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block, split
 from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.scaled import dot_scaled
 from lora_kernels.kernels.split_k_reduce import split_k_reduce
 from lora_kernels.kernels.split_terms import (
     are_apart,
@@ -72,21 +73,25 @@ def _grad_a_kernel(
     if mask is not None:
         seed = tl.load(mask.seed + layer)
 
-    DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms > 1 else NUMERICS.rank
-    IN_DOT: tl.constexpr = TERMS > 1 or tl.bfloat16 == DTYPE
+    DTYPE: tl.constexpr = NUMERICS.of_rank
+    LOADED: tl.constexpr = tl.float32 if NUMERICS.scaled else DTYPE
+    IN_DOT: tl.constexpr = tl.float32 != DTYPE
     accs = zeros_of_terms(TERMS, APART, BLOCK_R, BLOCK_K, BELOW=True)
     for step in tl.range(0, steps):
         row = first_m + step * BLOCK_M
         # Pointers begin at the tile's first row, so that each step computes only a scalar.
         dh_tiles = load_terms(
             part_of(dh, row, 0), 0, r, M - row, R, layers * M,
-            False, TERMS, APART, DTYPE, BLOCK_M, BLOCK_R,
+            False, TERMS, APART, LOADED, BLOCK_M, BLOCK_R,
         )  # fmt: skip
         x_tile = load_tile(part_of(x, row, 0), 0, k, M - row, K, BLOCK_M, BLOCK_K)
         if mask is not None:
             keep = keep_tile(seed, mask.threshold, row, k, BLOCK_M, BLOCK_K, IN_DOT=IN_DOT)
             x_tile = tl.where(keep, x_tile, 0.0)
-        accs = dot_of_terms(accs, dh_tiles, x_tile, DTYPE, NUMERICS)
+        if NUMERICS.scaled:
+            accs = (accs[0] + dot_scaled(dh_tiles[0].T, x_tile.to(DTYPE)),)
+        else:
+            accs = dot_of_terms(accs, dh_tiles, x_tile, DTYPE, NUMERICS)
 
     offs_r = r + tl.arange(0, BLOCK_R)
     offs_k = k + tl.arange(0, BLOCK_K)

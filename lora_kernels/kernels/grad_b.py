@@ -22,6 +22,7 @@ from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms, sele
 from lora_kernels.kernels.grad_a import grad_a
 from lora_kernels.kernels.launch import cdiv, launch, matrix, rank_block, split
 from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.scaled import scaled
 from lora_kernels.kernels.split_k_reduce import split_k_reduce, split_k_reduce_both
 from lora_kernels.kernels.split_terms import (
     are_apart,
@@ -108,7 +109,10 @@ def _grad_b_kernel(
         if RANK_TERMS > 1:
             hs = terms_of(h, row, r, M, R, RANK_TERMS, APART, NUMERICS, BLOCK_M, BLOCK_R)
         else:
-            hs = (load_tile(h, row, r, M, R, BLOCK_M, BLOCK_R).to(NUMERICS.rank),)
+            h_tile = load_tile(h, row, r, M, R, BLOCK_M, BLOCK_R)
+            if NUMERICS.scaled:
+                h_tile, down = scaled(h_tile, 0)
+            hs = (h_tile.to(NUMERICS.of_rank),)
     accs = zeros_of_terms(TERMS, APART, BLOCK_M, BLOCK_R)
     for step in tl.range(0, steps):
         n = first_n + step * BLOCK_N
@@ -120,10 +124,12 @@ def _grad_b_kernel(
             )  # fmt: skip
             accs = dot_terms(accs, dy_tile, b_tiles, False, DTYPE, NUMERICS)
         if db_ptr is not None:
-            left, dbs = dy_tile.to(NUMERICS.main if RANK_TERMS > 1 else NUMERICS.rank).T, ()
+            left, dbs = dy_tile.to(NUMERICS.of_rank).T, ()
             for i in tl.static_range(len(hs)):
                 dbs += (tl.dot(left, hs[i], input_precision=NUMERICS.precision),)
             db = sum_terms(dbs, BLOCK_R) * scale_db
+            if NUMERICS.scaled:
+                db = db * down
             offs_n = n + tl.arange(0, BLOCK_N)
             if col_scale is not None:
                 db *= tl.load(col_scale + start + offs_n, mask=offs_n < size, other=0.0)[:, None]

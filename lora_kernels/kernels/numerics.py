@@ -19,8 +19,9 @@ class Numerics(NamedTuple):
     for db and da. update: h or dh times a factor, for y and dx. precision: how factor and rank are
     multiplied. update_precision: how main and update are multiplied. terms: if it is not 0, then x
     and dy meet factors in main's dtype instead, and a factor in another dtype is so many terms, see
-    split_terms.py; if it is more than 1, h and dh in db and da are, too. A constexpr argument of
-    every kernel with a dot.
+    split_terms.py; if it is more than 1, h and dh in db and da are, too. With terms in float16, h
+    and dh meet everything in main's dtype, see scaled.py; only gemm_small_m and grouped_grad take
+    rank and update. A constexpr argument of every kernel with a dot.
     """
 
     main: tl.dtype
@@ -47,8 +48,18 @@ class Numerics(NamedTuple):
 
     @property
     def of_rank(self) -> tl.dtype:
-        """The dtype in which x or dy meets the terms of h or dh."""
-        return self.main if self.terms > 1 else self.rank
+        """The dtype in which x or dy meets h or dh, or terms of them."""
+        return self.main if self.terms else self.rank
+
+    @property
+    def of_update(self) -> tl.dtype:
+        """The dtype in which a factor meets h or dh."""
+        return self.main if self.terms else self.update
+
+    @property
+    def scaled(self) -> bool:
+        """Whether h and dh meet float16 as scaled.py has it."""
+        return self.terms > 0 and self.main is tl.float16
 
     @property
     def rank_terms(self) -> int:
@@ -63,10 +74,12 @@ def numerics_of(x: Tensor, *factors: Tensor | None, narrow: bool = False) -> Num
     """The numerics of a layer whose x, or dy, and factors are these.
 
     float32 layers multiply as torch's float32 products do, with TF32 only if that is allowed.
-    16-bit layers multiply in their dtype, except that h and dh of a float16 layer are float32 and
-    are multiplied as TF32: it has as many bits of mantissa as float16, and a range that no scaling
-    overflows. float32 factors over a 16-bit layer get float32 gradients, so the products that make
-    these are float32; unless they are narrow, because autocast rounds the factors to x's dtype.
+    16-bit layers multiply in their dtype. h and dh of a float16 layer are float32 in memory, and a
+    power of two brings them into the range of float16 in a product, see scaled.py, so that no
+    scaling overflows. gemm_small_m and grouped_grad multiply them as TF32, which has as many bits
+    of mantissa as float16. float32 factors over a 16-bit layer get float32 gradients, so the
+    products that make these are float32; unless they are narrow, because autocast rounds the
+    factors to x's dtype.
     On Hopper with Triton before 3.7, x and dy meet factors as TF32x3 if TF32 is allowed, see
     hazards.py.
     """

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.kernels.scaled import powers
+
 
 class Matrix(NamedTuple):
     """A matrix as a kernel gets it: where it begins, and how many elements apart its rows are.
@@ -121,6 +123,19 @@ def matmul(
 
 
 @triton.jit
+def largest_of_rows(
+    source, row, rows, cols,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The largest |source[row..]| in each row -> [BLOCK_ROWS, 1]; it may be a NaN, or ignore it."""
+    largest = tl.zeros([BLOCK_ROWS, 1], tl.float32)
+    for block in tl.range(0, BLOCKS, num_stages=1):
+        tile = load_tile(source, row, block * BLOCK_COLS, rows, cols, BLOCK_ROWS, BLOCK_COLS)
+        largest = tl.maximum(largest, tl.max(tl.abs(tile), 1, keep_dims=True))
+    return largest
+
+
+@triton.jit
 def add_low_rank(
     acc, left, right, row, right_row, scale, rows, right_end, R,
     RIGHT_T: tl.constexpr, NUMERICS: tl.constexpr,
@@ -130,16 +145,25 @@ def add_low_rank(
 
     RIGHT_T: right is stored [.., R] (b), otherwise [R, ..] (a). left is float32, or scale is 1.
     """
+    if NUMERICS.scaled:
+        # All of acc, because a product of its own has no registers beside a large one.
+        largest = largest_of_rows(left, row, rows, R, acc.shape[0], BLOCK_R, RANK_BLOCKS)
+        up, down = powers(tl.abs(largest * scale))
+        acc *= up
     # One stage: factors are read once, and more buffers would come on top of those of the product.
     for block in tl.range(0, RANK_BLOCKS, num_stages=1):
         r = block * BLOCK_R
-        tile = load_tile(left, row, r, rows, R, acc.shape[0], BLOCK_R)
+        tile = load_tile(left, row, r, rows, R, acc.shape[0], BLOCK_R) * scale
         if RIGHT_T:
             other = load_tile(right, right_row, r, right_end, R, acc.shape[1], BLOCK_R).T
         else:
             other = load_tile(right, r, right_row, R, right_end, BLOCK_R, acc.shape[1])
-        tile, other = (tile * scale).to(NUMERICS.update), other.to(NUMERICS.update)
+        if NUMERICS.scaled:
+            tile *= up
+        tile, other = tile.to(NUMERICS.of_update), other.to(NUMERICS.of_update)
         acc = tl.dot(tile, other, acc, input_precision=NUMERICS.update_precision)
+    if NUMERICS.scaled:
+        acc *= down
     return acc
 
 

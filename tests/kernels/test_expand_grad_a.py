@@ -41,7 +41,7 @@ def test_terms_of_float32_dh(config, shape, dropout_p, terms, seed, device):
     [
         (BF16, BF16, 64, True), (BF16, BF16, 65, False),
         (BF16, F32, 64, True), (BF16, F32, 65, False),
-        (F16, F16, 32, True), (F16, F16, 33, False), (F32, F32, 32, True), (F32, F32, 33, False),
+        (F16, F16, 64, True), (F16, F16, 65, False), (F32, F32, 32, True), (F32, F32, 33, False),
     ],
     ids=str,
 )  # fmt: skip

@@ -59,6 +59,15 @@ def test_numerics_of_a_layer(hopper, x, factor, allow_tf32, expected):
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
+def test_no_product_of_a_16_bit_layer_is_float32(hopper, dtype):
+    x, a = (torch.empty(4, 4, dtype=dtype, device=META) for _ in range(2))
+    numerics, own = numerics_of(x, a), {F16: tl.float16, BF16: tl.bfloat16}[dtype]
+    dtypes = (numerics.main, numerics.of_factor, numerics.of_rank, numerics.of_update)
+    assert dtypes == (own,) * 4
+    assert (numerics.scaled, numerics.dh) == ((True, F32) if dtype == F16 else (False, BF16))
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
 def test_narrow_products_are_those_of_factors_in_the_layers_dtype(hopper, dtype):
     x, a, wide = (torch.empty(4, 4, dtype=d, device=META) for d in (dtype, dtype, F32))
     assert numerics_of(x, wide, wide, narrow=True) == numerics_of(x, a, a)
