@@ -65,6 +65,7 @@ def _places(sources: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 _version = operator.attrgetter("_version")
+_both = operator.itemgetter("_merged_weight", "merged")
 
 
 def _values(sources: tuple[Tensor, ...], scaling: float) -> tuple:
@@ -179,7 +180,9 @@ class MergesOnEval(_Module):
         weight = self.weight
         merged = self._merged_weight
         if merged is None:
-            return weight
+            merged, still = self._kept()
+            if merged is None:
+                return weight if still else None
         if not isinstance(weight, Tensor):
             return self._merged_for_a_record(merged)
         if weight.requires_grad and torch.is_grad_enabled():
@@ -284,8 +287,17 @@ class MergesOnEval(_Module):
             self._keep(None, False)
 
     def _keep(self, merged_weight: MergedWeight | None, merged: bool) -> None:
-        # Past nn.Module.__setattr__, which would take a tenth of the time of eval().
+        # Past nn.Module.__setattr__, which would take a tenth of the time of eval(). The former one
+        # is freed behind the change, so that another thread sees both values or neither.
+        former = self._merged_weight
         self.__dict__.update(_merged_weight=merged_weight, merged=merged)
+        del former
+
+    def _kept(self) -> tuple[MergedWeight | None, bool]:
+        """The merged weight and ``merged`` as they are at one moment: a thread may change them."""
+        if torch.compiler.is_compiling() or "_merged_weight" not in self.__dict__:
+            return None, self.merged  # no other thread is seen, or this mixin has never merged
+        return _both(self.__dict__)
 
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import sys
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -447,6 +449,32 @@ def test_threads_that_share_a_merged_layer_see_every_edit(make, seed, device):
                     module.lora_B.mul_(-1.01)
             for y in pool.map(layer, [x] * 8):
                 torch.testing.assert_close(y, twin(x))
+
+
+@every_layer
+def test_forwards_beside_a_thread_that_changes_the_mode_have_the_update(make, seed, device):
+    layer, twin = pair(make, device)
+    layer.eval()
+    x, interval = example(layer, device), sys.getswitchinterval()
+    expected, ended = twin(x).detach(), threading.Event()
+
+    def change_modes():
+        while not ended.is_set():
+            layer.train()
+            layer.eval()
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            changing = pool.submit(change_modes)
+            outputs = list(pool.map(layer, [x] * 600))
+            ended.set()
+            changing.result()
+    finally:
+        ended.set()
+        sys.setswitchinterval(interval)
+    for y in outputs:
+        torch.testing.assert_close(y.detach(), expected)
 
 
 @every_layer
