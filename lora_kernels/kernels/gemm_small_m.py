@@ -4,8 +4,8 @@ One program owns all rows of x and BLOCK_N columns of one group of y. With so fe
 bound by reading w, and the time of a launch counts. So each program computes the h that it needs,
 from the tiles of x that it multiplies with w. The first program of a group writes its h. Every
 program reads a and draws the mask again: a has R rows beside the N of w, and there is time for the
-mask while w is being read. With a magnitude the columns of y are multiplied by col_scale, before
-bias is added.
+mask while w is being read. It splits a float32 a into terms, too, which saves a launch. With a
+magnitude the columns of y are multiplied by col_scale, before bias is added.
 """
 
 import torch
@@ -19,6 +19,7 @@ from lora_kernels.kernels.config import GemmConfig, Tiles, When, select, target_
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block
 from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.split_terms import dot_terms, split_tile, sum_terms, zeros_of_terms
 from lora_kernels.kernels.tile import add_bias, load_tile, locate, scale_columns, store_tile
 from lora_kernels.spec import LoraSpec
 
@@ -27,6 +28,7 @@ TILES = Tiles(
     sm_80=[
         (When(bits=32), GemmConfig(64, 32, 32, num_warps=4, num_stages=3)),
         (When(m=16), GemmConfig(16, 32, 64, num_warps=4, num_stages=5)),
+        (When(terms=True), GemmConfig(64, 32, 64, num_warps=4, num_stages=3)),
         (When(), GemmConfig(64, 32, 64, num_warps=8, num_stages=4)),
     ],
     sm_90=[
@@ -66,8 +68,10 @@ def _gemm_small_m_kernel(
     a_row = group * R
     a_end = min(a_row + R, rank_total)
 
+    TERMS: tl.constexpr = NUMERICS.terms if NUMERICS.terms > 1 else 1
+    DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms else NUMERICS.factor
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    h = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    hs = zeros_of_terms(TERMS, True, BLOCK_M, BLOCK_R)
     for step in tl.range(0, tl.cdiv(K, BLOCK_K)):
         k = step * BLOCK_K
         x_tile = load_tile(x, 0, k, M, K, BLOCK_M, BLOCK_K)
@@ -81,9 +85,9 @@ def _gemm_small_m_kernel(
         if mask is not None:
             keep = keep_tile(seed, mask.threshold, 0, k, BLOCK_M, BLOCK_K)
             x_tile = tl.where(keep, x_tile, 0.0)
-        left, right = x_tile.to(NUMERICS.factor), a_tile.to(NUMERICS.factor).T
-        h = tl.dot(left, right, h, input_precision=NUMERICS.precision)
-    h *= keep_scale
+        a_tiles = split_tile(a_tile, TERMS, DTYPE)
+        hs = dot_terms(hs, x_tile, a_tiles, True, DTYPE, NUMERICS)
+    h = sum_terms(hs, BLOCK_R) * keep_scale
 
     if enabled:
         offs_m, offs_r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
@@ -109,12 +113,12 @@ def supports(m: int, r: int, dropout_p: float, numerics: Numerics) -> bool:
 def config_for(x: Tensor, numerics: Numerics) -> GemmConfig:
     """The entry of TILES that serves x [M, K].
 
-    The tiles for up to 16 rows are long in K. float32 factors over a 16-bit layer leave no
+    The tiles for up to 16 rows are long in K. float32 factors over a float16 layer leave no
     registers for them.
     """
-    narrow = bits_of(numerics.factor) == 16
-    m = x.shape[0] if narrow else SMALL_M
-    return select(TILES, target_of(x.device), bits_of(numerics.main), m)
+    narrow = bits_of(numerics.of_factor) == 16
+    m, terms = x.shape[0] if narrow else SMALL_M, numerics.terms > 1
+    return select(TILES, target_of(x.device), bits_of(numerics.main), m, terms=terms)
 
 
 def gemm_small_m(

@@ -124,6 +124,22 @@ def _next_term(rest, DTYPE: tl.constexpr, FIRST: tl.constexpr):
 
 
 @triton.jit
+def split_tile(tile, TERMS: tl.constexpr, DTYPE: tl.constexpr):
+    """The terms of a tile in registers, for dot_terms: a tuple, each in DTYPE."""
+    if TERMS == 1:
+        terms = (tile.to(DTYPE),)
+    else:
+        rest, terms = tile.to(tl.float32), ()
+        for i in tl.static_range(TERMS):
+            term, rest = _next_term(rest, tl.bfloat16, i == 0)
+            # A maximum, of one number, keeps Triton from splitting in the layout of a dot's
+            # operand, of which several warps have the same elements.
+            term = tl.max(term.to(tl.float32).reshape(term.shape[0], term.shape[1], 1), 2)
+            terms += (term.to(DTYPE),)
+    return terms
+
+
+@triton.jit
 def terms_of(
     source, row, col, rows, cols, TERMS: tl.constexpr, APART: tl.constexpr,
     NUMERICS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, select, target_of
 from lora_kernels.kernels.launch import cdiv, launch, matrix, rank_block
 from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.split_terms import load_terms, split_terms, terms_of
 from lora_kernels.kernels.tile import load_tile
 
 TILES = Tiles(
@@ -19,16 +20,19 @@ TILES = Tiles(
     sm_80=[
         (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
         (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
+        (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
     ],
     sm_90=[
         (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
         (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
+        (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
     ],
     sm_100=[
         (When(bits=32), SkinnyConfig(16, 64, num_warps=4, num_stages=3)),
         (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
+        (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
     ],
     hip=[
@@ -39,6 +43,7 @@ TILES = Tiles(
     other=[
         (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=2)),
         (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=2)),
+        (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=2)),
     ],
 )
@@ -60,10 +65,12 @@ def _load_w(
 def _weight_norm_kernel(
     w, a, b, norm_ptr,
     N, K, R, scaling,
-    W_T: tl.constexpr, NUMERICS: tl.constexpr,
+    W_T: tl.constexpr, NUMERICS: tl.constexpr, TERMS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    IN_TERMS: tl.constexpr = NUMERICS.terms > 1
+    DTYPE: tl.constexpr = NUMERICS.main if IN_TERMS else NUMERICS.factor
     row = tl.program_id(0) * BLOCK_N
     squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     w_tile = _load_w(w, row, 0, N, K, W_T, BLOCK_N, BLOCK_K)
@@ -74,9 +81,18 @@ def _weight_norm_kernel(
         update = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for block in tl.range(RANK_BLOCKS, num_stages=1):
             r = block * BLOCK_R
-            left = load_tile(b, row, r, N, R, BLOCK_N, BLOCK_R).to(NUMERICS.factor)
-            right = load_tile(a, r, k, R, K, BLOCK_R, BLOCK_K).to(NUMERICS.factor)
-            update = tl.dot(left, right, update, input_precision=NUMERICS.precision)
+            if IN_TERMS:
+                lefts = terms_of(b, row, r, N, R, NUMERICS.terms, True, NUMERICS, BLOCK_N, BLOCK_R)
+            else:
+                lefts = (load_tile(b, row, r, N, R, BLOCK_N, BLOCK_R).to(DTYPE),)
+            rights = load_terms(a, r, k, R, K, R, True, TERMS, True, DTYPE, BLOCK_R, BLOCK_K)
+            # Products of small terms come first; what is smaller than the last bit, not at all.
+            for order in tl.static_range(len(lefts) - 1, -1, -1):
+                for i in tl.static_range(order + 1):
+                    if order - i < TERMS:
+                        update = tl.dot(
+                            lefts[i], rights[order - i], update, input_precision=NUMERICS.precision
+                        )
         total = w_tile.to(tl.float32) + scaling * update
         squares += total * total
         w_tile = next_tile
@@ -86,7 +102,9 @@ def _weight_norm_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    return select(TILES, target_of(device), bits_of(numerics.factor), r=r)
+    terms = numerics.terms > 1
+    bits = bits_of(numerics.main if terms else numerics.factor)
+    return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
 def weight_norm(
@@ -105,7 +123,9 @@ def weight_norm(
     (n, k), r = w.shape, len(a)
     config = config or config_for(w.device, r, numerics)
     w_t = w.stride(1) != 1  # stored [K, N]
-    block_r = rank_block(r, numerics.factor, beside_acc=True)
+    in_terms = numerics.terms > 1
+    a, terms = split_terms(a, w.dtype, numerics.terms if in_terms else 0)
+    block_r = rank_block(r, numerics.main if in_terms else numerics.factor, beside_acc=True)
     norm = torch.empty(n, dtype=torch.float32, device=w.device)
     launch(
         _weight_norm_kernel,
@@ -120,6 +140,7 @@ def weight_norm(
         scaling=scaling,
         W_T=w_t,
         NUMERICS=numerics,
+        TERMS=terms,
         BLOCK_N=config.BLOCK_ROWS,
         BLOCK_K=config.BLOCK_COLS,
         BLOCK_R=block_r,

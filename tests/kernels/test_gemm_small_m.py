@@ -9,6 +9,7 @@ from lora_kernels.dispatch.algorithm import SMALL_M
 from lora_kernels.kernels import gemm_small_m
 from lora_kernels.kernels.config import GemmConfig
 from lora_kernels.kernels.numerics import numerics_of
+from lora_kernels.kernels.registry import LAUNCHERS
 from tests.kernels.cases import (
     GPU,
     check,
@@ -47,6 +48,23 @@ def test_gemm_small_m_is_its_formula(
 
 
 @dropout
+@linear_and_merged
+@pytest.mark.parametrize(("config", "shape"), list(rows_that_a_program_owns()), ids=str)
+def test_terms_of_a_float32_a(config, shape, groups, dropout_p, rounded_bfloat16, seed, device):
+    o = operands(shape, BF16, device, dropout_p=dropout_p, groups=groups, lora_dtype=F32)
+    check("gemm_small_m", o, config, y=BF16, h=F32)
+
+
+def test_an_infinite_a_makes_no_nan(rounded_bfloat16, seed, device):
+    o = operands((5, 7, 11, 3), BF16, device, lora_dtype=F32)
+    o.a[1] = torch.tensor([torch.inf] + [torch.finfo(F32).max * 2.0**-4] * 6, device=device)
+    o.x = o.x.abs()
+    _, h = LAUNCHERS["gemm_small_m"](o, None)
+    assert (h[:, 1] == torch.inf).all()
+    assert h[:, [0, 2]].isfinite().all()
+
+
+@dropout
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @dtypes
 @pytest.mark.parametrize(("config", "shape"), list(rows_that_a_program_owns()), ids=str)
@@ -61,7 +79,7 @@ def test_columns_are_scaled_before_bias_is_added(
     ("m", "dtype", "lora", "rows"),
     [
         (16, BF16, BF16, 16), (17, BF16, BF16, 64), (64, F16, F16, 64), (1, F16, F16, 16),
-        (1, BF16, F32, 64), (1, F32, F32, 64),
+        (1, BF16, F32, 16), (1, F16, F32, 64), (1, F32, F32, 64),
     ],
     ids=str,
 )  # fmt: skip

@@ -16,6 +16,17 @@ def test_weight_norm_is_its_formula(transposed, config, dtype, shape, seed, devi
     check("weight_norm", o, config, norm=torch.float32)
 
 
+@shapes
+@skinny("weight_norm")
+@pytest.mark.parametrize("transposed", [False, True], ids=["aligned NK", "unaligned KN"])
+def test_terms_of_float32_factors(transposed, config, shape, seed, device):
+    o = operands(
+        shape, torch.bfloat16, device, aligned=not transposed, transposed=transposed,
+        lora_dtype=torch.float32,
+    )  # fmt: skip
+    check("weight_norm", o, config, norm=torch.float32)
+
+
 @pytest.mark.parametrize(
     ("dtype", "a_dtype", "b_dtype"),
     [
@@ -25,6 +36,8 @@ def test_weight_norm_is_its_formula(transposed, config, dtype, shape, seed, devi
         (torch.float32, torch.float16, torch.float16),
         (torch.bfloat16, torch.bfloat16, torch.bfloat16),
         (torch.bfloat16, torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
     ],
     ids=str,
 )
@@ -35,10 +48,11 @@ def test_factors_of_any_dtype_are_rounded_by_nothing(dtype, a_dtype, b_dtype, se
     check("weight_norm", o, None, norm=torch.float32)
 
 
-def test_rows_that_nearly_cancel_keep_their_digits(seed, device):
-    o = operands((1, 70, 65, 5), torch.float32, device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_nearly_cancel_keep_their_digits(dtype, seed, device):
+    o = operands((1, 70, 65, 5), dtype, device, lora_dtype=torch.float32)
     update = o.spec.scaling * o.b.double() @ o.a.double()
-    o.w = (1e-3 * torch.randn_like(update) - update).float()
+    o.w = (1e-3 * torch.randn_like(update) - update).to(dtype)
     check("weight_norm", o, None, norm=torch.float32)
 
 
