@@ -51,6 +51,10 @@ TILES = Tiles(
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
     ],
+    hip_wave32=[
+        (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
+        (When(), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
+    ],
     other=[
         (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),
         (When(terms=True, r=16), SkinnyConfig(32, 128, num_warps=4, num_stages=2)),

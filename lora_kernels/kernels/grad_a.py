@@ -47,6 +47,11 @@ TILES = Tiles(
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
     ],
+    hip_wave32=[
+        (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
+        (When(terms=True), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
+        (When(), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
+    ],
     other=[
         (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),
         (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),

@@ -62,6 +62,11 @@ TILES = Tiles(
         (When(terms=True), SkinnyConfig(64, 64, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(128, 64, num_warps=8, num_stages=2)),
     ],
+    hip_wave32=[
+        (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
+        (When(terms=True), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
+        (When(), SkinnyConfig(64, 32, num_warps=8, num_stages=2)),
+    ],
     other=[
         (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),
         (When(terms=True), SkinnyConfig(64, 64, num_warps=8, num_stages=2)),

@@ -40,6 +40,12 @@ TILES = Tiles(
         (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=2)),
     ],
+    hip_wave32=[
+        (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
+        (When(terms=True, r=16), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
+        (When(terms=True), SkinnyConfig(32, 16, num_warps=4, num_stages=2)),
+        (When(), SkinnyConfig(16, 128, num_warps=8, num_stages=2)),
+    ],
     other=[
         (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=2)),
         (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=2)),
