@@ -32,7 +32,8 @@ TILES = Tiles(
         (When(bits=32), GemmConfig(64, 64, 16, num_warps=8, num_stages=3, epilogue_subtile=2)),
         (When(m=SMALL_M), GemmConfig(32, 64, 64, num_warps=4, num_stages=4)),
         (When(r=16), GemmConfig(128, 64, 32, num_warps=8, num_stages=4, epilogue_subtile=4)),
-        (When(), GemmConfig(64, 64, 32, num_warps=4, num_stages=4, epilogue_subtile=4)),
+        (When(r=64), GemmConfig(64, 64, 32, num_warps=4, num_stages=4, epilogue_subtile=4)),
+        (When(), GemmConfig(64, 64, 32, num_warps=4, num_stages=3, epilogue_subtile=4)),
     ],
     sm_90=[
         (When(bits=32), GemmConfig(64, 64, 16, num_warps=4, num_stages=3, epilogue_subtile=2)),
