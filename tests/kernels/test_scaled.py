@@ -60,8 +60,9 @@ class Case:
         if name.startswith("grouped"):
             self.holder = self.o.grouped
             self.holder.y.zero_()
-        # On a CPU tiles of which there are several in each direction.
-        small = SkinnyConfig(16, 16, num_warps=4, num_stages=1)
+        # On a CPU tiles of which there are several; grad_b leaves db to grad_a if rows are few.
+        rows = 32 if name == "grad_b" else 16
+        small = SkinnyConfig(rows, 16, num_warps=4, num_stages=1)
         self.config = None if GPU or "gemm" in name else small
 
     @property
@@ -107,7 +108,7 @@ def test_products_of_any_size(name, shape, size, seed, device):
 
 @pytest.mark.parametrize("name", ["expand_y", "gemm_fwd", "grad_b"])
 def test_products_of_merged_groups_beyond_float16(name, seed, device):
-    case = Case(name, (33, 24, 0, 17), device, 2.0**-18, groups=GROUPS)
+    case = Case(name, (33, 24, 0, 5), device, 2.0**-18, groups=GROUPS)
     case.values.mul_(2.0**26)
     results = case.run()
     for index, *_ in RESULTS[name]:
