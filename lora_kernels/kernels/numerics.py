@@ -20,8 +20,8 @@ class Numerics(NamedTuple):
     multiplied. update_precision: how main and update are multiplied. terms: if it is not 0, then x
     and dy meet factors in main's dtype instead, and a factor in another dtype is so many terms, see
     split_terms.py; if it is more than 1, h and dh in db and da are, too. With terms in float16, h
-    and dh meet everything in main's dtype, see scaled.py; only gemm_small_m and grouped_grad take
-    rank and update. A constexpr argument of every kernel with a dot.
+    and dh meet everything in main's dtype, see scaled.py; only gemm_small_m takes update. A
+    constexpr argument of every kernel with a dot.
     """
 
     main: tl.dtype
@@ -76,8 +76,8 @@ def numerics_of(x: Tensor, *factors: Tensor | None, narrow: bool = False) -> Num
     float32 layers multiply as torch's float32 products do, with TF32 only if that is allowed.
     16-bit layers multiply in their dtype. h and dh of a float16 layer are float32 in memory, and a
     power of two brings them into the range of float16 in a product, see scaled.py, so that no
-    scaling overflows. gemm_small_m and grouped_grad multiply them as TF32, which has as many bits
-    of mantissa as float16. float32 factors over a 16-bit layer get float32 gradients, so the
+    scaling overflows. gemm_small_m multiplies h as TF32, which has as many bits of mantissa as
+    float16. float32 factors over a 16-bit layer get float32 gradients, so the
     products that make these are float32; unless they are narrow, because autocast rounds the
     factors to x's dtype.
     On Hopper with Triton before 3.7, x and dy meet factors as TF32x3 if TF32 is allowed, see

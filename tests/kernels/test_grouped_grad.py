@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lora_kernels.kernels import formulas, grouped_grad, grouped_launchers
+from lora_kernels.testing.tolerance import assert_close
 from tests.kernels.cases import dtypes
 from tests.kernels.grouped_cases import (
     check,
@@ -50,6 +51,23 @@ def test_terms_of_float32_dh_and_h(config, routing, dropout_p, terms, short_chun
         unread[unread.isnan()] = torch.inf  # terms of NaN would look as if nobody had written them
     check(grouped_launchers.grad_a, formulas.grouped_grad_a, o, torch.float32, config)
     check(grouped_launchers.grad_b, formulas.grouped_grad_b, o, torch.float32, config)
+
+
+@pytest.mark.parametrize(("size", "partner"), [(1e-7, 2.0**12), (2.0**24, 2.0**-18)], ids=str)
+@routings
+@small("grouped_grad")
+def test_float16_h_and_dh_of_any_size(config, routing, size, partner, short_chunks, seed, device):
+    o = operands(routing, torch.float16, device, 0.3, routing == "gathered", product=False)
+    for large, met in ((o.h, o.dy), (o.dh, o.x)):
+        large.mul_(size)
+        large[:, ::2].mul_(2.0**-12)  # ranks of very different size
+        met.mul_(partner)
+    for name in ("grad_a", "grad_b"):
+        with scratch_of_nan():
+            (grad,) = getattr(grouped_launchers, name)(o, config)
+        formula = getattr(formulas, f"grouped_{name}")
+        (exact,), (baseline,) = formula(o, torch.float64), formula(o, torch.float32)
+        assert_close(grad, exact, baseline.half(), name)
 
 
 @pytest.mark.parametrize("routing", ["several of a group", "experts"])
