@@ -24,13 +24,13 @@ from lora_kernels.model.place import keep_hooks, replace_modules
 from lora_kernels.model.targets import (
     Hyperparameters,
     LayerSpec,
-    candidates,
     check_dora,
     check_wrappable,
     constructor_name,
     constructor_of,
     lora_dtype,
     match_targets,
+    no_targets,
     plain_patterns,
     unmatched_names,
 )
@@ -159,10 +159,7 @@ def apply_lora(
     numbers = Hyperparameters(r, lora_alpha, dropout, ranks, alphas, use_rslora, *dora)
     specs = {path: numbers.of(path) for path in (*targets, *parameters)}
     if not targets and (target_modules or not parameters):
-        raise ValueError(
-            f"apply_lora: target_modules={target_modules!r} matches no module; the model has "
-            f"{candidates(model)}"
-        )
+        raise ValueError(f"apply_lora: {no_targets(model, target_modules, saved)}")
     check_wrappable(targets)
     if use_dora:
         check_dora(targets, parameters)

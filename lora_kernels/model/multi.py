@@ -15,10 +15,10 @@ from lora_kernels.model.place import keep_hooks, replace_modules
 from lora_kernels.model.route import adapter_names
 from lora_kernels.model.targets import (
     Hyperparameters,
-    candidates,
     check_wrappable,
     lora_dtype,
     match_targets,
+    no_targets,
     plain_patterns,
 )
 from lora_kernels.model.trainable import mark_only_lora_as_trainable
@@ -133,10 +133,7 @@ def _targets(model: nn.Module, name: str, options, target_modules) -> dict[str, 
     chosen = options.get("target_modules", target_modules)
     targets = match_targets(model, chosen, ())
     if not targets:
-        raise ValueError(
-            f"{place}: target_modules={chosen!r} matches no module; the model has "
-            f"{candidates(model)}"
-        )
+        raise ValueError(f"{place}: {no_targets(model, chosen)}")
     numbers = Hyperparameters(
         options["r"],
         options["lora_alpha"],

@@ -7,8 +7,16 @@ from torch import nn
 
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.experts import LoRAExperts, unfit_experts, unfit_stack
-from lora_kernels.model.paths import as_names, is_inside, is_named, join, named_modules, split
-from lora_kernels.model.targets import constructor_of
+from lora_kernels.model.paths import (
+    as_names,
+    first_few,
+    is_inside,
+    is_named,
+    join,
+    named_modules,
+    split,
+)
+from lora_kernels.model.targets import constructor_of, trained_whole
 
 __all__ = ["adapted_parameters", "match_parameters", "name_parameters"]
 
@@ -32,19 +40,25 @@ def match_parameters(
     names = as_names("target_parameters", target_parameters, model)
     modules = dict(named_modules(model))
     saved = [path for path in modules if is_named(path, modules_to_save)]
-    found, used = {}, set()
+    found, used, left_out = {}, set(), []
     for owner, module in modules.items():
-        if is_inside(owner, saved):
-            continue
         for name, parameter in module._parameters.items():
             path = join(owner, name)
             matches = [entry for entry in names if is_named(path, [entry])]
             if parameter is None or not matches:
                 continue
             used.update(matches)
+            if is_inside(owner, saved):
+                left_out.append(path)
+                continue
             _check_stack(path, module, wrapped)
             found[path] = module
     missing = [name for name in names if name not in used]
+    if left_out and not found:
+        raise ValueError(
+            f"target_parameters={names} matches {first_few(left_out)} alone, which "
+            f"{trained_whole(modules_to_save)}"
+        )
     if names and not found:
         raise ValueError(
             f"target_parameters={names} matches no parameter; the model has {_candidates(modules)}"

@@ -5,15 +5,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from lora_kernels.foreign import ForeignModule
+from lora_kernels.foreign import ForeignModule, did_you_mean
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.quantization import is_quantised, restore
 
 __all__ = [
     "accept_plain_keys", "adapted_layers", "as_names", "check_names_exist", "check_not_quantised",
-    "in_model_order", "is_inside", "is_named", "join", "load_plain_state", "lora_layers",
-    "named_modules", "pattern_without_wrappers", "plain_state", "split", "unwrapped",
-    "without_wrappers", "wrapper_prefix",
+    "first_few", "in_model_order", "is_inside", "is_named", "join", "load_plain_state",
+    "lora_layers", "named_modules", "pattern_without_wrappers", "plain_state", "split", "unwrapped",
+    "with_nearest", "without_wrappers", "wrapper_prefix",
 ]  # fmt: skip
 
 # What wrappers call the module inside: torch.compile, FSDP, checkpoint_wrapper, Fabric.
@@ -72,6 +72,18 @@ def is_inside(path: str, parents: Iterable[str]) -> bool:
 def is_named(path: str, names: Iterable[str]) -> bool:
     """Whether path is one of names or ends with "." and one."""
     return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def first_few(names: Collection[str]) -> str:
+    """The first eight of names, for an error."""
+    return ", ".join(map(repr, list(names)[:8])) + (", ..." if len(names) > 8 else "")
+
+
+def with_nearest(name: str, paths: Collection[str]) -> str:
+    """name, and the nearest of paths, or of their ends, for an error."""
+    ends = dict.fromkeys(split(path)[1] for path in paths)
+    nearest = did_you_mean(name, paths if "." in name else ends)
+    return repr(name) + (f" (did you mean {nearest!r}?)" if nearest else "")
 
 
 def as_names(argument: str, names: str | Iterable[str] | None, model: nn.Module) -> list[str]:
@@ -258,7 +270,11 @@ def check_names_exist(model: nn.Module, names: Collection[str]) -> None:
     paths = [path for path, _ in named_modules(model, remove_duplicate=False)]
     for name in names:
         if not any(is_named(path, [name]) for path in paths):
-            raise ValueError(f"modules_to_save: no module of the model is called {name!r}")
+            ends = dict.fromkeys(split(path)[1] for path in paths if path)
+            raise ValueError(
+                f"modules_to_save: no module of the model is called {with_nearest(name, paths)}; "
+                f"the model has {first_few(ends) or 'none inside'}"
+            )
     check_not_quantised(model, [path for path in paths if is_named(path, names)])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_kernels import distributed
 from lora_kernels.checks import check_alpha, check_rank
-from lora_kernels.foreign import ForeignModule, did_you_mean
+from lora_kernels.foreign import ForeignModule
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_kernels.layers.embedding import LoRAEmbedding
@@ -20,6 +20,7 @@ from lora_kernels.layers.linear import LoRALinear, is_hf_conv1d
 from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
 from lora_kernels.model.paths import (
     as_names,
+    first_few,
     is_inside,
     is_named,
     join,
@@ -27,6 +28,7 @@ from lora_kernels.model.paths import (
     pattern_without_wrappers,
     split,
     unwrapped,
+    with_nearest,
 )
 from lora_kernels.quantization import FrozenWeight, find, is_quantised
 from lora_kernels.spec import OutputSplits
@@ -34,7 +36,7 @@ from lora_kernels.spec import OutputSplits
 __all__ = [
     "Hyperparameters", "LayerSpec", "candidates", "check_dora", "check_wrappable",
     "constructor_name", "constructor_of", "lora_dtype", "match_targets", "name_targets",
-    "plain_patterns", "unmatched_names",
+    "no_targets", "plain_patterns", "trained_whole", "unmatched_names",
 ]  # fmt: skip
 
 
@@ -70,10 +72,17 @@ class Hyperparameters:
     def of(self, path: str) -> LayerSpec:
         """What the module at path becomes. Raises: ValueError that names it, for a bad number."""
         layer = f"LoRA on {path!r}"
-        rank = check_rank(_look_up("rank_pattern", self.rank_pattern, path, self.r), layer)
+        r = _look_up("rank_pattern", self.rank_pattern, path, self.r)
+        alpha = _look_up("alpha_pattern", self.alpha_pattern, path, self.lora_alpha)
+        missing = [name for name, value in (("r", r), ("lora_alpha", alpha)) if value is None]
+        if missing:
+            raise ValueError(
+                f"{layer}: {' and '.join(missing)} must be given, as in apply_lora(model, r=8, "
+                f"lora_alpha=16), got None"
+            )
+        rank = check_rank(r, layer)
         if not 1 <= rank < 2**31:
             raise ValueError(f"{layer}: r must be in [1, 2**31), got {rank}")
-        alpha = _look_up("alpha_pattern", self.alpha_pattern, path, self.lora_alpha)
         alpha = check_alpha(alpha, layer)
         scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank)
         return LayerSpec(
@@ -98,7 +107,7 @@ class Hyperparameters:
             )
         }  # fmt: skip
         told = [
-            f"{argument}: {', '.join(_with_nearest(pattern, paths) for pattern in patterns)}"
+            f"{argument}: {', '.join(with_nearest(pattern, paths) for pattern in patterns)}"
             for argument, patterns in unused.items()
             if patterns
         ]
@@ -116,15 +125,8 @@ def unmatched_names(model: nn.Module, target_modules: str | Iterable[str]) -> st
     unused = [name for name in names if not any(is_named(path, [name]) for path in paths)]
     if not unused:
         return None
-    listed = ", ".join(_with_nearest(name, paths) for name in unused)
+    listed = ", ".join(with_nearest(name, paths) for name in unused)
     return f"these names in target_modules match no module, and are ignored: {listed}"
-
-
-def _with_nearest(name: str, paths: Collection[str]) -> str:
-    """name, and the nearest path, or end of one, in the model."""
-    ends = dict.fromkeys(split(path)[1] for path in paths)
-    nearest = did_you_mean(name, paths if "." in name else ends)
-    return repr(name) + (f" (did you mean {nearest!r}?)" if nearest else "")
 
 
 def plain_patterns(patterns: Mapping | None) -> Mapping | None:
@@ -180,6 +182,32 @@ def match_targets(
         if path and not is_inside(path, saved) and not is_inside(split(path)[0], adapted):
             chosen[first_path[id(modules[path])]] = modules[path]
     return chosen
+
+
+def no_targets(
+    model: nn.Module, target_modules: str | Iterable[str], modules_to_save: Collection[str] = ()
+) -> str:
+    """A sentence that says why match_targets finds nothing."""
+    modules = dict(named_modules(model, remove_duplicate=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # match_targets has given them
+        paths = [path for path in _matching_paths(model, modules, target_modules, ()) if path]
+    if not paths:
+        has = candidates(model)
+        return f"target_modules={target_modules!r} matches no module; the model has {has}"
+    saved = [path for path in modules if is_named(path, modules_to_save)]
+    reason = "is inside a LoRA layer already"
+    if any(is_inside(path, saved) for path in paths):
+        reason = trained_whole(modules_to_save)
+    return f"target_modules={target_modules!r} matches {first_few(paths)} alone, which {reason}"
+
+
+def trained_whole(modules_to_save: Collection[str]) -> str:
+    """Why what lies in a module of modules_to_save gets no LoRA, for an error."""
+    return (
+        f"modules_to_save={list(modules_to_save)!r} trains as a whole, without LoRA: name it in "
+        f"one of the two"
+    )
 
 
 def _matching_paths(
@@ -299,8 +327,7 @@ def candidates(model: nn.Module) -> str:
         for path, module in named_modules(model)
         if path and constructor_of(module) is not None
     }
-    listed = sorted(names)[:8]
-    return ", ".join(map(repr, listed)) + (", ..." if len(names) > 8 else "") or "none to wrap"
+    return first_few(sorted(names)) or "none to wrap"
 
 
 def check_dora(targets: Mapping[str, nn.Module], parameters: Collection[str]) -> None:

@@ -262,11 +262,33 @@ BAD = {
     "huge rank": ({"r": 10**400}, "r must be .* 10000"),
     "huge alpha": ({"lora_alpha": 10**400}, "lora_alpha must be a finite number"),
     "alpha NaN": ({"lora_alpha": math.nan}, "lora_alpha.*nan"),
-    "alpha None": ({"lora_alpha": None}, "lora_alpha.*None"),
+    "alpha None": ({"lora_alpha": None}, "'blocks.*': lora_alpha must be given, .*got None"),
+    "no rank": ({"r": None}, r": r must be given, as in apply_lora\(model, r=8, lora_alpha=16\)"),
+    "neither": ({"r": None, "lora_alpha": None}, ": r and lora_alpha must be given, as in"),
+    "rank by a pattern": (
+        {"r": None, "target_modules": ["query", "head"], "rank_pattern": {"query": 2}},
+        "LoRA on 'head': r must be given",
+    ),
     "alpha infinite in a pattern": ({"alpha_pattern": {"head": math.inf}}, "head.*inf"),
     "pattern type": ({"alpha_pattern": [3]}, r"alpha_pattern.*\[3\]"),
     "dropout": ({"lora_dropout": 1.0}, r"lora_dropout.*1\.0"),
-    "saved nowhere": ({"modules_to_save": ["classifier"]}, "modules_to_save.*'classifier'"),
+    "saved nowhere": (
+        {"modules_to_save": ["classifier"]},
+        "modules_to_save: .*'classifier'; the model has 'embed', 'blocks', '0', 'query', .*, ...$",
+    ),
+    "saved misspelt": ({"modules_to_save": "haed"}, r"'haed' \(did you mean 'head'\?\); the"),
+    "saved path misspelt": (
+        {"modules_to_save": ["blocks.1.norn"]},
+        r"\(did you mean 'blocks.1.norm'\?\)",
+    ),
+    "saved and targeted": (
+        {"target_modules": ["head"], "modules_to_save": ["head"]},
+        r"target_modules=\['head'\] matches 'head' alone, which modules_to_save=\['head'\] trains",
+    ),
+    "inside what is saved": (
+        {"target_modules": r"blocks\.\d\.query", "modules_to_save": "blocks"},
+        r"matches 'blocks.0.query', .*'blocks.2.query' alone, which modules_to_save=\['blocks'\]",
+    ),
     "saved type": ({"modules_to_save": 3}, "modules_to_save.*3"),
 }
 

@@ -201,6 +201,14 @@ def test_what_cannot_be_changes_nothing(build, targets, words, seed):
         assert one.requires_grad == other.requires_grad
 
 
+def test_stacks_inside_a_module_that_trains_as_a_whole_are_said_to_be_there(seed, recwarn):
+    options = {**NUMBERS, "target_modules": ["q_proj"], "modules_to_save": ["experts"]}
+    said = r"matches .*experts\.down_proj' alone, which modules_to_save=\['experts'\] trains"
+    with pytest.raises(ValueError, match=said):
+        apply_lora(whole("mixtral"), **options, target_parameters=["experts.down_proj"])
+    assert not recwarn.list
+
+
 def test_target_modules_must_match_beside_them(seed):
     with pytest.raises(ValueError, match=r"target_modules=.'none'. matches no module"):
         apply_lora(whole("mixtral"), **NUMBERS, target_modules=["none"], target_parameters=TARGETS)

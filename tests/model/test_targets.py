@@ -38,6 +38,10 @@ def test_target_modules_means_nothing_inside_a_wrapped_convolution():
     model.lin = nn.Linear(2, 2)
     apply_lora(model, r=2, lora_alpha=4, target_modules=["conv"])
     apply_lora(model, r=2, lora_alpha=4, target_modules=["lin"])
+    with pytest.raises(
+        ValueError, match=r"matches 'conv\.conv' alone, which is inside a LoRA layer"
+    ):
+        apply_lora(model, r=2, lora_alpha=4, target_modules=["conv.conv"])
     with pytest.raises(ValueError, match=r"conv \(LoRAConv2d\).*already"):
         apply_lora(model, r=2, lora_alpha=4, target_modules=["conv"])
 
