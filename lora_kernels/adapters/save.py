@@ -15,6 +15,7 @@ from lora_kernels.adapters.formats import peft
 from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer, BaseModule
 from lora_kernels.adapters.formats.peft_moe import rewritten
 from lora_kernels.adapters.formats.peft_saved import saved_modules
+from lora_kernels.adapters.left_out import other_lora_layers
 from lora_kernels.adapters.state_dict import entry_keys
 from lora_kernels.foreign import check_no_peft, check_path
 from lora_kernels.layers.base import LoRALayer
@@ -41,6 +42,11 @@ from lora_kernels.model.trainable import recorded_biases, saved_paths, with_tied
 
 __all__ = ["adapter_of", "save_adapter"]
 
+# The way out for LoRA layers that are not of this package.
+_OTHERS = (
+    "Import lora_kernels in the place of loralib, or save lora_state_dict(model), which holds all"
+)
+
 
 def save_adapter(
     model: nn.Module,
@@ -65,7 +71,7 @@ def save_adapter(
     because PEFT opens no other.
     dropout_low_rank_only is not in the file: PEFT has no such option.
     Warns: if PEFT would take some of the layers for others, as in some mixtures of experts; if
-    dropout is left out.
+    dropout is left out; of LoRA layers that are not of this package, which are left out.
     Raises: ValueError for a model without LoRA or with adapters of PEFT, a file in the place of the
     directory, a name that no adapter has, a value that is not finite, a LoRA layer inside a saved
     module, biases of experts that train, a layer of a user's own kind, layers with use_dora beside
@@ -78,6 +84,13 @@ def save_adapter(
     saved = as_names("modules_to_save", modules_to_save, model)
     neutral = adapter_of(model, saved, adapter)
     encoded = peft.encode(neutral)
+    others = other_lora_layers(model, neutral.modules_to_save)
+    if others is not None:
+        warnings.warn(
+            f"save_adapter: these LoRA layers are not of this package, and left out: {others}. "
+            f"{_OTHERS}",
+            stacklevel=2,
+        )
     stacks = set(neutral.stacks)
     problem = rewritten(unwrapped(model), [path for path in neutral.layers if path not in stacks])
     if problem is not None:
@@ -111,6 +124,9 @@ def adapter_of(
     layers = one_adapter("save_adapter", model, name) or adapted_layers(model)
     if not layers or "" in layers:
         what = "has no LoRA layer" if not layers else "is itself a LoRA layer: put it in a module"
+        others = other_lora_layers(model)
+        if not layers and others is not None:
+            what += f" of this package, but {others}. {_OTHERS}"
         raise ValueError(f"save_adapter: the model {what}")
 
     def takes_part(path: str) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, nn
 
+from lora_kernels.adapters.left_out import other_lora_layers, parted_ties
 from lora_kernels.foreign import check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
@@ -85,10 +86,11 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
 
     Loads strictly into the original architecture and gives the outputs of model in eval mode.
     Quantised weights that LoRA changes become dense; so do not load it into a quantised model.
-    Weights that LoRA changes are copies, the rest is shared with model as in state_dict(). If a
-    tied weight has LoRA on one side, or another LoRA on each, its entries differ: load it into an
-    untied model. Layers of a user's own class that do not tell their base weight or their update
-    stay as they are, with a warning.
+    Weights that LoRA changes are copies, the rest is shared with model as in state_dict().
+    Warns: of a tied weight with LoRA on one side, or another LoRA on each: its entries differ, so
+    load the dict into an untied model. Of LoRA layers that are not of this package (loralib's, a
+    user's own), and those of a user's own class that do not tell their base weight or their update:
+    their entries stay as they are. Of a model without LoRA layers.
     Parameters that fully_shard has sharded are DTensors. Every rank has to call this then.
     adapter: which of the adapters of a model with several.
     Raises: ValueError for a model with adapters of PEFT, for a name that no adapter has, for an
@@ -146,6 +148,29 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
                 copies[held] = layer.merged_weight()
             merged[base] = copies[held]
             dropped |= {join(path, name) for name in layer.factor_names}
+    parted = parted_ties(model, state, merged)
+    if parted:
+        keys = "; ".join(" and ".join(renamed.get(k, k) for k in tie) for tie in parted)
+        warnings.warn(
+            f"merged_state_dict: these entries are one tied weight in the model and differ in the "
+            f"dict, because LoRA changes one of them, or each otherwise: {keys}. In a model that "
+            f"ties them one overwrites the other: load the dict into a model that does not",
+            stacklevel=2,
+        )
+    others = other_lora_layers(model)
+    if others is not None:
+        warnings.warn(
+            f"merged_state_dict: these LoRA layers are not of this package, and their entries stay "
+            f"as they are, lora_A and lora_B among them: {others}. Import lora_kernels in the "
+            f"place of loralib, or merge them by their own functions, as loralib's by eval()",
+            stacklevel=2,
+        )
+    elif not any(True for _ in lora_layers(model)):
+        warnings.warn(
+            "merged_state_dict: model has no LoRA layer, so the dict is that of state_dict()",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if left:
         warnings.warn(
             "merged_state_dict: the entries of these layers stay as they are, lora_A and lora_B "

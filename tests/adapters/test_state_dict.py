@@ -129,7 +129,10 @@ def test_merged_state_dict_is_right_on_both_sides_of_a_tie(seed):
     untied = copy.deepcopy(model)
     untied.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     ours = adapted(model, target_modules=["wte"]).eval()
-    merged = merged_state_dict(ours)
+    with pytest.warns(
+        UserWarning, match=r"transformer\.wte\.weight and lm_head\.weight\. In a model"
+    ):
+        merged = merged_state_dict(ours)
     assert not torch.equal(merged["transformer.wte.weight"], merged["lm_head.weight"])
     untied.load_state_dict(merged)
     ids = torch.randint(0, 13, (2, 5))
@@ -200,6 +203,12 @@ def test_merged_state_dict_of_a_layer_that_names_its_base_weight(seed):
     assert list(state) == ["0.in_proj_weight"]
     actual = nn.functional.linear(x, state["0.in_proj_weight"])
     torch.testing.assert_close(actual, layer(x), rtol=0, atol=1e-12)  # of numbers near ten
+
+
+def test_merged_state_dict_says_that_a_model_has_no_lora():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.warns(RuntimeWarning, match="merged_state_dict: model has no LoRA layer"):
+        assert merged_state_dict(model).keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("strict", [True, False])

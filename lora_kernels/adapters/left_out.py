@@ -1,0 +1,73 @@
+"""What merged_state_dict and save_adapter warn of: other LoRA layers, and ties that come apart."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import distributed
+from lora_kernels.layers.base import LoRALayer
+from lora_kernels.model.paths import first_few, is_inside, join, named_modules
+
+__all__ = ["other_lora_layers", "parted_ties"]
+
+
+def other_lora_layers(model: nn.Module, saved: Collection[str] = ()) -> str | None:
+    """The first LoRA layers of model that are not of this package, with their classes; or None.
+
+    They are loralib's, and a user's own: modules that hold lora_A, lora_B and the weight themselves
+    or in a child. Those in the modules at the paths saved are left out.
+    """
+    found: dict[type, list[str]] = {}
+    for path, module in named_modules(model):
+        if _is_other_lora(module) and not is_inside(path, saved):
+            found.setdefault(type(module), []).append(path)
+    listed = (
+        f"{first_few(paths)} ({kind.__module__}.{kind.__qualname__})"
+        for kind, paths in found.items()
+    )
+    return ", ".join(listed) or None
+
+
+def _is_other_lora(module: nn.Module) -> bool:
+    if isinstance(module, (LoRALayer, nn.ParameterDict)):
+        return False
+    own = module._parameters
+    a, b = own.get("lora_A"), own.get("lora_B")
+    if a is None or b is None or a.dim() < 2 or b.dim() < 2:
+        return False
+    if own.get("weight") is not None:
+        return True
+    sizes = {b.shape[0] * a.shape[-1], a.shape[0] * b.shape[-1]}  # of the update, either way round
+    inside = (
+        child._parameters.get("weight")
+        for child in module.children()
+        if not isinstance(child, LoRALayer)
+    )
+    return any(weight is not None and weight.numel() in sizes for weight in inside)
+
+
+def parted_ties(
+    model: nn.Module, state: Mapping[str, Tensor], merged: Mapping[str, Tensor]
+) -> list[list[str]]:
+    """Keys of plain_state(model) that hold one parameter in state, and not in merged over state."""
+    holders: dict[int, list[str]] = {}
+    for path, module in named_modules(model, remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            key = join(path, name)
+            if parameter is not None and key in state:
+                holders.setdefault(id(parameter), []).append(key)
+    found = []
+    for keys in holders.values():
+        if any(key in merged for key in keys):
+            first, *others = (merged.get(key, state[key]) for key in keys)
+            if any(_differ(first, other) for other in others):
+                found.append(keys)
+    return found
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return False
+    known = not (one.is_meta or other.is_meta or distributed.is_dtensor(one))
+    return not (known and torch.equal(one, other))

@@ -1,0 +1,163 @@
+"""What merged_state_dict and save_adapter say of other LoRA layers and of ties that come apart."""
+
+import json
+import warnings
+
+import loralib
+import pytest
+import torch
+from torch import nn
+
+import lora_kernels as lora
+from lora_kernels.adapters.left_out import other_lora_layers
+from tests.adapters.nets import randomise
+
+
+class OwnLinear(nn.Linear):
+    def __init__(self, k, n, r):
+        super().__init__(k, n)
+        self.lora_A = nn.Parameter(torch.randn(r, k))
+        self.lora_B = nn.Parameter(torch.randn(n, r))
+
+
+class Around(nn.Module):
+    """A wrapper with factors the other way round."""
+
+    def __init__(self, linear, r):
+        super().__init__()
+        self.linear = linear
+        self.lora_A = nn.Parameter(torch.randn(linear.in_features, r))
+        self.lora_B = nn.Parameter(torch.randn(r, linear.out_features))
+
+
+class Holder(nn.Module):
+    """A module that has parameters of these names, and is no LoRA layer."""
+
+    def __init__(self, linear, a, b=None):
+        super().__init__()
+        self.linear = linear
+        self.lora_A = nn.Parameter(torch.randn(a))
+        self.lora_B = None if b is None else nn.Parameter(torch.randn(b))
+
+
+FOREIGN = {
+    "linear": (lambda: loralib.Linear(8, 8, r=2), "loralib.layers.Linear"),
+    "merged": (
+        lambda: loralib.MergedLinear(8, 8, r=2, enable_lora=[True, False]),
+        "loralib.layers.MergedLinear",
+    ),
+    "embedding": (lambda: loralib.Embedding(8, 8, r=2), "loralib.layers.Embedding"),
+    "convolution": (lambda: loralib.Conv2d(2, 4, 3, r=2), "loralib.layers.Conv2d"),
+    "own": (lambda: OwnLinear(8, 8, 2), "tests.adapters.test_left_out.OwnLinear"),
+    "around": (lambda: Around(nn.Linear(8, 6), 2), "tests.adapters.test_left_out.Around"),
+}
+OTHERS = {
+    "r = 0": lambda: loralib.Linear(8, 8),
+    "plain": lambda: nn.Linear(8, 8),
+    "dict": lambda: nn.ParameterDict(
+        {name: torch.randn(4, 4) for name in ("weight", "lora_A", "lora_B")}
+    ),
+    "one factor": lambda: Holder(nn.Linear(8, 8), (2, 8)),
+    "factors of another size": lambda: Holder(nn.Linear(8, 8), (2, 5), (5, 2)),
+    "vectors": lambda: Holder(nn.Linear(8, 8), 8, 8),
+    "of this package": lambda: Holder(lora.Linear(8, 8, r=2), (2, 8), (8, 2)),
+}
+
+
+def said(call) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize(("build", "kind"), FOREIGN.values(), ids=FOREIGN.keys())
+def test_layers_that_are_not_of_this_package_are_warned_of_once(build, kind, tmp_path):
+    model = nn.Sequential(build(), lora.Linear(8, 8, r=2), build())
+    (message,) = said(lambda: lora.save_adapter(model, tmp_path))
+    assert (
+        f"save_adapter: these LoRA layers are not of this package, and left out: '0', '2' ({kind})"
+        in message
+    )
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["1"]
+    (message,) = said(lambda: lora.merged_state_dict(model))
+    assert f"as they are, lora_A and lora_B among them: '0', '2' ({kind}). Import" in message
+
+
+@pytest.mark.parametrize(("build", "kind"), FOREIGN.values(), ids=FOREIGN.keys())
+def test_a_model_of_such_layers_alone_is_told_what_they_are(build, kind, tmp_path):
+    model = nn.Sequential(build())
+    with pytest.raises(ValueError, match="has no LoRA layer of this package, but '0' ") as error:
+        lora.save_adapter(model, tmp_path)
+    assert f"({kind}). Import lora_kernels in the place of loralib" in str(error.value)
+    (message,) = said(lambda: lora.merged_state_dict(model))
+    assert f"'0' ({kind})" in message
+
+
+@pytest.mark.parametrize("build", OTHERS.values(), ids=OTHERS.keys())
+def test_modules_with_parameters_of_these_names_are_not_warned_of(build, tmp_path):
+    model = nn.Sequential(build(), lora.Linear(8, 8, r=2))
+    assert said(lambda: lora.save_adapter(model, tmp_path)) == []
+    assert said(lambda: lora.merged_state_dict(model)) == []
+
+
+def test_every_layer_of_this_package_is_its_own():
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4), nn.Conv2d(2, 2, 3))
+    model = lora.apply_lora(plain, r=2, lora_alpha=4, target_modules=["0", "1", "2"])
+    model.append(lora.MergedLinear(4, 4, r=2, enable_lora=[True, False]))
+    model.append(lora.MultiLoRALinear(4, 4, {"a": {"r": 2}}))
+    assert other_lora_layers(model) is None
+
+
+def test_such_a_layer_in_a_module_that_is_saved_whole_is_in_the_file(tmp_path):
+    model = nn.ModuleDict({"body": lora.Linear(8, 8, r=2), "head": OwnLinear(8, 2, 1)})
+    assert said(lambda: lora.save_adapter(model, tmp_path, modules_to_save=["head"])) == []
+
+
+# ---- tied weights ----
+
+
+def tied(output=nn.Linear, **options):
+    model = nn.ModuleDict({"emb": lora.Embedding(9, 8, r=2), "out": output(8, 9, **options)})
+    if output is nn.Embedding:
+        model["out"] = nn.Embedding(9, 8)
+    model["out"].weight = model["emb"].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("output", "options"),
+    [(nn.Linear, {}), (nn.Embedding, {}), (lora.Linear, {"r": 2}), (lora.Linear, {})],
+)
+def test_a_tied_weight_that_lora_changes_in_one_place_is_warned_of(output, options, seed):
+    model = tied(output, **options)
+    nn.init.normal_(model["emb"].lora_A)
+    (message,) = said(lambda: lora.merged_state_dict(model))
+    assert "differ in the dict" in message
+    assert ": emb.weight and out.weight. In a model that ties them" in message
+
+
+def test_tied_entries_that_are_equal_are_not_warned_of(seed):
+    assert said(lambda: lora.merged_state_dict(tied())) == []  # lora_A or lora_B holds zeros
+    shared = nn.Sequential(lora.Linear(4, 4, r=2))
+    shared.append(shared[0])
+    randomise(shared)
+    assert said(lambda: lora.merged_state_dict(shared)) == []
+
+
+def test_the_merged_entries_are_right_for_a_model_without_the_tie(seed):
+    model = tied(bias=True)
+    nn.init.normal_(model["emb"].lora_A)
+    with pytest.warns(UserWarning, match="one tied weight"):
+        merged = lora.merged_state_dict(model)
+    plain = nn.ModuleDict({"emb": nn.Embedding(9, 8), "out": nn.Linear(8, 9)})
+    plain.load_state_dict(merged)
+    assert torch.equal(plain["emb"].weight, model["emb"].merged_weight())
+    assert torch.equal(plain["out"].weight, model["out"].weight)
+
+
+def test_a_tied_weight_on_the_meta_device_is_taken_to_differ():
+    with torch.device("meta"):
+        model = tied()
+    (message,) = said(lambda: lora.merged_state_dict(model))
+    assert "one tied weight" in message
