@@ -2,18 +2,19 @@
 are nearly right.
 """
 
+import contextlib
 import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import nn
 
 __all__ = [
     "ForeignModule", "check_keywords", "check_model", "check_no_peft", "check_options",
-    "check_path", "did_you_mean", "named_by_layer", "peft_layer",
+    "check_path", "did_you_mean", "importing", "named_by_layer", "peft_layer",
 ]  # fmt: skip
 
 # A module of a class that is not imported here. Its attributes are of any type, while type checkers
@@ -26,6 +27,21 @@ _ALIASES = {
     "rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
     "lora_p": "lora_dropout", "p": "lora_dropout",
 }  # fmt: skip
+
+
+@contextlib.contextmanager
+def importing(package: str, function: str) -> Iterator[None]:
+    """The block imports package for function. Raises: ModuleNotFoundError that says how to get it.
+
+    What package itself fails to import keeps its own error.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if not f"{error.name}.".startswith(f"{package}.") or sys.modules.get(package) is not None:
+            raise
+        told = f"{function}: needs {package}: pip install {package}"
+        raise ModuleNotFoundError(told, name=package) from error
 
 
 def peft_layer(model: nn.Module) -> tuple[str, nn.Module] | None:

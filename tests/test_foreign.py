@@ -1,5 +1,7 @@
 """Models and names that are not this package's: each is told, with what to do instead."""
 
+import importlib
+import sys
 import warnings
 
 import pytest
@@ -9,7 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 import lora_kernels as lora
-from lora_kernels.foreign import did_you_mean, peft_layer
+from lora_kernels.foreign import did_you_mean, importing, peft_layer
+from lora_kernels.integrations.trainer import _callback_class
 
 LAYER = "base_model.model.layers.0.self_attn.q_proj is a Linear of PEFT"
 
@@ -52,6 +55,28 @@ def test_own_functions_refuse_a_model_of_peft_and_change_nothing(name, peft_mode
         assert after[key].requires_grad == trains
         assert torch.equal(after[key], value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("package", "function"),
+    [("peft", lora.patch_peft), ("transformers", lora.adapter_callback)],
+)
+def test_a_package_that_is_not_there_is_told_with_its_installation(package, function, monkeypatch):
+    for module in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    _callback_class.cache_clear()
+    told = f"^{function.__name__}: needs {package}: pip install {package}$"
+    with pytest.raises(ModuleNotFoundError, match=told) as raised:
+        function()
+    assert raised.value.name == package
+
+
+def test_what_a_package_fails_to_import_keeps_its_own_error():
+    for name in ("no_such", "peft.no_such"):
+        told = f"^No module named '{name}'$"
+        with pytest.raises(ModuleNotFoundError, match=told), importing("peft", "patch_peft"):
+            importlib.import_module(name)
 
 
 def test_a_model_that_is_half_of_peft_is_refused_too(peft_model):

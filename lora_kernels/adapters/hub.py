@@ -12,6 +12,7 @@ from torch import nn
 from lora_kernels.adapters.formats.contents import CONFIG, DOWNLOADED, candidates
 from lora_kernels.adapters.save import save_adapter
 from lora_kernels.distributed import rank_of
+from lora_kernels.foreign import importing
 
 __all__ = ["is_name", "path_of", "push_to_hub"]
 
@@ -95,12 +96,8 @@ def push_to_hub(
     Raises: what save_adapter raises, before anything is made or uploaded; ImportError without
     huggingface_hub; OSError, naming repo_id, if the Hub refuses or cannot be reached.
     """
-    try:
+    with importing("huggingface_hub", "push_to_hub"):
         from huggingface_hub import HfApi
-    except ImportError as error:
-        raise ImportError("push_to_hub: needs huggingface_hub: pip install huggingface_hub") from (
-            error
-        )
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder, modules_to_save, adapter=adapter)
         rank, _ = rank_of()

@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_kernels.adapters.save import save_adapter
 from lora_kernels.adapters.state_dict import lora_state_dict
-from lora_kernels.foreign import check_no_peft
+from lora_kernels.foreign import check_no_peft, importing
 from lora_kernels.model.paths import adapted_layers
 from lora_kernels.model.route import adapter_names
 
@@ -42,7 +42,8 @@ def adapter_callback(only: bool = False) -> "TrainerCallback":
 
 @functools.cache
 def _callback_class() -> type:
-    from transformers import TrainerCallback
+    with importing("transformers", "adapter_callback"):
+        from transformers import TrainerCallback
 
     class AdapterCallback(TrainerCallback):
         def __init__(self, only: bool):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
-from lora_kernels.foreign import ForeignModule
+from lora_kernels.foreign import ForeignModule, importing
 from lora_kernels.functional.dora import dora_forward
 from lora_kernels.integrations.peft import dora, experts, mixed, quantized, variants
 from lora_kernels.integrations.peft.census import Census
@@ -69,7 +69,8 @@ def patch_peft() -> None:
     known one. Over experts and quantised layers an unknown version runs PEFT's own forward.
     Raises: ImportError if peft is not installed.
     """
-    from peft.tuners.lora import layer as peft
+    with importing("peft", "patch_peft"):
+        from peft.tuners.lora import layer as peft
 
     global _census
     if _upstream:
