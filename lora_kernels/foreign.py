@@ -13,13 +13,15 @@ from typing import Any, TypeAlias, TypeVar, cast
 from torch import nn
 
 __all__ = [
-    "ForeignModule", "check_keywords", "check_model", "check_no_peft", "check_options",
+    "ForeignModule", "Model", "check_keywords", "check_model", "check_no_peft", "check_options",
     "check_path", "did_you_mean", "importing", "named_by_layer", "peft_layer",
 ]  # fmt: skip
 
 # A module of a class that is not imported here. Its attributes are of any type, while type checkers
 # take those of an nn.Module for tensors or modules.
 ForeignModule: TypeAlias = Any
+# The model that a function takes and returns.
+Model = TypeVar("Model", bound=nn.Module)
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
 # What other libraries, or this one elsewhere, call an argument.

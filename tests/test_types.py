@@ -36,7 +36,9 @@ rows: Tensor = lora.Embedding(9, 4, r=2, padding_idx=0)(torch.tensor([1]))
 split: Tensor = lora.MergedLinear(4, 6, r=2, enable_lora=[True, False, True])(x)
 mixed: Tensor = lora.MultiLoRALinear(4, 4, {"a": {"r": 2}}, bias=True)(x)
 z: Tensor = lora.lora_linear(x, layer.weight, layer.lora_A, layer.lora_B, dropout_p=0.1)
-model: nn.Module = lora.apply_lora(nn.Sequential(nn.Linear(4, 4)), r=2, lora_alpha=4)
+model: nn.Sequential = lora.apply_lora(nn.Sequential(nn.Linear(4, 4)), r=2, lora_alpha=4)
+model = lora.use_merged_state_dicts(lora.unmerge_lora(lora.merge_lora(model)))
+model = lora.load_adapter(model, "adapter")
 lora.mark_only_lora_as_trainable(model, bias="all")
 state: dict[str, Tensor] = lora.lora_state_dict(model)
 lora.save_adapter(model, Path("adapter"))
@@ -53,6 +55,11 @@ lora.ConvLoRA(nn.Conv2d, 3, 4, 3, strides=2)  # [call-arg]
 lora.MultiLoRALinear(4, 4, {"a": {"r": 2}}, r=2)  # [call-arg]
 lora.LoRALinear.from_linear(nn.Linear(4, 4), rank=2)  # [call-arg]
 lora.apply_lora(model, rank=2)  # [call-arg]
+lora.apply_lora(model, r=2, lora_alpha=4, bias="foo")  # [arg-type]
+lora.mark_only_lora_as_trainable(model, "foo")  # [arg-type]
+lora.lora_state_dict(model, bias="lora")  # [arg-type]
+listed: nn.ModuleList = lora.merge_lora(model)  # [assignment]
+lora.merge_lora(layer.lora_A)  # [type-var]
 lora.lora_linear(x, layer.weight, layer.lora_A, layer.lora_B, dropout=0.1)  # [call-arg]
 lora.Linear(4, 4, r="2")  # [arg-type]
 lora.Linear(4, 4, r=2, dtype="float16")  # [arg-type]

@@ -18,7 +18,7 @@ from lora_kernels.adapters.formats import FORMATS, locate, peft
 from lora_kernels.adapters.formats.adapter import Adapter, Hints, renamed
 from lora_kernels.adapters.formats.base import Base
 from lora_kernels.adapters.formats.peft_experts import Stack
-from lora_kernels.foreign import ForeignModule, check_no_peft, check_path
+from lora_kernels.foreign import ForeignModule, Model, check_no_peft, check_path
 from lora_kernels.layers.mixture import weight_of
 from lora_kernels.model.apply import wrap_modules
 from lora_kernels.model.parameters import match_parameters
@@ -32,6 +32,7 @@ from lora_kernels.model.paths import (
 )
 from lora_kernels.model.route import multi_layers
 from lora_kernels.model.trainable import (
+    check_bias,
     mark_only_lora_as_trainable,
     record_trained,
     untie,
@@ -43,7 +44,7 @@ _log = logging.getLogger("lora_kernels")
 
 
 def load_adapter(
-    model: nn.Module,
+    model: Model,
     directory: str | os.PathLike,
     *,
     merge_weights: bool = False,
@@ -52,7 +53,7 @@ def load_adapter(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
-) -> nn.Module:
+) -> Model:
     """Puts an adapter, from files of save_adapter, PEFT or another tool, into model; returns model.
 
     directory: also a file, or OWNER/NAME on the Hugging Face Hub, of which adapter files alone are
@@ -130,7 +131,7 @@ def load_adapter(
         wrap_modules(model, fitted.specs, merge_weights)
         if not read.keeps_ties:
             untie(model, fitted.saved)
-        mark_only_lora_as_trainable(model, read.bias, fitted.saved)
+        mark_only_lora_as_trainable(model, check_bias(read.bias), fitted.saved)
         layers = adapted_layers(model)
         for layer in layers.values():
             for name in layer.factor_names:

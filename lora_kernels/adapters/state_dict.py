@@ -23,13 +23,13 @@ from lora_kernels.model.paths import (
     wrapper_prefix,
 )
 from lora_kernels.model.route import one_adapter
-from lora_kernels.model.trainable import bias_names, check_bias, saved_paths
+from lora_kernels.model.trainable import Bias, bias_names, check_bias, saved_paths
 
 __all__ = ["entry_keys", "lora_state_dict", "merged_state_dict"]
 
 
 def lora_state_dict(
-    model: nn.Module, bias: str = "none", modules_to_save: str | Iterable[str] | None = None
+    model: nn.Module, bias: Bias = "none", modules_to_save: str | Iterable[str] | None = None
 ) -> dict[str, Tensor]:
     """The entries of model.state_dict() that LoRA trains, under loralib's keys, unmerged.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_kernels.checks import check_dropout
-from lora_kernels.foreign import ForeignModule, check_keywords, check_no_peft
+from lora_kernels.foreign import ForeignModule, Model, check_keywords, check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
@@ -35,6 +35,7 @@ from lora_kernels.model.targets import (
     unmatched_names,
 )
 from lora_kernels.model.trainable import (
+    Bias,
     check_bias,
     mark_only_lora_as_trainable,
     saved_paths,
@@ -55,7 +56,7 @@ __all__ = ["apply_lora", "wrap_modules"]
 
 
 def apply_lora(
-    model: nn.Module,
+    model: Model,
     *,
     r: int | None = None,
     lora_alpha: float | None = None,
@@ -67,13 +68,13 @@ def apply_lora(
     use_rslora: bool = False,
     use_dora: bool = False,
     dropout_low_rank_only: bool = False,
-    bias: str = "none",
+    bias: Bias = "none",
     modules_to_save: str | Iterable[str] | None = None,
     merge_weights: bool = False,
     autocast_adapter_dtype: bool = True,
     adapters: Mapping[str, Mapping[str, Any]] | None = None,
     **misspelt: "Unpack[_None]",
-) -> nn.Module:
+) -> Model:
     """Replaces modules of model by LoRA layers around the same parameters; returns model.
 
     Wraps nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Hugging Face's Conv1D, and the

@@ -4,7 +4,7 @@ import warnings
 
 from torch import nn
 
-from lora_kernels.foreign import check_model, check_no_peft
+from lora_kernels.foreign import Model, check_model, check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merged_state_dict import use_merged_state_dict
 from lora_kernels.model.paths import adapted_layers, lora_layers
@@ -13,7 +13,7 @@ from lora_kernels.model.route import adapter_names
 __all__ = ["merge_lora", "unmerge_lora", "use_merged_state_dicts"]
 
 
-def merge_lora(model: nn.Module) -> nn.Module:
+def merge_lora(model: Model) -> Model:
     """Puts model into eval mode, in which all of its LoRA layers use merged weights; returns model.
 
     It sets ``merge_weights`` of every layer: ``train()`` takes the layers back to their adapters,
@@ -39,7 +39,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def unmerge_lora(model: nn.Module) -> nn.Module:
+def unmerge_lora(model: Model) -> Model:
     """Makes all LoRA layers of model compute their update on the fly in eval mode; returns model.
 
     It unsets ``merge_weights`` of every layer and frees the merged weights. The mode stays.
@@ -51,7 +51,7 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def use_merged_state_dicts(model: nn.Module, enabled: bool = True) -> nn.Module:
+def use_merged_state_dicts(model: Model, enabled: bool = True) -> Model:
     """State dicts of model as loralib's: merged weights while layers are merged; returns model.
 
     For scripts that rely on what loralib does in eval mode. While a layer is merged,

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Iterable
+from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 
@@ -19,19 +20,20 @@ from lora_kernels.model.paths import (
 )
 
 __all__ = [
-    "BIAS", "bias_names", "check_bias", "is_bias", "mark_only_lora_as_trainable",
+    "BIAS", "Bias", "bias_names", "check_bias", "is_bias", "mark_only_lora_as_trainable",
     "print_trainable_parameters", "record_trained", "recorded_biases", "saved_paths", "untie",
     "with_tied",
 ]  # fmt: skip
 
-BIAS = ("none", "all", "lora_only")
+Bias: TypeAlias = Literal["none", "all", "lora_only"]
+BIAS = get_args(Bias)
 # The attribute that says what mark_only_lora_as_trainable makes trainable of a module: all of it,
 # "module", or its biases, "bias". deepcopy and pickle carry it along; state_dict does not see it.
 _RECORD = "_trained_with_lora"
 
 
 def mark_only_lora_as_trainable(
-    model: nn.Module, bias: str = "none", modules_to_save: str | Iterable[str] | None = None
+    model: nn.Module, bias: Bias = "none", modules_to_save: str | Iterable[str] | None = None
 ) -> None:
     """Freezes model, except its LoRA factors, the biases asked for and modules_to_save.
 
@@ -96,10 +98,11 @@ def print_trainable_parameters(model: nn.Module) -> None:
 # ---- biases ----
 
 
-def check_bias(bias) -> None:
-    """bias is one of loralib's three values. Raises: NotImplementedError that names it."""
+def check_bias(bias) -> Bias:
+    """bias, one of loralib's three values. Raises: NotImplementedError that names it."""
     if bias not in BIAS:
         raise NotImplementedError(f"bias must be 'none', 'all' or 'lora_only', got {bias!r}")
+    return bias
 
 
 def is_bias(name: str) -> bool:
