@@ -71,8 +71,8 @@ def _add_doctor(commands) -> None:
         "doctor",
         help="print versions, GPUs, what will be fused and what is missing",
         description="Prints versions, GPUs, the algorithm of representative products and what is "
-        "missing, with the command that fixes it. Exit code: 0 if the kernels will run, 1 if "
-        "something keeps them from it.",
+        "missing, with the command that fixes it. Exit code: 0 if nothing is missing, 1 if "
+        "something is. A machine without a GPU lacks nothing.",
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
 

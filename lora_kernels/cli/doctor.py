@@ -20,6 +20,7 @@ import lora_kernels
 from lora_kernels import functional
 from lora_kernels.cli import advice
 from lora_kernels.cli.advice import Missing
+from lora_kernels.cli.variables import VARIABLES, not_taken, unwritable_cache
 from lora_kernels.dispatch import algorithm
 from lora_kernels.dispatch.algorithm import GemmShape
 from lora_kernels.integrations import patch_peft, unpatch_peft
@@ -31,10 +32,6 @@ __all__ = [
 ]  # fmt: skip
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate")
-VARIABLES = (
-    "LORA_KERNELS_PLAN", "LORA_KERNELS_CHECK", "LORA_KERNELS_TUNE", "LORA_KERNELS_CACHE",
-    "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES",
-)  # fmt: skip
 # Most machines of which this is true have no GPU, and lack nothing.
 NO_DRIVER = Missing(
     "no NVIDIA driver answers",
@@ -58,7 +55,7 @@ class Findings:
     product, algorithm and reason. peft: what patch_peft() does to the installed PEFT.
     notes: what could be faster, and files of the cache that are in use; with what changes it.
     missing: empty if the kernels will run on every GPU that there is, and for PEFT too if it is
-    installed.
+    installed, and every variable has a value that it takes.
     """
 
     python: str
@@ -90,6 +87,12 @@ def examine_machine() -> Findings:
     no_gpu = None if gpus else _why_no_gpu()
     notes = [no_gpu] if no_gpu == NO_DRIVER else []
     missing = [no_gpu] if no_gpu and no_gpu != NO_DRIVER else []
+    wrong = not_taken()
+    missing += wrong
+    if os.environ.get("LORA_KERNELS_CACHE"):
+        missing += unwritable_cache()
+    elif gpus:
+        notes += unwritable_cache()
     algorithms: list[dict[str, str]] = []
     for name in [gpu["device"] for gpu in gpus] or ["cpu"]:
         device = torch.device(name)
@@ -101,7 +104,7 @@ def examine_machine() -> Findings:
         algorithms += chosen
         notes += advice.notes(chosen, device)
         if gpus:
-            missing += _why_reference(chosen) or advice.compiler() or _failures(device)
+            missing += _why_reference(chosen) or advice.compiler() or wrong or _failures(device)
     return Findings(
         python=f"{platform.python_version()}, {sys.executable}",
         versions={
@@ -197,7 +200,7 @@ def _peft() -> tuple[str, list[Missing]]:
         patch_peft()
     try:
         (row,) = report(model)
-    except ValueError as error:  # LORA_KERNELS_PLAN, which examine() has put into missing
+    except ValueError as error:  # a variable, which examine() has put into missing
         return f"not known: {error}", []
     finally:
         if Linear.forward is not upstream:

@@ -16,8 +16,9 @@ from lora_kernels.dispatch import fallback, measured
 from lora_kernels.dispatch.algorithm import capability_of
 from lora_kernels.dispatch.table import GemmShape, TuningEntry
 
-__all__ = ["decide", "is_asked"]
+__all__ = ["VALUES", "decide", "is_asked"]
 
+VALUES = ("0", "first-use")  # of the variable, the default first
 _VARIABLE = "LORA_KERNELS_TUNE"
 _WARM_UP, _ROUNDS = 2, 7
 _NAMES = ("fused", "addmm")
@@ -29,7 +30,7 @@ def is_asked(device: torch.device) -> bool:
     Raises: ValueError if LORA_KERNELS_TUNE has an unknown value.
     """
     asked = os.environ.get(_VARIABLE, "0")
-    if asked not in ("0", "first-use"):
+    if asked not in VALUES:
         raise ValueError(f"{_VARIABLE} must be 0 or first-use, got {asked!r}")
     if asked == "0" or device.type != "cuda":
         return asked != "0"

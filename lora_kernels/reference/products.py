@@ -11,8 +11,9 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["matmul", "product_dtype"]
+__all__ = ["VALUES", "matmul", "product_dtype"]
 
+VALUES = ("auto", "float32", "own")  # of the variable, the default first
 _VARIABLE = "LORA_KERNELS_CPU_PRODUCTS"
 _FEW_ROWS = 16  # in a forward of fewer, converting the weight takes longer than the product
 _INSTRUCTIONS = {
@@ -32,8 +33,8 @@ def product_dtype(
     if dtype not in _INSTRUCTIONS or device.type != "cpu":
         return dtype
     asked = os.environ.get(_VARIABLE, "auto")
-    if asked not in ("auto", "float32", "own"):
-        raise ValueError(f"{_VARIABLE} must be one of auto, float32, own, got {asked!r}")
+    if asked not in VALUES:
+        raise ValueError(f"{_VARIABLE} must be one of {', '.join(VALUES)}, got {asked!r}")
     if asked == "float32":
         return torch.float32
     if asked == "own" or _has_instructions(dtype):

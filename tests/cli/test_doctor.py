@@ -5,6 +5,7 @@ import re
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -132,6 +133,64 @@ def test_variable_with_a_value_that_it_does_not_take_is_missing(capsys, algorith
     )
 
 
+WRONG = {
+    "LORA_KERNELS_CPU_PRODUCTS": "auto, float32, own",
+    "LORA_KERNELS_CHECK": "0, 1",
+    "LORA_KERNELS_TUNE": "0, first-use",
+}
+
+
+@pytest.mark.parametrize(("name", "values"), WRONG.items())
+def test_other_variables_with_such_a_value_are_missing_too(capsys, monkeypatch, name, values):
+    for value in values.split(", "):
+        monkeypatch.setenv(name, value)
+        assert found(capsys)[1]["missing"] == []
+    monkeypatch.setenv(name, "yes")
+    code, findings = found(capsys)
+    assert code == 1
+    assert findings["variables"][name] == "yes"
+    assert findings["missing"] == [
+        {"what": f"{name} must be one of {values}, got 'yes'", "fix": f"unset {name}"}
+    ]
+
+
+def test_a_cache_that_cannot_be_written_is_missing(capsys, monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for path in (file, file / "inside", "/proc/none/cache"):
+        monkeypatch.setenv("LORA_KERNELS_CACHE", str(path))
+        code, findings = found(capsys)
+        assert code == 1
+        (missing,) = findings["missing"]
+        assert missing["what"].startswith(f"the cache directory {path} cannot be written, ")
+        assert "set LORA_KERNELS_CACHE to a directory" in missing["fix"]
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "new" / "cache"))
+    assert found(capsys)[0] == 0
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
+def test_a_home_that_cannot_be_written_is_a_note_on_a_gpu(hopper, algorithm, monkeypatch):
+    monkeypatch.delenv("LORA_KERNELS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    findings = doctor.examine_machine()
+    assert findings.missing == []
+    (note,) = (note for note in findings.notes if "/proc/none/lora_kernels" in note.what)
+    assert note.fix.startswith("set LORA_KERNELS_CACHE")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(doctor, "_why_no_gpu", lambda: doctor.NO_DRIVER)
+    assert doctor.examine_machine().notes == [doctor.NO_DRIVER]
+
+
+def test_every_variable_of_the_page_is_listed(capsys):
+    page = Path(__file__).parents[2] / "docs/reference/environment.md"
+    told = set(re.findall(r"`((?:LORA_KERNELS|TRITON|OMP)_[A-Z_]+)", page.read_text("utf-8")))
+    assert set(found(capsys)[1]["variables"]) == told | {"CUDA_VISIBLE_DEVICES"}
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert told <= {line.split()[0] for line in lines if not line.startswith(" ")}
+
+
 # ---- machines that this one is not ----
 
 
@@ -166,6 +225,14 @@ def test_gpu_that_all_is_well_with(hopper, algorithm, capsys):
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert ["cuda:0", "NVIDIA H200, sm_90, driver 580.1"] in lines
     assert ["missing", "nothing"] in lines
+
+
+@pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
+def test_gpu_under_a_variable_that_calls_refuse(hopper, algorithm, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_TUNE", "1")
+    monkeypatch.setattr(doctor, "_failures", lambda device: pytest.fail("it would raise"))
+    (missing,) = doctor.examine().missing
+    assert missing.fix == "unset LORA_KERNELS_TUNE"
 
 
 @pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
