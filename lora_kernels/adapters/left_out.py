@@ -1,4 +1,4 @@
-"""What merged_state_dict and save_adapter warn of: other LoRA layers, and ties that come apart."""
+"""What merged_state_dict and save_adapter warn of: what is left out, and ties that come apart."""
 
 from collections.abc import Collection, Mapping
 
@@ -9,7 +9,7 @@ from lora_kernels import distributed
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.model.paths import first_few, is_inside, join, named_modules
 
-__all__ = ["other_lora_layers", "parted_ties"]
+__all__ = ["other_lora_layers", "parted_ties", "trained_beside"]
 
 
 def other_lora_layers(model: nn.Module, saved: Collection[str] = ()) -> str | None:
@@ -45,6 +45,27 @@ def _is_other_lora(module: nn.Module) -> bool:
         if not isinstance(child, LoRALayer)
     )
     return any(weight is not None and weight.numel() in sizes for weight in inside)
+
+
+def trained_beside(model: nn.Module, written: Collection[str]) -> list[str]:
+    """Keys of parameters that train and are neither written nor factors of a LoRA layer.
+
+    written: keys, as this function has them. A parameter that is tied to a written one is, too.
+    """
+    names: dict[int, str] = {}
+    known: set[int] = set()
+    for path, module in named_modules(model, remove_duplicate=False):
+        factors = module.factor_names if isinstance(module, LoRALayer) else ()
+        if _is_other_lora(module):
+            factors = ("lora_A", "lora_B")
+        for name, parameter in module._parameters.items():
+            if not isinstance(parameter, nn.Parameter) or not parameter.requires_grad:
+                continue
+            if name in factors or join(path, name) in written:
+                known.add(id(parameter))
+            else:
+                names.setdefault(id(parameter), join(path, name))
+    return [name for held, name in names.items() if held not in known]
 
 
 def parted_ties(

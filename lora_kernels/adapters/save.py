@@ -15,7 +15,7 @@ from lora_kernels.adapters.formats import peft
 from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer, BaseModule
 from lora_kernels.adapters.formats.peft_moe import rewritten
 from lora_kernels.adapters.formats.peft_saved import saved_modules
-from lora_kernels.adapters.left_out import other_lora_layers
+from lora_kernels.adapters.left_out import other_lora_layers, trained_beside
 from lora_kernels.adapters.state_dict import entry_keys
 from lora_kernels.foreign import check_no_peft, check_path
 from lora_kernels.layers.base import LoRALayer
@@ -28,6 +28,7 @@ from lora_kernels.model.parameters import adapted_parameters, name_parameters
 from lora_kernels.model.paths import (
     adapted_layers,
     as_names,
+    first_few,
     is_inside,
     join,
     lora_layers,
@@ -71,7 +72,8 @@ def save_adapter(
     because PEFT opens no other.
     dropout_low_rank_only is not in the file: PEFT has no such option.
     Warns: if PEFT would take some of the layers for others, as in some mixtures of experts; if
-    dropout is left out; of LoRA layers that are not of this package, which are left out.
+    dropout is left out; of LoRA layers that are not of this package, and of other parameters that
+    train, which are left out.
     Raises: ValueError for a model without LoRA or with adapters of PEFT, a file in the place of the
     directory, a name that no adapter has, a value that is not finite, a LoRA layer inside a saved
     module, biases of experts that train, a layer of a user's own kind, layers with use_dora beside
@@ -89,6 +91,15 @@ def save_adapter(
         warnings.warn(
             f"save_adapter: these LoRA layers are not of this package, and left out: {others}. "
             f"{_OTHERS}",
+            stacklevel=2,
+        )
+    entries = entry_keys(model, adapted_layers(model), neutral.bias, neutral.modules_to_save)
+    beside = trained_beside(model, set(entries.values()))
+    if beside:
+        warnings.warn(
+            f"save_adapter: parameters that train are not in the directory: {first_few(beside)}. "
+            f"Name their modules in modules_to_save, or freeze them before training, as "
+            f"mark_only_lora_as_trainable(model) does",
             stacklevel=2,
         )
     stacks = set(neutral.stacks)

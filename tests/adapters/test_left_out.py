@@ -73,7 +73,7 @@ def said(call) -> list[str]:
 
 @pytest.mark.parametrize(("build", "kind"), FOREIGN.values(), ids=FOREIGN.keys())
 def test_layers_that_are_not_of_this_package_are_warned_of_once(build, kind, tmp_path):
-    model = nn.Sequential(build(), lora.Linear(8, 8, r=2), build())
+    model = nn.Sequential(build(), lora.Linear(8, 8, r=2), build()).requires_grad_(False)
     (message,) = said(lambda: lora.save_adapter(model, tmp_path))
     assert (
         f"save_adapter: these LoRA layers are not of this package, and left out: '0', '2' ({kind})"
@@ -96,7 +96,7 @@ def test_a_model_of_such_layers_alone_is_told_what_they_are(build, kind, tmp_pat
 
 @pytest.mark.parametrize("build", OTHERS.values(), ids=OTHERS.keys())
 def test_modules_with_parameters_of_these_names_are_not_warned_of(build, tmp_path):
-    model = nn.Sequential(build(), lora.Linear(8, 8, r=2))
+    model = nn.Sequential(build(), lora.Linear(8, 8, r=2)).requires_grad_(False)
     assert said(lambda: lora.save_adapter(model, tmp_path)) == []
     assert said(lambda: lora.merged_state_dict(model)) == []
 
@@ -111,7 +111,55 @@ def test_every_layer_of_this_package_is_its_own():
 
 def test_such_a_layer_in_a_module_that_is_saved_whole_is_in_the_file(tmp_path):
     model = nn.ModuleDict({"body": lora.Linear(8, 8, r=2), "head": OwnLinear(8, 2, 1)})
+    model["body"].bias.requires_grad_(False)
     assert said(lambda: lora.save_adapter(model, tmp_path, modules_to_save=["head"])) == []
+
+
+# ---- parameters that train and are not written ----
+
+
+def net(**options) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    options = options if "adapters" in options else {"r": 2, "lora_alpha": 4, **options}
+    return lora.apply_lora(model, target_modules=["0"], **options)
+
+
+def test_parameters_that_train_beside_lora_are_named(tmp_path):
+    model = net()
+    model[2].requires_grad_(True)
+    (message,) = said(lambda: lora.save_adapter(model, tmp_path))
+    assert "that train are not in the directory: '2.weight', '2.bias'. Name their" in message
+    assert said(lambda: lora.save_adapter(model, tmp_path, modules_to_save=["2"])) == []
+
+
+def test_layers_of_which_nobody_marked_what_trains_are_named(tmp_path):
+    model = nn.Sequential(lora.Linear(8, 8, r=2), nn.Linear(8, 3))
+    (message,) = said(lambda: lora.save_adapter(model, tmp_path))
+    assert "'0.bias', '1.weight', '1.bias'" in message
+    lora.mark_only_lora_as_trainable(model)
+    assert said(lambda: lora.save_adapter(model, tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["2"]},
+        {"use_dora": True}, {"adapters": dict.fromkeys("ab", {"r": 2, "lora_alpha": 4})},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_apply_lora_makes_trainable_is_written(options, tmp_path):
+    model = net(**options)
+    chosen = {"adapter": "a"} if "adapters" in options else {}
+    assert said(lambda: lora.save_adapter(model, tmp_path, **chosen)) == []
+
+
+def test_a_parameter_that_is_tied_to_a_written_one_is_written(tmp_path):
+    model = net(modules_to_save=["2"])
+    model.append(nn.Linear(8, 3))
+    model[3].weight = model[2].weight
+    model[3].bias.requires_grad_(False)
+    assert said(lambda: lora.save_adapter(model, tmp_path)) == []
 
 
 # ---- tied weights ----

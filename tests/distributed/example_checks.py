@@ -31,7 +31,7 @@ def the_example_has_the_losses_of_one_process(directory):
     assert in_float64.main("finetune", [*arguments, str(together)]) == 0
     dist.barrier()
     one, two = (json.loads((path / "results.json").read_text()) for path in (alone, together))
-    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert (one["processes"], two["processes"]) == (1, 2)
     assert len(one["losses"]) == len(two["losses"]) == 11
     expected = torch.tensor(one["losses"], dtype=torch.float64)
     assert_close(torch.tensor(two["losses"]), expected, expected.float())
