@@ -9,11 +9,10 @@ from lora_kernels.reference import products
 
 __all__ = ["VARIABLES", "not_taken", "unwritable_cache"]
 
-# Those of docs/reference/environment.md, and what hides GPUs.
+# Those of docs/reference/environment.md but for the tests' own, and what hides GPUs.
 VARIABLES = (
     "LORA_KERNELS_PLAN", "LORA_KERNELS_CPU_PRODUCTS", "LORA_KERNELS_CHECK", "LORA_KERNELS_TUNE",
-    "LORA_KERNELS_CACHE", "LORA_KERNELS_QUIET", "LORA_KERNELS_REPORT", "LORA_KERNELS_TEST_SEED",
-    "LORA_KERNELS_FORMATS", "LORA_KERNELS_DATA", "LORA_KERNELS_PATCH", "LORA_KERNELS_OUTCOMES",
+    "LORA_KERNELS_CACHE", "LORA_KERNELS_QUIET", "LORA_KERNELS_REPORT",
     "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 # choose() checks LORA_KERNELS_PLAN. The others take whatever they are set to.
