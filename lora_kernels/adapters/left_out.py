@@ -4,10 +4,11 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels import distributed
 from lora_kernels.layers.base import LoRALayer
-from lora_kernels.model.paths import first_few, is_inside, join, named_modules
+from lora_kernels.model.paths import first_few, is_inside, join, lora_layers, named_modules
 
 __all__ = ["other_lora_layers", "parted_ties", "trained_beside"]
 
@@ -47,13 +48,21 @@ def _is_other_lora(module: nn.Module) -> bool:
     return any(weight is not None and weight.numel() in sizes for weight in inside)
 
 
-def trained_beside(model: nn.Module, written: Collection[str]) -> list[str]:
+def trained_beside(model: nn.Module, written: Collection[str], saved: Collection[str]) -> list[str]:
     """Keys of parameters that train and are neither written nor factors of a LoRA layer.
 
-    written: keys, as this function has them. A parameter that is tied to a written one is, too.
+    written: keys, as this function has them. saved: the paths of the modules that are written as a
+    whole. A parameter that is tied to a written one is written, too, and one that parametrizes a
+    factor is one.
     """
     names: dict[int, str] = {}
     known: set[int] = set()
+    parametrized = [
+        join(path, f"parametrizations.{factor}")
+        for path, layer in lora_layers(model)
+        for factor in layer.factor_names
+        if is_parametrized(layer, factor)
+    ]
     for path, module in named_modules(model, remove_duplicate=False):
         factors = module.factor_names if isinstance(module, LoRALayer) else ()
         if _is_other_lora(module):
@@ -61,10 +70,11 @@ def trained_beside(model: nn.Module, written: Collection[str]) -> list[str]:
         for name, parameter in module._parameters.items():
             if not isinstance(parameter, nn.Parameter) or not parameter.requires_grad:
                 continue
-            if name in factors or join(path, name) in written:
+            key = join(path, name)
+            if name in factors or key in written or is_inside(key, [*saved, *parametrized]):
                 known.add(id(parameter))
             else:
-                names.setdefault(id(parameter), join(path, name))
+                names.setdefault(id(parameter), key)
     return [name for held, name in names.items() if held not in known]
 
 
@@ -90,5 +100,6 @@ def parted_ties(
 def _differ(one: Tensor, other: Tensor) -> bool:
     if one is other:
         return False
-    known = not (one.is_meta or other.is_meta or distributed.is_dtensor(one))
-    return not (known and torch.equal(one, other))
+    if one.is_meta or other.is_meta or distributed.is_dtensor(one):
+        return True
+    return not torch.equal(one.nan_to_num(0.0), other.nan_to_num(0.0))

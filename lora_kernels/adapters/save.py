@@ -94,7 +94,7 @@ def save_adapter(
             stacklevel=2,
         )
     entries = entry_keys(model, adapted_layers(model), neutral.bias, neutral.modules_to_save)
-    beside = trained_beside(model, set(entries.values()))
+    beside = trained_beside(model, set(entries.values()), neutral.modules_to_save)
     if beside:
         warnings.warn(
             f"save_adapter: parameters that train are not in the directory: {first_few(beside)}. "

@@ -36,7 +36,7 @@ def is_small(
     torch.compile, nor if LORA_KERNELS_PLAN or TRITON_INTERPRET asks for an algorithm.
     """
     if not (
-        not torch.compiler.is_dynamo_compiling()  # else the sizes below would be guarded
+        not torch.compiler.is_compiling()  # else the sizes below would be guarded
         and 0 < (elements := x.numel()) <= _MOST_ELEMENTS
         and is_free()
         and x.is_cpu

@@ -2,7 +2,8 @@
 
 h and dh of a float16 layer have a range that float16 lacks, under a large scaling or a loss scale.
 A power of two for each row or column brings its largest element near the end of that range. So no
-bit of a mantissa changes, and small rows beside large ones keep theirs. The product is scaled back.
+bit of a mantissa changes, and small rows beside large ones keep theirs. What is 2²⁸ times smaller
+than another element of its row, with which it is added up, loses bits. The product is scaled back.
 """
 
 import triton

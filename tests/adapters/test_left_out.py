@@ -144,7 +144,7 @@ def test_layers_of_which_nobody_marked_what_trains_are_named(tmp_path):
     "options",
     [
         {}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["2"]},
-        {"use_dora": True}, {"adapters": dict.fromkeys("ab", {"r": 2, "lora_alpha": 4})},
+        {"use_dora": True}, {"adapters": {name: {"r": 2, "lora_alpha": 4} for name in "ab"}},
     ],
     ids=str,
 )  # fmt: skip
@@ -152,6 +152,22 @@ def test_what_apply_lora_makes_trainable_is_written(options, tmp_path):
     model = net(**options)
     chosen = {"adapter": "a"} if "adapters" in options else {}
     assert said(lambda: lora.save_adapter(model, tmp_path, **chosen)) == []
+
+
+def test_a_parametrized_factor_is_written(tmp_path):
+    model = net()
+    nn.utils.parametrizations.orthogonal(model[0], "lora_A")
+    assert said(lambda: lora.save_adapter(model, tmp_path)) == []
+
+
+def test_parameters_of_a_saved_module_are_written_whatever_their_keys_are(tmp_path):
+    model = net(modules_to_save=["2"])
+
+    def rename(module, state_dict, prefix, metadata):
+        state_dict[prefix + "kernel"] = state_dict.pop(prefix + "weight")
+
+    model[2].register_state_dict_post_hook(rename)
+    assert said(lambda: lora.save_adapter(model, tmp_path)) == []
 
 
 def test_a_parameter_that_is_tied_to_a_written_one_is_written(tmp_path):
@@ -191,6 +207,12 @@ def test_tied_entries_that_are_equal_are_not_warned_of(seed):
     shared.append(shared[0])
     randomise(shared)
     assert said(lambda: lora.merged_state_dict(shared)) == []
+
+
+def test_tied_entries_that_hold_nan_in_the_same_places_are_not_warned_of(seed):
+    model = tied()
+    model["emb"].weight.data[0, 0] = torch.nan
+    assert said(lambda: lora.merged_state_dict(model)) == []
 
 
 def test_the_merged_entries_are_right_for_a_model_without_the_tie(seed):

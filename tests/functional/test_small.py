@@ -51,6 +51,16 @@ def test_results_and_gradients_are_those_of_the_formula(m, bias, seed):
         assert_close(result, exact[name], baseline[name], name)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_an_exported_program_takes_any_number_of_rows(dtype, strict, seed):
+    layer = LoRALinear(64, 64, r=4, dtype=dtype)
+    rows = {0: torch.export.Dim("rows", max=100_000)}
+    few, many = torch.randn(8, 64, dtype=dtype), torch.randn(5000, 64, dtype=dtype)
+    program = torch.export.export(layer, (few,), dynamic_shapes=(rows,), strict=strict)
+    assert torch.equal(program.module()(many), layer(many))
+
+
 def test_dropout_is_pytorchs(seed):
     problem = plain(m=(50,), dropout_p=0.4)
     x, w, a, b = problem.x, problem.w, problem.a, problem.b
