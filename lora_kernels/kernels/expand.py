@@ -120,7 +120,7 @@ def _expand_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    return select(TILES, target_of(device), bits_of(numerics.of_update), r=r)
+    return select(TILES, target_of(device), bits_of(numerics.update), r=r)
 
 
 def expand_y(
@@ -272,7 +272,7 @@ def _launch(
     **own,
 ) -> None:
     config = config or config_for(left.device, r, numerics)
-    m, block_r = len(out), rank_block(r, numerics.of_update)
+    m, block_r = len(out), rank_block(r, numerics.update)
     columns = sum(cdiv(size, config.BLOCK_COLS) for size in splits.sizes)
     launch(
         _expand_kernel,

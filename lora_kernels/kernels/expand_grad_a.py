@@ -75,11 +75,11 @@ def _expand_grad_a_kernel(
     part = tl.program_id(1)
     first_m = tl.cast(part, tl.int64) * m_slice
     steps = tl.cdiv(tl.maximum(min(M - first_m, m_slice), 0), BLOCK_M).to(tl.int32)
-    a_tile = load_tile(a, 0, k, R, K, BLOCK_R, BLOCK_K).to(NUMERICS.of_update)
+    a_tile = load_tile(a, 0, k, R, K, BLOCK_R, BLOCK_K).to(NUMERICS.update)
     if mask is not None:
         seed = tl.load(mask.seed)
 
-    DTYPE: tl.constexpr = NUMERICS.of_rank
+    DTYPE: tl.constexpr = NUMERICS.rank
     IN_DOT: tl.constexpr = tl.float32 != DTYPE
     accs = zeros_of_terms(TERMS, APART, BLOCK_R, BLOCK_K, BELOW=True)
     for step in tl.range(0, steps):
@@ -92,7 +92,7 @@ def _expand_grad_a_kernel(
         # The first term is dh rounded, as it meets a.
         dh_tile = load_tile(dh_part, 0, 0, M - row, R, BLOCK_M, BLOCK_R)
         x_tile = load_tile(part_of(x, row, 0), 0, k, M - row, K, BLOCK_M, BLOCK_K)
-        if NUMERICS.scaled:
+        if tl.float16 == NUMERICS.update:
             update = dot_scaled(dh_tile, a_tile)
         else:
             left = dh_tile.to(NUMERICS.update)
@@ -101,7 +101,7 @@ def _expand_grad_a_kernel(
             keep = keep_tile(seed, mask.threshold, row, k, BLOCK_M, BLOCK_K, IN_DOT=IN_DOT)
             update, x_tile = tl.where(keep, update, 0.0), tl.where(keep, x_tile, 0.0)
         store_tile(part_of(dx, row, 0), update, 0, k, M - row, K)
-        if NUMERICS.scaled:
+        if tl.float16 == DTYPE:
             accs = (accs[0] + dot_scaled(dh_tile.T, x_tile.to(DTYPE)),)
         else:
             accs = dot_of_terms(accs, dh_tiles, x_tile, DTYPE, NUMERICS)
@@ -120,7 +120,7 @@ def supports(r: int, numerics: Numerics, device: torch.device) -> bool:
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.of_rank), numerics.terms > 1
+    bits, terms = bits_of(numerics.rank), numerics.terms > 1
     return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
@@ -171,6 +171,6 @@ def expand_grad_a(
 
 
 def _block_r(r: int, numerics: Numerics, device: torch.device) -> int:
-    block = min(rank_block(r, numerics.of_update), rank_block(r, numerics.of_rank))
+    block = min(rank_block(r, numerics.update), rank_block(r, numerics.rank))
     # Products with operands in registers have none for the terms of more ranks beside dx.
     return min(block, 32) if numerics.terms > 1 and are_apart(device) else block

@@ -153,7 +153,7 @@ def gemm_bwd(
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
     w_t = w.stride(1) != 1  # stored [K, N], so transposed for dy·w
     stored = w.T if w_t else w
-    block_r = rank_block(r, numerics.of_update, beside_acc=True)
+    block_r = rank_block(r, numerics.update, beside_acc=True)
     config = config or config_for(dy, w, r, numerics)
     block_m, block_n, block_k, tma = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.tma
     subtiles = config.epilogue_subtile if dropout_p > 0 else 1

@@ -156,7 +156,7 @@ def gemm_fwd(
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     w_t = w.stride(1) == 1  # stored [N, K], so transposed for x·wᵀ
     stored = w if w_t else w.T
-    block_r = rank_block(r, numerics.of_update, beside_acc=True)
+    block_r = rank_block(r, numerics.update, beside_acc=True)
     config = config or config_for(x, w, r, spec, numerics)
     block_m, block_n, block_k, tma = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.tma
     subtiles = 1 if col_scale is None else config.epilogue_subtile

@@ -98,7 +98,9 @@ def _gemm_small_m_kernel(
                 tl.store(h_ptr + offs_h, h, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
             start += sizes[g]
         b_tile = load_tile(b, b_row, 0, b_row + end - column, R, BLOCK_N, BLOCK_R).T
-        left, right = (h * scaling).to(NUMERICS.update), b_tile.to(NUMERICS.update)
+        # Not in float16, which would not hold h: TF32 has as many bits.
+        IN: tl.constexpr = tl.float32 if tl.float16 == NUMERICS.update else NUMERICS.update
+        left, right = (h * scaling).to(IN), b_tile.to(IN)
         acc = tl.dot(left, right, acc, input_precision=NUMERICS.update_precision)
     acc = scale_columns(acc, col_scale, column, end)
     acc = add_bias(acc, bias, column, end)

@@ -78,8 +78,8 @@ def _grad_a_kernel(
     if mask is not None:
         seed = tl.load(mask.seed + layer)
 
-    DTYPE: tl.constexpr = NUMERICS.of_rank
-    LOADED: tl.constexpr = tl.float32 if NUMERICS.scaled else DTYPE
+    DTYPE: tl.constexpr = NUMERICS.rank
+    LOADED: tl.constexpr = tl.float32 if tl.float16 == DTYPE else DTYPE
     IN_DOT: tl.constexpr = tl.float32 != DTYPE
     accs = zeros_of_terms(TERMS, APART, BLOCK_R, BLOCK_K, BELOW=True)
     for step in tl.range(0, steps):
@@ -93,7 +93,7 @@ def _grad_a_kernel(
         if mask is not None:
             keep = keep_tile(seed, mask.threshold, row, k, BLOCK_M, BLOCK_K, IN_DOT=IN_DOT)
             x_tile = tl.where(keep, x_tile, 0.0)
-        if NUMERICS.scaled:
+        if tl.float16 == DTYPE:
             accs = (accs[0] + dot_scaled(dh_tiles[0].T, x_tile.to(DTYPE)),)
         else:
             accs = dot_of_terms(accs, dh_tiles, x_tile, DTYPE, NUMERICS)
@@ -107,7 +107,7 @@ def _grad_a_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.of_rank), numerics.terms > 1
+    bits, terms = bits_of(numerics.rank), numerics.terms > 1
     return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
@@ -127,7 +127,7 @@ def grad_a(
     (m, k), (*stack, _, r), layers = x.shape, dh.shape, dh.shape[:-2].numel()
     config = config or config_for(x.device, r, numerics)
     dh, terms = split_terms(dh, x.dtype, numerics.rank_terms)
-    block_r = rank_block(r, numerics.of_rank)
+    block_r = rank_block(r, numerics.rank)
     programs = cdiv(k, config.BLOCK_COLS) * layers * cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(x.device)
     parts, m_slice = split(m, config.BLOCK_ROWS, programs, wanted)

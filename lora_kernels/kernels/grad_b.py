@@ -115,9 +115,9 @@ def _grad_b_kernel(
             hs = terms_of(h, row, r, M, R, RANK_TERMS, APART, NUMERICS, BLOCK_M, BLOCK_R)
         else:
             h_tile = load_tile(h, row, r, M, R, BLOCK_M, BLOCK_R)
-            if NUMERICS.scaled:
+            if tl.float16 == NUMERICS.rank:
                 h_tile, down = scaled(h_tile, 0)
-            hs = (h_tile.to(NUMERICS.of_rank),)
+            hs = (h_tile.to(NUMERICS.rank),)
     accs = zeros_of_terms(TERMS, APART, BLOCK_M, BLOCK_R)
     for step in tl.range(0, steps):
         n = first_n + step * BLOCK_N
@@ -129,11 +129,11 @@ def _grad_b_kernel(
             )  # fmt: skip
             accs = dot_terms(accs, dy_tile, b_tiles, False, DTYPE, NUMERICS)
         if db_ptr is not None:
-            left, dbs = dy_tile.to(NUMERICS.of_rank).T, ()
+            left, dbs = dy_tile.to(NUMERICS.rank).T, ()
             for i in tl.static_range(len(hs)):
                 dbs += (tl.dot(left, hs[i], input_precision=NUMERICS.precision),)
             db = sum_terms(dbs, BLOCK_R) * scale_db
-            if NUMERICS.scaled:
+            if tl.float16 == NUMERICS.rank:
                 db = db * down
             offs_n = n + tl.arange(0, BLOCK_N)
             if col_scale is not None:
@@ -151,7 +151,7 @@ def _grad_b_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.of_rank), numerics.terms > 1
+    bits, terms = bits_of(numerics.rank), numerics.terms > 1
     return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
@@ -184,7 +184,7 @@ def grad_b(
         return None, db
     dtype = b.dtype
     b, terms = split_terms(b, dy.dtype, numerics.terms)
-    block_r = rank_block(r, numerics.of_rank)
+    block_r = rank_block(r, numerics.rank)
     rows, ranks = cdiv(m, config.BLOCK_ROWS), cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(dy.device)
     parts, _ = split(max(splits.sizes), config.BLOCK_COLS, rows * ranks * groups, wanted)

@@ -104,7 +104,7 @@ def _grouped_expand_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    return select(TILES, target_of(device), bits_of(numerics.of_update), r=r)
+    return select(TILES, target_of(device), bits_of(numerics.update), r=r)
 
 
 def grouped_expand(
@@ -127,7 +127,7 @@ def grouped_expand(
     """
     n, r = out.shape[1], left.shape[1]
     config = config or config_for(out.device, r, numerics)
-    block_r = rank_block(r, numerics.of_update)
+    block_r = rank_block(r, numerics.update)
     launch(
         _grouped_expand_kernel,
         (routing.tiles(config.BLOCK_ROWS) * cdiv(n, config.BLOCK_COLS),),

@@ -140,7 +140,7 @@ def grouped_gemm(
     """
     (k, n), r = w.shape[-2:], update_left.shape[1]
     config = config or config_for(left.device, r, numerics)
-    block_r = rank_block(r, numerics.of_update, beside_acc=True)
+    block_r = rank_block(r, numerics.update, beside_acc=True)
     out = torch.empty((routing.rows, n), dtype=left.dtype, device=left.device)
     w_t = w.stride(-1) != 1  # stored [N, K]
     launch(

@@ -95,8 +95,8 @@ def _grouped_grad_kernel(
         if mask is not None:
             seed, threshold = tl.load(mask.seeds + group), tl.load(mask.thresholds + group)
             mask_row = row_of_group(segments, Q, S, segment, group, first - start, BLOCK_Q)
-        DTYPE: tl.constexpr = NUMERICS.of_rank
-        LOADED: tl.constexpr = tl.float32 if NUMERICS.scaled else DTYPE
+        DTYPE: tl.constexpr = NUMERICS.rank
+        LOADED: tl.constexpr = tl.float32 if tl.float16 == DTYPE else DTYPE
         IN_DOT: tl.constexpr = tl.float32 != DTYPE
         accs = zeros_of_terms(TERMS, APART, BLOCK_R, BLOCK_K, BELOW=True)
         for step in tl.range(0, tl.cdiv(end - first, BLOCK_M)):
@@ -110,7 +110,7 @@ def _grouped_grad_kernel(
                 at = mask_row + step * BLOCK_M
                 keep = keep_tile(seed, threshold, at, k, BLOCK_M, BLOCK_K, IN_DOT=IN_DOT)
                 right_tile = tl.where(keep, right_tile, 0.0)
-            if NUMERICS.scaled:
+            if tl.float16 == DTYPE:
                 accs = (accs[0] + dot_scaled(left_tiles[0].T, right_tile.to(DTYPE)),)
             else:
                 accs = dot_of_terms(accs, left_tiles, right_tile, DTYPE, NUMERICS)
@@ -120,7 +120,7 @@ def _grouped_grad_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.of_rank), numerics.terms > 1
+    bits, terms = bits_of(numerics.rank), numerics.terms > 1
     return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
@@ -143,7 +143,7 @@ def grouped_grad(
     k, r = right.shape[1], left.shape[1]
     config = config or config_for(right.device, r, numerics)
     left, terms = split_terms(left, right.dtype, numerics.rank_terms)
-    block_r = rank_block(r, numerics.of_rank)
+    block_r = rank_block(r, numerics.rank)
     chunk_rows = chunk_rows or CHUNK
     chunks = routing.tiles(chunk_rows)
     # Not all are written, and no other is read.

@@ -16,12 +16,12 @@ class Numerics(NamedTuple):
     """The dtype of both operands of each kind of dot, and how float32 ones are multiplied.
 
     main: x·wᵀ and dy·w. factor: x or dy times a factor, for h and dh. rank: h or dh times dy or x,
-    for db and da. update: h or dh times a factor, for y and dx. precision: how factor and rank are
-    multiplied. update_precision: how main and update are multiplied. terms: if it is not 0, then x
-    and dy meet factors in main's dtype instead, and a factor in another dtype is so many terms, see
-    split_terms.py; if it is more than 1, h and dh in db and da are, too. With terms in float16, h
-    and dh meet everything in main's dtype, see scaled.py; only gemm_small_m takes update. A
-    constexpr argument of every kernel with a dot.
+    for db and da. update: h or dh times a factor, for y and dx. rank and update in float16 are
+    scaled, see scaled.py. precision: how factor and rank are multiplied. update_precision: how main
+    and update are multiplied. terms: if it is not 0, then x and dy meet factors in main's dtype
+    instead, and a factor in another dtype is so many terms, see split_terms.py; if it is more than
+    1, h and dh in db and da are, too. A constexpr argument of every kernel with a dot, which can
+    read these fields and, with Triton 3.9, no properties.
     """
 
     main: tl.dtype
@@ -39,27 +39,12 @@ class Numerics(NamedTuple):
     @property
     def dh(self) -> torch.dtype:
         """The dtype of dh in memory: bfloat16 if every product rounds dh to that, else float32."""
-        return torch.bfloat16 if self.rank is tl.bfloat16 else torch.float32
+        return torch.bfloat16 if self.terms == 1 and self.rank is tl.bfloat16 else torch.float32
 
     @property
     def of_factor(self) -> tl.dtype:
         """The dtype in which x or dy meets the terms of a factor."""
         return self.main if self.terms else self.factor
-
-    @property
-    def of_rank(self) -> tl.dtype:
-        """The dtype in which x or dy meets h or dh, or terms of them."""
-        return self.main if self.terms else self.rank
-
-    @property
-    def of_update(self) -> tl.dtype:
-        """The dtype in which a factor meets h or dh."""
-        return self.main if self.terms else self.update
-
-    @property
-    def scaled(self) -> bool:
-        """Whether h and dh meet float16 as scaled.py has it."""
-        return self.terms > 0 and self.main is tl.float16
 
     @property
     def rank_terms(self) -> int:
@@ -76,10 +61,10 @@ def numerics_of(x: Tensor, *factors: Tensor | None, narrow: bool = False) -> Num
     float32 layers multiply as torch's float32 products do, with TF32 only if that is allowed.
     16-bit layers multiply in their dtype. h and dh of a float16 layer are float32 in memory, and a
     power of two brings them into the range of float16 in a product, see scaled.py, so that no
-    scaling overflows. gemm_small_m multiplies h as TF32, which has as many bits of mantissa as
-    float16. float32 factors over a 16-bit layer get float32 gradients, so the
-    products that make these are float32; unless they are narrow, because autocast rounds the
-    factors to x's dtype.
+    scaling overflows. gemm_small_m, and on Blackwell all that makes y and dx, multiplies them as
+    TF32, which has as many bits of mantissa as float16. float32 factors over a 16-bit layer get
+    float32 gradients, so the products that make these are float32; unless they are narrow, because
+    autocast rounds the factors to x's dtype.
     On Hopper with Triton before 3.7, x and dy meet factors as TF32x3 if TF32 is allowed, see
     hazards.py.
     """
@@ -102,15 +87,18 @@ def _numerics(dtype: torch.dtype, uniform: bool, target: str, allowed: bool) -> 
     # Triton's interpreter would multiply bfloat16 as integers.
     interpreted_bf16 = dtype == torch.bfloat16 and target == "interpreter"
     main = tl.float32 if interpreted_bf16 else _TL[dtype]
-    update = main if main is tl.bfloat16 else tl.float32
     if dtype == torch.float32:
         precisions = (steady, tf32) if allowed else ("ieee", "ieee")
         return Numerics(main, main, main, main, *precisions)
     if uniform:
         # Triton's interpreter would cut bits off, too, where it rounds to bfloat16.
-        terms = 0 if interpreted_bf16 else 1
-        return Numerics(main, main, update, update, tf32, tf32, terms)
+        if interpreted_bf16:
+            return Numerics(main, main, main, main, tf32, tf32)
+        # On Blackwell a product's sum is not in registers, and to scale it there spills some.
+        wide = dtype == torch.float16 and target == "sm_100"
+        return Numerics(main, main, main, tl.float32 if wide else main, tf32, tf32, 1)
     precision = steady if allowed else exact
-    # Sixteen bits are more than TF32 has. The terms of a large number would not fit into float16.
-    terms = 0 if dtype == torch.float16 else 2 if allowed else 3
-    return Numerics(main, tl.float32, tl.float32, update, precision, tf32, terms)
+    if dtype == torch.float16:  # the terms of a large number would not fit
+        return Numerics(main, tl.float32, tl.float32, tl.float32, precision, tf32)
+    # Sixteen bits are more than TF32 has.
+    return Numerics(main, tl.float32, main, main, precision, tf32, 2 if allowed else 3)

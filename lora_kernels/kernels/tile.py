@@ -145,7 +145,7 @@ def add_low_rank(
 
     RIGHT_T: right is stored [.., R] (b), otherwise [R, ..] (a). left is float32, or scale is 1.
     """
-    if NUMERICS.scaled:
+    if tl.float16 == NUMERICS.update:
         # All of acc, because a product of its own has no registers beside a large one.
         largest = largest_of_rows(left, row, rows, R, acc.shape[0], BLOCK_R, RANK_BLOCKS)
         up, down = powers(tl.abs(largest * scale))
@@ -158,11 +158,11 @@ def add_low_rank(
             other = load_tile(right, right_row, r, right_end, R, acc.shape[1], BLOCK_R).T
         else:
             other = load_tile(right, r, right_row, R, right_end, BLOCK_R, acc.shape[1])
-        if NUMERICS.scaled:
+        if tl.float16 == NUMERICS.update:
             tile *= up
-        tile, other = tile.to(NUMERICS.of_update), other.to(NUMERICS.of_update)
+        tile, other = tile.to(NUMERICS.update), other.to(NUMERICS.update)
         acc = tl.dot(tile, other, acc, input_precision=NUMERICS.update_precision)
-    if NUMERICS.scaled:
+    if tl.float16 == NUMERICS.update:
         acc *= down
     return acc
 
