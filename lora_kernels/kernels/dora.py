@@ -107,7 +107,7 @@ def dora_backward(
         if needs.magnitude:
             of_y = None if bias is None or spec.drops_product else bias.contiguous()
             sums = column_sums(dy_rows, as_rows(kept), of_y)
-            dmagnitude = of_column_sums(sums, dy_rows, rows, h, w, b, m, norm, spec)
+            dmagnitude = of_column_sums(sums, dy_rows, rows, h, w, b, bias, m, norm, spec)
             dmagnitude = dmagnitude.to(magnitude.dtype)
     if dx is not None:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])

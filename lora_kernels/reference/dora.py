@@ -14,7 +14,8 @@ A row of zeros of w + scaling·b·a has no direction: its m is 1. So its lora_B 
 which can lead it away from zero, and its magnitude has none.
 
 The backward needs z = (y - bias) / m for the gradient of magnitude, and takes it out of y, which
-its caller keeps anyway. In columns with a small m, or none, y has lost z: they are computed again.
+its caller keeps anyway. In columns with a small m, or none, or a large bias, y has lost z: they are
+computed again.
 """
 
 from collections.abc import Iterator
@@ -212,7 +213,7 @@ def magnitude_gradient(
     sums = torch.mul(dy, kept.reshape(dy.shape), out=memory).sum(0)
     if bias is not None and not spec.drops_product:
         sums -= bias.to(dy.dtype) * dy.sum(0)
-    return of_column_sums(sums, dy, x, h, w, b, m, norm, spec)
+    return of_column_sums(sums, dy, x, h, w, b, bias, m, norm, spec)
 
 
 def of_column_sums(
@@ -222,6 +223,7 @@ def of_column_sums(
     h: Tensor,
     w: Tensor,
     b: Tensor,
+    bias: Tensor | None,
     m: Tensor,
     norm: Tensor,
     spec: DoraSpec,
@@ -233,17 +235,24 @@ def of_column_sums(
     if spec.drops_product:
         return over_norm(sums, norm)
     sums /= m
-    some = _columns_without_z(m)
+    some = _columns_without_z(m, norm, x, bias)
     if isinstance(some, slice) or len(some):
         z = _product(x, w[some], h, b[some], spec.scaling)
         sums[some] = z.mul_(dy[:, some]).sum(0)
     return over_norm(sums, norm)
 
 
-def _columns_without_z(m: Tensor) -> Tensor | slice:
+def _columns_without_z(m: Tensor, norm: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | slice:
+    """Those with a small m, or a bias larger than y - bias for an x of no particular direction:
+    m·norm times the root mean square of x.
+    """
     if m.is_cuda and torch.cuda.is_current_stream_capturing():
         return slice(None)  # all: the host cannot ask which
-    return (m.abs() < _SMALL).nonzero().flatten()
+    lost = m.abs() < _SMALL
+    if bias is not None:
+        size = torch.linalg.vector_norm(x, dtype=m.dtype) / x.numel() ** 0.5
+        lost |= bias.abs() > (m * norm).abs() * size
+    return lost.nonzero().flatten()
 
 
 # ---- products ----

@@ -84,7 +84,7 @@ def test_it_says_what_was_compared_and_where_it_is_kept(tune, device):
     ],
 )
 def test_wrong_arguments_are_one_line(tune, arguments, message, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert message in refused(tune(*arguments))
 
 

@@ -245,9 +245,25 @@ def test_dmagnitude_if_a_magnitude_is_zero_or_small(value, dropout_p, low_rank_o
     check(problem, solve(problem))
 
 
+@every_law
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("of_bias", "of_x"), [(100, 1), (1, 2**-6)], ids=str)
+def test_dmagnitude_beside_a_bias_larger_than_the_product(
+    of_bias, of_x, dtype, dropout_p, low_rank_only, seed, device
+):
+    problem = make_dora_problem(
+        130, 96, 64, 8, device=device, dtype=dtype, bias=True, dropout_p=dropout_p,
+        low_rank_only=low_rank_only, scaling=2.0,
+    )  # fmt: skip
+    problem.bias.mul_(of_bias)
+    problem.bias[::7] = 0
+    problem.x.mul_(of_x)
+    check(problem, solve(problem))
+
+
 def test_dmagnitude_if_every_column_is_computed_again(monkeypatch, seed, device):
     """As while a CUDA graph is captured."""
-    monkeypatch.setattr(reference, "_columns_without_z", lambda m: slice(None))
+    monkeypatch.setattr(reference, "_columns_without_z", lambda *_: slice(None))
     problem = make_dora_problem(33, 40, 24, 4, device=device, dtype=torch.bfloat16)
     problem.magnitude[3] = 0
     check(problem, solve(problem))
