@@ -51,8 +51,9 @@ def test_results_and_gradients_are_those_of_the_formula(m, bias, seed):
         assert_close(result, exact[name], baseline[name], name)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "strict"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False)]
+)
 def test_an_exported_program_takes_any_number_of_rows(dtype, strict, seed):
     layer = LoRALinear(64, 64, r=4, dtype=dtype)
     rows = {0: torch.export.Dim("rows", max=100_000)}

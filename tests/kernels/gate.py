@@ -57,7 +57,6 @@ REPRESENTATIVES = (
     Case(lora_dtype=torch.float32, r=64),
     Case(lora_dtype=torch.float32),
     Case(lora_dtype=torch.float32, r=64, narrow=True),
-    Case(dtype=torch.float32, lora_dtype=torch.float32),
     Case(dtype=torch.float32, lora_dtype=torch.float32, r=64),
 )
 

@@ -20,9 +20,10 @@ TRITON = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("triton"))
 USED = [target for target in TESTED if target != "sm_100" or TRITON >= BLACKWELL]
 
 
-# Over the stand-in for the driver, too; and, for want of time, of AMD's the kernels of lora_linear.
+# Over the stand-in for the driver, too; and, for want of time, the kernels of lora_linear alone.
 LINEAR = "shrink gemm_fwd gemm_small_m expand expand_grad_a grad_b gemm_bwd grad_a"
-OPTIONS = {"sm_90": ["--launch"], "gfx942": ["--kernels", *LINEAR.split()]}
+ALONE = ["--kernels", *LINEAR.split()]
+OPTIONS = {"sm_90": ["--launch"], "sm_80": ALONE, "gfx942": ALONE}
 
 
 def gate(*arguments):
