@@ -57,7 +57,7 @@ def trained_beside(model: nn.Module, written: Collection[str], saved: Collection
     """
     names: dict[int, str] = {}
     known: set[int] = set()
-    parametrized = [
+    whole = [*saved] + [
         join(path, f"parametrizations.{factor}")
         for path, layer in lora_layers(model)
         for factor in layer.factor_names
@@ -71,7 +71,7 @@ def trained_beside(model: nn.Module, written: Collection[str], saved: Collection
             if not isinstance(parameter, nn.Parameter) or not parameter.requires_grad:
                 continue
             key = join(path, name)
-            if name in factors or key in written or is_inside(key, [*saved, *parametrized]):
+            if name in factors or key in written or is_inside(key, whole):
                 known.add(id(parameter))
             else:
                 names.setdefault(id(parameter), key)

@@ -84,7 +84,7 @@ def save_adapter(
     if Path(directory).is_file():
         raise ValueError(f"save_adapter: directory={str(directory)!r} is a file")
     saved = as_names("modules_to_save", modules_to_save, model)
-    neutral = adapter_of(model, saved, adapter)
+    neutral, entries = adapter_of(model, saved, adapter)
     encoded = peft.encode(neutral)
     others = other_lora_layers(model, neutral.modules_to_save)
     if others is not None:
@@ -93,7 +93,6 @@ def save_adapter(
             f"{_OTHERS}",
             stacklevel=2,
         )
-    entries = entry_keys(model, adapted_layers(model), neutral.bias, neutral.modules_to_save)
     beside = trained_beside(model, set(entries.values()), neutral.modules_to_save)
     if beside:
         warnings.warn(
@@ -124,10 +123,11 @@ def save_adapter(
 
 def adapter_of(
     model: nn.Module, modules_to_save: Collection[str], name: str | None = None
-) -> Adapter:
+) -> tuple[Adapter, dict[str, str]]:
     """What LoRA has trained of model, with the whole of modules_to_save, gathered from all ranks.
 
-    name: which of several adapters.
+    With it the keys of its entries, each with that in plain_state(model). name: which of several
+    adapters.
     Raises: ValueError for a model that has no LoRA layer or is one itself, and for a name that no
     module has.
     """
@@ -160,7 +160,7 @@ def adapter_of(
                 f"save_adapter: {key} trains, and PEFT's format has no place for biases of "
                 f"experts: save lora_state_dict(model, bias={bias!r})"
             )
-    return Adapter(
+    found = Adapter(
         layers={path: _layer(path, layers, state) for path in parameters},
         entries={key: distributed.full_tensor(state[own]) for key, own in entries.items()},
         bias=bias,
@@ -170,6 +170,7 @@ def adapter_of(
         base_model=base_model if isinstance(base_model, str) and base_model else None,
         base_class=_library_class(plain) if hasattr(plain, "config") else None,
     )
+    return found, entries
 
 
 def _library_class(model: nn.Module) -> type | None:

@@ -108,8 +108,7 @@ def _weight_norm_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    terms = numerics.terms > 1
-    bits = bits_of(numerics.main if terms else numerics.factor)
+    bits, terms = bits_of(numerics.of_factor), numerics.terms > 1
     return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
@@ -129,9 +128,8 @@ def weight_norm(
     (n, k), r = w.shape, len(a)
     config = config or config_for(w.device, r, numerics)
     w_t = w.stride(1) != 1  # stored [K, N]
-    in_terms = numerics.terms > 1
-    a, terms = split_terms(a, w.dtype, numerics.terms if in_terms else 0)
-    block_r = rank_block(r, numerics.main if in_terms else numerics.factor, beside_acc=True)
+    a, terms = split_terms(a, w.dtype, numerics.rank_terms)
+    block_r = rank_block(r, numerics.of_factor, beside_acc=True)
     norm = torch.empty(n, dtype=torch.float32, device=w.device)
     launch(
         _weight_norm_kernel,
