@@ -47,6 +47,10 @@ class Case(NamedTuple):
         return " ".join(words + ["unaligned"] * (not self.aligned))
 
 
+# The kernels that lora_linear launches.
+LINEAR = (
+    "shrink", "gemm_fwd", "gemm_small_m", "expand", "expand_grad_a", "grad_b", "gemm_bwd", "grad_a",
+)  # fmt: skip
 REPRESENTATIVES = (
     Case(),
     Case(dropout_p=0.0, fan_in_fan_out=True),
@@ -141,7 +145,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=aot.TARGETS)
     parser.add_argument("--all", action="store_true")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    chosen.add_argument(
+        "--linear", action="store_const", const=LINEAR, dest="kernels", help="those of lora_linear"
+    )
     parser.add_argument("--launch", action="store_true", help="over the stand-in driver as well")
     options = parser.parse_args(arguments)
     launch, reason = options.launch and options.target.startswith("sm_"), standin.why_not()

@@ -21,9 +21,7 @@ USED = [target for target in TESTED if target != "sm_100" or TRITON >= BLACKWELL
 
 
 # Over the stand-in for the driver, too; and, for want of time, the kernels of lora_linear alone.
-LINEAR = "shrink gemm_fwd gemm_small_m expand expand_grad_a grad_b gemm_bwd grad_a"
-ALONE = ["--kernels", *LINEAR.split()]
-OPTIONS = {"sm_90": ["--launch"], "sm_80": ALONE, "gfx942": ALONE}
+OPTIONS = {"sm_90": ["--launch"], "sm_80": ["--linear"], "gfx942": ["--linear"]}
 
 
 def gate(*arguments):
