@@ -79,7 +79,7 @@ def _expand_grad_a_kernel(
     if mask is not None:
         seed = tl.load(mask.seed)
 
-    DTYPE: tl.constexpr = NUMERICS.rank
+    DTYPE: tl.constexpr = NUMERICS.main
     IN_DOT: tl.constexpr = tl.float32 != DTYPE
     accs = zeros_of_terms(TERMS, APART, BLOCK_R, BLOCK_K, BELOW=True)
     for step in tl.range(0, steps):
@@ -101,10 +101,7 @@ def _expand_grad_a_kernel(
             keep = keep_tile(seed, mask.threshold, row, k, BLOCK_M, BLOCK_K, IN_DOT=IN_DOT)
             update, x_tile = tl.where(keep, update, 0.0), tl.where(keep, x_tile, 0.0)
         store_tile(part_of(dx, row, 0), update, 0, k, M - row, K)
-        if tl.float16 == DTYPE:
-            accs = (accs[0] + dot_scaled(dh_tile.T, x_tile.to(DTYPE)),)
-        else:
-            accs = dot_of_terms(accs, dh_tiles, x_tile, DTYPE, NUMERICS)
+        accs = dot_of_terms(accs, dh_tiles, x_tile, NUMERICS)
 
     offs_r = tl.arange(0, BLOCK_R)
     offs_k = k + tl.arange(0, BLOCK_K)
@@ -120,7 +117,7 @@ def supports(r: int, numerics: Numerics, device: torch.device) -> bool:
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.rank), numerics.terms > 1
+    bits, terms = bits_of(numerics.main), numerics.terms > 1
     return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
@@ -171,6 +168,6 @@ def expand_grad_a(
 
 
 def _block_r(r: int, numerics: Numerics, device: torch.device) -> int:
-    block = min(rank_block(r, numerics.update), rank_block(r, numerics.rank))
+    block = min(rank_block(r, numerics.update), rank_block(r, numerics.main))
     # Products with operands in registers have none for the terms of more ranks beside dx.
     return min(block, 32) if numerics.terms > 1 and are_apart(device) else block

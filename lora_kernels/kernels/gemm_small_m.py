@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels import dropout
-from lora_kernels.dispatch.algorithm import SMALL_M, is_small_m
+from lora_kernels.dispatch.algorithm import is_small_m
 from lora_kernels.kernels.config import GemmConfig, Tiles, When, select, target_of
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block
@@ -68,8 +68,9 @@ def _gemm_small_m_kernel(
     a_row = group * R
     a_end = min(a_row + R, rank_total)
 
-    TERMS: tl.constexpr = NUMERICS.terms if NUMERICS.terms > 1 else 1
-    DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms else NUMERICS.factor
+    # dot_terms scales terms of float16 itself.
+    IN_TERMS: tl.constexpr = NUMERICS.terms == 1 or tl.float16 != NUMERICS.main
+    TERMS: tl.constexpr = NUMERICS.terms if IN_TERMS and NUMERICS.terms > 1 else 1
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     hs = zeros_of_terms(TERMS, True, BLOCK_M, BLOCK_R)
     for step in tl.range(0, tl.cdiv(K, BLOCK_K)):
@@ -85,8 +86,8 @@ def _gemm_small_m_kernel(
         if mask is not None:
             keep = keep_tile(seed, mask.threshold, 0, k, BLOCK_M, BLOCK_K)
             x_tile = tl.where(keep, x_tile, 0.0)
-        a_tiles = split_tile(a_tile, TERMS, DTYPE)
-        hs = dot_terms(hs, x_tile, a_tiles, True, DTYPE, NUMERICS)
+        a_tiles = split_tile(a_tile, TERMS, NUMERICS.main) if IN_TERMS else (a_tile,)
+        hs = dot_terms(hs, x_tile, a_tiles, True, NUMERICS)
     h = sum_terms(hs, BLOCK_R) * keep_scale
 
     if enabled:
@@ -109,18 +110,18 @@ def _gemm_small_m_kernel(
 
 def supports(m: int, r: int, dropout_p: float, numerics: Numerics) -> bool:
     """Whether gemm_small_m takes m rows and rank r."""
-    return is_small_m(m, dropout_p > 0) and r <= rank_block(r, numerics.factor)
+    return is_small_m(m, dropout_p > 0) and r <= _block_r(r, numerics)
+
+
+def _block_r(r: int, numerics: Numerics) -> int:
+    # The terms of a take registers, as float32 tiles do.
+    return rank_block(r, tl.float32 if numerics.terms > 1 else numerics.main)
 
 
 def config_for(x: Tensor, numerics: Numerics) -> GemmConfig:
-    """The entry of TILES that serves x [M, K].
-
-    The tiles for up to 16 rows are long in K. float32 factors over a float16 layer leave no
-    registers for them.
-    """
-    narrow = bits_of(numerics.of_factor) == 16
-    m, terms = x.shape[0] if narrow else SMALL_M, numerics.terms > 1
-    return select(TILES, target_of(x.device), bits_of(numerics.main), m, terms=terms)
+    """The entry of TILES that serves x [M, K]."""
+    bits, terms = bits_of(numerics.main), numerics.terms > 1
+    return select(TILES, target_of(x.device), bits, x.shape[0], terms=terms)
 
 
 def gemm_small_m(
@@ -173,7 +174,7 @@ def gemm_small_m(
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
-        BLOCK_R=rank_block(r, numerics.factor),
+        BLOCK_R=_block_r(r, numerics),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -13,7 +13,6 @@ from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms, sele
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block, split
 from lora_kernels.kernels.numerics import Numerics, bits_of
-from lora_kernels.kernels.scaled import dot_scaled
 from lora_kernels.kernels.split_k_reduce import split_k_reduce
 from lora_kernels.kernels.split_terms import (
     are_apart,
@@ -78,8 +77,7 @@ def _grad_a_kernel(
     if mask is not None:
         seed = tl.load(mask.seed + layer)
 
-    DTYPE: tl.constexpr = NUMERICS.rank
-    LOADED: tl.constexpr = tl.float32 if tl.float16 == DTYPE else DTYPE
+    DTYPE: tl.constexpr = NUMERICS.main
     IN_DOT: tl.constexpr = tl.float32 != DTYPE
     accs = zeros_of_terms(TERMS, APART, BLOCK_R, BLOCK_K, BELOW=True)
     for step in tl.range(0, steps):
@@ -87,16 +85,13 @@ def _grad_a_kernel(
         # Pointers begin at the tile's first row, so that each step computes only a scalar.
         dh_tiles = load_terms(
             part_of(dh, row, 0), 0, r, M - row, R, layers * M,
-            False, TERMS, APART, LOADED, BLOCK_M, BLOCK_R,
+            False, TERMS, APART, DTYPE, BLOCK_M, BLOCK_R,
         )  # fmt: skip
         x_tile = load_tile(part_of(x, row, 0), 0, k, M - row, K, BLOCK_M, BLOCK_K)
         if mask is not None:
             keep = keep_tile(seed, mask.threshold, row, k, BLOCK_M, BLOCK_K, IN_DOT=IN_DOT)
             x_tile = tl.where(keep, x_tile, 0.0)
-        if tl.float16 == DTYPE:
-            accs = (accs[0] + dot_scaled(dh_tiles[0].T, x_tile.to(DTYPE)),)
-        else:
-            accs = dot_of_terms(accs, dh_tiles, x_tile, DTYPE, NUMERICS)
+        accs = dot_of_terms(accs, dh_tiles, x_tile, NUMERICS)
 
     offs_r = r + tl.arange(0, BLOCK_R)
     offs_k = k + tl.arange(0, BLOCK_K)
@@ -107,7 +102,7 @@ def _grad_a_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.rank), numerics.terms > 1
+    bits, terms = bits_of(numerics.main), numerics.terms > 1
     return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
@@ -127,7 +122,7 @@ def grad_a(
     (m, k), (*stack, _, r), layers = x.shape, dh.shape, dh.shape[:-2].numel()
     config = config or config_for(x.device, r, numerics)
     dh, terms = split_terms(dh, x.dtype, numerics.rank_terms)
-    block_r = rank_block(r, numerics.rank)
+    block_r = rank_block(r, numerics.main)
     programs = cdiv(k, config.BLOCK_COLS) * layers * cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(x.device)
     parts, m_slice = split(m, config.BLOCK_ROWS, programs, wanted)

@@ -105,19 +105,18 @@ def _grad_b_kernel(
     steps = tl.cdiv(tl.maximum(min(size - first_n, n_slice), 0), BLOCK_N)
 
     RANK_TERMS: tl.constexpr = NUMERICS.terms
-    DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms else NUMERICS.factor
     offs_r = r + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     if db_ptr is not None:
         h = Matrix(h_ptr, rank_total)
         h = part_of(h, 0, group * R)
-        if RANK_TERMS > 1:
+        if tl.float16 == NUMERICS.main:
+            h_tile = load_tile(h, row, r, M, R, BLOCK_M, BLOCK_R)
+            hs, down = scaled(h_tile, 0, RANK_TERMS)
+        elif RANK_TERMS > 1:
             hs = terms_of(h, row, r, M, R, RANK_TERMS, APART, NUMERICS, BLOCK_M, BLOCK_R)
         else:
-            h_tile = load_tile(h, row, r, M, R, BLOCK_M, BLOCK_R)
-            if tl.float16 == NUMERICS.rank:
-                h_tile, down = scaled(h_tile, 0)
-            hs = (h_tile.to(NUMERICS.rank),)
+            hs = (load_tile(h, row, r, M, R, BLOCK_M, BLOCK_R).to(NUMERICS.main),)
     accs = zeros_of_terms(TERMS, APART, BLOCK_M, BLOCK_R)
     for step in tl.range(0, steps):
         n = first_n + step * BLOCK_N
@@ -125,15 +124,15 @@ def _grad_b_kernel(
         if dh_ptr is not None:
             b_tiles = load_terms(
                 b, b_start + n, r, b_start + size, R, b_rows,
-                False, TERMS, APART, DTYPE, BLOCK_N, BLOCK_R,
+                False, TERMS, APART, NUMERICS.main, BLOCK_N, BLOCK_R,
             )  # fmt: skip
-            accs = dot_terms(accs, dy_tile, b_tiles, False, DTYPE, NUMERICS)
+            accs = dot_terms(accs, dy_tile, b_tiles, False, NUMERICS)
         if db_ptr is not None:
-            left, dbs = dy_tile.to(NUMERICS.rank).T, ()
+            left, dbs = dy_tile.to(NUMERICS.main).T, ()
             for i in tl.static_range(len(hs)):
                 dbs += (tl.dot(left, hs[i], input_precision=NUMERICS.precision),)
             db = sum_terms(dbs, BLOCK_R) * scale_db
-            if tl.float16 == NUMERICS.rank:
+            if tl.float16 == NUMERICS.main:
                 db = db * down
             offs_n = n + tl.arange(0, BLOCK_N)
             if col_scale is not None:
@@ -151,7 +150,7 @@ def _grad_b_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.rank), numerics.terms > 1
+    bits, terms = bits_of(numerics.main), numerics.terms > 1
     return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
@@ -184,7 +183,7 @@ def grad_b(
         return None, db
     dtype = b.dtype
     b, terms = split_terms(b, dy.dtype, numerics.terms)
-    block_r = rank_block(r, numerics.rank)
+    block_r = rank_block(r, numerics.main)
     rows, ranks = cdiv(m, config.BLOCK_ROWS), cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(dy.device)
     parts, _ = split(max(splits.sizes), config.BLOCK_COLS, rows * ranks * groups, wanted)

@@ -16,7 +16,6 @@ from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.grouped_reduce import grouped_reduce, members_of
 from lora_kernels.kernels.launch import cdiv, launch, matrix, rank_block
 from lora_kernels.kernels.numerics import Numerics, bits_of
-from lora_kernels.kernels.scaled import dot_scaled
 from lora_kernels.kernels.segments import (
     GroupMask,
     Routing,
@@ -95,14 +94,13 @@ def _grouped_grad_kernel(
         if mask is not None:
             seed, threshold = tl.load(mask.seeds + group), tl.load(mask.thresholds + group)
             mask_row = row_of_group(segments, Q, S, segment, group, first - start, BLOCK_Q)
-        DTYPE: tl.constexpr = NUMERICS.rank
-        LOADED: tl.constexpr = tl.float32 if tl.float16 == DTYPE else DTYPE
+        DTYPE: tl.constexpr = NUMERICS.main
         IN_DOT: tl.constexpr = tl.float32 != DTYPE
         accs = zeros_of_terms(TERMS, APART, BLOCK_R, BLOCK_K, BELOW=True)
         for step in tl.range(0, tl.cdiv(end - first, BLOCK_M)):
             row = first + step * BLOCK_M
             left_tiles = load_terms(
-                left, row, r, end, R, S, False, TERMS, APART, LOADED, BLOCK_M, BLOCK_R
+                left, row, r, end, R, S, False, TERMS, APART, DTYPE, BLOCK_M, BLOCK_R
             )
             rows, inside = source_rows(index, row, end, BLOCK_M)
             right_tile = load_rows(right, rows, inside, k, K, BLOCK_K)
@@ -110,17 +108,14 @@ def _grouped_grad_kernel(
                 at = mask_row + step * BLOCK_M
                 keep = keep_tile(seed, threshold, at, k, BLOCK_M, BLOCK_K, IN_DOT=IN_DOT)
                 right_tile = tl.where(keep, right_tile, 0.0)
-            if tl.float16 == DTYPE:
-                accs = (accs[0] + dot_scaled(left_tiles[0].T, right_tile.to(DTYPE)),)
-            else:
-                accs = dot_of_terms(accs, left_tiles, right_tile, DTYPE, NUMERICS)
+            accs = dot_of_terms(accs, left_tiles, right_tile, NUMERICS)
         part = part_of(Matrix(parts_ptr, K), tl.cast(chunk, tl.int64) * R, 0)
         store_tile(part, sum_terms(accs, BLOCK_R, BELOW=True), r, k, R, K)
 
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.rank), numerics.terms > 1
+    bits, terms = bits_of(numerics.main), numerics.terms > 1
     return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
@@ -143,7 +138,7 @@ def grouped_grad(
     k, r = right.shape[1], left.shape[1]
     config = config or config_for(right.device, r, numerics)
     left, terms = split_terms(left, right.dtype, numerics.rank_terms)
-    block_r = rank_block(r, numerics.rank)
+    block_r = rank_block(r, numerics.main)
     chunk_rows = chunk_rows or CHUNK
     chunks = routing.tiles(chunk_rows)
     # Not all are written, and no other is read.

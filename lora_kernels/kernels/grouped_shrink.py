@@ -91,8 +91,7 @@ def _grouped_shrink_kernel(
         first_k = part * k_slice
         # Transposed: x under a mask is in registers, where code for Hopper would overwrite the left
         # operand of a product while it is read. The right one goes through shared memory.
-        DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms else NUMERICS.factor
-        IN_DOT: tl.constexpr = TERMS > 1 or tl.bfloat16 == DTYPE
+        IN_DOT: tl.constexpr = TERMS > 1 or tl.bfloat16 == NUMERICS.main
         accs = zeros_of_terms(TERMS, APART, BLOCK_R, BLOCK_M, BELOW=True)
         scale = 0.0
         if group >= 0:
@@ -107,17 +106,17 @@ def _grouped_shrink_kernel(
                 if FACTOR_T:
                     tiles = load_terms(
                         factor, r, k, R, K, rows_of_term,
-                        True, TERMS, APART, DTYPE, BLOCK_R, BLOCK_K,
+                        True, TERMS, APART, NUMERICS.main, BLOCK_R, BLOCK_K,
                     )  # fmt: skip
                 else:
                     tiles = load_terms(
                         factor, k, r, K, R, rows_of_term,
-                        False, TERMS, APART, DTYPE, BLOCK_K, BLOCK_R,
+                        False, TERMS, APART, NUMERICS.main, BLOCK_K, BLOCK_R,
                     )  # fmt: skip
                 if mask is not None:
                     keep = keep_tile(seed, threshold, mask_row, k, BLOCK_M, BLOCK_K, IN_DOT=IN_DOT)
                     x_tile = tl.where(keep, x_tile, 0.0)
-                accs = dot_of_terms(accs, tiles, x_tile.T, DTYPE, NUMERICS, not FACTOR_T)
+                accs = dot_of_terms(accs, tiles, x_tile.T, NUMERICS, not FACTOR_T)
             scale = tl.load(scales + group)
         h = part_of(Matrix(h_ptr, R), tl.cast(part, tl.int64) * S, 0)
         acc = sum_terms(accs, BLOCK_R, BELOW=True) * scale
@@ -126,7 +125,7 @@ def _grouped_shrink_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.of_factor), numerics.terms > 1
+    bits, terms = bits_of(numerics.main), numerics.terms > 1
     return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
@@ -152,7 +151,7 @@ def grouped_shrink(
     rows_of_term = factors.shape[:-1].numel()
     factors, terms = split_terms(factors, x.dtype, numerics.terms)
     factors = factors[0] if factors.dim() == 4 else factors
-    block_r = rank_block(r, numerics.of_factor)
+    block_r = rank_block(r, numerics.main)
     ranks = cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(x.device)
     parts, k_slice = split(k, config.BLOCK_COLS, cdiv(s, config.BLOCK_ROWS) * ranks, wanted)

@@ -1,9 +1,11 @@
 """Products of float32 tiles as float16 dots: a power of two times a tile meets a float16 one.
 
-h and dh of a float16 layer have a range that float16 lacks, under a large scaling or a loss scale.
-A power of two for each row or column brings its largest element near the end of that range. So no
-bit of a mantissa changes, and small rows beside large ones keep theirs. What is 2²⁸ times smaller
-than another element of its row, with which it is added up, loses bits. The product is scaled back.
+h and dh of a float16 layer have a range that float16 lacks, under a large scaling or a loss scale,
+and so have float32 factors. A power of two for each row or column brings its largest element near
+the end of that range. So no bit of a mantissa changes, and small rows beside large ones keep
+theirs. The product is scaled back. One term has the bits of a float16, two have 22 of a float32's
+24. What is 2²⁸ times smaller than another element of its row, with which it is added up, loses some
+of those of one term, and at 2³⁹ of those of two.
 """
 
 import triton
@@ -23,17 +25,36 @@ def powers(largest):
 
 
 @triton.jit
-def scaled(tile, AXIS: tl.constexpr):
-    """(s · tile in float16, 1 / s) with one power of two s for all elements along AXIS.
+def scaled(tile, AXIS: tl.constexpr, TERMS: tl.constexpr = 1):
+    """(float16 terms whose sum is s · tile, 1 / s), one power of two s for all along AXIS.
 
-    Infinities and NaN stay what they are.
+    The terms are a tuple. Infinities and NaN stay what they are.
     """
     up, down = powers(tl.max(tl.abs(tile), AXIS, keep_dims=True))
-    return (tile * up).to(tl.float16), down
+    rest = tile * up
+    terms = (rest.to(tl.float16),)
+    for i in tl.static_range(TERMS - 1):
+        term = terms[i].to(tl.float32)
+        rest = tl.where(tl.abs(term) == float("inf"), 0.0, rest - term)  # inf - inf is NaN
+        terms += (rest.to(tl.float16),)
+    return terms, down
 
 
 @triton.jit
-def dot_scaled(left, right):
+def dot_scaled(left, right, TERMS: tl.constexpr = 1):
     """left · right in float32: left float32 with a power of two for each row, right float16."""
-    left, down = scaled(left, 1)
-    return tl.dot(left, right) * down
+    lefts, down = scaled(left, 1, TERMS)
+    product = tl.dot(lefts[0], right)
+    for i in tl.static_range(1, TERMS):
+        product += tl.dot(lefts[i], right)
+    return product * down
+
+
+@triton.jit
+def dot_with_scaled(left, right, TERMS: tl.constexpr = 1):
+    """left · right in float32: left float16, right float32 with a power of two for each column."""
+    rights, down = scaled(right, 0, TERMS)
+    product = tl.dot(left, rights[0])
+    for i in tl.static_range(1, TERMS):
+        product += tl.dot(left, rights[i])
+    return product * down

@@ -77,16 +77,18 @@ def _shrink_kernel(
     if mask is not None:
         seed = tl.load(mask.seed + layer)
 
-    DTYPE: tl.constexpr = NUMERICS.main if NUMERICS.terms else NUMERICS.factor
     accs = zeros_of_terms(TERMS, APART, BLOCK_M, BLOCK_R)
     for step in tl.range(0, steps):
         k = first_k + step * BLOCK_K
         x_tile = load_tile(x, row, k, M, K, BLOCK_M, BLOCK_K)
-        a_tiles = load_terms(a, r, k, R, K, layers * R, True, TERMS, APART, DTYPE, BLOCK_R, BLOCK_K)
+        a_tiles = load_terms(
+            a, r, k, R, K, layers * R,
+            True, TERMS, APART, NUMERICS.main, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
         if mask is not None:
             keep = keep_tile(seed, mask.threshold, row, k, BLOCK_M, BLOCK_K)
             x_tile = tl.where(keep, x_tile, 0.0)
-        accs = dot_terms(accs, x_tile, a_tiles, True, DTYPE, NUMERICS)
+        accs = dot_terms(accs, x_tile, a_tiles, True, NUMERICS)
 
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_r = r + tl.arange(0, BLOCK_R)
@@ -97,7 +99,7 @@ def _shrink_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.of_factor), numerics.terms > 1
+    bits, terms = bits_of(numerics.main), numerics.terms > 1
     return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
@@ -116,7 +118,7 @@ def shrink(
     (m, k), (*stack, r, _), layers = x.shape, a.shape, a.shape[:-2].numel()
     config = config or config_for(x.device, r, numerics)
     a, terms = split_terms(a, x.dtype, numerics.terms)
-    block_r = rank_block(r, numerics.of_factor)
+    block_r = rank_block(r, numerics.main)
     programs = cdiv(m, config.BLOCK_ROWS) * layers * cdiv(r, block_r)
     wanted = config.programs_per_sm * num_sms(x.device)
     parts, k_slice = split(k, config.BLOCK_COLS, programs, wanted)

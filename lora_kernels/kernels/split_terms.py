@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_kernels.kernels.config import target_of
 from lora_kernels.kernels.launch import cdiv, launch, matrix
+from lora_kernels.kernels.scaled import dot_scaled, dot_with_scaled
 from lora_kernels.kernels.tile import load_tile, part_of
 
 BLOCK = 512
@@ -71,7 +72,9 @@ def load_terms(
         for i in tl.static_range(TERMS):
             term = part_of(source, i * rows_of_term, 0)
             tile = load_tile(term, row, col, rows, cols, BLOCK_ROWS, BLOCK_COLS)
-            tiles += (tile.to(DTYPE),)
+            if tl.float16 != DTYPE:  # dot_terms scales what float16 would not hold
+                tile = tile.to(DTYPE)
+            tiles += (tile,)
     else:
         tile = _load_side_by_side(
             source, row, col, rows, cols, rows_of_term,
@@ -83,25 +86,31 @@ def load_terms(
 
 @triton.jit
 def dot_terms(
-    accs, left, tiles, TILES_T: tl.constexpr, DTYPE: tl.constexpr, NUMERICS: tl.constexpr
+    accs, left, tiles, TILES_T: tl.constexpr, NUMERICS: tl.constexpr
 ):  # fmt: skip
-    """accs + left · the terms in tiles, or their transposes if TILES_T; in DTYPE."""
-    left, sums = left.to(DTYPE), ()
+    """accs + left · the terms in tiles, or their transposes if TILES_T; in NUMERICS.main."""
+    left, sums = left.to(NUMERICS.main), ()
     for i in tl.static_range(len(tiles)):
         tile = tiles[i].T if TILES_T else tiles[i]
-        sums += (tl.dot(left, tile, accs[i], input_precision=NUMERICS.precision),)
+        if left.dtype == tl.float16 and tile.dtype == tl.float32:
+            sums += (accs[i] + dot_with_scaled(left, tile, NUMERICS.terms),)
+        else:
+            sums += (tl.dot(left, tile, accs[i], input_precision=NUMERICS.precision),)
     return sums
 
 
 @triton.jit
 def dot_of_terms(
-    accs, tiles, right, DTYPE: tl.constexpr, NUMERICS: tl.constexpr, TILES_T: tl.constexpr = True
+    accs, tiles, right, NUMERICS: tl.constexpr, TILES_T: tl.constexpr = True
 ):  # fmt: skip
-    """accs + the terms in tiles, or their transposes if TILES_T, · right; in DTYPE."""
-    right, sums = right.to(DTYPE), ()
+    """accs + the terms in tiles, or their transposes if TILES_T, · right; in NUMERICS.main."""
+    right, sums = right.to(NUMERICS.main), ()
     for i in tl.static_range(len(tiles)):
         tile = tiles[i].T if TILES_T else tiles[i]
-        sums += (tl.dot(tile, right, accs[i], input_precision=NUMERICS.precision),)
+        if right.dtype == tl.float16 and tile.dtype == tl.float32:
+            sums += (accs[i] + dot_scaled(tile, right, NUMERICS.terms),)
+        else:
+            sums += (tl.dot(tile, right, accs[i], input_precision=NUMERICS.precision),)
     return sums
 
 
@@ -204,11 +213,12 @@ def are_apart(device: torch.device, rows: int = 0) -> bool:
 def split_terms(factor: Tensor, dtype: torch.dtype, terms: int) -> tuple[Tensor, int]:
     """The terms of factor in dtype, one after the other, and their number.
 
-    A factor that is in dtype has one term: itself; so has any if terms is 0. Shapes: factor [R, K]
+    A factor that is in dtype has one term: itself; so has any if terms is 0, or if several would be
+    float16, which products scale, see scaled.py. Shapes: factor [R, K]
     with a unit inner stride, or a stack of any strides -> [terms, *factor.shape], whose rows lie a
     multiple of ALIGNED elements apart.
     """
-    if factor.dtype == dtype or terms == 0:
+    if factor.dtype == dtype or terms == 0 or (dtype == torch.float16 and terms > 1):
         return factor, 1
     factor = factor if factor.dim() == 2 else factor.contiguous()
     *rows, cols = factor.shape

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, select, target_of
 from lora_kernels.kernels.launch import cdiv, launch, matrix, rank_block
 from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.scaled import scaled
 from lora_kernels.kernels.split_terms import load_terms, split_terms, terms_of
 from lora_kernels.kernels.tile import load_tile
 
@@ -76,7 +77,8 @@ def _weight_norm_kernel(
     BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     IN_TERMS: tl.constexpr = NUMERICS.terms > 1
-    DTYPE: tl.constexpr = NUMERICS.main if IN_TERMS else NUMERICS.factor
+    SCALED: tl.constexpr = IN_TERMS and tl.float16 == NUMERICS.main
+    DTYPE: tl.constexpr = NUMERICS.main
     row = tl.program_id(0) * BLOCK_N
     squares = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     w_tile = _load_w(w, row, 0, N, K, W_T, BLOCK_N, BLOCK_K)
@@ -87,18 +89,26 @@ def _weight_norm_kernel(
         update = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for block in tl.range(RANK_BLOCKS, num_stages=1):
             r = block * BLOCK_R
-            if IN_TERMS:
+            rights = load_terms(a, r, k, R, K, R, True, TERMS, True, DTYPE, BLOCK_R, BLOCK_K)
+            b_tile = load_tile(b, row, r, N, R, BLOCK_N, BLOCK_R)
+            product = update
+            if SCALED:
+                lefts, down = scaled(b_tile, 1, NUMERICS.terms)
+                rights, down_right = scaled(rights[0], 0, NUMERICS.terms)
+                product = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+            elif IN_TERMS:
                 lefts = terms_of(b, row, r, N, R, NUMERICS.terms, True, NUMERICS, BLOCK_N, BLOCK_R)
             else:
-                lefts = (load_tile(b, row, r, N, R, BLOCK_N, BLOCK_R).to(DTYPE),)
-            rights = load_terms(a, r, k, R, K, R, True, TERMS, True, DTYPE, BLOCK_R, BLOCK_K)
+                lefts = (b_tile.to(DTYPE),)
             # Products of small terms come first; what is smaller than the last bit, not at all.
             for order in tl.static_range(len(lefts) - 1, -1, -1):
                 for i in tl.static_range(order + 1):
-                    if order - i < TERMS:
-                        update = tl.dot(
-                            lefts[i], rights[order - i], update, input_precision=NUMERICS.precision
+                    if order - i < len(rights):
+                        right = rights[order - i].to(DTYPE)
+                        product = tl.dot(
+                            lefts[i], right, product, input_precision=NUMERICS.precision
                         )
+            update = update + product * down * down_right if SCALED else product
         total = w_tile.to(tl.float32) + scaling * update
         squares += total * total
         w_tile = next_tile
@@ -108,7 +118,7 @@ def _weight_norm_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.of_factor), numerics.terms > 1
+    bits, terms = bits_of(numerics.main), numerics.terms > 1
     return select(TILES, target_of(device), bits, r=r, terms=terms)
 
 
@@ -129,7 +139,7 @@ def weight_norm(
     config = config or config_for(w.device, r, numerics)
     w_t = w.stride(1) != 1  # stored [K, N]
     a, terms = split_terms(a, w.dtype, numerics.rank_terms)
-    block_r = rank_block(r, numerics.of_factor, beside_acc=True)
+    block_r = rank_block(r, numerics.main, beside_acc=True)
     norm = torch.empty(n, dtype=torch.float32, device=w.device)
     launch(
         _weight_norm_kernel,

@@ -79,7 +79,7 @@ def test_columns_are_scaled_before_bias_is_added(
     ("m", "dtype", "lora", "rows"),
     [
         (16, BF16, BF16, 16), (17, BF16, BF16, 64), (64, F16, F16, 64), (1, F16, F16, 16),
-        (1, BF16, F32, 16), (1, F16, F32, 64), (1, F32, F32, 64),
+        (1, BF16, F32, 16), (1, F16, F32, 16), (1, F32, F32, 64),
     ],
     ids=str,
 )  # fmt: skip
