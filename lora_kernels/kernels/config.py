@@ -51,6 +51,7 @@ class When:
     bits: of the operands of the dot; None means any. m, r: the most rows, the highest rank. tma:
     whether the entry is for operands that tensor descriptors can describe, and for no others.
     terms: whether it is for factors of several terms, see split_terms.py, and for no others.
+    scaled: whether it is for float32 factors over float16, see scaled.py, and for no others.
     """
 
     bits: int | None = None
@@ -58,10 +59,12 @@ class When:
     r: float = math.inf
     tma: bool = False
     terms: bool = False
+    scaled: bool = False
 
-    def holds(self, bits: int, m: int, r: int, tma: bool, terms: bool) -> bool:
+    def holds(self, bits: int, m: int, r: int, tma: bool = False, **kinds: bool) -> bool:
         fits = self.bits in (None, bits) and m <= self.m and r <= self.r
-        return fits and (tma or not self.tma) and (terms or not self.terms)
+        needed = [kind for kind in ("terms", "scaled") if getattr(self, kind)]
+        return fits and (tma or not self.tma) and all(kinds.get(kind) for kind in needed)
 
 
 Config = SkinnyConfig | GemmConfig
@@ -76,20 +79,15 @@ class Tiles(dict[str, list[tuple[When, Config]]]):
 
 @functools.lru_cache(1024)
 def select(
-    table: Tiles,
-    target: str,
-    bits: int,
-    m: int = 1,
-    r: int = 1,
-    tma: bool = False,
-    terms: bool = False,
+    table: Tiles, target: str, bits: int, m: int = 1, r: int = 1, tma: bool = False, **kinds: bool
 ) -> Any:
     """The first entry of the target's table that serves such a product, of the table's kind."""
     if target == WAVE32 and target not in table:
         # Warps of half as many lanes, each of which has half as many registers.
-        config = select(table, "hip", bits, m, r, tma, terms)
+        config = select(table, "hip", bits, m, r, tma, **kinds)
         return replace(config, num_warps=2 * config.num_warps)
-    return next(config for when, config in table[target] if when.holds(bits, m, r, tma, terms))
+    entries = table[target]
+    return next(config for when, config in entries if when.holds(bits, m, r, tma, **kinds))
 
 
 class Stand(NamedTuple):

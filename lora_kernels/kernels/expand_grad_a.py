@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms, select, target_of
+from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block, split
-from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.numerics import Numerics, select_for
 from lora_kernels.kernels.scaled import dot_scaled
 from lora_kernels.kernels.split_k_reduce import split_k_reduce
 from lora_kernels.kernels.split_terms import (
@@ -53,6 +53,7 @@ TILES = Tiles(
     ],
     hip_wave32=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
+        (When(scaled=True), SkinnyConfig(16, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
     ],
     other=[
@@ -117,8 +118,7 @@ def supports(r: int, numerics: Numerics, device: torch.device) -> bool:
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.main), numerics.terms > 1
-    return select(TILES, target_of(device), bits, r=r, terms=terms)
+    return select_for(TILES, device, numerics, r=r)
 
 
 def expand_grad_a(

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lora_kernels import dropout
 from lora_kernels.dispatch.algorithm import is_small_m
-from lora_kernels.kernels.config import GemmConfig, Tiles, When, select, target_of
+from lora_kernels.kernels.config import GemmConfig, Tiles, When
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block
-from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.numerics import Numerics, select_for
 from lora_kernels.kernels.split_terms import dot_terms, split_tile, sum_terms, zeros_of_terms
 from lora_kernels.kernels.tile import add_bias, load_tile, locate, scale_columns, store_tile
 from lora_kernels.spec import LoraSpec
@@ -33,11 +33,13 @@ TILES = Tiles(
     ],
     sm_90=[
         (When(bits=32), GemmConfig(64, 32, 32, num_warps=4, num_stages=3)),
+        (When(scaled=True, m=16), GemmConfig(16, 32, 64, num_warps=4, num_stages=4)),
         (When(m=16), GemmConfig(16, 32, 128, num_warps=4, num_stages=4)),
         (When(), GemmConfig(64, 32, 64, num_warps=4, num_stages=4)),
     ],
     sm_100=[
         (When(bits=32), GemmConfig(64, 32, 32, num_warps=8, num_stages=3)),
+        (When(scaled=True, m=16), GemmConfig(16, 32, 64, num_warps=4, num_stages=4)),
         (When(m=16), GemmConfig(16, 32, 128, num_warps=4, num_stages=4)),
         (When(), GemmConfig(64, 32, 64, num_warps=4, num_stages=4)),
     ],
@@ -120,8 +122,7 @@ def _block_r(r: int, numerics: Numerics) -> int:
 
 def config_for(x: Tensor, numerics: Numerics) -> GemmConfig:
     """The entry of TILES that serves x [M, K]."""
-    bits, terms = bits_of(numerics.main), numerics.terms > 1
-    return select(TILES, target_of(x.device), bits, x.shape[0], terms=terms)
+    return select_for(TILES, x.device, numerics, x.shape[0])
 
 
 def gemm_small_m(

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms, select, target_of
+from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block, split
-from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.numerics import Numerics, select_for
 from lora_kernels.kernels.split_k_reduce import split_k_reduce
 from lora_kernels.kernels.split_terms import (
     are_apart,
@@ -40,6 +40,7 @@ TILES = Tiles(
     sm_100=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=3)),
         (When(terms=True), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
+        (When(scaled=True), SkinnyConfig(64, 128, num_warps=8, num_stages=3)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
     ],
     hip=[
@@ -102,8 +103,7 @@ def _grad_a_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.main), numerics.terms > 1
-    return select(TILES, target_of(device), bits, r=r, terms=terms)
+    return select_for(TILES, device, numerics, r=r)
 
 
 def grad_a(

@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels import dropout
-from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms, select, target_of
+from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms
 from lora_kernels.kernels.grad_a import grad_a
 from lora_kernels.kernels.launch import cdiv, launch, matrix, rank_block, split
-from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.numerics import Numerics, select_for
 from lora_kernels.kernels.scaled import scaled
 from lora_kernels.kernels.split_k_reduce import split_k_reduce, split_k_reduce_both
 from lora_kernels.kernels.split_terms import (
@@ -42,6 +42,8 @@ TILES = Tiles(
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
         (When(terms=True, r=16), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
         (When(terms=True), SkinnyConfig(128, 64, num_warps=8, num_stages=2)),
+        (When(scaled=True, r=16), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
+        (When(scaled=True), SkinnyConfig(128, 64, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
     ],
     sm_90=[
@@ -65,6 +67,7 @@ TILES = Tiles(
     hip_wave32=[
         (When(bits=32), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
         (When(terms=True), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
+        (When(scaled=True), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 32, num_warps=8, num_stages=2)),
     ],
     other=[
@@ -150,8 +153,7 @@ def _grad_b_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.main), numerics.terms > 1
-    return select(TILES, target_of(device), bits, r=r, terms=terms)
+    return select_for(TILES, device, numerics, r=r)
 
 
 def grad_b(

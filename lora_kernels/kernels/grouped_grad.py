@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, select, target_of
+from lora_kernels.kernels.config import SkinnyConfig, Tiles, When
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.grouped_reduce import grouped_reduce, members_of
 from lora_kernels.kernels.launch import cdiv, launch, matrix, rank_block
-from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.numerics import Numerics, select_for
 from lora_kernels.kernels.segments import (
     GroupMask,
     Routing,
@@ -49,6 +49,7 @@ TILES = Tiles(
     sm_90=[
         (When(bits=32, r=16), SkinnyConfig(32, 64, num_warps=4, num_stages=3)),
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
+        (When(scaled=True, r=16), SkinnyConfig(64, 128, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
     ],
     sm_100=[
@@ -56,6 +57,7 @@ TILES = Tiles(
         (When(bits=32), SkinnyConfig(32, 64, num_warps=4, num_stages=2)),
         (When(terms=True, r=16), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
         (When(terms=True, r=32), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
+        (When(scaled=True), SkinnyConfig(64, 128, num_warps=8, num_stages=3)),
         (When(), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
     ],
     hip=[
@@ -115,8 +117,7 @@ def _grouped_grad_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.main), numerics.terms > 1
-    return select(TILES, target_of(device), bits, r=r, terms=terms)
+    return select_for(TILES, device, numerics, r=r)
 
 
 def grouped_grad(

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms, select, target_of
+from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, matrix, rank_block, split
-from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.numerics import Numerics, select_for
 from lora_kernels.kernels.segments import (
     GroupMask,
     Routing,
@@ -64,6 +64,7 @@ TILES = Tiles(
     hip_wave32=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=2)),
         (When(terms=True), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
+        (When(scaled=True), SkinnyConfig(32, 64, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=8, num_stages=2)),
     ],
     other=[
@@ -125,8 +126,7 @@ def _grouped_shrink_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.main), numerics.terms > 1
-    return select(TILES, target_of(device), bits, r=r, terms=terms)
+    return select_for(TILES, device, numerics, r=r)
 
 
 def grouped_shrink(

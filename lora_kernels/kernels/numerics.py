@@ -1,14 +1,14 @@
 """How precise each product is: as precise as what it is rounded to."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.dispatch.algorithm import tf32_allowed, triton_version
-from lora_kernels.kernels.config import WAVE32, target_of
+from lora_kernels.kernels.config import WAVE32, Tiles, select, target_of
 from lora_kernels.kernels.hazards import MENDED
 
 
@@ -44,6 +44,11 @@ class Numerics(NamedTuple):
         """How many terms h or dh is; 0 if it is one number."""
         return self.terms if self.terms > 1 else 0
 
+    @property
+    def scaled(self) -> bool:
+        """Whether a product makes the terms, of float16, itself. Other terms are in memory."""
+        return self.terms > 1 and self.main is tl.float16
+
 
 _TL = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -62,6 +67,15 @@ def numerics_of(x: Tensor, *factors: Tensor | None, narrow: bool = False) -> Num
     """
     uniform = narrow or all(factor is None or factor.dtype == x.dtype for factor in factors)
     return _numerics(x.dtype, uniform, target_of(x.device), tf32_allowed())
+
+
+def select_for(
+    table: Tiles, device: torch.device, numerics: Numerics, m: int = 1, r: int = 1
+) -> Any:
+    """The entry of a table that serves what meets x or dy: m rows, if these decide, and rank r."""
+    scaled, terms = numerics.scaled, numerics.terms > 1 and not numerics.scaled
+    bits = bits_of(numerics.main)
+    return select(table, target_of(device), bits, m, r, terms=terms, scaled=scaled)
 
 
 def bits_of(dtype: tl.dtype) -> int:

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels import dropout
-from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms, select, target_of
+from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, num_sms
 from lora_kernels.kernels.dropout import keep_tile
 from lora_kernels.kernels.launch import cdiv, launch, mask, matrix, rank_block, split
-from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.numerics import Numerics, select_for
 from lora_kernels.kernels.split_k_reduce import split_k_reduce
 from lora_kernels.kernels.split_terms import (
     are_apart,
@@ -32,6 +32,8 @@ TILES = Tiles(
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
         (When(terms=True, r=16), SkinnyConfig(128, 32, num_warps=8, num_stages=2)),
         (When(terms=True), SkinnyConfig(64, 32, num_warps=4, num_stages=2)),
+        (When(scaled=True, r=16), SkinnyConfig(128, 64, num_warps=8, num_stages=3)),
+        (When(scaled=True), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
         (When(), SkinnyConfig(128, 64, num_warps=8, num_stages=3)),
     ],
     sm_90=[
@@ -43,6 +45,7 @@ TILES = Tiles(
     sm_100=[
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=3)),
         (When(terms=True), SkinnyConfig(128, 64, num_warps=8, num_stages=3)),
+        (When(scaled=True), SkinnyConfig(128, 64, num_warps=8, num_stages=3)),
         (When(r=16), SkinnyConfig(64, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=3)),
     ],
@@ -54,6 +57,7 @@ TILES = Tiles(
         (When(bits=32), SkinnyConfig(32, 32, num_warps=4, num_stages=2)),
         (When(terms=True, r=16), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
         (When(terms=True), SkinnyConfig(64, 32, num_warps=4, num_stages=2)),
+        (When(scaled=True), SkinnyConfig(128, 32, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
     ],
 )
@@ -99,8 +103,7 @@ def _shrink_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.main), numerics.terms > 1
-    return select(TILES, target_of(device), bits, r=r, terms=terms)
+    return select_for(TILES, device, numerics, r=r)
 
 
 def shrink(

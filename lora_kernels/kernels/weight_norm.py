@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.config import SkinnyConfig, Tiles, When, select, target_of
+from lora_kernels.kernels.config import SkinnyConfig, Tiles, When
 from lora_kernels.kernels.launch import cdiv, launch, matrix, rank_block
-from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.numerics import Numerics, select_for
 from lora_kernels.kernels.scaled import scaled
 from lora_kernels.kernels.split_terms import load_terms, split_terms, terms_of
 from lora_kernels.kernels.tile import load_tile
@@ -22,16 +22,19 @@ TILES = Tiles(
         (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
         (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
         (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
+        (When(scaled=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
     ],
     sm_90=[
         (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
         (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
         (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
+        (When(scaled=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
     ],
     sm_100=[
         (When(bits=32), SkinnyConfig(16, 64, num_warps=4, num_stages=3)),
+        (When(scaled=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
         (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
@@ -118,8 +121,7 @@ def _weight_norm_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> SkinnyConfig:
     """The entry of TILES that serves rank r."""
-    bits, terms = bits_of(numerics.main), numerics.terms > 1
-    return select(TILES, target_of(device), bits, r=r, terms=terms)
+    return select_for(TILES, device, numerics, r=r)
 
 
 def weight_norm(

@@ -164,4 +164,5 @@ def in_words(when: When) -> str:
     bounds = {"m": when.m, "r": when.r}
     words += [f"{axis} <= {most}" for axis, most in bounds.items() if most < math.inf]
     words += ["TMA"] * when.tma + ["factors in terms"] * when.terms
+    words += ["float32 factors over float16"] * when.scaled
     return ", ".join(words) or "any product"
