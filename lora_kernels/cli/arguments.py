@@ -14,7 +14,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, and name the help of the command."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, which asks each command; what one does not know is its own error."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

@@ -49,12 +49,30 @@ def test_without_a_command_it_is_the_help_and_2(capsys):
         assert f"\n    {command} " in out
 
 
-@pytest.mark.parametrize("arguments", [("walk",), ("convert",), ("doctor", "--jsn")])
-def test_wrong_arguments_are_one_line_and_2(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "help_of"),
+    [
+        (("walk",), ""),
+        (("--vrsion", "doctor"), ""),
+        (("convert",), " convert"),
+        (("run", "--reprot", "train.py"), " run"),
+        (("doctor", "--jsn"), " doctor"),
+        (("report", "model", "--rnk", "3"), " report"),
+        (("check", "shrink"), " check"),
+        (("tune", "model", "--shpaes=4x4"), " tune"),
+        (("convert", "a", "b", "--form", "peft"), " convert"),
+        (("inspect", "a", "b"), " inspect"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_2_and_name_the_help_of_the_command(
+    arguments, help_of, capsys
+):
     assert ended(*arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
+    assert err.startswith(f"lora-kernels{help_of}: error: ")
+    assert err.endswith(f" (see lora-kernels{help_of} --help)\n")
 
 
 def test_an_interrupt_is_one_line_and_130(monkeypatch, capsys):
