@@ -2,7 +2,8 @@
 
 Exit codes: 0; 1 if doctor found something missing, or check something wrong; 2, with one line on
 stderr, if an argument or a file is wrong; 130 after Ctrl-C; 141 if the program that reads stdout
-has ended. What ``run`` runs ends with its own exit code.
+has ended. What ``run`` runs ends with its own exit code. A command is the module of its name here,
+which is imported if it is asked for, and an entry of COMMANDS in arguments.py.
 """
 # PYTHON_ARGCOMPLETE_OK: argcomplete's completion for all commands looks for this line here.
 
@@ -10,14 +11,14 @@ import argparse
 import contextlib
 import itertools
 import os
-import shutil
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from lora_kernels.cli import arguments
 from lora_kernels.cli.errors import UsageError
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def _main(argv: list[str]) -> int:
         return 2
     options = parser.parse_args(own, argparse.Namespace(arguments=its))
     try:
-        return COMMANDS[options.command](options)
+        return import_module(f"{__name__}.{options.command}").main(options)
     except UsageError as error:
         print(f"lora-kernels: error: {error}", file=sys.stderr)
         return 2
@@ -77,76 +78,3 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     flags = itertools.takewhile(lambda argument: argument.startswith("-"), argv[1:])
     end = 2 + len(list(flags))
     return argv[:end], argv[end:]
-
-
-def _run(options: argparse.Namespace) -> int:
-    from lora_kernels.cli.run import run_module, run_script
-
-    if options.quiet:
-        os.environ["LORA_KERNELS_QUIET"] = "1"  # in the processes that the program starts, too
-    if options.report:
-        os.environ["LORA_KERNELS_REPORT"] = "1"
-    run = run_module if options.as_module else run_script
-    return run(options.target, options.arguments)
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from lora_kernels.cli import doctor
-
-    if options.json:
-        found = doctor.examine()
-        print(doctor.as_json(found))
-        return 1 if found.missing else 0
-    columns = shutil.get_terminal_size().columns
-    found = doctor.examine_machine()
-    print(doctor.machine_as_text(found, columns), flush=True)  # PEFT takes seconds to import
-    found = doctor.with_peft(found)
-    print(doctor.rest_as_text(found, columns))
-    return 1 if found.missing else 0
-
-
-def _report(options: argparse.Namespace) -> int:
-    from lora_kernels.cli.report import as_json, report
-
-    found = report(options)
-    print(as_json(found) if options.json else found)
-    return 0
-
-
-def _check(options: argparse.Namespace) -> int:
-    from lora_kernels.cli.check import check
-
-    return check(options)
-
-
-def _tune(options: argparse.Namespace) -> int:
-    from lora_kernels.cli.tune import tune
-
-    return tune(options)
-
-
-def _convert(options: argparse.Namespace) -> int:
-    from lora_kernels.cli.convert import convert
-
-    for line in convert(options):
-        print(line)
-    return 0
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from lora_kernels.cli.inspect import as_json, as_text, inspect
-
-    found = inspect(options)
-    print(as_json(found) if options.json else as_text(found))
-    return 0
-
-
-COMMANDS = {
-    "run": _run,
-    "doctor": _doctor,
-    "report": _report,
-    "check": _check,
-    "tune": _tune,
-    "convert": _convert,
-    "inspect": _inspect,
-}

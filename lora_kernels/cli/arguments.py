@@ -8,7 +8,7 @@ import lora_kernels
 from lora_kernels.adapters.format_names import FORMAT_NAMES
 from lora_kernels.tuning import options
 
-__all__ = ["DTYPES", "parser"]
+__all__ = ["COMMANDS", "DTYPES", "parser"]
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -34,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         required=True, dest="command", metavar="COMMAND", title="commands"
     )
-    for add in _ADDERS:
-        add(commands)
+    for name, add in COMMANDS.items():
+        add(commands, name)
     return parser
 
 
@@ -47,9 +47,9 @@ def _version() -> str:
     return f"lora_kernels {lora_kernels.__version__}, torch {torch}"
 
 
-def _add_run(commands) -> None:
+def _add_run(commands, name: str) -> None:
     run = commands.add_parser(
-        "run",
+        name,
         usage="%(prog)s [--report] [--quiet] [-m] SCRIPT_OR_MODULE [ARGUMENT ...]",
         help="run a Python script with PEFT's LoRA layers on this package's kernels",
         description="Runs a script as `python SCRIPT` does, or a module as `python -m MODULE` "
@@ -73,9 +73,9 @@ def _add_run(commands) -> None:
     run.add_argument("target", metavar="SCRIPT_OR_MODULE")
 
 
-def _add_doctor(commands) -> None:
+def _add_doctor(commands, name: str) -> None:
     doctor = commands.add_parser(
-        "doctor",
+        name,
         help="print versions, GPUs, what will be fused and what is missing",
         description="Prints versions, GPUs, the algorithm of representative products and what is "
         "missing, with the command that fixes it. Exit code: 0 if nothing is missing, 1 if "
@@ -84,9 +84,9 @@ def _add_doctor(commands) -> None:
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
 
 
-def _add_check(commands) -> None:
+def _add_check(commands, name: str) -> None:
     check = commands.add_parser(
-        "check",
+        name,
         help="check every kernel on this GPU against float64",
         description="Runs every kernel in every dtype on this GPU, twice, and compares the results "
         "with float64 and with each other. Verdicts are kept in the cache directory "
@@ -109,9 +109,9 @@ def _add_check(commands) -> None:
     )
 
 
-def _add_tune(commands) -> None:
+def _add_tune(commands, name: str) -> None:
     tune = commands.add_parser(
-        "tune",
+        name,
         usage="%(prog)s [MODEL] [options]",
         help="measure on this GPU which kernels are fastest for a model, and keep it",
         description="Times the algorithms (fused, addmm) and the tiles of the kernels at the "
@@ -130,9 +130,9 @@ def _add_tune(commands) -> None:
         "--ranks": (options.count, [16], "ranks (default: 16)"),
         "--dropout": (options.probability, [0.0, 0.1], "dropout probabilities (default: 0,0.1)"),
     }
-    for name, (kind, default, text) in numbers.items():
+    for option, (kind, default, text) in numbers.items():
         tune.add_argument(
-            name, type=options.listed(kind), default=default, metavar="LIST", help=text
+            option, type=options.listed(kind), default=default, metavar="LIST", help=text
         )
     _add_dtype(tune, "bfloat16")
     tune.add_argument(
@@ -166,9 +166,9 @@ def _names(text: str) -> list[str]:
     return options.listed(str, names())(text)
 
 
-def _add_report(commands) -> None:
+def _add_report(commands, name: str) -> None:
     report = commands.add_parser(
-        "report",
+        name,
         usage="%(prog)s MODEL [options]",
         help="show on what each LoRA layer of a model would run here, and why",
         description="Makes a Transformers model of its configuration, without weights, puts LoRA "
@@ -213,9 +213,9 @@ def _add_dtype(command, default: str) -> None:
     command.add_argument("--dtype", choices=DTYPES, help=f"(default: {default})")
 
 
-def _add_convert(commands) -> None:
+def _add_convert(commands, name: str) -> None:
     convert = commands.add_parser(
-        "convert",
+        name,
         usage="%(prog)s SOURCE DESTINATION [options]",
         help="convert an adapter from the files of one tool to those of another",
         description=f"Formats: {', '.join(FORMAT_NAMES)}. SOURCE's is recognised by its content. "
@@ -241,9 +241,9 @@ def _add_convert(commands) -> None:
     _add_hints(convert)
 
 
-def _add_inspect(commands) -> None:
+def _add_inspect(commands, name: str) -> None:
     inspect = commands.add_parser(
-        "inspect",
+        name,
         usage="%(prog)s SOURCE [options]",
         help="show what an adapter's files hold, and what is suspicious about them",
         description=f"Formats: {', '.join(FORMAT_NAMES)}. Shows format, layers, ranks, scalings, "
@@ -325,12 +325,12 @@ def _add_hints(command) -> None:
     )
 
 
-_ADDERS = (
-    _add_run,
-    _add_doctor,
-    _add_report,
-    _add_check,
-    _add_tune,
-    _add_convert,
-    _add_inspect,
-)
+COMMANDS = {
+    "run": _add_run,
+    "doctor": _add_doctor,
+    "report": _add_report,
+    "check": _add_check,
+    "tune": _add_tune,
+    "convert": _add_convert,
+    "inspect": _add_inspect,
+}

@@ -9,10 +9,10 @@ from lora_kernels.dispatch import cache
 from lora_kernels.tuning import check as checks
 from lora_kernels.tuning import machine
 
-__all__ = ["check"]
+__all__ = ["main"]
 
 
-def check(options: argparse.Namespace) -> int:
+def main(options: argparse.Namespace) -> int:
     """Prints what is right and what is not; 1 if something is wrong or was not reached.
 
     Raises: UsageError if there is neither a GPU nor the interpreter.

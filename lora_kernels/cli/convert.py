@@ -12,9 +12,16 @@ from lora_kernels.adapters.formats.loralib_merged import unmerge
 from lora_kernels.adapters.formats.plain import summary
 from lora_kernels.cli.errors import UsageError
 
-__all__ = ["convert", "hints_of"]
+__all__ = ["convert", "hints_of", "main"]
 
 _OWN_WORDS = {"peft", "loralib"}  # between these two, what they write says it all
+
+
+def main(options: argparse.Namespace) -> int:
+    """Converts, and prints what was done."""
+    for line in convert(options):
+        print(line)
+    return 0
 
 
 def convert(options: argparse.Namespace) -> list[str]:

@@ -2,11 +2,13 @@
 fused under patch_peft(), what is missing.
 """
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -28,7 +30,7 @@ from lora_kernels.reporting import report
 
 __all__ = [
     "Findings", "Missing", "as_json", "as_text", "examine", "examine_machine", "machine_as_text",
-    "rest_as_text", "with_peft",
+    "main", "rest_as_text", "with_peft",
 ]  # fmt: skip
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "accelerate")
@@ -67,6 +69,20 @@ class Findings:
     peft: str
     notes: list[Missing]
     missing: list[Missing]
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints what is found; 1 if something is missing."""
+    if options.json:
+        found = examine()
+        print(as_json(found))
+        return 1 if found.missing else 0
+    columns = shutil.get_terminal_size().columns
+    found = examine_machine()
+    print(machine_as_text(found, columns), flush=True)  # PEFT takes seconds to import
+    found = with_peft(found)
+    print(rest_as_text(found, columns))
+    return 1 if found.missing else 0
 
 
 def examine() -> Findings:

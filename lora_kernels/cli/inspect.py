@@ -18,7 +18,14 @@ from lora_kernels.cli.convert import hints_of
 from lora_kernels.cli.errors import UsageError
 from lora_kernels.model.paths import split
 
-__all__ = ["Inspection", "as_json", "as_text", "inspect"]
+__all__ = ["Inspection", "as_json", "as_text", "inspect", "main"]
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints what is found."""
+    found = inspect(options)
+    print(as_json(found) if options.json else as_text(found))
+    return 0
 
 
 @dataclass

@@ -13,7 +13,14 @@ from lora_kernels.report_rows import Report
 from lora_kernels.reporting import report as report_of
 from lora_kernels.tuning import machine, model_shapes
 
-__all__ = ["as_json", "report"]
+__all__ = ["as_json", "main", "report"]
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints the report that the command line asks for."""
+    found = report(options)
+    print(as_json(found) if options.json else found)
+    return 0
 
 
 def report(options: argparse.Namespace) -> Report:

@@ -5,6 +5,7 @@ in front of sys.meta_path waits for ``import peft`` and calls patch_peft() right
 process and in the Python processes that it starts.
 """
 
+import argparse
 import builtins
 import importlib.util
 import os
@@ -18,7 +19,17 @@ from importlib.machinery import SourceFileLoader
 from lora_kernels.cli.errors import UsageError
 from lora_kernels.cli.startup.sitecustomize import patch_on_import
 
-__all__ = ["run_module", "run_script"]
+__all__ = ["main", "run_module", "run_script"]
+
+
+def main(options: argparse.Namespace) -> int:
+    """Runs what the command line asks for, and returns its exit code."""
+    if options.quiet:
+        os.environ["LORA_KERNELS_QUIET"] = "1"  # in the processes that the program starts, too
+    if options.report:
+        os.environ["LORA_KERNELS_REPORT"] = "1"
+    run = run_module if options.as_module else run_script
+    return run(options.target, options.arguments)
 
 
 def run_script(path: str, arguments: Sequence[str]) -> int:

@@ -16,14 +16,14 @@ from lora_kernels.tuning import machine, model_shapes, user, workers
 from lora_kernels.tuning.shapes import Layer
 from lora_kernels.tuning.user import Plan
 
-__all__ = ["tune"]
+__all__ = ["main"]
 
 _MOST_MINUTES = 1440
 _INTERRUPTED = 130
 _DTYPES = {name: getattr(torch, name) for name in DTYPES}
 
 
-def tune(options: argparse.Namespace) -> int:
+def main(options: argparse.Namespace) -> int:
     """Does what the command line asks for: 0; 1 if the GPU failed on the way; 130 after Ctrl-C.
 
     Without a GPU, --dry-run leaves out tiles, and --show has what is kept for every GPU.
