@@ -160,9 +160,13 @@ class LoRALayer(MergesOnEval):
         self.__dict__.pop("_undrawn", None)  # to_empty() leaves drawing to its caller
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        notice_merged_weight(self, state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, *args
+    ):
+        notice_merged_weight(self, state_dict, prefix, local_metadata, missing_keys)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args
+        )
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """lora_A and lora_B, gathered from all ranks if they are sharded."""

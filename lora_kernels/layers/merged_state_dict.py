@@ -6,6 +6,7 @@ the update in the file would make of that.
 """
 
 import copy
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +20,7 @@ __all__ = ["STATE_DICT_VERSION", "notice_merged_weight", "use_merged_state_dict"
 # nn.Module's _version of a LoRA layer, which PyTorch writes into a state dict: the weight in it is
 # the base weight. loralib's layers have version 1.
 STATE_DICT_VERSION = 2
+_latest = threading.local()  # load: the one that has warned last; said: of what
 
 
 def use_merged_state_dict(layer: MergesOnEval, enabled: bool) -> None:
@@ -51,13 +53,14 @@ def _take_merged_weight(layer, state_dict: dict[str, Tensor], prefix: str, *_) -
 
 
 def notice_merged_weight(
-    layer, state_dict: dict[str, Tensor], prefix: str, local_metadata: Mapping
+    layer, state_dict: dict[str, Tensor], prefix: str, local_metadata: Mapping, load: list[str]
 ) -> None:
     """Before a load: a merged weight beside its factors does not become a base weight unsaid.
 
     If the weight is the layer's base weight with the update of the factors in it, the base weight
     stays, and a warning says so. If the layer is merged, and nothing tells what the weight is, a
-    warning asks.
+    warning asks. A load of a whole model gives each of them once, with the first layer's key; load:
+    the list of missing keys that PyTorch hands to all layers in it.
     """
     if not (layer.has_lora and prefix + "lora_A" in state_dict and prefix + "lora_B" in state_dict):
         return
@@ -68,7 +71,7 @@ def notice_merged_weight(
     entries = _entries(layer, state_dict, prefix)
     if entries is None:
         return
-    base = layer.base_weight()
+    base, key = layer.base_weight(), prefix + layer.weight_name
     with undisturbed(base):
         weight, *factors = (entry.detach().to(base.device) for entry in entries)
         if torch.equal(weight.to(base.dtype), base):
@@ -83,21 +86,32 @@ def notice_merged_weight(
     of_sum = max(torch.finfo(tensor.dtype).eps for tensor in (weight, base))
     of_delta = max(torch.finfo(tensor.dtype).eps for tensor in factors)
     if off <= 0.35 * of_sum * of_weight + 4 * of_delta * size and off < size / 2:
-        state_dict[prefix + layer.weight_name] = base.detach()
-        warnings.warn(
+        state_dict[key] = base.detach()
+        _warn_once(
+            load,
+            key,
             "load_state_dict: weights of this state dict have the update of its lora_A and lora_B "
             "in them, as loralib saves them in eval mode. The model keeps its base weights, which "
             "are the same without it.",
-            stacklevel=2,
         )
     elif layer.merged and size > 0 and not layer.use_dora:
-        warnings.warn(
+        _warn_once(
+            load,
+            key,
             "load_state_dict: the model is in eval mode with merged weights, and the state dict "
             "does not say whether its weights have the update in them. They are taken as base "
             "weights. If loralib saved them in eval mode, call "
             "lora_kernels.use_merged_state_dicts(model) before you load them.",
-            stacklevel=2,
         )
+
+
+def _warn_once(load: list[str], key: str, text: str) -> None:
+    """Warns, unless this load has said the same of another layer."""
+    if getattr(_latest, "load", None) is not load:
+        _latest.load, _latest.said = load, set()
+    if text not in _latest.said:
+        _latest.said.add(text)
+        warnings.warn(f"{text} The first of them is {key}.", stacklevel=3)
 
 
 def _entries(layer, state_dict: Mapping[str, Tensor], prefix: str) -> list[Tensor] | None:

@@ -170,6 +170,34 @@ def test_shapes_that_do_not_fit_keep_their_error(seed):
             model.load_state_dict(dict(other.state_dict()))
 
 
+def nested(seed):
+    """Layers at two depths, with random factors, in float64."""
+    torch.manual_seed(seed)
+    inner = nn.Sequential(nn.ReLU(), LoRALinear(6, 6, r=2))
+    model = nn.Sequential(nn.Linear(8, 6), inner, LoRALinear(6, 6, r=2)).double()
+    for layer in (inner[1], model[2]):
+        nn.init.normal_(layer.lora_B)
+    return model
+
+
+def test_a_load_says_each_thing_once_and_names_the_first_layer(seed):
+    model = nested(seed)
+    state = dict(model.state_dict())
+    merged = {f"{path}.weight": model.get_submodule(path).merged_weight() for path in ("1.1", "2")}
+    for _ in range(2):  # each load says it
+        (said,) = load(model, {**state, **merged})
+        assert said.endswith("The first of them is 1.1.weight.")
+    (said,) = load(model, {**state, "2.weight": merged["2.weight"]})
+    assert said.endswith("The first of them is 2.weight.")
+    other = {key: value + 1 if key in merged else value for key, value in state.items()}
+    (said,) = load(model.eval(), other)
+    assert said.endswith("The first of them is 1.1.weight.")
+    both = {**other, "1.1.weight": merged["1.1.weight"]}
+    recognised, asked = load(nested(seed).eval(), both)
+    assert recognised.endswith("The first of them is 1.1.weight.")
+    assert asked.endswith("The first of them is 2.weight.")
+
+
 # ---- given and taken ----
 
 
