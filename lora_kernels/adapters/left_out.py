@@ -1,16 +1,14 @@
-"""What merged_state_dict and save_adapter warn of: what is left out, and ties that come apart."""
+"""What merged_state_dict and save_adapter warn of: what is left out."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lora_kernels import distributed
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.model.paths import first_few, is_inside, join, lora_layers, named_modules
 
-__all__ = ["other_lora_layers", "parted_ties", "trained_beside"]
+__all__ = ["other_lora_layers", "trained_beside"]
 
 
 def other_lora_layers(model: nn.Module, saved: Collection[str] = ()) -> str | None:
@@ -76,30 +74,3 @@ def trained_beside(model: nn.Module, written: Collection[str], saved: Collection
             else:
                 names.setdefault(id(parameter), key)
     return [name for held, name in names.items() if held not in known]
-
-
-def parted_ties(
-    model: nn.Module, state: Mapping[str, Tensor], merged: Mapping[str, Tensor]
-) -> list[list[str]]:
-    """Keys of plain_state(model) that hold one parameter in state, and not in merged over state."""
-    holders: dict[int, list[str]] = {}
-    for path, module in named_modules(model, remove_duplicate=False):
-        for name, parameter in module._parameters.items():
-            key = join(path, name)
-            if parameter is not None and key in state:
-                holders.setdefault(id(parameter), []).append(key)
-    found = []
-    for keys in holders.values():
-        if any(key in merged for key in keys):
-            first, *others = (merged.get(key, state[key]) for key in keys)
-            if any(_differ(first, other) for other in others):
-                found.append(keys)
-    return found
-
-
-def _differ(one: Tensor, other: Tensor) -> bool:
-    if one is other:
-        return False
-    if one.is_meta or other.is_meta or distributed.is_dtensor(one):
-        return True
-    return not torch.equal(one.nan_to_num(0.0), other.nan_to_num(0.0))

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, nn
 
-from lora_kernels.adapters.left_out import other_lora_layers, parted_ties
+from lora_kernels.adapters.left_out import other_lora_layers
 from lora_kernels.foreign import check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
@@ -23,6 +23,7 @@ from lora_kernels.model.paths import (
     wrapper_prefix,
 )
 from lora_kernels.model.route import one_adapter
+from lora_kernels.model.ties import parted_ties
 from lora_kernels.model.trainable import Bias, bias_names, check_bias, saved_paths
 
 __all__ = ["entry_keys", "lora_state_dict", "merged_state_dict"]
@@ -148,15 +149,10 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
                 copies[held] = layer.merged_weight()
             merged[base] = copies[held]
             dropped |= {join(path, name) for name in layer.factor_names}
-    parted = parted_ties(model, state, merged)
-    if parted:
-        keys = "; ".join(" and ".join(renamed.get(k, k) for k in tie) for tie in parted)
-        warnings.warn(
-            f"merged_state_dict: these entries are one tied weight in the model and differ in the "
-            f"dict, because LoRA changes one of them, or each otherwise: {keys}. In a model that "
-            f"ties them one overwrites the other: load the dict into a model that does not",
-            stacklevel=2,
-        )
+    everywhere = named_modules(model, remove_duplicate=False)
+    parted = parted_ties("merged_state_dict", everywhere, state, merged, renamed)
+    if parted is not None:
+        warnings.warn(parted, stacklevel=2)
     others = other_lora_layers(model)
     if others is not None:
         warnings.warn(

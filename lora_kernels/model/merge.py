@@ -2,13 +2,14 @@
 
 import warnings
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels.foreign import Model, check_model, check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.merged_state_dict import use_merged_state_dict
-from lora_kernels.model.paths import adapted_layers, lora_layers
+from lora_kernels.model.paths import adapted_layers, join, lora_layers
 from lora_kernels.model.route import adapter_names
+from lora_kernels.model.ties import parted_ties
 
 __all__ = ["merge_lora", "unmerge_lora", "use_merged_state_dicts"]
 
@@ -65,6 +66,8 @@ def use_merged_state_dicts(model: Model, enabled: bool = True) -> Model:
     be loaded in the mode in which it was saved. ``parameters()`` are the base weights as ever.
     With enabled=False state dicts hold base weights again. ``merged_state_dict(model)`` gives the
     plain network's state dict in any mode, without this.
+    ``state_dict()`` warns of a tied weight with LoRA on one side, or another LoRA on each: its
+    entries differ, so load the dict into an untied network.
     Raises: ValueError if model has no LoRA layer, or one with use_dora: its base weight cannot be
     told from its merged one.
     """
@@ -77,7 +80,30 @@ def use_merged_state_dicts(model: Model, enabled: bool = True) -> Model:
             )
     for layer in layers:
         use_merged_state_dict(layer, enabled)
+    _warn_of_ties(model, enabled)
     return model
+
+
+def _warn_of_ties(model: nn.Module, enabled: bool) -> None:
+    """While it is enabled, state_dict() of model warns of tied weights that come apart in it."""
+    hook = model.__dict__.pop("_parted_ties_hook", None)
+    if hook is not None:
+        hook.remove()
+    if enabled:
+        model.__dict__["_parted_ties_hook"] = model.register_state_dict_post_hook(_notice_ties)
+
+
+def _notice_ties(model: nn.Module, state: dict[str, Tensor], prefix: str, _) -> None:
+    modules = [*model.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False)]
+    keys = (
+        join(path, layer.weight_name)
+        for path, layer in modules
+        if isinstance(layer, LoRALayer) and layer.merged and layer.has_lora
+    )
+    merged = {key: state[key] for key in keys if key in state}
+    parted = parted_ties("state_dict", modules, state, merged, {})
+    if parted is not None:
+        warnings.warn(parted, stacklevel=2)
 
 
 def _layers(model: nn.Module, function: str) -> list[LoRALayer]:

@@ -1,5 +1,9 @@
-"""What merged_state_dict and save_adapter say of other LoRA layers and of ties that come apart."""
+"""What merged_state_dict and save_adapter say of other LoRA layers, and of ties that come apart.
 
+Of the latter, state_dict() after use_merged_state_dicts, too.
+"""
+
+import copy
 import json
 import warnings
 
@@ -189,30 +193,61 @@ def tied(output=nn.Linear, **options):
     return model
 
 
+def state_dict(model):
+    return lora.use_merged_state_dicts(model.eval()).state_dict()
+
+
+merging = pytest.mark.parametrize(
+    "merge", [lora.merged_state_dict, state_dict], ids=lambda f: f.__name__
+)
+
+
+@merging
 @pytest.mark.parametrize(
     ("output", "options"),
     [(nn.Linear, {}), (nn.Embedding, {}), (lora.Linear, {"r": 2}), (lora.Linear, {})],
 )
-def test_a_tied_weight_that_lora_changes_in_one_place_is_warned_of(output, options, seed):
+def test_a_tied_weight_that_lora_changes_in_one_place_is_warned_of(output, options, merge, seed):
     model = tied(output, **options)
     nn.init.normal_(model["emb"].lora_A)
-    (message,) = said(lambda: lora.merged_state_dict(model))
+    (message,) = said(lambda: merge(model))
+    assert message.startswith(f"{merge.__name__}: ")
     assert "differ in the dict" in message
     assert ": emb.weight and out.weight. In a model that ties them" in message
 
 
-def test_tied_entries_that_are_equal_are_not_warned_of(seed):
-    assert said(lambda: lora.merged_state_dict(tied())) == []  # lora_A or lora_B holds zeros
+@merging
+def test_tied_entries_that_are_equal_are_not_warned_of(merge, seed):
+    assert said(lambda: merge(tied())) == []  # lora_A or lora_B holds zeros
     shared = nn.Sequential(lora.Linear(4, 4, r=2))
     shared.append(shared[0])
     randomise(shared)
-    assert said(lambda: lora.merged_state_dict(shared)) == []
+    assert said(lambda: merge(shared)) == []
 
 
-def test_tied_entries_that_hold_nan_in_the_same_places_are_not_warned_of(seed):
+@merging
+def test_tied_entries_that_hold_nan_in_the_same_places_are_not_warned_of(merge, seed):
     model = tied()
     model["emb"].weight.data[0, 0] = torch.nan
-    assert said(lambda: lora.merged_state_dict(model)) == []
+    assert said(lambda: merge(model)) == []
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, copy.deepcopy, torch.compile, nn.Sequential],
+    ids=["none", "a copy", "compile", "inside another"],
+)  # fmt: skip
+def test_state_dict_warns_of_parted_ties_while_it_gives_merged_weights(wrap, seed):
+    model = lora.use_merged_state_dicts(lora.use_merged_state_dicts(tied()))
+    nn.init.normal_(model["emb"].lora_A)
+    outer = wrap(model)
+    front = next(iter(outer.state_dict())).removesuffix("emb.weight")
+    (message,) = said(outer.eval().state_dict)
+    assert f": {front}emb.weight and {front}out.weight. In a model" in message
+    assert len(said(outer.state_dict)) == 1
+    assert said(outer.train().state_dict) == []
+    model = next(m for m in outer.modules() if isinstance(m, nn.ModuleDict))
+    lora.use_merged_state_dicts(model, False)
+    assert said(outer.eval().state_dict) == []
 
 
 def test_the_merged_entries_are_right_for_a_model_without_the_tie(seed):
