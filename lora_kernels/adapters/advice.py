@@ -1,6 +1,5 @@
 """What load_adapter says of a file that does not tell all: the way out, in Python's terms."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,39 +7,33 @@ from torch import nn
 
 from lora_kernels.adapters import files
 from lora_kernels.adapters.formats.adapter import FACTORS
+from lora_kernels.adapters.untold import ALPHA, Untold
 from lora_kernels.model.paths import adapted_layers, split
 
 __all__ = ["in_python"]
 
-_ALPHA = re.compile(r"--lora-alpha(?: ([-+\w.]*\d[-+\w.]*)|(:)|)")
-_OPTION = re.compile(r"--[a-z]+(?:-[a-z]+)*")
 # Scripts keep a state dict under these keys in a larger one.
 _ENVELOPES = ("model_state_dict", "state_dict", "model")
 
 
-def in_python(message: str, model: nn.Module, file: Path) -> str:
-    """message of a format's reader, which names options of lora-kernels convert, for load_adapter.
+def in_python(error: Untold, model: nn.Module, file: Path, lora_alpha: float | None) -> str:
+    """error of a format's reader for load_adapter, which was given lora_alpha.
 
     If model has the LoRA layers of which file holds the factors, it says how to load these.
     """
-    if not _OPTION.search(message):
-        return message
-    message = _ALPHA.sub(_as_keyword, message)
     loading = _loading(model, file)
     if loading is not None:
-        return f"{message}; the model has the LoRA layers of this file: {loading} loads it"
-    others = sorted(set(_OPTION.findall(message)))
-    if others:
-        message += (
-            f"; load_adapter has no such argument: `lora-kernels convert {file} DIRECTORY` with "
-            f"{' or '.join(others)} makes a directory that it takes"
-        )
-    return message
-
-
-def _as_keyword(found: re.Match) -> str:
-    value, colon = found.groups()
-    return f"lora_alpha{colon}" if colon else f"lora_alpha={value or ''}"
+        return f"{error.what}; the model has the LoRA layers of this file: {loading} loads it"
+    if not error.options:
+        return error.what
+    if error.options == (ALPHA,):
+        return f"{error.what}: give lora_alpha="
+    given = () if lora_alpha is None else (f"--lora-alpha {lora_alpha:.15g}",)
+    options = " ".join((*given, *error.options))
+    return (
+        f"{error.what}: load_adapter has no argument for it: `lora-kernels convert "
+        f"{file} DIRECTORY {options}` makes a directory that it takes"
+    )
 
 
 def _loading(model: nn.Module, file: Path) -> str | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.adapters import mapped
+from lora_kernels.adapters.untold import Untold
 
 __all__ = [
     "FLOATS", "check_finite", "is_safetensors", "naming", "read_json", "read_pickle",
@@ -30,6 +31,8 @@ def naming(where) -> Iterator[None]:
     """Errors inside begin with where: the file, and the place in it."""
     try:
         yield
+    except Untold as error:
+        raise error.at(where) from error
     except (ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -18,6 +18,8 @@ from lora_kernels.adapters.formats import FORMATS, locate, peft
 from lora_kernels.adapters.formats.adapter import Adapter, Hints, renamed
 from lora_kernels.adapters.formats.base import Base
 from lora_kernels.adapters.formats.peft_experts import Stack
+from lora_kernels.adapters.untold import Untold
+from lora_kernels.checks import check_alpha
 from lora_kernels.foreign import ForeignModule, Model, check_no_peft, check_path
 from lora_kernels.layers.mixture import weight_of
 from lora_kernels.model.apply import wrap_modules
@@ -101,10 +103,12 @@ def load_adapter(
     if found == "peft":
         read = peft.read(file, stacks=find_stacks)
     else:
+        if lora_alpha is not None:
+            check_alpha(lora_alpha, "load_adapter")
         try:
             read = FORMATS[found].read(file, Hints(lora_alpha=lora_alpha, base=Base.of(model)))
-        except ValueError as error:
-            raise ValueError(in_python(str(error), model, file)) from None
+        except Untold as error:
+            raise ValueError(in_python(error, model, file, lora_alpha)) from None
     _log.info("load_adapter: %s: taken for the format of %s", file, found)
     read = _with_biases_of(model, _aligned(read, model), adapter)
     fitted = fit(model, read, stacks) if adapter is None else fit_named(model, read, adapter)

@@ -13,6 +13,7 @@ from lora_kernels.adapters import files, formats, hub, mapped
 from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer, Hints
 from lora_kernels.adapters.formats.contents import look
 from lora_kernels.adapters.formats.gguf import contents_of
+from lora_kernels.adapters.untold import ALPHA, Untold
 from lora_kernels.checks import dtype_name
 from lora_kernels.cli.convert import hints_of
 from lora_kernels.cli.errors import UsageError
@@ -111,13 +112,15 @@ def _read(found: Inspection, name: str, file: Path, hints: Hints) -> None:
         try:
             adapter = formats.FORMATS[name].read(file, hints)
         except (ValueError, OSError) as error:
-            missing = "--lora-alpha" in str(error) and hints.lora_alpha is None
+            missing = isinstance(error, Untold) and ALPHA in error.options
             found.suspicious.append(" ".join(str(error).split()))
             if not missing:
                 return
             told = False
             try:
                 adapter = formats.FORMATS[name].read(file, dataclasses.replace(hints, lora_alpha=1))
+            except Untold:  # the first one has it all
+                return
             except (ValueError, OSError) as another:
                 found.suspicious.append(" ".join(str(another).split()))
                 return

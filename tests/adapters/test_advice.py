@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lora
+from lora_kernels.cli import main
 
 
 def made(qkv=True):
@@ -32,9 +33,20 @@ def plain():
     return model
 
 
+def base(source):
+    """The plain model of source's base weights."""
+    model = nn.Sequential()
+    model.lin, model.qkv, model.head = nn.Linear(6, 5), nn.Linear(5, 9), nn.Linear(9, 2)
+    model.load_state_dict(
+        {key: value for key, value in source.state_dict().items() if "lora_" not in key},
+        strict=False,
+    )
+    return model
+
+
 def message(model, path, **options):
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"lora\.pt|told\.pt") as caught:
+    with pytest.raises(ValueError, match=r"lora\.pt|told\.pt|load_adapter") as caught:
         lora.load_adapter(model, path, **options)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     return str(caught.value)
@@ -65,24 +77,52 @@ def test_a_plain_model_gets_the_name_of_the_argument(tmp_path):
     assert text.endswith("the file does not hold lora_alpha: give lora_alpha=")
     lora.load_adapter(plain(), tmp_path / "lora.pt", lora_alpha=4)
     text = message(plain(), tmp_path / "lora.pt", lora_alpha=float("nan"))
-    assert text.endswith("lora_alpha: lora_alpha must be a finite number, got nan")
+    assert text == "load_adapter: lora_alpha must be a finite number, got nan"
 
 
-def test_what_load_adapter_cannot_be_told_is_convert_s(tmp_path):
+def test_all_that_a_file_does_not_tell_is_in_one_message_with_the_command(tmp_path, seed):
     path = tmp_path / "lora.pt"
-    torch.save(dict(lora.lora_state_dict(trained())), path)
-    text = message(plain(), path, lora_alpha=4)
-    assert "load_adapter has no such argument: `lora-kernels convert" in text
-    assert "with --enable-lora makes a directory" in text
+    source = trained()
+    state = {**lora.lora_state_dict(source), "head.weight": source.head.weight.detach()}
+    torch.save(state | {"head.bias": source.head.bias.detach()}, path)
+    for alpha, option in ((None, "ALPHA"), (4, "4")):
+        text = message(base(source), path, lora_alpha=alpha)
+        assert ("the file does not hold lora_alpha; " in text) == (alpha is None)
+        assert "qkv: a MergedLinear with 2 enabled groups, and the file does not say which" in text
+        assert "'head.weight': neither factors of LoRA nor biases" in text
+        assert "give" not in text
+        (command,) = re.findall("`(.*)`", text)
+        assert f" --lora-alpha {option} --enable-lora 1,0,1 --modules-to-save head" in command
+    _, *arguments = command.replace("DIRECTORY", str(tmp_path / "made")).split()
+    assert main(arguments) == 0
+    x = torch.randn(3, 6)
+    loaded = lora.load_adapter(base(source), tmp_path / "made")
+    assert torch.equal(loaded(x), source(x))
+
+
+def test_a_whole_state_dict_is_told_apart_from_a_head(tmp_path):
+    path = tmp_path / "lora.pt"
     torch.save(dict(trained(qkv=False).state_dict()), path)
-    assert "with --modules-to-save makes" in message(plain(), path, lora_alpha=4)
+    text = message(plain(), path)
+    assert "the file does not hold lora_alpha; 'lin.weight', 'head.weight': neither" in text
+    assert text.endswith("save lora_state_dict(model) instead): give lora_alpha=")
+    assert message(plain(), path, lora_alpha=4).endswith("save lora_state_dict(model) instead)")
+
+
+def test_what_a_wrong_answer_hides_is_left_to_the_next_message(tmp_path):
+    """Groups of two layers that no answer for all of them fits: what is known is said."""
+    source = trained()
+    source.three = lora.MergedLinear(5, 9, r=2, lora_alpha=4, enable_lora=[True] * 3)
+    path = tmp_path / "lora.pt"
+    torch.save(dict(lora.lora_state_dict(source)), path)
+    text = message(base(source), path)
+    assert "the file does not hold lora_alpha; qkv: a MergedLinear" in text or "; three: " in text
+    assert "--lora-alpha ALPHA --enable-lora" in text
 
 
 def test_an_alpha_that_the_file_contradicts_is_named_as_an_argument(tmp_path):
     adapter = tmp_path / "adapter"
     lora.save_adapter(trained(qkv=False), adapter)
-    from lora_kernels.cli import main
-
     assert main(["convert", str(adapter), str(tmp_path / "told.pt")]) == 0
     text = message(plain(), tmp_path / "told.pt", lora_alpha=8)
-    assert "the file says lora_alpha=4, lora_alpha=8: leave lora_alpha= out" in text
+    assert "the file says lora_alpha=4, and 8 was given: leave it out" in text

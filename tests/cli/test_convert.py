@@ -21,6 +21,7 @@ from lora_kernels import (
     lora_state_dict,
     save_adapter,
 )
+from lora_kernels.cli import main
 from lora_kernels.testing.tolerance import assert_close
 
 ALPHA = ["--lora-alpha", "6"]
@@ -156,10 +157,21 @@ def test_convert_there_and_back_keeps_every_scaling(convert, refused, options, s
     theirs.save_pretrained("peft")
     assert convert("peft", "lora.pt")[0] == 0
     assert nn.Module().load_state_dict(torch.load("lora.pt"), strict=False).unexpected_keys
-    assert "leave --lora-alpha out" in refused("lora.pt", "again", "--lora-alpha", "6")
+    assert "6 was given: leave it out" in refused("lora.pt", "again", "--lora-alpha", "6")
     assert convert("lora.pt", "again")[0] == 0
     x = torch.randn(5, 8).double()
     torch.testing.assert_close(load_adapter(copy.deepcopy(base), "again")(x), theirs(x))
+
+
+def test_convert_says_all_that_a_file_does_not_tell_at_once(refused):
+    head = {"head.weight": torch.ones(2, 8), "head.bias": torch.ones(2), "more.weight": A}
+    torch.save({"qkv.lora_A": A, "qkv.lora_B": torch.ones(8, 2), **head}, "lora.pt")
+    err = refused("lora.pt", "peft")
+    options = "--lora-alpha ALPHA --enable-lora 1,0,1 --modules-to-save head --modules-to-save more"
+    assert err.endswith(f": give {options}\n")
+    assert err.count("lora.pt: ") == 1
+    options = options.replace("ALPHA", "6").replace("1,0,1", "1,1").split()
+    assert main(["convert", "lora.pt", "peft", *options]) == 0
 
 
 @pytest.mark.parametrize("alpha", ["much", float("nan"), [1]])
@@ -331,8 +343,6 @@ def test_convert_refuses_places_that_cannot_be_read_or_written(refused, director
 
 @pytest.mark.parametrize("command", ["convert", "inspect"])
 def test_a_name_that_is_too_long_is_one_line(command, capsys):
-    from lora_kernels.cli import main
-
     assert main([command, "a" * 300, *(["out"] if command == "convert" else [])]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -12,6 +12,7 @@ from lora_kernels.adapters import files
 from lora_kernels.adapters.format_names import FORMAT_NAMES
 from lora_kernels.adapters.formats.adapter import Adapter, Hints
 from lora_kernels.adapters.formats.contents import Contents, below, candidates, look
+from lora_kernels.adapters.untold import telling_all
 
 __all__ = ["FORMATS", "Format", "locate", "recognise"]
 
@@ -23,7 +24,8 @@ class Format(NamedTuple):
     weights, or of a directory, with hints from the user. write: writes an Adapter to a path, with
     the hints' base model; returns lines that say what is written.
     Raises: read and write raise ValueError and OSError, which name the file and the place in it,
-    for what cannot be read, expressed or written.
+    for what cannot be read, expressed or written; read raises Untold, a ValueError, for all that
+    hints lack.
     """
 
     recognises: Callable[[Contents], bool]
@@ -33,7 +35,7 @@ class Format(NamedTuple):
 
 def _format(name: str) -> Format:
     module = import_module(f"{__name__}.{name}")
-    return Format(module.recognises, module.read, module.write)
+    return Format(module.recognises, telling_all(module.read), module.write)
 
 
 _FOLDER = "adapter"  # in a checkpoint, see integrations/trainer.py

@@ -28,6 +28,7 @@ from lora_kernels.adapters.formats.plain import (
     plain_layers,
     single_alpha,
 )
+from lora_kernels.adapters.untold import ALPHA, Untold
 from lora_kernels.checks import check_alpha
 
 __all__ = ["contents_of", "read", "recognises", "write"]
@@ -73,7 +74,8 @@ def read(file: Path, hints: Hints) -> Adapter:
         raise ValueError(f"{file}: general.architecture: {architecture!r} is not supported")
     alpha = fields.get("adapter.lora.alpha") or hints.lora_alpha
     if alpha is None:
-        raise ValueError(f"{file}: adapter.lora.alpha: missing, or 0: give --lora-alpha")
+        what = f"{file}: adapter.lora.alpha: missing, or 0"
+        raise Untold(what, ALPHA, assumed={"lora_alpha": 1.0})
     check_alpha(alpha, f"{file}: adapter.lora.alpha")
     files.check_finite(file, tensors)
     layers, keys = [], {}

@@ -30,6 +30,7 @@ from lora_kernels.adapters.formats.plain import (
     plain_layers,
     told_alpha,
 )
+from lora_kernels.adapters.untold import Untold
 from lora_kernels.model.paths import is_named, join, split
 
 __all__ = ["read", "recognises", "write"]
@@ -98,9 +99,11 @@ def _apart(
     for hint, numbers in hints.enable_lora:
         flags = list(numbers) if not hint or is_named(name, [hint]) else flags
     if None in flags or len(flags) != 3:
-        raise ValueError(f"which of q, k and v it is for: give --enable-lora 1,0,1, or {_NUMBERS}")
+        what = f"which of q, k and v it is for, which {_NUMBERS} beside the file would tell"
+        raise Untold(what, "--enable-lora 1,0,1", assumed={"enable_lora": (("", (1, 1, 1)),)})
     if sizes is None:
-        raise ValueError(f"how many rows are q's: give --base, or keep {_MODEL} beside the file")
+        what = f"how many rows are q's, which {_MODEL} beside the file would tell"
+        raise Untold(what, "--base PATH")
     enabled = [i for i, flag in enumerate(flags) if flag]
     rows = [sizes[i] for i in enabled]
     if sum(rows) != b.shape[0] or r * len(enabled) != a.shape[0]:

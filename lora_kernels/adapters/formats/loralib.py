@@ -26,9 +26,10 @@ from lora_kernels.adapters.formats.adapter import (
 )
 from lora_kernels.adapters.formats.contents import Contents
 from lora_kernels.adapters.formats.keys import plain_keys
+from lora_kernels.adapters.untold import ALPHA, Untold
 from lora_kernels.checks import check_alpha, check_dropout
 from lora_kernels.layers.merged_state_dict import STATE_DICT_VERSION
-from lora_kernels.model.paths import in_model_order, is_inside, is_named, join, split
+from lora_kernels.model.paths import first_few, in_model_order, is_inside, is_named, join, split
 from lora_kernels.model.targets import LayerSpec, name_targets
 from lora_kernels.model.trainable import is_bias
 from lora_kernels.spec import OutputSplits
@@ -47,6 +48,7 @@ _ENVELOPES = ("model_state_dict", "state_dict", "model")
 _ALPHA = "lora_alpha"  # what the metadata calls it
 _LIGHTNING, _LIGHTNING_FRONT = "pytorch-lightning_version", "model."
 _HEAD = "lm_head"
+_MOST_HEADS = 8  # with more that are no factors a file is a whole state dict
 
 
 def recognises(contents: Contents) -> bool:
@@ -169,12 +171,12 @@ def alphas_of(
     for path in paths:
         alpha = told.get(path, hint)
         if alpha is None:
-            raise ValueError("the file does not hold lora_alpha: give --lora-alpha")
+            raise Untold("the file does not hold lora_alpha", ALPHA, assumed={"lora_alpha": 1.0})
         found[path] = check_alpha(alpha, f"{path}: {_ALPHA}")
         if hint is not None and not math.isclose(hint, alpha, rel_tol=1e-12):
             raise ValueError(
-                f"{path}: the file says lora_alpha={alpha:.15g}, --lora-alpha {hint:.15g}: "
-                f"leave --lora-alpha out"
+                f"{path}: the file says lora_alpha={alpha:.15g}, and {hint:.15g} was given: leave "
+                f"it out"
             )
     return found
 
@@ -281,9 +283,10 @@ def _splits(
 ) -> OutputSplits:
     """The groups of a MergedLinear of which count are enabled, with so many rows in lora_B."""
     if flags is None:
-        raise ValueError(
-            f"{path}: a MergedLinear with {count} enabled groups, and the file does not say which "
-            f"ones: give --enable-lora"
+        raise Untold(
+            f"{path}: a MergedLinear with {count} enabled groups, and the file does not say which",
+            "--enable-lora 1,0,1",
+            assumed={"enable_lora": (("", (1,) * count),)},
         )
     if set(flags) - {0, 1} or sum(flags) != count:
         raise ValueError(f"{path}: --enable-lora must enable {count} groups, got {list(flags)}")
@@ -315,17 +318,22 @@ def _read_others(
     others = {key: value for key, value in state.items() if split(key)[1] not in FACTORS}
     holders = in_model_order(split(key)[0] for key in others)
     saved = _matches("--modules-to-save", modules_to_save, holders)
-    bias = "none"
+    bias, unknown = "none", []
     for key in others:
         path, name = split(key)
         if is_inside(path, saved) or (name == "weight" and path in unmerged):
             continue
-        if not is_bias(name):
-            raise ValueError(
-                f"{key}: neither a factor of LoRA nor a bias: give --modules-to-save if its module "
-                f"was trained as a whole, else save lora_state_dict(model) and convert that"
-            )
-        bias = "lora_only" if path in layers and bias != "all" else "all"
+        if is_bias(name):
+            bias = "lora_only" if path in layers and bias != "all" else "all"
+        else:
+            unknown.append(key)
+    if unknown:
+        heads = dict.fromkeys(split(key)[0] for key in unknown)
+        what = f"{first_few(unknown)}: neither factors of LoRA nor biases"
+        if heads.keys() & layers or len(heads) > _MOST_HEADS:
+            raise Untold(f"{what} (of a whole state dict: save lora_state_dict(model) instead)")
+        what += " (if no module was trained as a whole, save lora_state_dict(model) instead)"
+        raise Untold(what, *(f"--modules-to-save {head}" for head in heads))
     return others, bias, saved
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from lora_kernels.adapters.formats.base import Base
+from lora_kernels.adapters.untold import Untold
 from lora_kernels.model.paths import split
 
 __all__ = ["Names", "halves", "interleaved", "rotated"]
@@ -85,10 +86,8 @@ def rotated(path: str, base: Base, outputs: int) -> tuple[int, int] | None:
         return None
     heads = base.heads_of(name)
     if heads is None:
-        raise ValueError(
-            f"{path}: its rows lie in another order here, by heads: give --base, the base model's "
-            f"directory or config.json"
-        )
+        what = f"{path}: its rows lie in another order here, by heads of the base model"
+        raise Untold(what, "--base PATH")
     if heads[0] * heads[1] != outputs or heads[1] % 2:
         raise ValueError(
             f"{path}: has {outputs} outputs, and {base.place} says {heads[0]} heads of {heads[1]}"

@@ -27,6 +27,7 @@ from lora_kernels.adapters.formats.adapter import (
 )
 from lora_kernels.adapters.formats.keys import stripped
 from lora_kernels.adapters.formats.peft_factors import to_peft
+from lora_kernels.adapters.untold import ALPHA, Untold
 from lora_kernels.checks import check_alpha, check_dropout
 from lora_kernels.model.paths import join, split
 from lora_kernels.model.targets import LayerSpec
@@ -106,11 +107,15 @@ def scale_of(
     if alpha is None or alpha.item() == 0:
         if hint is None:
             what = "missing" if alpha is None else "is 0"
-            raise ValueError(f"{file}: {path}.{name}: {what}: give --lora-alpha (r is {r})")
+            raise Untold(
+                f"{file}: {path}.{name}: {what}, r is {r}", ALPHA, assumed={"lora_alpha": 1.0}
+            )
         return check_alpha(hint, "--lora-alpha") / r
     key = parts[name].key
     if hint not in (None, alpha.item()):
-        raise ValueError(f"{file}: {key}: is {alpha.item():g}: leave out --lora-alpha {hint:g}")
+        raise ValueError(
+            f"{file}: {key}: is {alpha.item():g}, and {hint:g} was given: leave it out"
+        )
     return check_alpha(alpha.item(), f"{file}: {key}") / r
 
 
@@ -122,10 +127,11 @@ def told_alpha(file: Path, config: Path, told: float | None, hint: float | None)
     """
     alpha = hint if told is None else told
     if alpha is None:
-        raise ValueError(f"{file}: no {config.name} beside it tells lora_alpha: give --lora-alpha")
+        what = f"{file}: no {config.name} beside it tells lora_alpha"
+        raise Untold(what, ALPHA, assumed={"lora_alpha": 1.0})
     check_alpha(alpha, f"{file}: lora_alpha")
     if hint not in (None, alpha):
-        raise ValueError(f"{config}: lora_alpha is {alpha:g}: leave out --lora-alpha {hint:g}")
+        raise ValueError(f"{config}: lora_alpha is {alpha:g}, and {hint:g} was given: leave it out")
     return alpha
 
 

@@ -77,7 +77,7 @@ def test_two_components_keep_their_names_and_numbers(tmp_path, seed):
 
 def test_without_header_alpha_is_in_the_file_or_a_hint(tmp_path, seed):
     save(tmp_path / "a", factors())
-    with pytest.raises(ValueError, match=r"to_k\.alpha: missing: give --lora-alpha"):
+    with pytest.raises(ValueError, match=r"to_k\.alpha: missing, r is \d: give --lora-alpha"):
         read_directory(tmp_path / "a")
     adapter = read_directory(tmp_path / "a", Hints(lora_alpha=6.0))
     assert adapter.layers[TO_Q].spec.scaling == 3.0
