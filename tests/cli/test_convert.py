@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import re
+from pathlib import Path
 
 import loralib
 import peft
@@ -19,6 +20,7 @@ from lora_kernels import (
     LoRAMergedLinear,
     load_adapter,
     lora_state_dict,
+    mark_only_lora_as_trainable,
     save_adapter,
 )
 from lora_kernels.cli import main
@@ -174,12 +176,89 @@ def test_convert_says_all_that_a_file_does_not_tell_at_once(refused):
     assert main(["convert", "lora.pt", "peft", *options]) == 0
 
 
-@pytest.mark.parametrize("alpha", ["much", float("nan"), [1]])
-def test_convert_refuses_a_forged_alpha(refused, alpha):
+def everything():
+    """A model with all that loralib's file leaves to its reader."""
+    model = nn.ModuleDict(
+        {
+            "emb": LoRAEmbedding(9, 8, 4, 6),
+            "qkv": LoRAMergedLinear(
+                8, 12, 4, 6, 0.1, enable_lora=[True, False, True], out_splits=(6, 2, 4)
+            ),
+            "one": LoRAMergedLinear(8, 12, 4, 7, enable_lora=[False, False, True]),
+            "plain": LoRALinear(8, 8, 4, 6, 0.2),
+            "head": nn.Linear(8, 2),
+        }
+    )
+    mark_only_lora_as_trainable(model, modules_to_save="head")
+    return trained(model)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convert_there_and_back_needs_no_option(convert, transposed, seed):
+    """PEFT's directory has one fan_in_fan_out for all layers."""
+    model = everything()
+    if transposed:
+        model = nn.ModuleDict({"square": LoRALinear(8, 8, 4, 6, fan_in_fan_out=True)})
+    save_adapter(trained(model), "peft")
+    assert convert("peft", "lora.pt")[0] == 0
+    code, _, err = convert("lora.pt", "again")
+    assert (code, err) == (0, "")
+    for name in ("peft", "again"):
+        loaded = load_file(f"{name}/adapter_model.safetensors")
+        config = json.loads(Path(f"{name}/adapter_config.json").read_text())
+        if name == "peft":
+            first, expected = loaded, config
+    assert config == expected
+    assert_same(loaded, first)
+    fresh = nn.ModuleDict(  # loralib's own layers, and PyTorch, pass over what is told
+        {"qkv": loralib.MergedLinear(8, 12, 4, enable_lora=[True, False, True])}
+    )
+    if not transposed:
+        state = torch.load("lora.pt")
+        del state["qkv.lora_B"]  # of other sizes than loralib's
+        fresh.load_state_dict(state, strict=False)
+        assert torch.equal(fresh["qkv"].lora_A, model["qkv"].lora_A)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--enable-lora", "qkv=1,1,0"], "qkv: the file says enable_lora=[1, 0, 1], and [1, 1, 0]"),
+        (["--enable-lora", "1,1,0"], "qkv: the file says enable_lora=[1, 0, 1], and [1, 1, 0]"),
+        (["--out-splits", "qkv=4,4,4"], "qkv: the file says out_splits=[6, 2, 4], and [4, 4, 4]"),
+        (["--lora-alpha", "6"], "one: the file says lora_alpha=7, and 6"),
+    ],
+)
+def test_convert_refuses_what_the_file_contradicts(convert, refused, options, named, seed):
+    save_adapter(everything(), "peft")
+    assert convert("peft", "lora.pt")[0] == 0
+    assert f"{named} was given: leave it out" in refused("lora.pt", "again", *options)
+    agreeing = ["--enable-lora", "qkv=1,0,1", "--out-splits", "qkv=6,2,4", "--embedding", "emb"]
+    assert convert("lora.pt", "again", *agreeing)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lora_alpha", value) for value in ("much", float("nan"), [1])]
+    + [("enable_lora", value) for value in (1, [], [True, "x"], [2, 1], ["a"], "101", [[True]])]
+    + [("out_splits", value) for value in (8, [8.0], [-8], ["8"], [True], [0, 8])]
+    + [("embedding", 1), ("fan_in_fan_out", "no"), ("lora_dropout", 2), ("lora_dropout", "x")],
+)
+def test_convert_refuses_what_is_forged_beside_the_keys(refused, name, value):
     state = collections.OrderedDict(FACTORS)
-    state._metadata = {"out": {"lora_alpha": alpha}}
+    state._metadata = {
+        "out": {"lora_alpha": 6, "enable_lora": [True], "out_splits": [8], name: value}
+    }
     torch.save(state, "lora.pt")
-    assert "out: lora_alpha" in refused("lora.pt", "peft")
+    assert f"out: {name}" in refused("lora.pt", "peft")
+
+
+@pytest.mark.parametrize("names", ["head", 3, [3], ["nowhere"]])
+def test_convert_refuses_forged_modules_to_save(refused, names):
+    state = collections.OrderedDict(FACTORS)
+    state._metadata = {"": {"modules_to_save": names}, "out": {"lora_alpha": 6}}
+    torch.save(state, "lora.pt")
+    assert "modules_to_save" in refused("lora.pt", "peft").replace("-", "_")
 
 
 def test_convert_passes_over_other_metadata(convert):

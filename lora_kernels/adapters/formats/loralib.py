@@ -1,12 +1,11 @@
 """loralib's file: the dict of its lora_state_dict, as torch.save writes it.
 
 It holds factors, biases and modules trained as a whole, under the keys of the model, and nothing
-else. The user has to say lora_alpha, and which groups of a MergedLinear are enabled. A file that
-write has made tells lora_alpha of every layer: it is in the metadata that PyTorch keeps beside a
-state dict, by the paths of modules, and that load_state_dict() passes over.
+else. The user has to say lora_alpha, which groups of a MergedLinear are enabled, which layers are
+embeddings, and which modules were trained as a whole. A file that write has made tells all of it,
+see loralib_told.py.
 """
 
-import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +25,18 @@ from lora_kernels.adapters.formats.adapter import (
 )
 from lora_kernels.adapters.formats.contents import Contents
 from lora_kernels.adapters.formats.keys import plain_keys
-from lora_kernels.adapters.untold import ALPHA, Untold
-from lora_kernels.checks import check_alpha, check_dropout
+from lora_kernels.adapters.formats.loralib_told import (
+    NOTHING,
+    Told,
+    agreed,
+    alpha_of,
+    alphas_of,
+    metadata_of,
+    saved_by,
+    told,
+)
+from lora_kernels.adapters.untold import Untold
+from lora_kernels.checks import check_dropout
 from lora_kernels.layers.merged_state_dict import STATE_DICT_VERSION
 from lora_kernels.model.paths import first_few, in_model_order, is_inside, is_named, join, split
 from lora_kernels.model.targets import LayerSpec, name_targets
@@ -35,7 +44,7 @@ from lora_kernels.model.trainable import is_bias
 from lora_kernels.spec import OutputSplits
 
 __all__ = [
-    "alphas_of", "factor_paths", "read", "read_layers", "read_state", "recognises", "taken_for",
+    "factor_paths", "read", "read_layers", "read_state", "recognises", "taken_for",
     "write",
 ]  # fmt: skip
 
@@ -45,7 +54,6 @@ _IF_CONVOLUTION = (
 # The keys under which scripts, such as loralib's own example, keep a state dict in a larger dict.
 _ENVELOPES = ("model_state_dict", "state_dict", "model")
 # The key beside a state dict that tells Lightning's file, and what Lightning puts before its keys.
-_ALPHA = "lora_alpha"  # what the metadata calls it
 _LIGHTNING, _LIGHTNING_FRONT = "pytorch-lightning_version", "model."
 _HEAD = "lm_head"
 _MOST_HEADS = 8  # with more that are no factors a file is a whole state dict
@@ -65,21 +73,22 @@ def read(file: Path, hints: Hints) -> Adapter:
     Raises: ValueError, naming file and key, for what cannot be read or understood without further
     hints; OSError.
     """
-    state, alphas, notes, _ = read_state(file, hints)
+    state, known, saved_too, notes, _ = read_state(file, hints)
     with files.naming(file):
         check_dropout(hints.lora_dropout, "--lora-dropout")
         paths = factor_paths(state)
         if "" in paths:
             raise ValueError(
-                "lora_A, lora_B: a LoRA layer that is the whole model has no name: put it in a "
-                "module"
+                "lora_A, lora_B: a model that is a layer has no name: put it in a module"
             )
         modules = in_model_order([*paths, *(split(key)[0] for key in state)])
         _check_keys(state, set(modules))
-        layers = read_layers(paths, state, alphas_of(paths, alphas, hints.lora_alpha), hints)
+        alphas = alphas_of(paths, known, hints.lora_alpha)
+        layers = read_layers(paths, state, alphas, known, hints)
         ends = {p for p in layers if layers[p].base.kind == "embedding" or is_named(p, [_HEAD])}
-        unmerged = ends.intersection(alphas)
-        entries, bias, saved = _read_others(state, layers, hints.modules_to_save, unmerged)
+        unmerged = {p for p in ends if known.get(p, NOTHING).lora_alpha is not None}
+        named = (*hints.modules_to_save, *saved_too)
+        entries, bias, saved = _read_others(state, layers, named, unmerged)
     others = [path for path in modules if not is_inside(path, layers)]
     if any(layer.base.kind == "linear" for layer in layers.values()):
         doubt = f"{file}: factors do not tell a convolution from a Linear: {_IF_CONVOLUTION}"
@@ -98,12 +107,14 @@ def read(file: Path, hints: Hints) -> Adapter:
 class FileState(NamedTuple):
     """The state dict in a file, without what scripts and wrappers put around it.
 
-    alphas: lora_alpha by path, as far as the file tells. notes: on what was around it. is_own:
-    whether this package's layers have saved it, whose weights never have the update in them.
+    told: what the file tells of layers, by path; modules_to_save: and of the model. notes: on what
+    was around it. is_own: whether this package's layers have saved it, whose weights never have the
+    update in them.
     """
 
     state: dict[str, Tensor]
-    alphas: dict[str, float]
+    told: dict[str, Told]
+    modules_to_save: list[str]
     notes: list[str]
     is_own: bool
 
@@ -133,18 +144,15 @@ def read_state(file: Path, hints: Hints) -> FileState:
             f"{file}: every key begins with {_LIGHTNING_FRONT!r}: if that is of a LightningModule "
             f"and not of the model, give --drop-prefix {_LIGHTNING_FRONT}"
         )
-    told = getattr(state, "_metadata", None)
-    alphas, is_own = {}, False
-    for key in state:
-        about = told.get(split(key)[0]) if isinstance(told, dict) else None
-        if not isinstance(about, dict):
-            continue
-        if _ALPHA in about:
-            alphas[split(plain[key])[0]] = about[_ALPHA]
-        if split(key)[1] in FACTORS:
-            is_own |= about.get("version") == STATE_DICT_VERSION
+    metadata = getattr(state, "_metadata", None)
+    metadata = metadata if isinstance(metadata, dict) else {}
+    with files.naming(file):
+        factors = {key: metadata.get(split(key)[0]) for key in state if split(key)[1] in FACTORS}
+        known = {split(plain[key])[0]: told(split(key)[0], a) for key, a in factors.items()}
+        saved = saved_by(metadata.get(""))
+    versions = [about.get("version") for about in factors.values() if isinstance(about, dict)]
     state = mapped.map_pickle(file, {plain[key]: value for key, value in state.items()})
-    return FileState(state, alphas, notes, is_own)
+    return FileState(state, known, saved, notes, STATE_DICT_VERSION in versions)
 
 
 def factor_paths(state: Iterable[str]) -> list[str]:
@@ -159,26 +167,6 @@ def factor_paths(state: Iterable[str]) -> list[str]:
     if not paths:
         raise ValueError("no key ends with lora_A or lora_B")
     return paths
-
-
-def alphas_of(
-    paths: Iterable[str], told: Mapping[str, float], hint: float | None
-) -> dict[str, float]:
-    """lora_alpha of the layers at paths: the file's, else the hint."""
-    if hint is not None:
-        check_alpha(hint, "--lora-alpha")
-    found: dict[str, float] = {}
-    for path in paths:
-        alpha = told.get(path, hint)
-        if alpha is None:
-            raise Untold("the file does not hold lora_alpha", ALPHA, assumed={"lora_alpha": 1.0})
-        found[path] = check_alpha(alpha, f"{path}: {_ALPHA}")
-        if hint is not None and not math.isclose(hint, alpha, rel_tol=1e-12):
-            raise ValueError(
-                f"{path}: the file says lora_alpha={alpha:.15g}, and {hint:.15g} was given: leave "
-                f"it out"
-            )
-    return found
 
 
 def _check_keys(keys: Iterable[str], modules: Collection[str]) -> None:
@@ -198,9 +186,10 @@ def _check_keys(keys: Iterable[str], modules: Collection[str]) -> None:
 
 
 def read_layers(
-    paths: Collection[str], state: Mapping[str, Tensor], alphas: Mapping[str, float], hints: Hints
-) -> dict[str, AdapterLayer]:
-    """The layers at paths, each of a pair of factors."""
+    paths: Collection[str], state: Mapping[str, Tensor], alphas: Mapping[str, float],
+    known: Mapping[str, Told], hints: Hints,
+) -> dict[str, AdapterLayer]:  # fmt: skip
+    """The layers at paths, each of a pair of factors; known: what the file tells of them."""
     enabled = _by_path("--enable-lora", hints.enable_lora, paths)
     sizes = _by_path("--out-splits", hints.out_splits, paths)
     embeddings = _matches("--embedding", hints.embedding, paths)
@@ -209,7 +198,9 @@ def read_layers(
         a, b = _factors(path, state)
         r, groups = b.shape[1], a.shape[0] // b.shape[1]
         splits, outputs = None, b.shape[0]
-        if path in embeddings:
+        own = known.get(path, NOTHING)
+        is_embedding = path in embeddings or own.embedding
+        if is_embedding:
             if groups > 1:
                 raise ValueError(
                     f"{join(path, 'lora_A')}: shape must be {[r, a.shape[1]]} for an embedding of "
@@ -219,12 +210,15 @@ def read_layers(
         else:
             # Factors of one enabled group look like a Linear's: only a hint with a name tells.
             flags = enabled.get(path, enabled.get("") if groups > 1 else None)
-            if flags is not None or groups > 1:
-                splits = _splits(path, flags, sizes.get(path, sizes.get("")), groups, outputs)
+            if flags is not None or groups > 1 or own.splits is not None:
+                part = sizes.get(path, sizes.get(""))
+                splits = _splits(path, own.splits, flags, part, groups, outputs)
                 outputs = splits.columns
-            base = BaseModule("linear", a.shape[1], outputs, hints.fan_in_fan_out)
+            transposed = hints.fan_in_fan_out or own.fan_in_fan_out
+            base = BaseModule("linear", a.shape[1], outputs, transposed)
         _check_bias(path, state, outputs)
-        dropout = 0.0 if path in embeddings else hints.lora_dropout
+        dropout = hints.lora_dropout if own.lora_dropout is None else own.lora_dropout
+        dropout = 0.0 if is_embedding else dropout
         spec = LayerSpec(r, alphas[path], alphas[path] / r, dropout, splits)
         layers[path] = AdapterLayer(path, base, spec, a, b)
     return layers
@@ -279,9 +273,14 @@ def _factors(path: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _splits(
-    path: str, flags: Sequence[int] | None, sizes: Sequence[int] | None, count: int, rows: int
-) -> OutputSplits:
+    path: str, known: OutputSplits | None, flags: Sequence[int] | None,
+    sizes: Sequence[int] | None, count: int, rows: int,
+) -> OutputSplits:  # fmt: skip
     """The groups of a MergedLinear of which count are enabled, with so many rows in lora_B."""
+    if known is not None:
+        given = [None if part is None else list(part) for part in (flags, sizes)]
+        flags = agreed(path, "enable_lora", [*map(int, known.enabled)], given[0])
+        sizes = agreed(path, "out_splits", [*known.sizes], given[1])
     if flags is None:
         raise Untold(
             f"{path}: a MergedLinear with {count} enabled groups, and the file does not say which",
@@ -382,24 +381,17 @@ def write(adapter: Adapter, file: Path, hints: Hints | None = None) -> list[str]
         state |= {join(path, "lora_A"): layer.lora_A, join(path, "lora_B"): layer.lora_B}
         calls[_call(layer)].append(path)
     state = OrderedDict(state)
-    vars(state)["_metadata"] = OrderedDict(  # as nn.Module.state_dict() has it
-        (path, {_ALPHA: _alpha(layer.spec)}) for path, layer in adapter.layers.items()
-    )
+    vars(state)["_metadata"] = metadata_of(adapter)
     with files.replacing(file.parent, [file.name]) as scratch:
         files.write_pickle(scratch / file.name, state)
     lines = [f"{file}: LoRA on {len(adapter.layers)} modules; the layers it fits:"]
     return lines + [f"  {call}: {', '.join(paths)}" for call, paths in calls.items()]
 
 
-def _alpha(spec: LayerSpec) -> float:
-    """lora_alpha of a layer of loralib, which divides it by r."""
-    return spec.lora_alpha if spec.scaling == spec.lora_alpha / spec.r else spec.scaling * spec.r
-
-
 def _call(layer: AdapterLayer) -> str:
     """The call of loralib that makes the layer."""
     spec, name = layer.spec, layer.base.kind.capitalize()
-    arguments = f"r={spec.r}, lora_alpha={_alpha(spec):.15g}"
+    arguments = f"r={spec.r}, lora_alpha={alpha_of(spec):.15g}"
     if spec.splits is not None:
         name = "MergedLinear"
         arguments += f", enable_lora={list(spec.splits.enabled)}"

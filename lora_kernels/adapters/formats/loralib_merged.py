@@ -9,12 +9,12 @@ from torch import Tensor
 from lora_kernels.adapters import files
 from lora_kernels.adapters.formats.adapter import AdapterLayer, Hints
 from lora_kernels.adapters.formats.loralib import (
-    alphas_of,
     factor_paths,
     read_layers,
     read_state,
     taken_for,
 )
+from lora_kernels.adapters.formats.loralib_told import alphas_of
 from lora_kernels.model.paths import join
 
 __all__ = ["unmerge"]
@@ -32,7 +32,7 @@ def unmerge(source: Path, destination: Path, hints: Hints) -> list[str]:
     for file, what in ((source, "read"), (destination, "write")):
         if file.is_dir():
             raise ValueError(f"{file}: is a directory, must be the file to {what}")
-    state, told, notes, is_own = read_state(source, hints)
+    state, known, _, notes, is_own = read_state(source, hints)
     with files.naming(source):
         if is_own:
             raise ValueError(
@@ -40,9 +40,10 @@ def unmerge(source: Path, destination: Path, hints: Hints) -> list[str]:
             )
         paths = factor_paths(state)
         keys = {path: _weight_key(path, state) for path in paths}
-        alphas = alphas_of(paths, told, hints.lora_alpha)
+        alphas = alphas_of(paths, known, hints.lora_alpha)
         convolutions = [path for path in paths if state[keys[path]].dim() > 2]
-        layers = read_layers([p for p in paths if p not in convolutions], state, alphas, hints)
+        linears = [path for path in paths if path not in convolutions]
+        layers = read_layers(linears, state, alphas, known, hints)
         updates = {path: _update(layer, state[keys[path]]) for path, layer in layers.items()}
         for path in convolutions:
             updates[path] = _of_convolution(path, state, keys[path], alphas[path])
