@@ -16,6 +16,7 @@ from examples.progress import epoch_line
 from examples.record import content_hash
 
 ADAPTER = "adapter"
+MODEL = "medium"
 LR_BELOW = 1e37  # AdamW's first step divides it by 1 - β₁ = 0.1 and has to stay in float32
 MADE_OF = ("model", "task", "rank", "alpha", "dropout", "max_length")  # and train's Settings
 
@@ -154,11 +155,17 @@ def decode(options: argparse.Namespace) -> int:
 
     import lora_kernels as lora
     from examples.nlg import decode as decoding
-    from examples.nlg.model import load_model, load_tokenizer
+    from examples.nlg.model import base_of, load_model, load_tokenizer
 
     names = decoding.Search.__dataclass_fields__
     search = decoding.Search(**{name: getattr(options, name) for name in names})
-    tokenizer, model = load_tokenizer(options.model), load_model(options.model)
+    told = None if options.model or options.adapter is None else base_of(options.adapter)
+    base = options.model or told or MODEL
+    try:
+        tokenizer, model = load_tokenizer(base), load_model(base)
+    except InputError as error:
+        whose = f"; --adapter {options.adapter} names this model: --model takes another"
+        raise InputError(f"{error}{whose if told else ''}") from None
     _check_positions(model, options.max_length)
     _check_writable(options.output, options.output)
     if options.adapter is not None:
@@ -257,8 +264,8 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         option("--split", split, "which part of a data set of the hub", metavar="NAME")
 
-    def model(option: Callable) -> None:
-        option("--model", "medium", "GPT-2 small, medium or large, or another name or path")
+    def model(option: Callable, default: str | None = MODEL, more: str = "") -> None:
+        option("--model", default, f"GPT-2 small, medium or large, or another name or path{more}")
         option("--max-length", 512, type=number(int, 2))
         option("--device", "auto")
 
@@ -288,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
 
     option = command(decode)
     sources(option, "test")
-    model(option)
+    model(option, None, f" (default: the one that --adapter names, else {MODEL})")
     option("--adapter", None, "what train wrote; without it the base decodes", metavar="DIR")
     option(
         "--output", Path("runs/nlg/predictions.jsonl"), "a line for each context",

@@ -1,17 +1,19 @@
 """GPT-2 from transformers, LoRA on the query and value columns of its attention, its loss."""
 
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer
+from transformers.utils import find_adapter_config_file
 
 import lora_kernels as lora
 from examples.errors import InputError
 from examples.pretrained import from_pretrained, whole_model
 
-__all__ = ["CompletionLoss", "add_lora", "load_model", "load_tokenizer"]
+__all__ = ["CompletionLoss", "add_lora", "base_of", "load_model", "load_tokenizer"]
 
 SIZES = {"small": "gpt2", "medium": "gpt2-medium", "large": "gpt2-large"}
 # The original trains without the dropout that transformers' GPT-2 has outside of LoRA.
@@ -39,6 +41,18 @@ def load_model(name_or_path: str) -> GPT2LMHeadModel:
     Raises: InputError for what lacks a weight of it.
     """
     return whole_model(GPT2LMHeadModel, SIZES.get(name_or_path, name_or_path), **NO_DROPOUT)
+
+
+def base_of(adapter: str) -> str | None:
+    """The base model that the config of an adapter names; None if there is no such name."""
+    place = Path(adapter).parent if Path(adapter).is_file() else adapter
+    try:
+        config = find_adapter_config_file(str(place))
+        told = {} if config is None else json.loads(Path(config).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # load_adapter says what is wrong
+        return None
+    name = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    return name if isinstance(name, str) and name else None
 
 
 def add_lora(model: GPT2LMHeadModel, rank: int, alpha: float, dropout: float) -> GPT2LMHeadModel:

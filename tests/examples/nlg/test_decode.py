@@ -182,6 +182,64 @@ def test_train_decode_score(e2e_file, tiny_gpt2, tmp_path, capsys, monkeypatch):
     assert scores["BLEU"] >= 0
 
 
+@pytest.fixture
+def named_adapter(adapted, tiny_gpt2, tmp_path):
+    """The folder of an adapter that names tiny_gpt2."""
+    lora.save_adapter(adapted, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def decoded(e2e_file, adapter, *more) -> int:
+    return main(
+        ["decode", "--task", "e2e", "--data", str(e2e_file), "--adapter", str(adapter),
+         "--output", str(adapter.parent / "out.jsonl"), "--max-length", "64", "--new-tokens", "2",
+         "--beams", "1", *more]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["", "adapter_config.json", "adapter_model.safetensors"])
+def test_decode_takes_the_base_model_that_the_adapter_names(
+    e2e_file, named_adapter, tiny_gpt2, file, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert decoded(e2e_file, named_adapter / file if file else named_adapter) == 0
+
+
+def test_a_model_that_is_asked_for_is_taken_in_the_place_of_the_adapters(
+    e2e_file, named_adapter, tiny_gpt2, tmp_path, capsys
+):
+    config = named_adapter / "adapter_config.json"
+    told = json.loads(config.read_text())
+    moved = str(tmp_path / "moved")
+    config.write_text(json.dumps(told | {"base_model_name_or_path": moved}))
+    assert decoded(e2e_file, named_adapter) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: --model {moved}: ")
+    assert f"--adapter {named_adapter} names this model: --model takes another" in err
+    assert err.count("\n") == 1
+    assert decoded(e2e_file, named_adapter, "--model", tiny_gpt2) == 0
+
+
+@pytest.mark.parametrize("name", [None, "", 3, "absent"])
+def test_without_a_name_in_the_adapter_the_base_is_gpt2_medium(
+    e2e_file, named_adapter, name, monkeypatch
+):
+    config = named_adapter / "adapter_config.json"
+    told = json.loads(config.read_text()) | {"base_model_name_or_path": name}
+    if name == "absent":
+        del told["base_model_name_or_path"]
+    config.write_text(json.dumps(told))
+    asked = []
+
+    def load_tokenizer(model):
+        asked.append(model)
+        raise InputError("enough")
+
+    monkeypatch.setattr("examples.nlg.model.load_tokenizer", load_tokenizer)
+    assert decoded(e2e_file, named_adapter) == 2
+    assert asked == ["medium"]
+
+
 @pytest.mark.parametrize("category", ["", ', "category": " "', ', "category": ["City"]'])
 def test_webnlg_is_not_scored_without_a_category(category, tmp_path, capsys):
     """Neither seen nor unseen: the second line is named."""
