@@ -37,6 +37,7 @@ PUBLIC = [
 LEVELS = {
     "checks": 0,
     "distributed": 0,
+    "environment": 0,
     "foreign": 0,
     "dropout": 0,
     "quantization": 0,

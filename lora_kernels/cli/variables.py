@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+from lora_kernels import environment
 from lora_kernels.cli.advice import Missing
 from lora_kernels.dispatch import cache, first_use
 from lora_kernels.reference import products
@@ -18,13 +19,13 @@ VARIABLES = (
 # choose() checks LORA_KERNELS_PLAN. The others take whatever they are set to.
 _TAKEN = {
     "LORA_KERNELS_CPU_PRODUCTS": products.VALUES,
-    "LORA_KERNELS_CHECK": ("", "0", "1"),
     "LORA_KERNELS_TUNE": first_use.VALUES,
+    **dict.fromkeys(environment.SWITCHES, environment.VALUES),
 }
 
 
 def not_taken() -> list[Missing]:
-    """The variables with values that they do not take: calls raise, or take them for unset."""
+    """The variables with values that they do not take: calls raise, or warn."""
     found = []
     for name, values in _TAKEN.items():
         asked = os.environ.get(name, values[0])

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from lora_kernels import environment
+
 __all__ = [
     "BusyError", "clear", "directory", "exclusive", "files", "ignored", "machine", "path_of",
     "read", "write",
@@ -103,12 +105,21 @@ def read(kind: str, device: torch.device) -> dict:
 def write(kind: str, device: torch.device, content: dict) -> Path:
     """Puts content, which JSON can hold, in place of the file's, and returns its path.
 
-    Raises: OSError if the directory cannot be made or written.
+    Raises: OSError if the directory cannot be made or written. If the user has asked for it, a
+    warning says so as well, once: who keeps what saves time goes on without it.
     """
     path = path_of(kind, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "machine": machine(device), "content": content}, indent=1)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        if asked := os.environ.get(_VARIABLE):
+            environment.warn_once(
+                f"{_VARIABLE} must be a directory that can be written, got {asked!r}: "
+                f"{error.strerror}"
+            )
+        raise
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text + "\n")

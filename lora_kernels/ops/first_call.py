@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels import environment
 from lora_kernels.dispatch.algorithm import is_small_m, tf32_allowed
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.dispatch.tma import is_tma_compliant
@@ -90,6 +91,7 @@ def prepare(function: Callable, algorithm: str, shape: GemmShape, operands: tupl
         return
     from lora_kernels.kernels import measured_tiles, selfcheck
 
+    environment.notice("LORA_KERNELS_CHECK")
     measured_tiles.use(shape.device)
     kernel: list[Any] = [*kind[4:]]
     selfcheck.first_use(

@@ -136,6 +136,8 @@ def test_variable_with_a_value_that_it_does_not_take_is_missing(capsys, algorith
 WRONG = {
     "LORA_KERNELS_CPU_PRODUCTS": "auto, float32, own",
     "LORA_KERNELS_CHECK": "0, 1",
+    "LORA_KERNELS_QUIET": "0, 1",
+    "LORA_KERNELS_REPORT": "0, 1",
     "LORA_KERNELS_TUNE": "0, first-use",
 }
 

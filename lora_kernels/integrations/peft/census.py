@@ -17,10 +17,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.environment import is_on
+
 __all__ = ["Census"]
 
 _LOGGER = logging.getLogger("lora_kernels")
 _MOST_REASONS = 3
+_QUIET, _REPORT = "LORA_KERNELS_QUIET", "LORA_KERNELS_REPORT"
 
 
 class Census:
@@ -28,7 +31,7 @@ class Census:
 
     def __init__(self, why_not: Callable[[nn.Module], str | None]):
         """why_not: why a layer runs PEFT's own code; None if it does not."""
-        self.is_open = _asked("REPORT") or not _asked("QUIET")
+        self.is_open = is_on(_REPORT) or not is_on(_QUIET)
         self._why_not = why_not
         self._reasons: weakref.WeakKeyDictionary[nn.Module, str | None] = (
             weakref.WeakKeyDictionary()
@@ -56,9 +59,9 @@ class Census:
         self.forget()
         if not self._reasons or os.environ.get("RANK", "0") != "0":
             return
-        if not _asked("QUIET"):
+        if not is_on(_QUIET):
             _say(self.sentence())
-        if _asked("REPORT"):
+        if is_on(_REPORT):
             from lora_kernels.reporting import report_of_layers
 
             print(report_of_layers(list(self._reasons)), file=sys.stderr)
@@ -82,10 +85,6 @@ class Census:
 
     def _begin(self, _: Tensor) -> None:
         self._backward_began = True
-
-
-def _asked(what: str) -> bool:
-    return os.environ.get(f"LORA_KERNELS_{what}", "0") not in ("", "0")
 
 
 def _say(line: str) -> None:
