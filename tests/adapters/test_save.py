@@ -17,6 +17,7 @@ from lora_kernels import (
     mark_only_lora_as_trainable,
     save_adapter,
 )
+from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.linear import LoRALinear
 from tests.adapters.nets import (
     adapted,
@@ -98,9 +99,10 @@ def test_save_adapter_raises_for_what_is_not_a_lora_model(tmp_path):
 
 
 def test_save_adapter_writes_the_same_files_of_a_merged_model(base, tmp_path):
-    ours = adapted(base)
+    ours = adapted(base, merge_weights=True)
     save_adapter(ours, tmp_path / "train")
     save_adapter(ours.eval(), tmp_path / "eval")
+    assert all(m.merged for m in ours.modules() if isinstance(m, LoRALayer))
     assert_same_files(tmp_path / "train", tmp_path / "eval")
 
 

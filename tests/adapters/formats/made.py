@@ -77,7 +77,8 @@ def assert_same_layers(actual, expected):
     for path, layer in expected.layers.items():
         found = actual.layers[path]
         assert found.base == layer.base, path
-        assert (found.spec.r, found.spec.scaling) == (layer.spec.r, layer.spec.scaling), path
+        for name in ("r", "scaling", "lora_dropout", "splits", "use_dora"):
+            assert getattr(found.spec, name) == getattr(layer.spec, name), (path, name)
         for one, other in (
             (found.lora_A, layer.lora_A), (found.lora_B, layer.lora_B),
             (found.magnitude, layer.magnitude),

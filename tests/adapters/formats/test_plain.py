@@ -50,3 +50,14 @@ def test_an_alpha_of_0_in_a_file_of_kohya_is_none(tmp_path, seed):
         FORMATS["kohya"].read(file, Hints())
     (layer,) = FORMATS["kohya"].read(file, Hints(lora_alpha=2.0)).layers.values()
     assert layer.spec.scaling == 1.0
+
+
+@pytest.mark.parametrize("name", ["kohya", "torchtune", "gguf"])
+def test_a_dropout_that_the_format_does_not_keep_is_told(name, tmp_path, seed):
+    if name == "gguf":
+        pytest.importorskip("gguf")
+    for dropout in (0.0, 0.25):
+        adapter = made.adapter(lora_dropout=dropout)
+        lines = FORMATS[name].write(adapter, tmp_path / f"{dropout}.safetensors", made.HINTS)
+        remarks = [line for line in lines if line.startswith("remark: ") and "dropout" in line]
+        assert [line.rpartition(" ")[2] for line in remarks] == ["0.25"] * (dropout > 0)
