@@ -200,6 +200,9 @@ def test_convert_there_and_back_needs_no_option(convert, transposed, seed):
     if transposed:
         model = nn.ModuleDict({"square": LoRALinear(8, 8, 4, 6, fan_in_fan_out=True)})
     save_adapter(trained(model), "peft")
+    config = Path("peft/adapter_config.json")
+    told = json.loads(config.read_text()) | {"base_model_name_or_path": "some/model"}
+    config.write_text(json.dumps(told))
     assert convert("peft", "lora.pt")[0] == 0
     code, _, err = convert("lora.pt", "again")
     assert (code, err) == (0, "")
@@ -253,12 +256,16 @@ def test_convert_refuses_what_is_forged_beside_the_keys(refused, name, value):
     assert f"out: {name}" in refused("lora.pt", "peft")
 
 
-@pytest.mark.parametrize("names", ["head", 3, [3], ["nowhere"]])
-def test_convert_refuses_forged_modules_to_save(refused, names):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("modules_to_save", names) for names in ("head", 3, [3], ["nowhere"])]
+    + [("base_model", ["a"]), ("base_model", 3)],
+)
+def test_convert_refuses_what_is_forged_of_the_model(refused, name, value):
     state = collections.OrderedDict(FACTORS)
-    state._metadata = {"": {"modules_to_save": names}, "out": {"lora_alpha": 6}}
+    state._metadata = {"": {name: value}, "out": {"lora_alpha": 6}}
     torch.save(state, "lora.pt")
-    assert "modules_to_save" in refused("lora.pt", "peft").replace("-", "_")
+    assert name in refused("lora.pt", "peft").replace("-", "_")
 
 
 def test_convert_passes_over_other_metadata(convert):

@@ -32,8 +32,8 @@ from lora_kernels.adapters.formats.loralib_told import (
     alpha_of,
     alphas_of,
     metadata_of,
-    saved_by,
     told,
+    told_of_model,
 )
 from lora_kernels.adapters.untold import Untold
 from lora_kernels.checks import check_dropout
@@ -48,9 +48,7 @@ __all__ = [
     "write",
 ]  # fmt: skip
 
-_IF_CONVOLUTION = (
-    "if it is one, load the file into the model and call lora_kernels.save_adapter instead"
-)
+_IF_CONVOLUTION = "if it is one, load the file into the model and call lora_kernels.save_adapter"
 # The keys under which scripts, such as loralib's own example, keep a state dict in a larger dict.
 _ENVELOPES = ("model_state_dict", "state_dict", "model")
 # The key beside a state dict that tells Lightning's file, and what Lightning puts before its keys.
@@ -73,7 +71,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     Raises: ValueError, naming file and key, for what cannot be read or understood without further
     hints; OSError.
     """
-    state, known, saved_too, notes, _ = read_state(file, hints)
+    state, known, saved_too, base_model, notes, _ = read_state(file, hints)
     with files.naming(file):
         check_dropout(hints.lora_dropout, "--lora-dropout")
         paths = factor_paths(state)
@@ -99,6 +97,7 @@ def read(file: Path, hints: Hints) -> Adapter:
         bias=bias,
         modules_to_save=[p for p in modules if p in saved and not is_inside(split(p)[0], saved)],
         target_modules=name_targets(layers, others),
+        base_model=base_model,
         source=Source(file, file, str),
         notes=[*taken_for(file, layers), *notes],
     )
@@ -107,7 +106,7 @@ def read(file: Path, hints: Hints) -> Adapter:
 class FileState(NamedTuple):
     """The state dict in a file, without what scripts and wrappers put around it.
 
-    told: what the file tells of layers, by path; modules_to_save: and of the model. notes: on what
+    told: what the file tells of layers, by path; what follows: and of the model. notes: on what
     was around it. is_own: whether this package's layers have saved it, whose weights never have the
     update in them.
     """
@@ -115,6 +114,7 @@ class FileState(NamedTuple):
     state: dict[str, Tensor]
     told: dict[str, Told]
     modules_to_save: list[str]
+    base_model: str | None
     notes: list[str]
     is_own: bool
 
@@ -149,10 +149,10 @@ def read_state(file: Path, hints: Hints) -> FileState:
     with files.naming(file):
         factors = {key: metadata.get(split(key)[0]) for key in state if split(key)[1] in FACTORS}
         known = {split(plain[key])[0]: told(split(key)[0], a) for key, a in factors.items()}
-        saved = saved_by(metadata.get(""))
+        of_model = told_of_model(metadata.get(""))
     versions = [about.get("version") for about in factors.values() if isinstance(about, dict)]
     state = mapped.map_pickle(file, {plain[key]: value for key, value in state.items()})
-    return FileState(state, known, saved, notes, STATE_DICT_VERSION in versions)
+    return FileState(state, known, *of_model, notes, STATE_DICT_VERSION in versions)
 
 
 def factor_paths(state: Iterable[str]) -> list[str]:

@@ -32,7 +32,7 @@ def unmerge(source: Path, destination: Path, hints: Hints) -> list[str]:
     for file, what in ((source, "read"), (destination, "write")):
         if file.is_dir():
             raise ValueError(f"{file}: is a directory, must be the file to {what}")
-    state, known, _, notes, is_own = read_state(source, hints)
+    state, known, *_, notes, is_own = read_state(source, hints)
     with files.naming(source):
         if is_own:
             raise ValueError(

@@ -15,10 +15,19 @@ from lora_kernels.checks import check_alpha, check_dropout
 from lora_kernels.model.targets import LayerSpec
 from lora_kernels.spec import OutputSplits
 
-__all__ = ["NOTHING", "Told", "agreed", "alpha_of", "alphas_of", "metadata_of", "saved_by", "told"]
+__all__ = [
+    "NOTHING",
+    "Told",
+    "agreed",
+    "alpha_of",
+    "alphas_of",
+    "metadata_of",
+    "told",
+    "told_of_model",
+]
 
 _ALPHA = "lora_alpha"
-_SAVED = "modules_to_save"  # under the path of the whole model
+_SAVED, _BASE = "modules_to_save", "base_model"  # under the path of the whole model
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,9 @@ NOTHING = Told()
 
 def metadata_of(adapter: Adapter) -> OrderedDict[str, dict[str, Any]]:
     """As nn.Module.state_dict() has it beside the entries."""
-    saved = {_SAVED: list(adapter.modules_to_save)} if adapter.modules_to_save else {}
-    return OrderedDict([("", saved), *((p, _of(layer)) for p, layer in adapter.layers.items())])
+    whole = {_SAVED: list(adapter.modules_to_save), _BASE: adapter.base_model}
+    whole = {name: value for name, value in whole.items() if value}
+    return OrderedDict([("", whole), *((p, _of(layer)) for p, layer in adapter.layers.items())])
 
 
 def _of(layer: AdapterLayer) -> dict[str, Any]:
@@ -84,12 +94,15 @@ def told(path: str, about: Any) -> Told:
     )
 
 
-def saved_by(about: Any) -> list[str]:
-    """modules_to_save, which the metadata of the whole model tells. Raises: ValueError."""
-    names = about.get(_SAVED, []) if isinstance(about, dict) else []
+def told_of_model(about: Any) -> tuple[list[str], str | None]:
+    """modules_to_save and base_model, as the metadata of the model has them. Raises: ValueError."""
+    about = about if isinstance(about, dict) else {}
+    names, base = about.get(_SAVED, []), about.get(_BASE)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{_SAVED} must be a list of names, got {names!r}")
-    return names
+    if not isinstance(base, (str, type(None))):
+        raise ValueError(f"{_BASE} must be a name, got {base!r}")
+    return names, base
 
 
 def agreed(path: str, name: str, known: Any, given: Any) -> Any:
