@@ -281,11 +281,13 @@ def _algorithm(
     """
     n, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     x = torch.empty((0, k), dtype=weights[0].dtype, device=load.device or weights[0].device)
-    dtype = checks.autocast_dtype(x) or x.dtype
+    cast = checks.autocast_dtype(x)
+    dtype = cast or x.dtype
     if dtype != x.dtype:  # with the strides that autocast gives them
         weights = [torch.empty_like(weight, dtype=dtype, device="meta") for weight in weights]
     dys = [torch.empty((0, w.shape[0]), dtype=dtype, device="meta") for w in weights]
-    uniform = lora_dtype in (None, dtype)
+    # Autocast rounds factors to 16 bits in products, as if they had its dtype.
+    uniform = lora_dtype in (None, dtype) or (cast is not None and cast.itemsize == 2)
     shape = GemmShape(load.tokens, n, k, r, dtype, x.device, dropout_p > 0, uniform=uniform)
     forward = algorithm.choose(shape._replace(tma=is_tma_compliant(x, *weights)))
     backward = algorithm.choose(shape._replace(tma=is_tma_compliant(*dys, *weights), backward=True))
@@ -306,7 +308,7 @@ def _over_frozen(weight: FrozenWeight, a: torch.Tensor, dropout_p: float, load: 
     chosen = algorithm.choose(
         GemmShape(
             load.tokens, n, k, a.shape[0], dtype, load.device or weight.device, dropout_p > 0,
-            backward=True,
+            backward=True, uniform=a.dtype == dtype,
         )
     )  # fmt: skip
     reason = "the layer's own product, then the update; backward by its weight made dense"

@@ -235,7 +235,7 @@ def test_algorithm_is_that_of_the_product(monkeypatch):
     cpu = torch.device("cpu")
     expected = [
         GemmShape(7, 8, 16, 2, torch.float32, cpu, dropout=True, tma=True),
-        GemmShape(9, 8, 16, 2, torch.bfloat16, cpu, dropout=False, tma=True, uniform=False),
+        GemmShape(9, 8, 16, 2, torch.bfloat16, cpu, dropout=False, tma=True),
     ]
     assert [shape for shape in shapes if not shape.backward] == 2 * expected
     expected = [shape._replace(backward=True) for shape in expected]

@@ -27,7 +27,7 @@ def _forward(x, w, a, b, bias, magnitude, seed, *constants):
 def _backward(dy, x, h, w, a, b, bias, magnitude, seed, norm, kept, *constants):
     operands = dy, x, h, w, a, b, bias, magnitude, seed, norm, kept
     spec, needs = _unpacked(dy.shape[-1], *constants)
-    shape = functools.partial(backward_shape, dy, x, w, a, b, spec.dropout_p)
+    shape = functools.partial(backward_shape, dy, x, w, a, b, spec.dropout_p, spec.narrow)
     return compute(reference, "dora_backward", shape, (*operands, spec, needs), operands)
 
 

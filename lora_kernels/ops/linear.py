@@ -46,10 +46,11 @@ def forward_shape(
     )
 
 
-def backward_shape(dy, x, w, a, b, dropout_p: float) -> GemmShape:
+def backward_shape(dy, x, w, a, b, dropout_p: float, narrow: bool = False) -> GemmShape:
     """What is asked for of a backward, of which operands may be None."""
     n = dy.shape[-1]
     wide = next((operand for operand in (x, w, a) if operand is not None), None)
+    factor = a if b is None else b
     return GemmShape(
         m=dy.numel() // max(1, n),
         n=n,
@@ -60,6 +61,7 @@ def backward_shape(dy, x, w, a, b, dropout_p: float) -> GemmShape:
         dropout=dropout_p > 0,
         tma=tma_if_asked(dy, w),
         backward=True,
+        uniform=narrow or factor is None or factor.dtype == dy.dtype,
     )
 
 
@@ -74,7 +76,7 @@ def _compute_forward(x, w, a, b, bias, seed, spec: LoraSpec):
 def _compute_backward(dy, x, h, w, a, b, seed, spec: LoraSpec, needs: Needs):
     operands = (dy, x, h, w, a, b, seed)
     arguments = (*operands, spec, needs)
-    shape = functools.partial(backward_shape, dy, x, w, a, b, spec.dropout_p)
+    shape = functools.partial(backward_shape, dy, x, w, a, b, spec.dropout_p, spec.narrow)
     return compute(reference, "lora_linear_backward", shape, arguments, operands)
 
 
