@@ -18,14 +18,15 @@ from lora_kernels.dispatch.table import TABLE, GemmShape
 
 __all__ = [
     "ALGORITHMS", "SMALL_M", "Algorithm", "GemmShape", "asked", "capability_of", "choose",
-    "is_free", "is_open", "is_small_m", "machine_obstacle", "tf32_allowed", "triton_version",
-    "unmeasured", "warn_of_machine",
+    "is_free", "is_open", "is_small_m", "machine_obstacle", "rows_of_small_m", "tf32_allowed",
+    "triton_version", "unmeasured", "warn_of_machine",
 ]  # fmt: skip
 
 ALGORITHMS = ("fused", "addmm", "reference")
 FLOOR = (8, 0)  # the lowest capability for which Triton makes matrix instructions
 BLACKWELL = (3, 7, 1)  # the first Triton with the fences between copies and tcgen05 products
 SMALL_M = 64  # up to so many rows a layer is bound by reading its weight
+_FEWEST = 16  # rows of the smallest tiles
 _VARIABLE = "LORA_KERNELS_PLAN"
 _INTERPRETED, _UNMEASURED = "TRITON_INTERPRET=1", "no measurement"  # reasons of choose()
 # What os.environ keeps the variables in. Its own get() raises and catches, which takes as long as
@@ -45,7 +46,14 @@ class Algorithm(NamedTuple):
 
 def is_small_m(m: int, dropout: bool) -> bool:
     """Whether one kernel makes h and y of m rows: fewer if every program has to draw the mask."""
-    return m <= (16 if dropout else SMALL_M)
+    return m <= (_FEWEST if dropout else SMALL_M)
+
+
+def rows_of_small_m(m: int, dropout: bool) -> int:
+    """The rows of the tiles that make h and y of so few rows in one kernel; 0 if several do."""
+    if not is_small_m(m, dropout):
+        return 0
+    return _FEWEST if m <= _FEWEST else SMALL_M
 
 
 def unmeasured(shape: GemmShape) -> str:

@@ -7,7 +7,7 @@ serves. Random operands of two tiles in each direction are enough to meet edges,
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_kernels.checks import dtype_name
 from lora_kernels.dispatch import cache
 from lora_kernels.dispatch.algorithm import tf32_allowed
-from lora_kernels.dispatch.fallback import KernelError
+from lora_kernels.dispatch.fallback import KernelError, of_kernels
 from lora_kernels.kernels import hazards
 from lora_kernels.kernels.launch import watched
 from lora_kernels.kernels.operands import Operands
@@ -34,7 +34,6 @@ _KIND = "checked"  # of the file in the cache
 _VARIABLE = "LORA_KERNELS_CHECK"
 # m, n, k: more than two tiles on a GPU, where tiles have up to 256 rows and columns.
 _SIZES = {"cuda": (300, 520, 264), "cpu": (72, 80, 88)}
-_SMALL_M = 16
 _verdicts: dict[torch.device, dict[str, str | None]] = {}
 
 
@@ -45,10 +44,10 @@ class WrongKernelError(KernelError):
 class Variant(NamedTuple):
     """What decides about the machine code that a launcher takes.
 
-    dtype: of x, w and y; lora_dtype: of the factors. small_m: whether m is that of decoding.
-    aligned: whether tensor descriptors can describe the operands. transposed: whether w is stored
-    [K, N]. narrow: whether factors in a wider dtype are rounded to that of the layer in products.
-    enabled: which groups of y's columns have an update.
+    dtype: of x, w and y; lora_dtype: of the factors. small_m: the rows, if one kernel makes h and y
+    of them, else 0. aligned: whether tensor descriptors can describe the operands. transposed:
+    whether w is stored [K, N]. narrow: whether factors in a wider dtype are rounded to that of the
+    layer in products. enabled: which groups of y's columns have an update.
     """
 
     launcher: str
@@ -56,7 +55,7 @@ class Variant(NamedTuple):
     lora_dtype: torch.dtype = torch.float32
     r: int = 16
     dropout: bool = True
-    small_m: bool = False
+    small_m: int = 0
     aligned: bool = True
     transposed: bool = False
     narrow: bool = False
@@ -66,7 +65,7 @@ class Variant(NamedTuple):
         groups = "".join(str(int(enabled)) for enabled in self.enabled)
         flags = {
             "dropout": self.dropout,
-            "small m": self.small_m,
+            f"m <= {self.small_m}": self.small_m > 0,
             "unaligned": not self.aligned,
             "transposed": self.transposed,
             "narrow": self.narrow,
@@ -85,11 +84,9 @@ class Variant(NamedTuple):
 def of_launcher(variant: Variant, device: torch.device) -> Operands:
     """Random operands of a variant. The state of PyTorch's generators stays as it is."""
     m, n, k = _SIZES[device.type]
-    m = _SMALL_M if variant.small_m else m
+    m, n = variant.small_m or m, max(n, 8 * (len(variant.enabled) + 1))
     k = k if variant.aligned else k - 1
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), torch.device(device):
-        torch.manual_seed(0)
+    with _own_state(device, 0), torch.device(device):
         problem = make_problem(
             m, k, n, variant.r, device=device, dtype=variant.dtype, lora_dtype=variant.lora_dtype,
             dropout_p=0.25 if variant.dropout else 0.0, groups=_groups(n, variant.enabled),
@@ -98,6 +95,22 @@ def of_launcher(variant: Variant, device: torch.device) -> Operands:
             problem.w = problem.w.T.contiguous().T
         problem.spec = dataclasses.replace(problem.spec, narrow=variant.narrow)
         return Operands(problem)
+
+
+@contextlib.contextmanager
+def _own_state(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers from a seed, in float32; generators and default dtype stay as they are."""
+    default, gpus = torch.get_default_dtype(), [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:  # torch.manual_seed would seed all others, too
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
 
 
 def _groups(n: int, enabled: Sequence[bool]) -> list[tuple[int, bool]]:
@@ -142,9 +155,9 @@ def fault(variant: Variant, device: torch.device, guard: bool = False) -> str | 
     launcher, o = LAUNCHERS[variant.launcher], of_launcher(variant, device)
     memory = guarded_outputs() if guard else contextlib.nullcontext()
     try:
-        with torch.no_grad(), memory, watched() as compiled:
-            outputs = launcher(o)
-        with torch.no_grad():
+        with _own_state(device, 1), torch.no_grad():  # some operands are drawn when they are needed
+            with memory, watched() as compiled:
+                outputs = launcher(o)
             again = launcher(o)
             exact, baseline = (launcher.formula(o, t) for t in (torch.float64, o.x.dtype))
     except AssertionError as error:
@@ -152,7 +165,8 @@ def fault(variant: Variant, device: torch.device, guard: bool = False) -> str | 
     wrong = wrong_result(outputs, exact, baseline)
     if wrong is None and not all(map(torch.equal, outputs, again)):
         return "two runs differ"
-    return wrong or hazards.fault(compiled, device)
+    with of_kernels():  # it starts a program of Triton's, which may not be there
+        return wrong or hazards.fault(compiled, device)
 
 
 # ---- at the first use ----

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import environment
-from lora_kernels.dispatch.algorithm import is_small_m, tf32_allowed
+from lora_kernels.dispatch.algorithm import rows_of_small_m, tf32_allowed
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.dispatch.tma import is_tma_compliant
 
@@ -81,7 +81,7 @@ def prepare(function: Callable, algorithm: str, shape: GemmShape, operands: tupl
         lora_dtype,
         shape.r,
         shape.dropout,
-        is_small_m(shape.m, shape.dropout),
+        rows_of_small_m(shape.m, shape.dropout),
         is_tma_compliant(*(t for t in (_first(named, "x", "dy"), w) if isinstance(t, Tensor))),
         isinstance(w, Tensor) and w.stride(-1) != 1,
         lora_dtype != shape.dtype and getattr(spec, "narrow", False),

@@ -6,11 +6,13 @@ so that a training run need not find them again.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from lora_kernels.dispatch.algorithm import SMALL_M
 from lora_kernels.kernels import linear, selfcheck
-from lora_kernels.kernels.registry import LAUNCHERS
+from lora_kernels.kernels.registry import LAUNCHERS, kernel_of
 from lora_kernels.kernels.selfcheck import Variant, WrongKernelError, of_launcher
 from lora_kernels.spec import Needs
 from lora_kernels.tuning import workers
@@ -24,6 +26,8 @@ _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
 # Of a layer and of its factors.
 _DTYPES = ((_BF16, _BF16), (_F16, _F16), (_F32, _F32), (_BF16, _F32), (_F16, _F32))
 _HIGH_RANK = 64
+_FEWEST_ROWS = 16
+_MOST_ROWS: dict[str, Any] = {"small_m": SMALL_M, "dropout": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +50,28 @@ def variants(only: Sequence[str] = ()) -> list[Variant]:
     bfloat16 that differs in one thing.
     """
     chosen = list(only) or names()
-    found = [Variant(name, *dtypes) for dtypes in _DTYPES for name in chosen]
-    found += [Variant(n, _BF16, _F32, narrow=True) for n in chosen if _differs(n, "narrow")]
-    plain = [Variant(name, _BF16, _BF16) for name in chosen]
+    found = [_plain(name, *dtypes) for dtypes in _DTYPES for name in chosen]
+    found += [_plain(n, _BF16, _F32)._replace(narrow=True) for n in chosen if _differs(n, "narrow")]
+    found += [v._replace(**_MOST_ROWS) for v in found if v.small_m]
+    plain = [_plain(name, _BF16, _BF16) for name in chosen]
     for change in (
         {"dropout": False},
-        {"small_m": True},
+        {"small_m": _FEWEST_ROWS},
+        _MOST_ROWS,
         {"aligned": False},
         {"r": _HIGH_RANK},
         {"transposed": True},
         {"enabled": (True, False, True)},
     ):
-        found += [v._replace(**change) for v in plain if _differs(v.launcher, *change)]
-    return found
+        of = (v for v in plain if all(_differs(v.launcher, field) for field in change))
+        found += [v._replace(**change) for v in of]
+    return list(dict.fromkeys(found))
+
+
+def _plain(name: str, dtype: torch.dtype, lora_dtype: torch.dtype) -> Variant:
+    """A variant in these dtypes; with few rows if its kernel takes no others."""
+    few = name in LAUNCHERS and kernel_of(name).name == "gemm_small_m"
+    return Variant(name, dtype, lora_dtype, small_m=_FEWEST_ROWS if few else 0)
 
 
 def _differs(name: str, field: str) -> bool:

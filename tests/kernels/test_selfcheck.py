@@ -1,5 +1,6 @@
 """The check of kernels at their first use: what it finds, when it runs, and what follows."""
 
+import importlib
 import json
 import warnings
 
@@ -49,7 +50,7 @@ def wrong_shrink(monkeypatch):
 def test_every_launcher_is_right(name, device):
     variant = Variant(name, torch.float16, torch.float32, r=4)
     if selfcheck.key_of(variant, device) is None:  # gemm_small_m
-        variant = variant._replace(lora_dtype=torch.float16, small_m=True)
+        variant = variant._replace(lora_dtype=torch.float16, small_m=16)
     assert selfcheck.key_of(variant, device) is not None
     assert fault(variant, device, guard=True) is None
 
@@ -79,13 +80,60 @@ def test_an_element_that_is_not_written_is_a_fault(monkeypatch, device):
     assert "was not written" in fault(SHRINK, device, guard=True)
 
 
-def test_generators_stay_as_they_are(device):
+# Of which the last three draw operands of their own.
+DRAWING = ["shrink", "gemm_fwd_scaled", "expand_add_y", "dequantize_4bit"]
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_generators_stay_as_they_are(name, device, monkeypatch):
     torch.manual_seed(3)
     expected = torch.rand(4), torch.rand(4, device=device)
     torch.manual_seed(3)
-    fault(SHRINK, device)
+    with monkeypatch.context() as patch:
+        # It would seed the generators of all GPUs, of which one is put back.
+        patch.delattr(torch.cuda, "manual_seed_all")
+        assert fault(Variant(name), device) is None
     assert torch.equal(expected[0], torch.rand(4))
     assert torch.equal(expected[1], torch.rand(4, device=device))
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["gemm_fwd_scaled", "grad_b"])
+def test_the_default_dtype_changes_no_verdict(name, default, monkeypatch, device):
+    """h is float32 in every call, so a kernel that takes another is not the one that will run."""
+    seen, kernel = [], registry.kernel_of(name).name
+    module = importlib.import_module(f"lora_kernels.kernels.{kernel}")
+
+    def noted(function, grid, **arguments):
+        seen.append(arguments["h_ptr"].dtype)
+        launch(function, grid, **arguments)
+
+    monkeypatch.setattr(module, "launch", noted)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert fault(Variant(name, torch.float16, torch.float16, r=4), device) is None
+        assert torch.get_default_dtype() == default
+    finally:
+        torch.set_default_dtype(before)
+    assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("m", [16, 17, 64])
+def test_few_rows_are_checked_with_the_tiles_that_they_take(m, asked, monkeypatch, device):
+    checked = []
+    monkeypatch.setattr(selfcheck, "fault", lambda variant, device: checked.append(variant))
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "fused")
+    LoRALinear(24, 20, r=4).to(device, torch.float16)(
+        torch.randn(m, 24, device=device, dtype=torch.float16)
+    )
+    (few,) = [variant for variant in checked if variant.launcher == "gemm_small_m"]
+    assert few.small_m == (16 if m == 16 else 64)
+
+
+def test_many_groups_have_columns_each(device):
+    of_launcher = selfcheck.of_launcher(Variant("shrink", r=2, enabled=(True,) * 70), device)
+    assert min(of_launcher.spec.splits.sizes) > 0
 
 
 def test_first_use_checks_once_and_keeps_the_verdict(asked, monkeypatch, device, cache):
@@ -178,6 +226,15 @@ def test_a_kernel_that_the_call_does_not_need_may_be_wrong(
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         LoRALinear(24, 20, r=4).to(device)(x)
+
+
+def test_a_tool_that_is_not_there_fails_as_a_kernel_does(monkeypatch, device):
+    def fault_of_code(compiled, device):
+        raise FileNotFoundError(2, "No such file or directory", "cuobjdump")
+
+    monkeypatch.setattr(selfcheck.hazards, "fault", fault_of_code)
+    with pytest.raises(fallback.KernelError, match=r"FileNotFoundError: .*cuobjdump"):
+        fault(SHRINK, device)
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

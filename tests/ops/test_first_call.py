@@ -109,9 +109,9 @@ def test_a_kind_is_prepared_once(monkeypatch, device):
         lora_kernels.lora_linear(p.x, p.w, p.a, p.b)
     ((shrink, expand),) = checked
     assert (shrink.launcher, expand.launcher) == ("shrink", "expand_y")
-    assert shrink[1:] == (*[torch.float32] * 2, 4, False, False, True, False, False, (True,))
+    assert shrink[1:] == (*[torch.float32] * 2, 4, False, 0, True, False, False, (True,))
     lora_kernels.lora_linear(p.x[:9], p.w, p.a, p.b)
-    assert checked[1][0].small_m
+    assert checked[1][0].small_m == 16
     lora_kernels.lora_linear(p.x, p.w.T.contiguous().T, p.a, p.b)
     assert checked[2][0].transposed
     lora_kernels.lora_linear(p.x[:, 1:], p.w[:, 1:], p.a[:, 1:], p.b)

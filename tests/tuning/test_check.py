@@ -1,9 +1,10 @@
 """What is checked, how it is counted and what is kept of it."""
 
+import pytest
 import torch
 
 from lora_kernels.dispatch import cache as caches
-from lora_kernels.kernels import shrink
+from lora_kernels.kernels import selfcheck, shrink
 from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.registry import LAUNCHERS
 from lora_kernels.kernels.selfcheck import Variant
@@ -22,14 +23,24 @@ def test_every_launcher_algorithm_and_dtype_is_checked():
         of_name = [variant for variant in found if variant.launcher == name]
         assert {(v.dtype, v.lora_dtype) for v in of_name} == pairs, name
     gemm, narrow = ([v for v in found if v.launcher == "gemm_bwd"], [v for v in found if v.narrow])
-    for change in ("dropout", "small_m", "aligned", "transposed"):
+    for change in ("dropout", "aligned", "transposed"):
         assert {getattr(v, change) for v in gemm} == {True, False}, change
+    assert {v.small_m for v in gemm} == {0, 16, 64}
     assert {v.r for v in gemm} == {16, 64}
     assert {v.enabled for v in gemm} == {(True,), (True, False, True)}
     assert {(v.dtype, v.lora_dtype) for v in narrow} == {(BF16, F32)}
     checked = {v.launcher for v in narrow}
     assert {"gemm_bwd", "grouped_gemm_y", "weight_norm"} <= checked
     assert not checked & {"column_sums", "apply_dropout"}  # no product is in them
+
+
+@pytest.mark.parametrize("name", ["gemm_small_m", "gemm_small_m_scaled"])
+def test_the_kernel_of_few_rows_is_checked_in_every_dtype_with_all_of_its_tiles(name, device):
+    taken = [v for v in variants([name]) if selfcheck.key_of(v, device) is not None]
+    pairs = {(BF16, BF16), (F16, F16), (F32, F32), (BF16, F32), (F16, F32)}
+    for rows, dropout in ((16, True), (64, False)):
+        of_rows = [v for v in taken if (v.small_m, v.dropout) == (rows, dropout)]
+        assert {(v.dtype, v.lora_dtype) for v in of_rows} == pairs
 
 
 def test_a_planted_fault_is_found_and_kept(cache, device, monkeypatch):
