@@ -20,10 +20,11 @@ class KernelError(RuntimeError):
 
 
 _failed: dict[tuple[str, tuple], str] = {}
-# Errors of the device, which any later call may raise, and running out of memory.
+# RuntimeErrors of the device, which any later call may raise, and running out of memory. Compilers
+# use some of the words, too, and have classes of their own.
 _NOT_OURS = re.compile(
-    "out of memory|ALLOC_FAILED|CUDA error|illegal|misaligned|unspecified launch failure"
-    "|device-side assert|captur",
+    "out of memory|ALLOC_FAILED|CUDA error|HIP error|illegal (memory|instruction)|misaligned"
+    "|unspecified launch failure|device-side assert|captur",
     re.IGNORECASE,
 )
 
@@ -34,8 +35,8 @@ def of_kernels() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        outside = isinstance(error, torch.OutOfMemoryError) or _NOT_OURS.search(str(error))
-        if isinstance(error, KernelError) or outside:
+        outside = isinstance(error, RuntimeError) and _NOT_OURS.search(str(error))
+        if isinstance(error, (KernelError, torch.OutOfMemoryError)) or outside:
             raise
         raise KernelError(f"{type(error).__name__}: {error}") from error
 

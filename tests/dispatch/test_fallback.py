@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from triton.runtime.errors import PTXASError
 
 from lora_kernels.dispatch import fallback
 from lora_kernels.testing.problem import make_problem
@@ -131,7 +132,14 @@ def test_other_errors_are_raised(error, monkeypatch, device):
 
 @pytest.mark.parametrize(
     "error",
-    [AssertionError("libcuda.so cannot found!"), TypeError("no argument"), KeyError("tt.dot")],
+    [
+        AssertionError("libcuda.so cannot found!"),
+        TypeError("no argument"),
+        KeyError("tt.dot"),
+        PTXASError("error : Illegal modifier '.multicast' for instruction 'cp.async.bulk'"),
+        subprocess.CalledProcessError(1, ["gcc", "-I/home/me/motion-capture/include"]),
+        RuntimeError("failed to legalize operation 'tt.dot' that was explicitly marked illegal"),
+    ],
     ids=str,
 )
 def test_any_error_of_a_launch_is_a_kernels(error, forgetful, monkeypatch, device):
