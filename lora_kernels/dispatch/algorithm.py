@@ -19,7 +19,7 @@ from lora_kernels.dispatch.table import TABLE, GemmShape
 __all__ = [
     "ALGORITHMS", "SMALL_M", "Algorithm", "GemmShape", "asked", "capability_of", "choose",
     "is_free", "is_open", "is_small_m", "machine_obstacle", "rows_of_small_m", "tf32_allowed",
-    "triton_version", "unmeasured", "warn_of_machine",
+    "triton_version", "unmeasured", "warn_of_machine", "with_same_kernels",
 ]  # fmt: skip
 
 ALGORITHMS = ("fused", "addmm", "reference")
@@ -46,7 +46,19 @@ class Algorithm(NamedTuple):
 
 def is_small_m(m: int, dropout: bool) -> bool:
     """Whether one kernel makes h and y of m rows: fewer if every program has to draw the mask."""
-    return m <= (_FEWEST if dropout else SMALL_M)
+    return m <= _most(dropout)
+
+
+def _most(dropout: bool) -> int:
+    return _FEWEST if dropout else SMALL_M
+
+
+def with_same_kernels(m: int, bounds: tuple[int, int], dropout: bool) -> tuple[int, int]:
+    """Of bounds around a forward's m, the part in which fused launches the same kernels."""
+    low, high = bounds
+    if is_small_m(m, dropout):
+        return low, min(high, _most(dropout))
+    return max(low, _most(dropout) + 1), high
 
 
 def rows_of_small_m(m: int, dropout: bool) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from lora_kernels.dispatch import fallback, measured
-from lora_kernels.dispatch.algorithm import capability_of
+from lora_kernels.dispatch.algorithm import capability_of, with_same_kernels
 from lora_kernels.dispatch.table import GemmShape, TuningEntry
 
 __all__ = ["VALUES", "decide", "is_asked"]
@@ -87,12 +87,15 @@ def _median(values: list[float]) -> float:
 def _keep(shape: GemmShape, best: str, seconds: dict[str, list[float]]) -> None:
     """For as many rows to twice as many, by powers of two, and this n, k and r."""
     least = 1 << (shape.m.bit_length() - 1)
+    rows = least, 2 * least - 1
+    if not shape.backward:
+        rows = with_same_kernels(shape.m, rows, shape.dropout)
     entry = TuningEntry(
         capability_of(shape.device),
         shape.dtype,
         best,
         measured.SOURCE,
-        m=(least, 2 * least - 1),
+        m=rows,
         n=(shape.n, shape.n),
         k=(shape.k, shape.k),
         r=(shape.r, shape.r),

@@ -15,15 +15,23 @@ import torch
 
 from lora_kernels.checks import dtype_name
 from lora_kernels.dispatch import measured
-from lora_kernels.dispatch.algorithm import capability_of, unmeasured
+from lora_kernels.dispatch.algorithm import (
+    capability_of,
+    rows_of_small_m,
+    unmeasured,
+    with_same_kernels,
+)
+from lora_kernels.dispatch.fallback import KernelError
 from lora_kernels.dispatch.table import GemmShape, TuningEntry
 from lora_kernels.kernels import linear, measured_tiles
+from lora_kernels.kernels.config import Config
 from lora_kernels.kernels.selfcheck import Variant
 from lora_kernels.spec import Needs
 from lora_kernels.tuning import cases, check, rows, stopwatch, workers
 from lora_kernels.tuning.cases import Case
 from lora_kernels.tuning.rows import BACKWARD, FORWARD
 from lora_kernels.tuning.shapes import Layer, Shape
+from lora_kernels.tuning.stopwatch import CannotCaptureError
 from lora_kernels.tuning.verdicts import confirm
 
 __all__ = ["DEFAULTS", "Plan", "cells", "tune"]
@@ -130,9 +138,13 @@ def _tune_tiles(plan: Plan, left: Callable[..., float], write: Callable[[str], N
         if index and seconds < _LEAST:
             write(f"  {len(groups) - index} of {len(groups)} tables were not reached in time")
             break
-        samples = []
+        samples: list[dict[Config, list[float]]] = []
         for case in group:
-            samples.append(cases.measure(case, case.configs, failed[case], max(seconds, 0.0))[1])
+            samples.append({})
+            try:
+                _, samples[-1] = cases.measure(case, case.configs, failed[case], max(seconds, 0.0))
+            except torch.OutOfMemoryError as error:  # the others may fit
+                write(f"  {case}: not timed: {workers.reason(error)}")
         _, verdict = confirm(group, samples, max(seconds, 0.0))
         if verdict is not None and verdict.faster:
             tile = measured_tiles.as_json(group[0].kernel.name, verdict.when, verdict.best)
@@ -149,38 +161,53 @@ def _compare(plan: Plan, left: Callable[..., float], write: Callable[[str], None
     """Times fused and addmm at each cell, keeps the faster; returns how many were compared."""
     todo = cells(plan)
     write(f"algorithms: {len(todo)} products")
-    kinds = itertools.product(plan.ranks, plan.factors)
-    right = {kind: _right(plan, *kind, write) for kind in kinds}
+    right: dict[Variant, list[str]] = {}
+    compared = 0
     for index, (shape, mode) in enumerate(todo):
         seconds = left() / (len(todo) - index)
         if index and seconds < _LEAST:
             write(f"  {len(todo) - index} of {len(todo)} products were not reached in time")
-            return index
-        kind = shape.r, shape.factors
-        ratio = _ratio(shape, mode, right[kind], seconds)
+            break
+        kind = _kind(shape)
+        if kind not in right:
+            right[kind] = _right(kind, plan.device, write)
+        cell = f"{mode} {shape.m} x {shape.k} -> {shape.n} r={shape.r} p={shape.dropout_p:g}"
+        cell += "" if shape.factors is None else f" {dtype_name(shape.factors)} factors"
+        try:
+            ratio = _ratio(shape, mode, right[kind], seconds)
+        except (KernelError, CannotCaptureError, torch.OutOfMemoryError) as error:
+            write(f"  {cell}: not compared: {workers.reason(error)}")
+            continue
         entry = _entry(plan, shape, mode, ratio, right[kind])
         if entry is None:
             continue
         measured.add(plan.device, [measured.as_json(entry, ratio)])
-        cell = f"{mode} {shape.m} x {shape.k} -> {shape.n} r={shape.r} p={shape.dropout_p:g}"
-        cell += "" if shape.factors is None else f" {dtype_name(shape.factors)} factors"
+        compared += ratio is not None
         said = f"{rows.ratio_text(ratio)} of addmm's time" if ratio else "not compared"
         write(f"  {cell}: fused takes {said}: {entry.algorithm}")
-    return len(todo)
+    return compared
 
 
-def _right(
-    plan: Plan, r: int, factors: torch.dtype | None, write: Callable[[str], None]
-) -> list[str]:
-    """The algorithms whose results are right in these dtypes at this rank, against float64."""
+def _kind(shape: Shape) -> Variant:
+    """What decides about the kernels of either algorithm."""
+    dropout = shape.dropout_p > 0
+    return Variant(
+        "", shape.dtype, shape.factors or shape.dtype, shape.r, dropout,
+        small_m=rows_of_small_m(shape.m, dropout),
+        aligned=shape.k * shape.dtype.itemsize % 16 == 0,
+    )  # fmt: skip
+
+
+def _right(kind: Variant, device: torch.device, write: Callable[[str], None]) -> list[str]:
+    """The algorithms whose results are right for products of a kind, against float64."""
     found = []
     for name in check.ALGORITHMS:
+        variant = kind._replace(launcher=name)
         try:
-            variant = Variant(name, plan.dtype, factors or plan.dtype, r)
-            check.verify((variant, plan.device.type))
+            check.verify((variant, device.type))
             found.append(name)
         except Exception as error:  # whatever it is, the other algorithm is left
-            write(f"  {name} at rank {r} is not used: {workers.reason(error)}")
+            write(f"  {variant} is not used: {workers.reason(error)}")
     return found
 
 
@@ -215,7 +242,8 @@ def _entry(
     """What a comparison says of products like this one; None if no algorithm is right.
 
     n, k and r are exact. m reaches half of the way, in factors, to the neighbours that are tuned,
-    and by a factor of two beyond the first and the last. Within the noise the usual choice stays.
+    and by a factor of two beyond the first and the last, as far as the same kernels run. Within the
+    noise the usual choice stays.
     """
     if not right:
         return None
@@ -229,12 +257,15 @@ def _entry(
         algorithm = "fused"
     else:
         algorithm = "addmm" if ratio[1] > 1 else unmeasured(asked)
+    around = _around(shape.m, plan.tokens)
+    if mode == FORWARD:
+        around = with_same_kernels(shape.m, around, asked.dropout)
     return TuningEntry(
         capability_of(plan.device),
         shape.dtype,
         algorithm,
         measured.SOURCE,
-        m=_around(shape.m, plan.tokens),
+        m=around,
         n=(shape.n, shape.n),
         k=(shape.k, shape.k),
         r=(shape.r, shape.r),
@@ -245,7 +276,7 @@ def _entry(
     )
 
 
-def _around(m: int, tokens: Sequence[int]) -> tuple[float, float]:
+def _around(m: int, tokens: Sequence[int]) -> tuple[int, int]:
     below = max((other for other in tokens if other < m), default=m / 4)
     above = min((other for other in tokens if other > m), default=m * 4)
     return math.ceil(math.sqrt(below * m)), math.floor(math.sqrt(above * m))

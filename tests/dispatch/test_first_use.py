@@ -78,6 +78,19 @@ def test_a_product_that_was_measured_is_not_measured_again(asked, calls, device)
 
 
 @needs_no_gpu
+@pytest.mark.parametrize(("m", "dropout_p", "other"), [(16, 0.3, 17), (17, 0.3, 16), (64, 0.0, 65)])
+def test_few_rows_say_nothing_of_more(m, dropout_p, other, asked, calls, device):
+    """One kernel makes h and y of few rows; more of them run others, or the other way round."""
+    solve(make_problem(m, 8, 7, 2, device=device, dropout_p=dropout_p))
+    shape = GemmShape(m, 7, 8, 2, torch.float32, device, dropout=dropout_p > 0)
+    assert choose(shape).reason == "measured on this GPU"
+    assert choose(shape._replace(m=other)).reason == "TRITON_INTERPRET=1"
+    backward = shape._replace(backward=True)
+    if m.bit_length() == other.bit_length():
+        assert choose(backward._replace(m=other)).reason == "measured on this GPU"
+
+
+@needs_no_gpu
 def test_the_wish_of_the_user_goes_before_it(asked, calls, device, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_PLAN", "fused")
     solve(make_problem(70, 8, 7, 2, device=device))

@@ -5,11 +5,13 @@ import torch
 
 from lora_kernels.dispatch import measured
 from lora_kernels.dispatch.algorithm import choose
+from lora_kernels.dispatch.fallback import KernelError
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.kernels import linear, measured_tiles
 from lora_kernels.kernels.config import SkinnyConfig
 from lora_kernels.tuning import cases, user
 from lora_kernels.tuning.shapes import Layer
+from lora_kernels.tuning.stopwatch import CannotCaptureError
 from lora_kernels.tuning.user import Plan, tune
 from lora_kernels.tuning.verdicts import Verdict
 
@@ -94,7 +96,50 @@ def test_a_wrong_algorithm_is_not_chosen(all_cells, monkeypatch, device):
     lines = []
     tune(plan(device, seconds=0.0), lines.append)
     assert choose(asked(device)) == ("addmm", "measured on this GPU")
-    assert any("fused at rank 4 is not used: WrongKernelError" in line for line in lines)
+    assert any("fused float32 r=4 dropout is not used: WrongKernelError" in line for line in lines)
+
+
+@needs_no_gpu
+@pytest.mark.parametrize(("tokens", "dropout"), [(16, 0.3), (64, 0.0)])
+def test_the_kernel_of_few_rows_is_checked_before_it_is_timed(
+    tokens, dropout, all_cells, monkeypatch, device
+):
+    original = linear.gemm_small_m
+
+    def wrong(*operands, **options):
+        y, h = original(*operands, **options)
+        return y * 1.1, h
+
+    monkeypatch.setattr(linear, "gemm_small_m", wrong)
+    slow("addmm", monkeypatch)
+    lines = []
+    tune(plan(device, 0.0, tokens=(tokens, 70), dropout=(dropout,)), lines.append)
+    few, many = (asked(device, m=m, dropout=dropout > 0) for m in (tokens, 70))
+    assert choose(few).name == "addmm", lines
+    assert choose(many).name == "fused", lines
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("error", [
+    KernelError("OutOfResources: shared memory"), CannotCaptureError("not under a CUDA graph"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+], ids=lambda error: type(error).__name__)  # fmt: skip
+def test_a_product_that_cannot_be_timed_is_left_out(error, all_cells, monkeypatch, device):
+    step = user._step
+
+    def fails(shape, mode, algorithm):
+        if shape.m == 70 and mode == user.FORWARD:
+            raise error
+        return step(shape, mode, algorithm)
+
+    monkeypatch.setattr(user, "_step", fails)
+    lines = []
+    assert tune(plan(device, 0.0, tokens=(70, 300)), lines.append) == 3
+    (said,) = [line for line in lines if "not compared" in line]
+    assert said.startswith("  forward 70 x 24 -> 20 r=4 p=0.3: not compared: ")
+    assert str(error) in said
+    reasons = [choose(asked(device, m=m)).reason for m in (70, 300)]
+    assert reasons == ["TRITON_INTERPRET=1", "measured on this GPU"]
 
 
 @needs_no_gpu
@@ -123,8 +168,11 @@ def test_entries_reach_halfway_to_their_neighbours(all_cells, monkeypatch, devic
     slow("fused", monkeypatch)
     tune(plan(device, seconds=0.0, tokens=(16, 64)), lambda line: None)
     entries = measured.entries(device, (0, 0))
-    assert {entry.m for entry in entries} == {(8, 32), (32, 128)}
+    assert {entry.m for entry in entries if entry.backward} == {(8, 32), (32, 128)}
+    # With dropout one kernel serves 16 rows of a forward; 17 run other kernels.
+    assert {entry.m for entry in entries if not entry.backward} == {(8, 16), (32, 128)}
     assert choose(asked(device, m=129)).reason == "TRITON_INTERPRET=1"
+    assert choose(asked(device, m=17)).reason == "TRITON_INTERPRET=1"
     assert choose(asked(device, m=8)).reason == "measured on this GPU"
 
 
@@ -186,6 +234,23 @@ def test_tiles_that_win_are_kept_and_used(confirm, monkeypatch, device):
             measured_tiles.KERNELS[name].tiles["interpreter"][:] = table
         measured_tiles.use.cache_clear()
         measured_tiles.select.cache_clear()
+
+
+@needs_no_gpu
+def test_a_launch_that_does_not_fit_into_memory_stops_no_other(confirm, monkeypatch, device):
+    def measure(case, *others):
+        if case.name == "shrink":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [], {}
+
+    confirmed = []
+    monkeypatch.setattr(user.cases, "measure", measure)
+    monkeypatch.setattr(user, "confirm", lambda group, *_: (confirmed.append(group), ([], None))[1])
+    monkeypatch.setattr(user, "_compare", lambda *arguments: 0)
+    lines = []
+    tune(plan(device), lines.append)
+    assert len(confirmed) == 2
+    assert any("shrink" in line and "not timed: OutOfMemoryError" in line for line in lines)
 
 
 def test_candidates_fit_the_time(device):
