@@ -1,17 +1,19 @@
 """Every kernel, dtype and algorithm, checked on this GPU against float64 in processes of their own.
 
-Each variant runs twice and must have the same bits. Verdicts go into the user's cache directory,
-so that a training run need not find them again.
+Each variant runs twice and must have the same bits. Its tiles are those of a training run: measured
+ones if there are any. Verdicts go into the user's cache directory, so that a training run need not
+find them again.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from lora_kernels.dispatch.algorithm import SMALL_M
-from lora_kernels.kernels import linear, selfcheck
+from lora_kernels.kernels import linear, measured_tiles, selfcheck
 from lora_kernels.kernels.registry import LAUNCHERS, kernel_of
 from lora_kernels.kernels.selfcheck import Variant, WrongKernelError, of_launcher
 from lora_kernels.spec import Needs
@@ -93,6 +95,9 @@ def _differs(name: str, field: str) -> bool:
 def verify(task: tuple[Variant, str]) -> None:
     """Checks a variant on a device, "cuda" or "cpu". Raises: WrongKernelError; any of a launch."""
     variant, device = task[0], torch.device(task[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a bad file, which check() has said
+        measured_tiles.use(device)
     if variant.launcher in ALGORITHMS:
         reason = _fault_of_algorithm(variant, device)
     else:
@@ -139,6 +144,7 @@ def check(
     """
     jobs = workers.most_jobs() if jobs is None else jobs
     on, found = torch.device(device), []
+    measured_tiles.use(on)
     for variant in variants(only):
         key = None if variant.launcher in ALGORITHMS else selfcheck.key_of(variant, on)
         if key is not None or variant.launcher in ALGORITHMS:

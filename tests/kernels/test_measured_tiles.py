@@ -6,11 +6,14 @@ import warnings
 import pytest
 import torch
 
+from lora_kernels.dispatch import cache as caches
 from lora_kernels.dispatch import measured
 from lora_kernels.kernels import measured_tiles, shrink
 from lora_kernels.kernels.config import SkinnyConfig, When, select, target_of
+from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.numerics import numerics_of
 from lora_kernels.testing.problem import make_problem
+from lora_kernels.tuning.check import check
 from tests.calls import solve
 
 OTHER = SkinnyConfig(32, 16, num_warps=2, num_stages=1, programs_per_sm=3)
@@ -50,6 +53,23 @@ def test_tiles_take_the_place_of_the_tables_entry(device, seed):
     exact, results = problem.solve(torch.float64), solve(problem)
     for name, result in results.items():
         torch.testing.assert_close(result.double(), exact[name], rtol=1e-4, atol=1e-4)
+
+
+@needs_no_gpu
+def test_they_are_what_is_checked(device, monkeypatch):
+    measured.add(device, tiles=[measured_tiles.as_json("shrink", When(), OTHER)])
+    measured.forget()
+    warps = set()
+
+    def noted(function, grid, **arguments):
+        warps.add(arguments["num_warps"])
+        launch(function, grid, **arguments)
+
+    monkeypatch.setattr(shrink, "launch", noted)
+    checked = check(device.type, ["shrink"], jobs=1)
+    assert {each.reason for each in checked} == {None}
+    assert warps == {OTHER.num_warps}
+    assert all(str(OTHER) in key for key in caches.read("checked", device))
 
 
 @pytest.mark.parametrize(
