@@ -1,10 +1,13 @@
 """Runs tasks in processes of their own: one that fails, hangs or dies takes no other with it."""
 
 import concurrent.futures
+import contextlib
 import math
 import multiprocessing
 import os
 import queue
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -48,8 +51,10 @@ def attempt(
     for worker in workers:
         idle.put(worker)
 
+    ended = threading.Event()
+
     def run(task: _Task) -> str | None:
-        if time.monotonic() >= end:
+        if ended.is_set() or time.monotonic() >= end:
             return NOT_REACHED
         worker = idle.get()
         try:
@@ -58,11 +63,25 @@ def attempt(
             idle.put(worker)
 
     try:
-        with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
-            return list(pool.map(run, tasks))
+        with concurrent.futures.ThreadPoolExecutor(
+            len(workers), initializer=_block_interrupts
+        ) as pool:
+            try:
+                return list(pool.map(run, tasks))
+            except BaseException:  # such as Ctrl-C, after which no task is waited for
+                ended.set()
+                for worker in workers:
+                    worker.kill()
+                raise
     finally:
         for worker in workers:
             worker.stop()
+
+
+def _block_interrupts() -> None:
+    """Ctrl-C is for the main thread alone: processes that this one starts do not hear of it."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def reason(error: Exception) -> str:
@@ -78,7 +97,10 @@ class _Worker:
         self._process: multiprocessing.process.BaseProcess | None = None
 
     def run(self, task: object) -> str | None:
-        process = self._start() if self._process is None else self._process
+        try:
+            process = self._start() if self._process is None else self._process
+        except OSError as error:  # no memory or no number is left for another one
+            return reason(error)
         try:
             self._pipe.send(task)
             if self._pipe.poll(self._timeout):
@@ -101,6 +123,12 @@ class _Worker:
         self._process = process
         return process
 
+    def kill(self) -> None:
+        """Ends the process, so that run() does not wait for it any longer."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.kill()
@@ -111,9 +139,10 @@ class _Worker:
 
 def _serve(pipe: Connection, function: Callable[[Any], object]) -> None:
     """Answers each task with its failure, and whether this process can take another one."""
-    while True:
-        failure = _failure(function, pipe.recv())
-        pipe.send((failure, failure is None or _cuda_works()))
+    with contextlib.suppress(EOFError, OSError):  # the process that asks was killed
+        while True:
+            failure = _failure(function, pipe.recv())
+            pipe.send((failure, failure is None or _cuda_works()))
 
 
 def _failure(function: Callable[[_Task], object], task: _Task) -> str | None:

@@ -1,6 +1,10 @@
 """Tasks in processes of their own: one that fails, hangs or dies takes no other with it."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 import types
 
 import pytest
@@ -14,6 +18,57 @@ def attempted(what: str) -> None:
         raise ValueError("two\nlines")
     if what == "die":
         os._exit(3)
+
+
+def interrupts(what: str) -> None:
+    """As Ctrl-C does, which all processes of a terminal hear; then it takes long."""
+    os.killpg(os.getpgrp(), signal.SIGINT)
+    time.sleep(60)
+
+
+def kills_its_parent(what: str) -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+def of_attempting(name: str) -> subprocess.CompletedProcess:
+    """A process of its own that attempts the function of this name."""
+    code = (
+        f"from tests.tuning.test_workers import {name}\n"
+        "from lora_kernels.tuning import workers\n"
+        "if __name__ == '__main__':\n"
+        f"    workers.attempt({name}, ['a', 'b', 'c'], jobs=2)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True,
+        timeout=55,
+    )  # fmt: skip
+
+
+needs_groups = pytest.mark.skipif(os.name != "posix", reason="sends signals to a group")
+
+
+@needs_groups
+def test_an_interrupt_ends_all_processes_of_which_one_says_so():
+    done = of_attempting("interrupts")
+    assert done.returncode not in (0, 1)
+    assert done.stderr.count("KeyboardInterrupt\n") == 1, done.stderr
+    assert "SpawnProcess" not in done.stderr
+
+
+@needs_groups
+def test_processes_end_without_a_word_if_the_one_that_asks_is_killed():
+    done = of_attempting("kills_its_parent")
+    assert done.returncode == -signal.SIGKILL
+    assert "Traceback" not in done.stderr
+
+
+def test_attempt_says_that_no_process_starts(monkeypatch):
+    def start(worker):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(workers._Worker, "_start", start)
+    (failure,) = workers.attempt(attempted, ["fine"], jobs=2)
+    assert failure == "OSError: [Errno 12] Cannot allocate memory"
 
 
 def test_attempt_loses_the_task_of_a_process_that_dies_alone():
