@@ -99,8 +99,7 @@ def with_peft(findings: Findings) -> Findings:
 
 def examine_machine() -> Findings:
     """Looks at the environment of this process and runs a small product on every GPU."""
-    gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
-    no_gpu = None if gpus else _why_no_gpu()
+    gpus, no_gpu = _gpus()
     notes = [no_gpu] if no_gpu == NO_DRIVER else []
     missing = [no_gpu] if no_gpu and no_gpu != NO_DRIVER else []
     wrong = not_taken()
@@ -245,6 +244,16 @@ def _refused_by_transformers() -> list[str]:
     return []
 
 
+def _gpus() -> tuple[list[dict[str, str]], Missing | None]:
+    """The GPUs, and why there is none."""
+    try:
+        gpus = [_gpu(index) for index in range(torch.cuda.device_count())]
+    except (RuntimeError, AssertionError) as error:  # the driver counts more than CUDA reaches
+        reason = str(error).partition("\n")[0]
+        return [], Missing(reason, "update the driver, or see what nvidia-smi says of the GPU")
+    return gpus, None if gpus else _why_no_gpu()
+
+
 def _gpu(index: int) -> dict[str, str]:
     properties = torch.cuda.get_device_properties(index)
     hip = torch.version.hip
@@ -318,13 +327,14 @@ def _why_reference(algorithms: list[dict[str, str]]) -> list[Missing]:
 
 def _failures(device: torch.device) -> list[Missing]:
     """What went wrong when a small product's forward and backward ran on device."""
-    x, w, a, b = (
-        torch.ones(shape, dtype=torch.bfloat16, device=device, requires_grad=True)
-        for shape in ((16, 64), (64, 64), (8, 64), (64, 8))
-    )
+    shapes = (16, 64), (64, 64), (8, 64), (64, 8)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
+            x, w, a, b = (
+                torch.ones(shape, dtype=torch.bfloat16, device=device, requires_grad=True)
+                for shape in shapes
+            )
             functional.lora_linear(x, w.detach(), a, b, dropout_p=0.1).sum().backward()
         except RuntimeError as error:
             reason = " ".join(str(error).split())

@@ -231,6 +231,30 @@ def test_gpu_that_all_is_well_with(hopper, algorithm, capsys):
     assert ["missing", "nothing"] in lines
 
 
+def test_gpu_that_cuda_does_not_reach_is_missing(hopper, monkeypatch, capsys):
+    """The driver counts GPUs without CUDA, which may be too new for it."""
+    reason = "The NVIDIA driver on your system is too old (found version 11040)."
+
+    def properties(index):
+        raise RuntimeError(f"{reason}\nPlease update it")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    code, findings = found(capsys)
+    assert (code, findings["gpus"], findings["no_gpu"]) == (1, [], reason)
+    (missing,) = findings["missing"]
+    assert missing["what"] == reason
+    assert missing["fix"].startswith("update the driver")
+
+
+def test_gpu_that_is_taken_is_missing(monkeypatch):
+    def busy(*shape, **options):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr(torch, "ones", busy)
+    (missing,) = doctor._failures(torch.device("cuda", 0))
+    assert "cuda:0: CUDA error: all CUDA-capable devices are busy" in missing.what
+
+
 @pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
 def test_gpu_under_a_variable_that_calls_refuse(hopper, algorithm, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_TUNE", "1")
