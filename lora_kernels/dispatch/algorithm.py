@@ -18,8 +18,8 @@ from lora_kernels.dispatch.table import TABLE, GemmShape
 
 __all__ = [
     "ALGORITHMS", "SMALL_M", "Algorithm", "GemmShape", "asked", "capability_of", "choose",
-    "is_free", "is_open", "is_small_m", "machine_obstacle", "rows_of_small_m", "tf32_allowed",
-    "triton_version", "unmeasured", "warn_of_machine", "with_same_kernels",
+    "interpreted", "is_free", "is_open", "is_small_m", "machine_obstacle", "rows_of_small_m",
+    "tf32_allowed", "triton_version", "unmeasured", "warn_of_machine", "with_same_kernels",
 ]  # fmt: skip
 
 ALGORITHMS = ("fused", "addmm", "reference")

@@ -39,7 +39,7 @@ def directory() -> Path:
     """
     asked = os.environ.get(_VARIABLE)
     if asked:
-        return Path(asked)
+        return Path(os.path.expanduser(asked))
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if home.startswith("~"):  # it would be a directory of this name, where the process runs
         home = os.devnull
@@ -132,12 +132,18 @@ def write(kind: str, device: torch.device, content: dict) -> Path:
 
 
 def files(kind: str) -> list[Path]:
-    """The files of a kind, of every GPU and version."""
-    return sorted(directory().glob(f"{kind}-*.json"))
+    """The files of a kind, of every GPU and version; none of a directory that cannot be read."""
+    try:
+        return sorted(directory().glob(f"{kind}-*.json"))
+    except OSError:
+        return []
 
 
 def clear(kind: str) -> list[Path]:
-    """Removes the files of a kind, of every GPU and version, and returns their paths."""
+    """Removes the files of a kind, of every GPU and version, and returns their paths.
+
+    Raises: OSError if one cannot be removed.
+    """
     found = files(kind)
     for path in found:
         path.unlink(missing_ok=True)
@@ -160,9 +166,11 @@ def exclusive(kind: str) -> Iterator[None]:
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise BusyError(f"process {file.read().strip() or 'unknown'} holds {path}") from None
+        except OSError:  # a file system without locks, as some clusters have
+            pass
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -170,9 +178,14 @@ def exclusive(kind: str) -> Iterator[None]:
 
 
 def ignored(path: Path, why: str) -> dict:
-    """Warns that a file is ignored, and why, in one line; returns what it is taken for: {}."""
-    warnings.warn(f"lora_kernels: {path} is ignored: {why}", RuntimeWarning, stacklevel=3)
+    """Warns once that a file is ignored, and why, in one line; returns what it is taken for: {}."""
+    if (path, why) not in _said:
+        _said.add((path, why))
+        warnings.warn(f"lora_kernels: {path} is ignored: {why}", RuntimeWarning, stacklevel=3)
     return {}
+
+
+_said: set[tuple[Path, str]] = set()
 
 
 def _driver() -> int:

@@ -45,7 +45,7 @@ def _read(device: torch.device) -> dict[str, list[dict]]:
             _entry(entry, (0, 0))
         if not all(isinstance(tile, dict) for tile in found["tiles"]):
             raise TypeError("tiles must be objects")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         return cache.ignored(cache.path_of(KIND, device), f"{type(error).__name__}: {error}")
     return found
 

@@ -1,5 +1,6 @@
 """Files of what this machine has measured: which are read, and how they change."""
 
+import errno
 import json
 import os
 import subprocess
@@ -52,6 +53,7 @@ def test_a_file_that_does_not_hold_here_is_ignored_with_one_line(cache, change, 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert caches.read("tuned", CPU) == {}
+        assert caches.read("tuned", CPU) == {}
     (message,) = [str(w.message) for w in caught]
     assert str(path) in message
     assert why in message
@@ -101,6 +103,32 @@ except cache.BusyError as error:
         assert f"process {os.getpid()} holds" in done.stdout, done.stderr
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "inside\n", done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_stops_nobody(cache, monkeypatch, number):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with caches.exclusive("tuned"):
+        pass
+
+
+def test_a_directory_that_no_file_system_takes_is_one_that_cannot_be_written(monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", f"/{'x' * 300}")
+    assert caches.read("tuned", CPU) == {}
+    assert caches.files("tuned") == []
+    with pytest.raises(OSError, match="xxx"):
+        caches.write("tuned", CPU, {})
+
+
+def test_a_home_in_the_variable_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LORA_KERNELS_CACHE", "~/measured")  # as a file of settings has it
+    assert caches.directory() == tmp_path / "measured"
 
 
 def test_a_user_without_a_home_has_no_directory(monkeypatch, tmp_path):

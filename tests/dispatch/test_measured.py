@@ -67,7 +67,7 @@ def test_what_two_processes_measure_is_kept_of_both(cache):
     "change",
     [
         {"algorithm": "fastest"}, {"dtype": "float33"}, {"dtype": "nn"}, {"m": [1]}, {"m": "ab"},
-        {"k": None}, {"n": [1, "x"]}, {"dropout": "maybe", "r": None},
+        {"k": None}, {"n": [1, "x"]}, {"r": [1, 10**400]}, {"dropout": "maybe", "r": None},
     ],
 )  # fmt: skip
 def test_a_file_with_another_content_is_ignored(change):
