@@ -4,7 +4,7 @@ import argparse
 import json
 
 from lora_kernels.checks import dtype_name
-from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.errors import UsageError, of_gpu
 from lora_kernels.dispatch import cache
 from lora_kernels.tuning import check as checks
 from lora_kernels.tuning import machine
@@ -15,13 +15,14 @@ __all__ = ["main"]
 def main(options: argparse.Namespace) -> int:
     """Prints what is right and what is not; 1 if something is wrong or was not reached.
 
-    Raises: UsageError if there is neither a GPU nor the interpreter.
+    Raises: UsageError if there is neither a GPU that answers nor the interpreter.
     """
-    device = machine.device_of_kernels()
-    if device is None:
-        raise UsageError(f"check: {machine.NO_KERNELS}")
-    checked = checks.check(device.type, options.kernels, options.jobs, options.seconds)
-    its = cache.machine(device)
+    with of_gpu("check"):
+        device = machine.device_of_kernels()
+        if device is None:
+            raise UsageError(f"check: {machine.NO_KERNELS}")
+        its = cache.machine(device)
+        checked = checks.check(device.type, options.kernels, options.jobs, options.seconds)
     if options.json:
         print(json.dumps({"machine": its, "checked": [_as_json(each) for each in checked]}))
     else:

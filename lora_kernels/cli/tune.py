@@ -10,7 +10,7 @@ import torch
 
 from lora_kernels.checks import dtype_name
 from lora_kernels.cli.arguments import DTYPES
-from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.errors import UsageError, of_files, of_gpu
 from lora_kernels.dispatch import cache, measured
 from lora_kernels.tuning import machine, model_shapes, user, workers
 from lora_kernels.tuning.shapes import Layer
@@ -31,31 +31,30 @@ def main(options: argparse.Namespace) -> int:
     written, and another process that tunes.
     """
     if options.clear:
-        paths = measured.clear()
+        with of_files("tune", "remove it by hand"):
+            paths = measured.clear()
         print("\n".join(f"removed {path}" for path in paths) or "there was nothing to remove")
         return 0
-    device = machine.device_of_kernels()
-    if options.show:
-        print("\n".join(_every_gpu() if device is None else _this_gpu(device)))
-        return 0
-    plan = _plan(device or torch.device("cuda"), options)
-    if device is None and options.dry_run:
-        layers, measures, products = _products(plan)
-        print(layers, measures, products, "there is no GPU here, and tiles are a GPU's", sep="\n")
-        return 0
-    if device is None:
-        raise UsageError(f"tune: {machine.NO_KERNELS}")
-    path = cache.path_of(measured.KIND, device)
-    if options.dry_run:
-        layers, measures, products = _products(plan)
-        tiles = plan.tiles_in_words(plan.tile_cases())
-        print(layers, measures, tiles, products, f"results go to {path}", sep="\n")
-        return 0
+    with of_gpu("tune"):
+        device = machine.device_of_kernels()
+        if options.show:
+            with of_files("tune", "lora-kernels tune --clear removes it"):
+                print("\n".join(_every_gpu() if device is None else _this_gpu(device)))
+            return 0
+        plan = _plan(device or torch.device("cuda"), options)
+        if options.dry_run:
+            print("\n".join(_dry_run(plan, device)))
+            return 0
+        if device is None:
+            raise UsageError(f"tune: {machine.NO_KERNELS}")
+        path = cache.path_of(measured.KIND, device)
     try:
         with cache.exclusive(measured.KIND):
             return _run(plan, path)
     except cache.BusyError as error:
         raise UsageError(f"tune: another process is tuning: {error}") from error
+    except BrokenPipeError:  # of stdout
+        raise
     except OSError as error:
         raise UsageError(
             f"tune: {cache.directory()} cannot be written ({error.strerror or error}): set "
@@ -118,6 +117,17 @@ def _plan(device: torch.device, options: argparse.Namespace) -> Plan:
         seconds=60 * options.minutes,
         jobs=options.jobs or workers.most_jobs(),
     )
+
+
+def _dry_run(plan: Plan, device: torch.device | None) -> Iterator[str]:
+    """What would be measured, and where it would be kept."""
+    layers, measures, products = _products(plan)
+    yield from (layers, measures)
+    if device is None:
+        yield from (products, "there is no GPU here, and tiles are a GPU's")
+        return
+    yield plan.tiles_in_words(plan.tile_cases())
+    yield from (products, f"results go to {cache.path_of(measured.KIND, device)}")
 
 
 def _products(plan: Plan) -> tuple[str, str, str]:

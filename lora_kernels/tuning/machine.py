@@ -1,11 +1,11 @@
 """What a row says of the machine and of the code that was measured on it."""
 
-import os
 import platform
 import subprocess
 
 import torch
 
+from lora_kernels.dispatch.algorithm import interpreted
 from lora_kernels.tuning import repository
 
 __all__ = ["NO_KERNELS", "describe", "device_of_kernels", "gpu_name", "gpu_state"]
@@ -17,7 +17,7 @@ QUERY = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.
 
 def device_of_kernels() -> torch.device | None:
     """Where this process runs the kernels: a GPU, or a CPU if it interprets them; or nowhere."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interpreted():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 

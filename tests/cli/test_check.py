@@ -56,6 +56,17 @@ def test_json_has_every_variant(capsys, monkeypatch):
     }  # fmt: skip
 
 
+def test_a_gpu_that_does_not_answer_is_one_line(capsys, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy\nCompile with ...")
+
+    monkeypatch.setattr(checks.selfcheck, "key_of", fails)
+    assert main(ARGUMENTS) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "check: the GPU cannot be used (CUDA error: all CUDA-capable" in err
+
+
 def test_what_is_not_reached_is_1(capsys):
     assert main([*ARGUMENTS, "--seconds=0"]) == 1
     assert "3 of 3 were not reached in time: give more --seconds" in capsys.readouterr().out

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from lora_kernels.cli import main
+from lora_kernels.cli import arguments, main
+from lora_kernels.cli.tune import tune as tune_command
 from lora_kernels.dispatch import cache as caches
 from lora_kernels.dispatch import measured
 from lora_kernels.tuning import user
@@ -165,6 +166,33 @@ def test_a_gpu_that_disappears_is_one_line_and_1(tune, device):
     assert err.count("\n") == 1
     assert "failed (CUDA error: device not ready Compile" in err
     assert f"what was measured is kept in {caches.path_of('tuned', device)}" in err
+
+
+def test_a_gpu_that_does_not_answer_is_one_line(tune, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy\nCompile with ...")
+
+    for module, name in ((caches, "path_of"), (user.cases, "cases"), (measured, "content")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fails)
+            words = ["--show"] if module is measured else [*SHAPES, "--dry-run"]
+            assert "the GPU cannot be used (CUDA error: all" in refused(tune(*words))
+
+
+def test_a_reader_that_ends_is_no_fault_of_the_directory(monkeypatch):
+    def tune(plan, write):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(user, "tune", tune)
+    with pytest.raises(BrokenPipeError):  # main() has an exit code for it
+        tune_command(arguments.parser().parse_args(["tune", *SHAPES]))
+
+
+def test_a_file_that_cannot_be_removed_or_read_is_one_line(tune, own, monkeypatch):
+    (own / "tuned-a.json").mkdir(parents=True)
+    assert "tuned-a.json: Is a directory: remove it by hand" in refused(tune("--clear"))
+    monkeypatch.setattr("lora_kernels.tuning.machine.device_of_kernels", lambda: None)
+    assert "tuned-a.json: Is a directory: " in refused(tune("--show"))
 
 
 def test_an_interrupt_is_one_line_and_130(tune):

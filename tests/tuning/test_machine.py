@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 from lora_kernels.tuning import machine
@@ -27,3 +28,9 @@ def test_describe_of_a_cpu_names_no_gpu():
     assert described["torch"] == torch.__version__
     assert described["gpu"] is described["capability"] is described["driver"] is None
     assert described["commit"]
+
+
+@pytest.mark.parametrize("value", ["1", "true", "ON"])
+def test_kernels_are_interpreted_for_every_value_that_triton_takes(value, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert machine.device_of_kernels() == torch.device("cpu")
