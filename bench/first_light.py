@@ -14,6 +14,7 @@ written as it goes, so that an end at any moment leaves what there is until then
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -164,17 +165,14 @@ def _ended(command: Sequence[str], log: Path, seconds: float, environment: dict)
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
-            for how in (signal.SIGINT, signal.SIGKILL):
-                os.killpg(process.pid, how)
-                try:
-                    process.wait(_GRACE)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
             return CUT
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        finally:  # what it has started would run on beside the next part
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.dry_run and machine.device_of_kernels() is None:
         parser.error(machine.NO_KERNELS + ", as by --dry-run")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running part ends, too
     chosen = [part for part in PARTS if part.name in options.only]
     parts = run(chosen, options.output.resolve(), options.dry_run)
     return int(any(row["ended"] not in (0, CUT) and isinstance(row["ended"], int) for row in parts))

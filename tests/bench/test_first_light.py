@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +52,54 @@ def test_a_part_is_ended_by_its_clock_and_the_next_one_runs(tmp_path):
     assert (tmp_path / "slow-0.log").read_text().startswith("begun")
     assert (tmp_path / "quick-0.log").read_text() == "done\n"
     assert len(lines) == 3
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", code])
+open(sys.argv[1], "w").write(str(child.pid))
+"""
+
+
+def ends(pid: int) -> bool:
+    """Whether the process ends soon: a signal takes a moment to arrive."""
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state in "ZX":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("rest", ["time.sleep(60)", ""], ids=["cut", "done"])
+def test_nothing_of_a_part_runs_on_beside_the_next(rest, tmp_path):
+    command = (PYTHON, "-c", STUBBORN + rest, str(tmp_path / "pid"))
+    run((Part("one", 5, (command,), ()),), tmp_path, dry=False, write=lambda line: None)
+    assert ends(int((tmp_path / "pid").read_text()))
+
+
+@needs_proc
+def test_a_part_ends_with_the_script(tmp_path):
+    """As by timeout(1), which sends SIGTERM to the script alone."""
+    code = (
+        "import os, signal, sys\n"
+        "from bench import first_light\n"
+        f"ends = {STUBBORN + 'os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)'!r}\n"
+        f"command = (sys.executable, '-c', ends, {str(tmp_path / 'pid')!r})\n"
+        "first_light.PARTS = (first_light.Part('check', 60, (), (command,)),)\n"
+        f"sys.exit(first_light.main(['--dry-run', '--output={tmp_path / 'out'}']))"
+    )
+    done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 143, done.stderr
+    assert ends(int((tmp_path / "pid").read_text()))
 
 
 def test_what_there_is_is_written_before_the_next_part(tmp_path):
