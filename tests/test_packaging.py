@@ -255,3 +255,13 @@ def test_wheel_metadata_has_the_version_the_license_and_the_base_dependencies(wh
         'Requires-Dist: triton; platform_system == "Linux"',
     ]
     assert any(file.endswith("LICENSE") for file in wheel.namelist())
+
+
+def test_nothing_of_the_package_is_left_out_by_python_without_asserts():
+    asserts = [
+        f"{path.name}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Assert)
+    ]
+    assert asserts == []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["assert_close", "assert_close_together"]
+__all__ = ["assert_close", "assert_close_together", "require"]
 
 
 def assert_close(actual: Tensor, reference64: Tensor, baseline: Tensor, what: str = "") -> None:
@@ -14,19 +14,29 @@ def assert_close(actual: Tensor, reference64: Tensor, baseline: Tensor, what: st
 
     reference64: the result in float64; baseline: plain PyTorch's in actual's dtype.
     """
-    assert actual.dtype == baseline.dtype, f"{what} dtype {actual.dtype}, not {baseline.dtype}"
-    assert actual.shape == reference64.shape == baseline.shape, f"{what} shape {actual.shape}"
-    assert reference64.dtype == torch.float64
+    require(actual.dtype == baseline.dtype, f"{what} dtype {actual.dtype}, not {baseline.dtype}")
+    shapes = actual.shape, reference64.shape, baseline.shape
+    require(len(set(shapes)) == 1, f"{what} shape {actual.shape}, not {reference64.shape}")
+    require(reference64.dtype == torch.float64, f"{what} reference in {reference64.dtype}")
     if actual.numel() == 0:
         return
     eps = torch.finfo(actual.dtype).eps
     error = (actual.double() - reference64).abs()
     allowed = (baseline.double() - reference64).abs()
+    rms, worst = _rms(error), error.max().item()
     rms_bound = 1.25 * _rms(allowed) + 4 * eps * _rms(reference64)
     max_bound = 2 * allowed.max().item() + 4 * eps * reference64.abs().max().item()
-    assert _rms(error) <= rms_bound, f"{what} rms error {_rms(error):.3e} > {rms_bound:.3e}"
-    worst = error.max().item()
-    assert worst <= max_bound, f"{what} max error {worst:.3e} > {max_bound:.3e}"
+    require(rms <= rms_bound, f"{what} rms error {rms:.3e} > {rms_bound:.3e}")
+    require(worst <= max_bound, f"{what} max error {worst:.3e} > {max_bound:.3e}")
+
+
+def require(holds: bool, message: str) -> None:
+    """An assert that python -O leaves in place: users' GPUs are checked by it.
+
+    Raises: AssertionError.
+    """
+    if not holds:
+        raise AssertionError(message)
 
 
 def assert_close_together(triples: Sequence[tuple[Tensor, Tensor, Tensor]], what: str = "") -> None:

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -270,3 +272,34 @@ def test_narrow_factors_are_right(name, device):
     )
     assert selfcheck.of_launcher(variant, device).spec.narrow
     assert fault(variant, device, guard=True) is None
+
+
+def test_python_without_asserts_finds_what_is_wrong(cache):
+    """python -O leaves them out, and a verdict is kept for all later runs."""
+    code = """
+import torch
+from lora_kernels.kernels import shrink
+from lora_kernels.kernels.launch import launch
+from lora_kernels.kernels.selfcheck import Variant, fault
+
+def forgetful(function, grid, **arguments):
+    kept = arguments["h_ptr"][..., -1, -1].clone()
+    launch(function, grid, **arguments)
+    arguments["h_ptr"][..., -1, -1] = kept
+
+def wrong(function, grid, **arguments):
+    launch(function, grid, **arguments)
+    arguments["h_ptr"].mul_(2)
+
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+for plant, guard in ((wrong, False), (forgetful, True)):
+    shrink.launch = plant
+    print(fault(Variant("shrink"), device, guard))
+"""
+    done = subprocess.run(
+        [sys.executable, "-O", "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
+    two = done.stdout.splitlines()
+    assert len(two) == 2, done.stderr
+    assert two[0].startswith("wrong: result rms error")
+    assert two[1] == "wrong: an element of an output was not written"
