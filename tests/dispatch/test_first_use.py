@@ -10,7 +10,7 @@ from lora_kernels.dispatch.algorithm import choose
 from lora_kernels.dispatch.table import GemmShape
 from lora_kernels.kernels import linear
 from lora_kernels.testing.problem import make_problem
-from tests.calls import solve
+from tests.calls import call, solve
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="counts calls on the CPU")
 
@@ -88,6 +88,18 @@ def test_few_rows_say_nothing_of_more(m, dropout_p, other, asked, calls, device)
     backward = shape._replace(backward=True)
     if m.bit_length() == other.bit_length():
         assert choose(backward._replace(m=other)).reason == "measured on this GPU"
+
+
+@needs_no_gpu
+def test_a_backward_without_dx_decides_nothing(asked, calls, device):
+    """As of a model's first layer: the algorithms launch the same kernels there."""
+    p = make_problem(70, 8, 7, 2, device=device)
+    leaves = [p.a.requires_grad_(), p.b.requires_grad_()]
+    backward = GemmShape(70, 7, 8, 2, torch.float32, device, backward=True)
+    torch.autograd.grad(call(p).sum(), leaves)
+    assert choose(backward).reason == "TRITON_INTERPRET=1"
+    torch.autograd.grad(call(p, x=p.x.requires_grad_()).sum(), [*leaves, p.x])
+    assert choose(backward).reason == "measured on this GPU"
 
 
 @needs_no_gpu
