@@ -7,7 +7,7 @@ serves. Random operands of two tiles in each direction are enough to meet edges,
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -208,8 +208,18 @@ def _is_asked(device: torch.device) -> bool:
     return asked != "0" and not torch.cuda.is_current_stream_capturing()
 
 
-def keep(found: dict[str, str | None], device: torch.device) -> None:
-    """Adds verdicts, by key_of, to the file, if it can be written: it saves time and no more."""
-    if found:
+def keep(found: dict[str, str | None], device: torch.device, again: Collection[str] = ()) -> None:
+    """Adds verdicts, by key_of, to the file, if it can be written: it saves time and no more.
+
+    again: launchers that were checked anew: what else is kept as wrong of them is dropped, so that
+    its next use checks it.
+    """
+    known = cache.read(_KIND, device)
+    kept = {
+        key: reason
+        for key, reason in known.items()
+        if reason is None or key.partition(" ")[0] not in again
+    }
+    if found or len(kept) < len(known):
         with contextlib.suppress(OSError):
-            cache.write(_KIND, device, {**cache.read(_KIND, device), **found})
+            cache.write(_KIND, device, {**kept, **found})

@@ -155,7 +155,7 @@ def check(
         for (_, key), reason in zip(found, reasons, strict=True)
         if key and (reason is None or reason.startswith(WrongKernelError.__name__))
     }
-    selfcheck.keep(verdicts, on)
+    selfcheck.keep(verdicts, on, again={variant.launcher for variant, _ in found})
     return [Checked(v, reason) for (v, _), reason in zip(found, reasons, strict=True)]
 
 

@@ -64,6 +64,14 @@ def test_a_planted_fault_is_found_and_kept(cache, device, monkeypatch):
     assert sum(reason is not None for reason in verdicts.values()) == 2
 
 
+def test_what_was_wrong_once_is_met_again(cache, device):
+    """As of a rank that this check does not have: its next use finds it right, if it is."""
+    kept = {"shrink float32 r=8 A": None, "expand_y float32 r=8 A": "wrong: once"}
+    selfcheck.keep({**kept, "shrink float32 r=8 B": "wrong: once"}, device)
+    check(device.type, ["shrink"], jobs=1, seconds=0)
+    assert caches.read("checked", device) == kept
+
+
 def test_algorithms_are_checked_as_a_whole(cache, device, monkeypatch):
     assert not wrong(check(device.type, ["addmm"], jobs=1))
     forward = checks.linear.lora_linear_forward
