@@ -7,6 +7,7 @@ serves. Random operands of two tiles in each direction are enough to meet edges,
 import contextlib
 import dataclasses
 import os
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ _VARIABLE = "LORA_KERNELS_CHECK"
 # m, n, k: more than two tiles on a GPU, where tiles have up to 256 rows and columns.
 _SIZES = {"cuda": (300, 520, 264), "cpu": (72, 80, 88)}
 _verdicts: dict[torch.device, dict[str, str | None]] = {}
+_one_thread = threading.RLock()  # or one would put back what another has changed
 
 
 class WrongKernelError(KernelError):
@@ -100,8 +102,9 @@ def of_launcher(variant: Variant, device: torch.device) -> Operands:
 @contextlib.contextmanager
 def _own_state(device: torch.device, seed: int) -> Iterator[None]:
     """Random numbers from a seed, in float32; generators and default dtype stay as they are."""
-    default, gpus = torch.get_default_dtype(), [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):
+    gpus = [device] if device.type == "cuda" else []
+    with _one_thread, torch.random.fork_rng(gpus):
+        default = torch.get_default_dtype()
         torch.default_generator.manual_seed(seed)
         for gpu in gpus:  # torch.manual_seed would seed all others, too
             with torch.cuda.device(gpu):

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -16,6 +17,7 @@ from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.registry import LAUNCHERS
 from lora_kernels.kernels.selfcheck import Variant, WrongKernelError, fault, first_use
 from lora_kernels.ops import first_call
+from lora_kernels.testing.problem import make_problem
 
 SHRINK = Variant("shrink")
 
@@ -119,6 +121,35 @@ def test_the_default_dtype_changes_no_verdict(name, default, monkeypatch, device
     finally:
         torch.set_default_dtype(before)
     assert set(seen) == {torch.float32}
+
+
+def test_threads_put_back_what_was_there(device, monkeypatch):
+    first_inside, second_inside, problem = threading.Event(), threading.Event(), make_problem
+
+    def slow_problem(*sizes, **options):
+        if threading.current_thread() is first:
+            first_inside.set()
+            second_inside.wait(0.5)  # in vain, unless both are inside
+        else:
+            second_inside.set()
+            first.join()
+        return problem(*sizes, **options)
+
+    monkeypatch.setattr(selfcheck, "make_problem", slow_problem)
+    first, second = (
+        threading.Thread(target=selfcheck.of_launcher, args=(SHRINK, device)) for _ in range(2)
+    )
+    before, state = torch.get_default_dtype(), torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        first.start()
+        first_inside.wait()
+        second.start()
+        second.join()
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.equal(torch.get_rng_state(), state)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("m", [16, 17, 64])
