@@ -57,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     start = time.perf_counter()
     count_of_all = sum(len(case.configs) for case in found)
-    print(f"{count_of_all} launches in {options.jobs} processes", flush=True)
-    failed = cases.try_out(found, options.jobs)
+    jobs = options.jobs or workers.most_jobs()
+    print(f"{count_of_all} launches in {jobs} processes", flush=True)
+    failed = cases.try_out(found, jobs)
     print(f"{sum(map(len, failed.values()))} fail, {time.perf_counter() - start:.0f} s", flush=True)
 
     environment, complete = machine.describe(device), True
@@ -117,7 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--jobs",
         type=count,
-        default=workers.most_jobs(),
         metavar="N",
         help="processes that compile; 1 is this one, which does not survive a candidate that dies",
     )

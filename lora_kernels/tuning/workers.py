@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -19,13 +20,18 @@ __all__ = ["NOT_REACHED", "attempt", "most_jobs", "reason"]
 
 _Task = TypeVar("_Task")
 _MOST_JOBS = 16
+_JOB_BYTES = 1 << 30  # of a CUDA context, with operands
 NOT_REACHED = "not reached in time"
 TIMEOUT = 180.0  # seconds; a process starts in some ten, a kernel compiles in a few
 
 
 def most_jobs() -> int:
-    """As many processes as there are cores, up to a limit: each has operands on the GPU."""
-    return min(os.cpu_count() or 1, _MOST_JOBS)
+    """As many processes as there are cores, up to a limit, and as the GPU's free memory holds."""
+    most = min(os.cpu_count() or 1, _MOST_JOBS)
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        most = min(most, max(1, free // _JOB_BYTES))
+    return most
 
 
 def attempt(
@@ -81,6 +87,7 @@ def attempt(
 def _block_interrupts() -> None:
     """Ctrl-C is for the main thread alone: processes that this one starts do not hear of it."""
     if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # which lets them through again where it is started
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 

@@ -22,7 +22,8 @@ def attempted(what: str) -> None:
 
 def interrupts(what: str) -> None:
     """As Ctrl-C does, which all processes of a terminal hear; then it takes long."""
-    os.killpg(os.getpgrp(), signal.SIGINT)
+    if what == "a":
+        os.killpg(os.getpgrp(), signal.SIGINT)
     time.sleep(60)
 
 
@@ -96,3 +97,12 @@ def test_attempt_gives_a_task_without_end_up():
 
 def test_attempt_with_one_job_runs_in_this_process():
     assert workers.attempt(attempted, ["raise", "fine"], jobs=1) == ["ValueError: two lines", None]
+
+
+@pytest.mark.parametrize(("gigabytes", "jobs"), [(0.2, 1), (5.5, 5), (80, 12)])
+def test_as_many_jobs_as_fit_into_memory(gigabytes, jobs, monkeypatch):
+    """A kernel of a process without memory would look as if it failed."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(gigabytes * 2**30), 80 * 2**30))
+    assert workers.most_jobs() == jobs
