@@ -57,8 +57,10 @@ def as_json(kernel: str, when: When, config: Config) -> dict:
 def _parsed(tile: Mapping) -> tuple[When, Config]:
     bounds, numbers = dict(tile["when"]), dict(tile["config"])
     config = _CONFIGS[numbers.pop("type")](**numbers)
-    if not all(isinstance(number, int) for number in numbers.values()):
-        raise TypeError(f"tiles must be whole numbers, got {numbers}")
+    for name, number in numbers.items():
+        least = 0 if name == "tma" else 1
+        if not isinstance(number, int) or number < least:
+            raise TypeError(f"{name} must be a whole number, at least {least}, got {number!r}")
     for name in ("m", "r"):
         bounds[name] = math.inf if bounds[name] is None else bounds[name]
     return When(**bounds), config

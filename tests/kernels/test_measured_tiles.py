@@ -79,6 +79,10 @@ def test_they_are_what_is_checked(device, monkeypatch):
          "r": None, "tma": False}}, {"when": {}}, {"config": {"type": "Skinny"}}, {"config": None},
         {"config": {"type": "SkinnyConfig", "BLOCK_ROWS": "32", "BLOCK_COLS": 16, "num_warps": 2,
          "num_stages": 1, "programs_per_sm": 3}},
+        {"config": {"type": "SkinnyConfig", "BLOCK_ROWS": 0, "BLOCK_COLS": 16, "num_warps": 2,
+         "num_stages": 1, "programs_per_sm": 3}},
+        {"config": {"type": "SkinnyConfig", "BLOCK_ROWS": 32, "BLOCK_COLS": 16, "num_warps": 2,
+         "num_stages": 1, "programs_per_sm": -3}},
     ],
     ids=str,
 )  # fmt: skip
