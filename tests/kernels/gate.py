@@ -58,6 +58,7 @@ REPRESENTATIVES = (
     Case(m=16, merged=True),
     Case(m=64, dropout_p=0.0),
     Case(dtype=torch.float16, lora_dtype=torch.float16),
+    Case(dtype=torch.float16, lora_dtype=torch.float32, r=64),
     Case(lora_dtype=torch.float32, r=64),
     Case(lora_dtype=torch.float32),
     Case(lora_dtype=torch.float32, r=64, narrow=True),
