@@ -31,12 +31,12 @@ def scaled(tile, AXIS: tl.constexpr, TERMS: tl.constexpr = 1):
     The terms are a tuple. Infinities and NaN stay what they are.
     """
     up, down = powers(tl.max(tl.abs(tile), AXIS, keep_dims=True))
-    rest = tile * up
-    terms = (rest.to(tl.float16),)
-    for i in tl.static_range(TERMS - 1):
-        term = terms[i].to(tl.float32)
-        rest = tl.where(tl.abs(term) == float("inf"), 0.0, rest - term)  # inf - inf is NaN
-        terms += (rest.to(tl.float16),)
+    rest, terms = tile * up, ()
+    for _ in tl.static_range(TERMS):
+        term = rest.to(tl.float16)
+        terms += (term,)
+        lacking = rest - term.to(tl.float32)
+        rest = tl.where(tl.abs(rest) == float("inf"), 0.0, lacking)  # inf - inf is NaN
     return terms, down
 
 

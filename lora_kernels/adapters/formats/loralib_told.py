@@ -76,6 +76,7 @@ def told(path: str, about: Any) -> Told:
     if not isinstance(about, dict):
         return NOTHING
     alpha, dropout = about.get(_ALPHA), about.get("lora_dropout")
+    flags: Any
     flags, sizes = about.get("enable_lora"), about.get("out_splits")
     splits = None
     if flags is not None or sizes is not None:
@@ -123,9 +124,10 @@ def alphas_of(
     found: dict[str, float] = {}
     for path in paths:
         alpha = known.get(path, NOTHING).lora_alpha
-        if alpha is None and hint is None:
-            raise Untold("the file does not hold lora_alpha", ALPHA, assumed={"lora_alpha": 1.0})
         if alpha is not None and hint is not None:
             agreed(path, _ALPHA, f"{alpha:.15g}", f"{hint:.15g}")  # as convert prints it
-        found[path] = hint if alpha is None else alpha
+        alpha = hint if alpha is None else alpha
+        if alpha is None:
+            raise Untold("the file does not hold lora_alpha", ALPHA, assumed={"lora_alpha": 1.0})
+        found[path] = alpha
     return found
