@@ -50,6 +50,7 @@ TILES = Tiles(
         (When(bits=32), SkinnyConfig(64, 32, num_warps=8, num_stages=2)),
         (When(terms=True, r=16), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
         (When(terms=True), SkinnyConfig(128, 64, num_warps=8, num_stages=3)),
+        (When(scaled=True, r=16), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
         (When(r=16), SkinnyConfig(256, 64, num_warps=8, num_stages=3, programs_per_sm=1)),
         (When(), SkinnyConfig(128, 64, num_warps=4, num_stages=3)),
     ],

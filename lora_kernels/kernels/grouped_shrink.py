@@ -42,6 +42,7 @@ TILES = Tiles(
         (When(bits=32), SkinnyConfig(64, 32, num_warps=4, num_stages=3)),
         (When(terms=True, r=16), SkinnyConfig(64, 64, num_warps=4, num_stages=2)),
         (When(terms=True), SkinnyConfig(128, 32, num_warps=8, num_stages=2)),
+        (When(scaled=True), SkinnyConfig(128, 32, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(64, 64, num_warps=8, num_stages=3)),
     ],
     sm_90=[

@@ -20,23 +20,23 @@ TILES = Tiles(
     interpreter=[(When(), SkinnyConfig(64, 64, num_warps=4, num_stages=1))],
     sm_80=[
         (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
+        (When(scaled=True), SkinnyConfig(32, 128, num_warps=4, num_stages=2)),
         (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
         (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
-        (When(scaled=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
     ],
     sm_90=[
         (When(bits=32), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
+        (When(scaled=True), SkinnyConfig(32, 128, num_warps=4, num_stages=2)),
         (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
         (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
-        (When(scaled=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
         (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
     ],
     sm_100=[
         (When(bits=32), SkinnyConfig(16, 64, num_warps=4, num_stages=3)),
-        (When(scaled=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
+        (When(scaled=True), SkinnyConfig(32, 128, num_warps=4, num_stages=2)),
         (When(r=16), SkinnyConfig(16, 256, num_warps=4, num_stages=3)),
-        (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=2)),
+        (When(terms=True), SkinnyConfig(32, 128, num_warps=8, num_stages=3)),
         (When(), SkinnyConfig(16, 128, num_warps=4, num_stages=3)),
     ],
     hip=[
