@@ -30,6 +30,7 @@ def scaled(tile, AXIS: tl.constexpr, TERMS: tl.constexpr = 1):
 
     The terms are a tuple. Infinities and NaN stay what they are.
     """
+    tile = tile.to(tl.float32)
     up, down = powers(tl.max(tl.abs(tile), AXIS, keep_dims=True))
     rest, terms = tile * up, ()
     for _ in tl.static_range(TERMS):

@@ -92,7 +92,7 @@ def dot_terms(
     left, sums = left.to(NUMERICS.main), ()
     for i in tl.static_range(len(tiles)):
         tile = tiles[i].T if TILES_T else tiles[i]
-        if left.dtype == tl.float16 and tile.dtype == tl.float32:
+        if left.dtype == tl.float16 and tile.dtype != tl.float16:
             sums += (accs[i] + dot_with_scaled(left, tile, NUMERICS.terms),)
         else:
             sums += (tl.dot(left, tile, accs[i], input_precision=NUMERICS.precision),)
@@ -107,7 +107,7 @@ def dot_of_terms(
     right, sums = right.to(NUMERICS.main), ()
     for i in tl.static_range(len(tiles)):
         tile = tiles[i].T if TILES_T else tiles[i]
-        if right.dtype == tl.float16 and tile.dtype == tl.float32:
+        if right.dtype == tl.float16 and tile.dtype != tl.float16:
             sums += (accs[i] + dot_scaled(tile, right, NUMERICS.terms),)
         else:
             sums += (tl.dot(tile, right, accs[i], input_precision=NUMERICS.precision),)

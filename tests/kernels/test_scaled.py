@@ -18,7 +18,7 @@ from lora_kernels.testing.memory import guarded_outputs
 from lora_kernels.testing.tolerance import assert_close
 from tests.kernels.cases import GPU, GROUPS, operands
 
-F16, F32, F64 = torch.float16, torch.float32, torch.float64
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SHAPES = [(33, 24, 35, 5), (18, 24, 17, 70)]  # M, K, N, R
 
 
@@ -178,6 +178,24 @@ def test_nothing_comes_of_zeros_and_of_what_is_smaller_than_float16(
     case.values.fill_(value)
     result = case.run()[index]
     assert torch.equal(result, torch.zeros_like(result))
+
+
+MIXED = {
+    "shrink": [0], "gemm_small_m": [1], "grad_b": [0], "weight_norm": [0],
+    "grouped_shrink_h": [0], "grouped_shrink_dh": [0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (F16, F32), (F32, F16), (BF16, F32)], ids=str)
+@pytest.mark.parametrize("launcher", MIXED)
+def test_factors_in_other_dtypes(launcher, dtypes, seed, device):
+    """Both are scaled, each from its own dtype. What is in float32 of the results is judged."""
+    o = operands((12, 24, 35, 5), F16, device, dropout_p=0.3, lora_dtype=F32)
+    o.a, o.b = o.a.to(dtypes[0]), o.b.to(dtypes[1])
+    entry = LAUNCHERS[launcher]
+    found, exact, rounded = entry(o), entry.formula(o, F64), entry.formula(o, F32)
+    for i in MIXED[launcher]:
+        assert_close(found[i], exact[i], rounded[i], launcher)
 
 
 @triton.jit
