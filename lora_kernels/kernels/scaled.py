@@ -5,7 +5,7 @@ and so have float32 factors. A power of two for each row or column brings its la
 the end of that range. So no bit of a mantissa changes, and small rows beside large ones keep
 theirs. The product is scaled back. One term has the bits of a float16, two have 22 of a float32's
 24. What is 2²⁸ times smaller than another element of its row, with which it is added up, loses some
-of those of one term, and at 2³⁹ of those of two.
+of those of one term, and at 2¹⁷ of those of two.
 """
 
 import triton
