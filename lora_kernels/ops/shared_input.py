@@ -30,6 +30,7 @@ def _forward(x, ws, a, bs, biases, seeds, *constants):
         device=x.device,
         dropout=specs[0].dropout_p > 0,
         tma=tma_if_asked(x, *ws),
+        uniform=specs[0].narrow or a.dtype == x.dtype,
     )
     arguments = (x, ws, a, bs, biases, seeds, specs)
     return compute(reference, "lora_shared_linear_forward", shape, arguments, (x, a, *bs))
@@ -49,6 +50,7 @@ def _backward(dys, x, h, ws, a, bs, seeds, *constants):
         dropout=specs[0].dropout_p > 0,
         tma=tma_if_asked(*dys, *ws),
         backward=True,
+        uniform=specs[0].narrow or a.dtype == dy.dtype,
     )
     arguments = (dys, x, h, ws, a, bs, seeds, specs, needs)
     return compute(reference, "lora_shared_linear_backward", shape, arguments, (dy, a, *bs))
