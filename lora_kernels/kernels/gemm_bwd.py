@@ -50,7 +50,10 @@ TILES = Tiles(
     ],
     sm_100=[
         (When(bits=32), GemmConfig(32, 64, 32, num_warps=4, num_stages=3, epilogue_subtile=2)),
-        (When(m=SMALL_M), GemmConfig(64, 128, 64, num_warps=8, num_stages=3)),
+        (
+            When(m=SMALL_M),
+            GemmConfig(64, 128, 64, num_warps=8, num_stages=3, epilogue_subtile=2),
+        ),
         (
             When(tma=True, r=16),
             GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True, epilogue_subtile=4),
