@@ -157,7 +157,14 @@ def _add_tune(commands, name: str) -> None:
         action="store_true",
         help="print what is kept for this GPU, or for every one if there is none",
     )
-    instead.add_argument("--clear", action="store_true", help="remove what is kept")
+    instead.add_argument(
+        "--clear", action="store_true", help="remove what is kept for this GPU; see --all"
+    )
+    tune.add_argument(
+        "--all",
+        action="store_true",
+        help="with --clear: for every GPU whose measurements are in the cache directory",
+    )
 
 
 def _names(text: str) -> list[str]:

@@ -27,18 +27,18 @@ def main(options: argparse.Namespace) -> int:
     """Does what the command line asks for: 0; 1 if the GPU failed on the way; 130 after Ctrl-C.
 
     Without a GPU, --dry-run leaves out tiles, and --show has what is kept for every GPU.
-    Raises: UsageError for arguments that are wrong, no GPU to measure, a directory that cannot be
-    written, and another process that tunes.
+    Raises: UsageError for arguments that are wrong, no GPU to measure or to clear, a directory that
+    cannot be written, and another process that tunes.
     """
+    if options.all and not options.clear:
+        raise UsageError("tune: --all goes with --clear")
     if options.clear:
-        with of_files("tune", "remove it by hand"):
-            paths = measured.clear()
-        print("\n".join(f"removed {path}" for path in paths) or "there was nothing to remove")
+        print("\n".join(_clear(options.all)) or "there was nothing to remove")
         return 0
     with of_gpu("tune"):
         device = machine.device_of_kernels()
         if options.show:
-            with of_files("tune", "lora-kernels tune --clear removes it"):
+            with of_files("tune", f"lora-kernels tune {_clears(device)} removes it"):
                 print("\n".join(_every_gpu() if device is None else _this_gpu(device)))
             return 0
         plan = _plan(device or torch.device("cuda"), options)
@@ -60,6 +60,23 @@ def main(options: argparse.Namespace) -> int:
             f"tune: {cache.directory()} cannot be written ({error.strerror or error}): set "
             f"LORA_KERNELS_CACHE to a directory that can"
         ) from error
+
+
+def _clear(everything: bool) -> list[str]:
+    """Removes what is kept for this GPU, or for all of them, which share a directory."""
+    with of_gpu("tune"), of_files("tune", "remove it by hand"):
+        device = None if everything else machine.device_of_kernels()
+        if device is None and not everything:
+            raise UsageError(
+                "tune: there is no GPU here whose measurements --clear could remove; --clear --all "
+                "removes those of every GPU"
+            )
+        return [f"removed {path}" for path in measured.clear(device)]
+
+
+def _clears(device: torch.device | None) -> str:
+    """The options that remove what --show shows."""
+    return "--clear --all" if device is None else "--clear"
 
 
 def _run(plan: Plan, path: os.PathLike) -> int:

@@ -139,12 +139,13 @@ def files(kind: str) -> list[Path]:
         return []
 
 
-def clear(kind: str) -> list[Path]:
-    """Removes the files of a kind, of every GPU and version, and returns their paths.
+def clear(kind: str, device: torch.device | None) -> list[Path]:
+    """Removes a device's file of a kind, or those of every GPU and version if device is None.
 
-    Raises: OSError if one cannot be removed.
+    Returns the paths of what was there. Raises: OSError if one cannot be removed.
     """
-    found = files(kind)
+    its = None if device is None else path_of(kind, device)
+    found = [path for path in files(kind) if its in (None, path)]
     for path in found:
         path.unlink(missing_ok=True)
     return found

@@ -81,10 +81,10 @@ def add(
     cache.write(KIND, device, merged)
 
 
-def clear() -> list:
-    """Removes what is measured, of all GPUs and versions; returns the files' paths."""
+def clear(device: torch.device | None) -> list:
+    """Removes what is measured on a device, or on all GPUs if it is None; returns the paths."""
     forget()
-    return cache.clear(KIND)
+    return cache.clear(KIND, device)
 
 
 def forget() -> None:

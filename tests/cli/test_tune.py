@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_kernels.cli import arguments, main
-from lora_kernels.cli.tune import tune as tune_command
+from lora_kernels.cli.tune import main as tune_command
 from lora_kernels.dispatch import cache as caches
 from lora_kernels.dispatch import measured
 from lora_kernels.tuning import user
@@ -188,11 +188,14 @@ def test_a_reader_that_ends_is_no_fault_of_the_directory(monkeypatch):
         tune_command(arguments.parser().parse_args(["tune", *SHAPES]))
 
 
-def test_a_file_that_cannot_be_removed_or_read_is_one_line(tune, own, monkeypatch):
-    (own / "tuned-a.json").mkdir(parents=True)
-    assert "tuned-a.json: Is a directory: remove it by hand" in refused(tune("--clear"))
+def test_a_file_that_cannot_be_removed_or_read_is_one_line(tune, own, device, monkeypatch):
+    path = caches.path_of("tuned", device)
+    path.mkdir(parents=True)
+    for options in (["--clear"], ["--clear", "--all"]):
+        assert f"{path}: Is a directory: remove it by hand" in refused(tune(*options))
     monkeypatch.setattr("lora_kernels.tuning.machine.device_of_kernels", lambda: None)
-    assert "tuned-a.json: Is a directory: " in refused(tune("--show"))
+    err = refused(tune("--show"))
+    assert f"{path}: Is a directory: lora-kernels tune --clear --all removes it" in err
 
 
 def test_an_interrupt_is_one_line_and_130(tune):
@@ -232,6 +235,22 @@ def test_show_and_clear(tune, device, own):
     assert json.loads("\n".join(lines[1:]))["tiles"] == [{"kernel": "shrink"}]
     assert tune("--clear") == (0, [f"removed {lines[0]}"], "")
     assert json.loads("\n".join(tune("--show")[1][1:]))["tiles"] == []
+
+
+def test_clear_leaves_what_other_gpus_have_measured(tune, device, own, monkeypatch):
+    measured.add(device, tiles=[{"kernel": "shrink"}])
+    its, other = caches.path_of("tuned", device), own / "tuned-another-gpu.json"
+    other.write_text("{}")
+    assert "--all goes with --clear" in refused(tune("--all"))
+    assert tune("--clear") == (0, [f"removed {its}"], "")
+    assert other.exists()
+    assert tune("--clear") == (0, ["there was nothing to remove"], "")
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_kernels.tuning.machine.device_of_kernels", lambda: None)
+        assert "--clear --all removes those of every GPU" in refused(tune("--clear"))
+        assert other.exists()
+        assert tune("--clear", "--all") == (0, [f"removed {other}"], "")
+    assert not other.exists()
 
 
 @without_gpu

@@ -68,12 +68,16 @@ def test_a_failing_write_leaves_the_file_and_nothing_beside_it(cache):
     assert os.listdir(cache) == [path.name]
 
 
-def test_clear_removes_one_kind_of_all_machines(cache):
+def test_clear_removes_one_kind_of_a_device_or_of_all_machines(cache):
     of_here = caches.write("tuned", CPU, {})
     other = of_here.with_name("tuned-another-gpu.json")
     other.write_text("{}")
     kept = caches.write("checked", CPU, {})
-    assert caches.clear("tuned") == sorted([of_here, other])
+    assert caches.clear("tuned", CPU) == [of_here]
+    assert sorted(os.listdir(cache)) == sorted([kept.name, other.name])
+    assert caches.clear("tuned", CPU) == []
+    caches.write("tuned", CPU, {})
+    assert caches.clear("tuned", None) == sorted([of_here, other])
     assert os.listdir(cache) == [kept.name]
 
 

@@ -120,7 +120,7 @@ def said_while_failing(failing, device, monkeypatch) -> list[str]:
 
     problem = make_problem(70, 8, 7, 2, device=device)
     expected = solve(problem)
-    measured.clear()
+    measured.clear(device)
     monkeypatch.setattr(linear, "lora_linear_forward", broken)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
