@@ -91,7 +91,8 @@ def _add_check(commands, name: str) -> None:
         description="Runs every kernel in every dtype on this GPU, twice, and compares the results "
         "with float64 and with each other. Verdicts are kept in the cache directory "
         "(LORA_KERNELS_CACHE, or ~/.cache/lora_kernels), where training runs read them: a kernel "
-        "that is wrong here is not used. Exit code: 0 if all are right, 1 if not.",
+        "that is wrong here is not used. Exit code: 0 if all are right, 1 if one is wrong, 3 if "
+        "none is wrong but time was over before all were checked.",
     )
     check.add_argument("--json", action="store_true", help="one JSON object, for programs")
     check.add_argument(
@@ -100,7 +101,7 @@ def _add_check(commands, name: str) -> None:
     check.add_argument(
         "--seconds",
         type=options.duration,
-        default=60.0,
+        default=600.0,
         metavar="S",
         help="what has not begun by then is left out (default: %(default)g)",
     )

@@ -11,9 +11,12 @@ from lora_kernels.tuning import machine
 
 __all__ = ["main"]
 
+_NOT_REACHED = 3  # 2 is a wrong argument's
+
 
 def main(options: argparse.Namespace) -> int:
-    """Prints what is right and what is not; 1 if something is wrong or was not reached.
+    """Prints what is right and what is not: 0 if all is right; 1 if something is wrong; 3 if
+    nothing is, as far as there was time.
 
     Raises: UsageError if there is neither a GPU that answers nor the interpreter.
     """
@@ -28,7 +31,9 @@ def main(options: argparse.Namespace) -> int:
     else:
         print(f"{its['gpu']}, torch {its['torch']}, triton {its['triton']}: each kernel twice, "
               "against float64", checks.as_text(checked), sep="\n")  # fmt: skip
-    return 0 if all(each.reason is None for each in checked) else 1
+    if checks.wrong(checked):
+        return 1
+    return _NOT_REACHED if checks.not_reached(checked) else 0
 
 
 def _as_json(each: checks.Checked) -> dict:

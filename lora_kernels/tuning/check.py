@@ -6,6 +6,7 @@ find them again.
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,8 @@ from lora_kernels.spec import Needs
 from lora_kernels.tuning import workers
 
 __all__ = [
-    "ALGORITHMS", "Checked", "as_text", "check", "names", "variants", "verify", "wrong",
+    "ALGORITHMS", "Checked", "as_text", "check", "names", "not_reached", "variants", "verify",
+    "wrong",
 ]  # fmt: skip
 
 ALGORITHMS = ("fused", "addmm")  # of lora_linear, checked as a whole
@@ -136,7 +138,7 @@ def _fault_of_algorithm(variant: Variant, device: torch.device) -> str | None:
 
 
 def check(
-    device: str, only: Sequence[str] = (), jobs: int | None = None, seconds: float = 60.0
+    device: str, only: Sequence[str] = (), jobs: int | None = None, seconds: float = math.inf
 ) -> list[Checked]:
     """Checks the variants that the launchers take; those not begun within seconds say so.
 
@@ -160,28 +162,41 @@ def check(
 
 
 def as_text(checked: Sequence[Checked]) -> str:
-    """A row for each kernel: how many of its variants are right, by dtype; then all others."""
+    """A row for each kernel: how many of its variants are right, of those that were reached, by
+    dtype, - if none was; then what is wrong; then how many are wrong, or were not reached, if any.
+    """
     counts: dict[str, dict[str, list[int]]] = {}
     for each in checked:
         right = counts.setdefault(each.variant.launcher, {}).setdefault(each.variant.dtypes, [0, 0])
         right[0] += each.reason is None
-        right[1] += 1
+        right[1] += each.reason != workers.NOT_REACHED
     columns = list(dict.fromkeys(each.variant.dtypes for each in checked))
-    wide = max(map(len, counts))
+    title = "right of reached" if not_reached(checked) else "right of"
+    wide = max(map(len, (*counts, title)))
     widths = [max(len(name), 7) for name in columns]
     head = "  ".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))
-    lines = [f"{'right of':{wide}}  {head}"]
+    lines = [f"{title:{wide}}  {head}"]
     for name, row in counts.items():
-        counted = ("{} of {}".format(*row[c]) if c in row else "" for c in columns)
+        counted = (_cell(*row[c]) if c in row else "" for c in columns)
         cells = "  ".join(f"{cell:>{width}}" for cell, width in zip(counted, widths, strict=True))
         lines.append(f"{name:{wide}}  {cells}".rstrip())
-    lines += [f"{each.variant}: {each.reason}" for each in wrong(checked)]
-    left = sum(each.reason == workers.NOT_REACHED for each in checked)
-    if left:
-        lines.append(f"{left} of {len(checked)} were {workers.NOT_REACHED}: give more --seconds")
+    failed, left = wrong(checked), not_reached(checked)
+    lines += [f"{each.variant}: {each.reason}" for each in failed]
+    if failed or left:
+        last = f"of {len(checked)}, {len(failed)} are wrong, {len(left)} were {workers.NOT_REACHED}"
+        lines.append(f"{last}: give more --seconds" if left else last)
     return "\n".join(lines)
+
+
+def _cell(right: int, reached: int) -> str:
+    return f"{right} of {reached}" if reached else "-"
 
 
 def wrong(checked: Sequence[Checked]) -> list[Checked]:
     """Those that failed; not those that were not reached."""
     return [each for each in checked if each.reason not in (None, workers.NOT_REACHED)]
+
+
+def not_reached(checked: Sequence[Checked]) -> list[Checked]:
+    """Those for which there was no time."""
+    return [each for each in checked if each.reason == workers.NOT_REACHED]

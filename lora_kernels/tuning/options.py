@@ -18,7 +18,7 @@ def probability(text: str) -> float:
 
 def duration(text: str) -> float:
     """The type of an option that is a time."""
-    return _number(float, text, "a number >= 0", lambda value: value >= 0)
+    return _number(float, text, "a number > 0", lambda value: value > 0)
 
 
 def _number(kind: type, text: str, expected: str, fits: Callable[[float], bool]):

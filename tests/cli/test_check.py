@@ -10,6 +10,7 @@ from lora_kernels.kernels import shrink
 from lora_kernels.kernels.launch import launch
 from lora_kernels.kernels.registry import LAUNCHERS
 from lora_kernels.tuning import check as checks
+from lora_kernels.tuning import workers
 
 ARGUMENTS = ["check", "--kernels=shrink", "--jobs=1"]
 
@@ -40,7 +41,8 @@ def test_a_wrong_kernel_is_named_and_1(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["shrink"] + ["0", "of", "1"] * 3
     assert lines[3].startswith("shrink bfloat16 r=16 dropout: WrongKernelError: wrong: ")
-    assert len(lines) == 6
+    assert len(lines) == 7
+    assert lines[-1] == "of 3, 3 are wrong, 0 were not reached in time"
 
 
 def test_json_has_every_variant(capsys, monkeypatch):
@@ -67,9 +69,31 @@ def test_a_gpu_that_does_not_answer_is_one_line(capsys, monkeypatch):
     assert "check: the GPU cannot be used (CUDA error: all CUDA-capable" in err
 
 
-def test_what_is_not_reached_is_1(capsys):
-    assert main([*ARGUMENTS, "--seconds=0"]) == 1
-    assert "3 of 3 were not reached in time: give more --seconds" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("first", "code", "cell", "counts"),
+    [
+        (None, 3, ["1", "of", "1"], "of 3, 0 are wrong, 2 were not reached in time"),
+        ("WrongKernelError", 1, ["0", "of", "1"], "of 3, 1 are wrong, 2 were not reached in time"),
+    ],
+)
+def test_what_is_not_reached_is_told_from_what_is_wrong(
+    capsys, monkeypatch, first, code, cell, counts
+):
+    reasons = [first, workers.NOT_REACHED, workers.NOT_REACHED]
+    monkeypatch.setattr(workers, "attempt", lambda *_, **__: reasons)
+    assert main(ARGUMENTS) == code
+    _, head, row, *_, last = capsys.readouterr().out.splitlines()
+    assert head.startswith("right of reached")
+    assert row.split() == ["shrink", *cell, "-", "-"]
+    assert last == f"{counts}: give more --seconds"
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
+def test_no_time_is_refused(capsys, seconds):
+    with pytest.raises(SystemExit) as raised:
+        main([*ARGUMENTS, f"--seconds={seconds}"])
+    assert raised.value.code == 2
+    assert f"--seconds: must be a number > 0, got '{seconds}'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

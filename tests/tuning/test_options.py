@@ -12,7 +12,7 @@ def test_listed_takes_values_between_commas():
     assert listed(str, ("a", "b"))("b,a") == ["b", "a"]
     assert listed(count)("1,16") == [1, 16]
     assert listed(probability)("0,0.5") == [0.0, 0.5]
-    assert duration("0") == 0.0
+    assert duration("0.5") == 0.5
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,9 @@ def test_listed_takes_values_between_commas():
         (listed(count), "8,0", "must be an integer >= 1, got '0'"),
         (listed(count), "8,", "must be an integer >= 1, got ''"),
         (listed(probability), "0,1.0", "must be in [0, 1), got '1.0'"),
-        (duration, "nan", "must be a number >= 0, got 'nan'"),
-        (duration, "-1", "must be a number >= 0, got '-1'"),
+        (duration, "nan", "must be a number > 0, got 'nan'"),
+        (duration, "-1", "must be a number > 0, got '-1'"),
+        (duration, "0", "must be a number > 0, got '0'"),
         (listed(str, ("a", "b")), "a,c", "'c' is not one of a, b"),
     ],
 )
