@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lora_kernels.dispatch import cache, measured
+from lora_kernels.dispatch.algorithm import interpreted
 
 __all__ = ["Missing", "compiler", "notes"]
 
@@ -54,6 +55,8 @@ def notes(algorithms: Sequence[Mapping[str, str]], device: torch.device) -> list
         )
     if torch.are_deterministic_algorithms_enabled():
         found.append(_deterministic())
+    if device.type == "cpu" and not interpreted():  # no kernel runs, and no file is read
+        return found
     return [*found, *_cached(device)]
 
 

@@ -57,6 +57,16 @@ def test_files_in_use_are_named_and_how_to_be_rid_of_them(device, monkeypatch):
     assert off.fix == "unset LORA_KERNELS_CHECK"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="files of the interpreter")
+def test_files_of_the_interpreter_are_in_use_only_if_it_is(device, monkeypatch):
+    measured.add(device, tiles=[{"kernel": "shrink"}])
+    caches.write("checked", device, {"shrink float32": None})
+    assert len(notes([], device)) == 2
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("LORA_KERNELS_CHECK", "0")
+    assert notes([], device) == []
+
+
 def test_deterministic_mode_is_a_note(device, monkeypatch):
     torch.use_deterministic_algorithms(True)
     try:
