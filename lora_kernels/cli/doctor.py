@@ -22,7 +22,7 @@ import lora_kernels
 from lora_kernels import functional
 from lora_kernels.cli import advice
 from lora_kernels.cli.advice import Missing
-from lora_kernels.cli.variables import VARIABLES, not_taken, unwritable_cache
+from lora_kernels.cli.variables import VARIABLES, misspelt, not_taken, unwritable_cache
 from lora_kernels.dispatch import algorithm
 from lora_kernels.dispatch.algorithm import GemmShape
 from lora_kernels.integrations import patch_peft, unpatch_peft
@@ -55,7 +55,8 @@ class Findings:
 
     gpus: device, name, capability, driver of each; no_gpu: why there is none. algorithms: device,
     product, algorithm and reason. peft: what patch_peft() does to the installed PEFT.
-    notes: what could be faster, and files of the cache that are in use; with what changes it.
+    notes: what could be faster, files of the cache that are in use, and variables that nothing
+    reads; with what changes it.
     missing: empty if the kernels will run on every GPU that there is, and for PEFT too if it is
     installed, and every variable has a value that it takes.
     """
@@ -100,7 +101,7 @@ def with_peft(findings: Findings) -> Findings:
 def examine_machine() -> Findings:
     """Looks at the environment of this process and runs a small product on every GPU."""
     gpus, no_gpu = _gpus()
-    notes = [no_gpu] if no_gpu == NO_DRIVER else []
+    notes = ([no_gpu] if no_gpu == NO_DRIVER else []) + misspelt()
     missing = [no_gpu] if no_gpu and no_gpu != NO_DRIVER else []
     wrong = not_taken()
     missing += wrong

@@ -1,5 +1,6 @@
 """The environment variables that doctor lists, and the values of them that nothing takes."""
 
+import difflib
 import os
 import tempfile
 
@@ -8,7 +9,7 @@ from lora_kernels.cli.advice import Missing
 from lora_kernels.dispatch import cache, first_use
 from lora_kernels.reference import products
 
-__all__ = ["VARIABLES", "not_taken", "unwritable_cache"]
+__all__ = ["OF_TESTS", "VARIABLES", "misspelt", "not_taken", "unwritable_cache"]
 
 # Those of docs/reference/environment.md but for the tests' own, and what hides GPUs.
 VARIABLES = (
@@ -16,6 +17,11 @@ VARIABLES = (
     "LORA_KERNELS_CACHE", "LORA_KERNELS_QUIET", "LORA_KERNELS_REPORT",
     "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
+OF_TESTS = (
+    "LORA_KERNELS_TEST_SEED", "LORA_KERNELS_FORMATS", "LORA_KERNELS_DATA", "LORA_KERNELS_PATCH",
+    "LORA_KERNELS_OUTCOMES",
+)  # fmt: skip
+_PREFIX = "LORA_KERNEL"  # without the S, too
 # choose() checks LORA_KERNELS_PLAN. The others take whatever they are set to.
 _TAKEN = {
     "LORA_KERNELS_CPU_PRODUCTS": products.VALUES,
@@ -32,6 +38,17 @@ def not_taken() -> list[Missing]:
         if asked not in values:
             listed = ", ".join(value for value in values if value)
             found.append(Missing(f"{name} must be one of {listed}, got {asked!r}", f"unset {name}"))
+    return found
+
+
+def misspelt() -> list[Missing]:
+    """The variables that look like this package's and that nothing reads."""
+    own = [name for name in VARIABLES if name.startswith(_PREFIX)]
+    found = []
+    for name in sorted(os.environ):
+        if name.upper().startswith(_PREFIX) and name not in (*own, *OF_TESTS):
+            (nearest,) = difflib.get_close_matches(name.upper(), own, n=1, cutoff=0.0)
+            found.append(Missing(f"nothing reads {name}", f"the nearest name is {nearest}"))
     return found
 
 

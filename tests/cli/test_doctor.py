@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 
 import lora_kernels
 from lora_kernels.cli import doctor, main
+from lora_kernels.cli.variables import OF_TESTS
 from lora_kernels.dispatch import algorithm as algorithms
 from lora_kernels.dispatch.table import TuningEntry
 
@@ -184,10 +185,32 @@ def test_a_home_that_cannot_be_written_is_a_note_on_a_gpu(hopper, algorithm, mon
     assert doctor.examine_machine().notes == [doctor.NO_DRIVER]
 
 
+@pytest.mark.parametrize(
+    ("nearest", "misspelt"),
+    [
+        ("LORA_KERNELS_PLAN", lambda name: f"{name}S"),
+        ("LORA_KERNELS_CACHE", lambda name: name.replace("KERNELS", "KERNEL")),
+        ("LORA_KERNELS_CPU_PRODUCTS", lambda name: name[:-1]),
+        ("LORA_KERNELS_QUIET", str.lower),
+    ],
+)
+def test_a_name_that_nothing_reads_is_a_note(capsys, monkeypatch, nearest, misspelt):
+    name = misspelt(nearest)
+    monkeypatch.setenv("LORA_KERNELS_TEST_SEED", "1")
+    before = found(capsys)[1]["notes"]
+    assert not any("nothing reads" in note["what"] for note in before)
+    monkeypatch.setenv(name, "1")
+    code, findings = found(capsys)
+    assert code == 0
+    (note,) = (note for note in findings["notes"] if note not in before)
+    assert note == {"what": f"nothing reads {name}", "fix": f"the nearest name is {nearest}"}
+
+
 def test_every_variable_of_the_page_is_listed(capsys):
     page = Path(__file__).parents[2] / "docs/reference/environment.md"
     text = page.read_text("utf-8")
     of_tests = text[text.index("Variables of the tests") : text.index("Others' variables")]
+    assert set(OF_TESTS) == set(re.findall(r"`(LORA_KERNELS_[A-Z_]+)", of_tests))
     told = set(re.findall(r"`((?:LORA_KERNELS|TRITON|OMP)_[A-Z_]+)", text.replace(of_tests, "")))
     assert set(found(capsys)[1]["variables"]) == told | {"CUDA_VISIBLE_DEVICES"}
     assert main(["doctor"]) == 0
