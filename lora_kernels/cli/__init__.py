@@ -1,10 +1,10 @@
 """The command line, ``lora-kernels`` or ``python -m lora_kernels``.
 
-Exit codes: 0; 1 if doctor found something missing, or check something wrong; 2, with one line on
-stderr, if an argument or a file is wrong; 3 if check found nothing wrong but had no time for all;
-130 after Ctrl-C; 141 if the program that reads stdout has ended. What ``run`` runs ends with its
-own exit code. A command is the module of its name here, which is imported if it is asked for, and
-an entry of COMMANDS in arguments.py.
+Exit codes: 0; 1 if doctor or check found something wrong, or doctor something missing; 2, with
+one line on stderr, if an argument or a file is wrong; 3 if check found nothing wrong but had no
+time for all; 130 after Ctrl-C; 141 if the program that reads stdout has ended. What ``run`` runs
+ends with its own exit code. A command is the module of its name here, which is imported if it is
+asked for, and an entry of COMMANDS in arguments.py.
 """
 # PYTHON_ARGCOMPLETE_OK: argcomplete's completion for all commands looks for this line here.
 

@@ -77,9 +77,10 @@ def _add_doctor(commands, name: str) -> None:
     doctor = commands.add_parser(
         name,
         help="print versions, GPUs, what will be fused and what is missing",
-        description="Prints versions, GPUs, the algorithm of representative products and what is "
-        "missing, with the command that fixes it. Exit code: 0 if nothing is missing, 1 if "
-        "something is. A machine without a GPU lacks nothing.",
+        description="Prints versions, GPUs, the algorithm of representative products, values of "
+        "variables that are wrong and what is missing, with the command that fixes it. Exit code: "
+        "0 if nothing is wrong or missing, 1 if something is. A machine without a GPU lacks "
+        "nothing.",
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
 

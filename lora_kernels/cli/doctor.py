@@ -1,5 +1,5 @@
 """lora-kernels doctor: what is installed, which algorithms products take, whether PEFT's layers are
-fused under patch_peft(), what is missing.
+fused under patch_peft(), what is wrong or missing.
 """
 
 import argparse
@@ -57,8 +57,9 @@ class Findings:
     product, algorithm and reason. peft: what patch_peft() does to the installed PEFT.
     notes: what could be faster, files of the cache that are in use, and variables that nothing
     reads; with what changes it.
+    wrong: empty if every variable has a value that it takes.
     missing: empty if the kernels will run on every GPU that there is, and for PEFT too if it is
-    installed, and every variable has a value that it takes.
+    installed.
     """
 
     python: str
@@ -69,21 +70,26 @@ class Findings:
     algorithms: list[dict[str, str]]
     peft: str
     notes: list[Missing]
+    wrong: list[Missing]
     missing: list[Missing]
+
+    def code(self) -> int:
+        """The exit code: 1 if something is wrong or missing."""
+        return 1 if self.wrong or self.missing else 0
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints what is found; 1 if something is missing."""
+    """Prints what is found; 1 if something is wrong or missing."""
     if options.json:
         found = examine()
         print(as_json(found))
-        return 1 if found.missing else 0
+        return found.code()
     columns = shutil.get_terminal_size().columns
     found = examine_machine()
     print(machine_as_text(found, columns), flush=True)  # PEFT takes seconds to import
     found = with_peft(found)
     print(rest_as_text(found, columns))
-    return 1 if found.missing else 0
+    return found.code()
 
 
 def examine() -> Findings:
@@ -103,10 +109,10 @@ def examine_machine() -> Findings:
     gpus, no_gpu = _gpus()
     notes = ([no_gpu] if no_gpu == NO_DRIVER else []) + misspelt()
     missing = [no_gpu] if no_gpu and no_gpu != NO_DRIVER else []
-    wrong = not_taken()
-    missing += wrong
+    refused = not_taken()
+    wrong = list(refused)
     if os.environ.get("LORA_KERNELS_CACHE"):
-        missing += unwritable_cache()
+        wrong += unwritable_cache()
     elif gpus:
         notes += unwritable_cache()
     algorithms: list[dict[str, str]] = []
@@ -115,12 +121,13 @@ def examine_machine() -> Findings:
         try:
             chosen = _algorithms(device)
         except ValueError as error:
-            missing.append(Missing(str(error), "unset LORA_KERNELS_PLAN"))
+            wrong.append(Missing(str(error), "unset LORA_KERNELS_PLAN"))
             break
         algorithms += chosen
         notes += advice.notes(chosen, device)
         if gpus:
-            missing += _why_reference(chosen) or advice.compiler() or wrong or _failures(device)
+            lacking = _why_reference(chosen) or advice.compiler()
+            missing += lacking if lacking or refused else _failures(device)
     return Findings(
         python=f"{platform.python_version()}, {sys.executable}",
         versions={
@@ -133,6 +140,7 @@ def examine_machine() -> Findings:
         algorithms=algorithms,
         peft="",
         notes=list(dict.fromkeys(notes)),
+        wrong=list(dict.fromkeys(wrong)),
         missing=list(dict.fromkeys(missing)),
     )
 
@@ -172,6 +180,7 @@ def rest_as_text(findings: Findings, columns: int | None = None) -> str:
     """What machine_as_text has left out."""
     rows = [("patch_peft()", findings.peft)]
     rows += [("note", f"{note.what}: {note.fix}") for note in findings.notes]
+    rows += [("wrong", f"{wrong.what}: {wrong.fix}") for wrong in findings.wrong]
     rows += [("missing", f"{missing.what}: {missing.fix}") for missing in findings.missing]
     if not findings.missing:
         rows.append(("missing", "nothing"))
@@ -216,7 +225,7 @@ def _peft() -> tuple[str, list[Missing]]:
         patch_peft()
     try:
         (row,) = report(model)
-    except ValueError as error:  # a variable, which examine() has put into missing
+    except ValueError as error:  # a variable, which examine() has put into wrong
         return f"not known: {error}", []
     finally:
         if Linear.forward is not upstream:

@@ -22,7 +22,8 @@ from lora_kernels.dispatch.table import TuningEntry
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a CPU")
 FORWARD = PeftLinear.forward
 KEYS = {
-    "python", "versions", "variables", "gpus", "no_gpu", "algorithms", "peft", "notes", "missing",
+    "python", "versions", "variables", "gpus", "no_gpu", "algorithms", "peft", "notes", "wrong",
+    "missing",
 }  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def found(capsys) -> tuple[int, dict]:
 def test_json_holds_what_was_found(capsys, algorithm):
     code, findings = found(capsys)
     assert set(findings) == KEYS
-    assert code == (1 if findings["missing"] else 0)
+    assert code == (1 if findings["wrong"] or findings["missing"] else 0)
     assert sys.executable in findings["python"]
     assert findings["versions"]["lora_kernels"] == lora_kernels.__version__
     assert findings["versions"]["torch"] == torch.__version__
@@ -125,13 +126,18 @@ def test_package_that_is_not_installed_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("algorithm", ["fastest"], indirect=True)
-def test_variable_with_a_value_that_it_does_not_take_is_missing(capsys, algorithm):
+def test_variable_with_a_value_that_it_does_not_take_is_wrong(capsys, monkeypatch, algorithm):
     code, findings = found(capsys)
     assert code == 1
-    assert any(
-        "fastest" in missing["what"] and missing["fix"] == "unset LORA_KERNELS_PLAN"
-        for missing in findings["missing"]
-    )
+    assert findings["missing"] == []
+    (wrong,) = findings["wrong"]
+    assert "fastest" in wrong["what"]
+    assert wrong["fix"] == "unset LORA_KERNELS_PLAN"
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor"]) == 1
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["wrong", f"{wrong['what']}: {wrong['fix']}"] in lines
+    assert ["missing", "nothing"] in lines
 
 
 WRONG = {
@@ -144,29 +150,30 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "values"), WRONG.items())
-def test_other_variables_with_such_a_value_are_missing_too(capsys, monkeypatch, name, values):
+def test_other_variables_with_such_a_value_are_wrong_too(capsys, monkeypatch, name, values):
     for value in values.split(", "):
         monkeypatch.setenv(name, value)
-        assert found(capsys)[1]["missing"] == []
+        assert found(capsys)[1]["wrong"] == []
     monkeypatch.setenv(name, "yes")
     code, findings = found(capsys)
     assert code == 1
     assert findings["variables"][name] == "yes"
-    assert findings["missing"] == [
+    assert findings["missing"] == []
+    assert findings["wrong"] == [
         {"what": f"{name} must be one of {values}, got 'yes'", "fix": f"unset {name}"}
     ]
 
 
-def test_a_cache_that_cannot_be_written_is_missing(capsys, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_is_wrong(capsys, monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     for path in (file, file / "inside", "/proc/none/cache"):
         monkeypatch.setenv("LORA_KERNELS_CACHE", str(path))
         code, findings = found(capsys)
         assert code == 1
-        (missing,) = findings["missing"]
-        assert missing["what"].startswith(f"the cache directory {path} cannot be written, ")
-        assert "set LORA_KERNELS_CACHE to a directory" in missing["fix"]
+        (wrong,) = findings["wrong"]
+        assert wrong["what"].startswith(f"the cache directory {path} cannot be written, ")
+        assert "set LORA_KERNELS_CACHE to a directory" in wrong["fix"]
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "new" / "cache"))
     assert found(capsys)[0] == 0
     assert list(tmp_path.iterdir()) == [file]
@@ -282,8 +289,10 @@ def test_gpu_that_is_taken_is_missing(monkeypatch):
 def test_gpu_under_a_variable_that_calls_refuse(hopper, algorithm, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_TUNE", "1")
     monkeypatch.setattr(doctor, "_failures", lambda device: pytest.fail("it would raise"))
-    (missing,) = doctor.examine().missing
-    assert missing.fix == "unset LORA_KERNELS_TUNE"
+    findings = doctor.examine()
+    (wrong,) = findings.wrong
+    assert wrong.fix == "unset LORA_KERNELS_TUNE"
+    assert findings.missing == []
 
 
 @pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
