@@ -3,6 +3,7 @@
 import os
 import shutil
 import sysconfig
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from lora_kernels.dispatch import cache, measured
 from lora_kernels.dispatch.algorithm import interpreted
 
-__all__ = ["Missing", "compiler", "notes"]
+__all__ = ["Missing", "compiler", "notes", "warned"]
 
 _COMPILERS = ("gcc", "clang")  # that Triton looks for
 _PACKAGES = "apt-get install gcc python3-dev, or set CC"
@@ -58,6 +59,35 @@ def notes(algorithms: Sequence[Mapping[str, str]], device: torch.device) -> list
     if device.type == "cpu" and not interpreted():  # no kernel runs, and no file is read
         return found
     return [*found, *_cached(device)]
+
+
+def warned(caught: Sequence[warnings.WarningMessage], device: torch.device) -> list[Missing]:
+    """Warnings of this package about a device's files and variables, with what changes it.
+
+    Those of others are given again.
+    """
+    found = []
+    for warning in caught:
+        what = " ".join(str(warning.message).split())
+        fix = next((fix for word, fix in _fixes(device).items() if word in what), None)
+        if fix is None:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+        else:
+            found.append(Missing(what.removeprefix("lora_kernels: "), fix))
+    return found
+
+
+def _fixes(device: torch.device) -> dict[str, str]:
+    """What changes what a warning with these words is about."""
+    return {
+        f"{cache.path_of(measured.KIND, device)} is ignored": "lora-kernels tune --clear removes "
+        "it, lora-kernels tune MODEL measures again",
+        f"{cache.path_of('checked', device)} is ignored": "lora-kernels check makes it anew",
+        "TRITON_INTERPRET is set": "unset TRITON_INTERPRET",
+        "LORA_KERNELS_PLAN=": "set it to the new name",
+    }
 
 
 def _deterministic() -> Missing:

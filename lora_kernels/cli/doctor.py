@@ -55,8 +55,8 @@ class Findings:
 
     gpus: device, name, capability, driver of each; no_gpu: why there is none. algorithms: device,
     product, algorithm and reason. peft: what patch_peft() does to the installed PEFT.
-    notes: what could be faster, files of the cache that are in use, and variables that nothing
-    reads; with what changes it.
+    notes: what could be faster, files of the cache that are in use or ignored, and variables that
+    nothing reads; with what changes it.
     wrong: empty if every variable has a value that it takes.
     missing: empty if the kernels will run on every GPU that there is, and for PEFT too if it is
     installed.
@@ -118,13 +118,16 @@ def examine_machine() -> Findings:
     algorithms: list[dict[str, str]] = []
     for name in [gpu["device"] for gpu in gpus] or ["cpu"]:
         device = torch.device(name)
-        try:
-            chosen = _algorithms(device)
-        except ValueError as error:
-            wrong.append(Missing(str(error), "unset LORA_KERNELS_PLAN"))
-            break
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                chosen = _algorithms(device)
+            except ValueError as error:
+                wrong.append(Missing(str(error), "unset LORA_KERNELS_PLAN"))
+                break
+            said = advice.notes(chosen, device)
         algorithms += chosen
-        notes += advice.notes(chosen, device)
+        notes += advice.warned(caught, device) + said
         if gpus:
             lacking = _why_reference(chosen) or advice.compiler()
             missing += lacking if lacking or refused else _failures(device)
@@ -224,7 +227,9 @@ def _peft() -> tuple[str, list[Missing]]:
         caught.clear()
         patch_peft()
     try:
-        (row,) = report(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a variable, which is a note
+            (row,) = report(model)
     except ValueError as error:  # a variable, which examine() has put into wrong
         return f"not known: {error}", []
     finally:

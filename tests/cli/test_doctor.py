@@ -17,6 +17,7 @@ import lora_kernels
 from lora_kernels.cli import doctor, main
 from lora_kernels.cli.variables import OF_TESTS
 from lora_kernels.dispatch import algorithm as algorithms
+from lora_kernels.dispatch import cache as caches
 from lora_kernels.dispatch.table import TuningEntry
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a CPU")
@@ -223,6 +224,47 @@ def test_every_variable_of_the_page_is_listed(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert told <= {line.split()[0] for line in lines if not line.startswith(" ")}
+
+
+def test_files_that_are_ignored_are_notes_and_no_warnings(capsys, cache, device):
+    tuned, checked = (caches.path_of(kind, device) for kind in ("tuned", "checked"))
+    cache.mkdir()
+    tuned.write_bytes(b"\xff")
+    checked.write_text("[]")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notes = found(capsys)[1]["notes"]
+    of_files = {note["what"].split(" is ignored: ")[0]: note for note in notes}
+    assert "it cannot be read: 'utf-8'" in of_files[str(tuned)]["what"]
+    assert "lora-kernels tune --clear" in of_files[str(tuned)]["fix"]
+    assert of_files[str(checked)]["what"].endswith("it is not a file of format 1")
+    assert of_files[str(checked)]["fix"] == "lora-kernels check makes it anew"
+
+
+@without_gpu
+def test_what_is_warned_of_variables_is_a_note(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("LORA_KERNELS_PLAN", "auto")
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    monkeypatch.setattr(algorithms, "_said", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notes = found(capsys)[1]["notes"]
+        (note,) = (note for note in notes if note["fix"] == "unset TRITON_INTERPRET")
+        assert note["what"].startswith("TRITON_INTERPRET is set: kernels run in")
+        monkeypatch.setenv("LORA_KERNELS_PLAN", "sandwich")
+        notes = [note for note in doctor.examine().notes if "sandwich" in note.what]
+    assert [note.fix for note in notes] == ["set it to the new name"]
+
+
+def test_warnings_of_others_are_given_again(monkeypatch):
+    def warn(device):
+        warnings.warn("of PyTorch", UserWarning, stacklevel=1)
+        return []
+
+    monkeypatch.setattr(doctor, "_algorithms", warn)
+    with pytest.warns(UserWarning, match="of PyTorch"):
+        doctor.examine_machine()
 
 
 # ---- machines that this one is not ----
