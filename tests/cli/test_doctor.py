@@ -1,11 +1,9 @@
 """lora-kernels doctor: exit code, lines and JSON, of this machine and of what could be wrong."""
 
-import json
 import re
 import sys
 import types
 import warnings
-from pathlib import Path
 
 import peft
 import pytest
@@ -15,10 +13,10 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 
 import lora_kernels
 from lora_kernels.cli import doctor, main
-from lora_kernels.cli.variables import OF_TESTS
 from lora_kernels.dispatch import algorithm as algorithms
 from lora_kernels.dispatch import cache as caches
 from lora_kernels.dispatch.table import TuningEntry
+from tests.cli.findings import found
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a CPU")
 FORWARD = PeftLinear.forward
@@ -26,11 +24,6 @@ KEYS = {
     "python", "versions", "variables", "gpus", "no_gpu", "algorithms", "peft", "notes", "wrong",
     "missing",
 }  # fmt: skip
-
-
-def found(capsys) -> tuple[int, dict]:
-    code = main(["doctor", "--json"])
-    return code, json.loads(capsys.readouterr().out)
 
 
 def test_json_holds_what_was_found(capsys, algorithm):
@@ -126,60 +119,6 @@ def test_package_that_is_not_installed_is_named(monkeypatch):
     assert not any("peft" in missing.what for missing in findings.missing)
 
 
-@pytest.mark.parametrize("algorithm", ["fastest"], indirect=True)
-def test_variable_with_a_value_that_it_does_not_take_is_wrong(capsys, monkeypatch, algorithm):
-    code, findings = found(capsys)
-    assert code == 1
-    assert findings["missing"] == []
-    (wrong,) = findings["wrong"]
-    assert "fastest" in wrong["what"]
-    assert wrong["fix"] == "unset LORA_KERNELS_PLAN"
-    monkeypatch.setenv("COLUMNS", "200")
-    assert main(["doctor"]) == 1
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert ["wrong", f"{wrong['what']}: {wrong['fix']}"] in lines
-    assert ["missing", "nothing"] in lines
-
-
-WRONG = {
-    "LORA_KERNELS_CPU_PRODUCTS": "auto, float32, own",
-    "LORA_KERNELS_CHECK": "0, 1",
-    "LORA_KERNELS_QUIET": "0, 1",
-    "LORA_KERNELS_REPORT": "0, 1",
-    "LORA_KERNELS_TUNE": "0, first-use",
-}
-
-
-@pytest.mark.parametrize(("name", "values"), WRONG.items())
-def test_other_variables_with_such_a_value_are_wrong_too(capsys, monkeypatch, name, values):
-    for value in values.split(", "):
-        monkeypatch.setenv(name, value)
-        assert found(capsys)[1]["wrong"] == []
-    monkeypatch.setenv(name, "yes")
-    code, findings = found(capsys)
-    assert code == 1
-    assert findings["variables"][name] == "yes"
-    assert findings["missing"] == []
-    assert findings["wrong"] == [
-        {"what": f"{name} must be one of {values}, got 'yes'", "fix": f"unset {name}"}
-    ]
-
-
-def test_a_cache_that_cannot_be_written_is_wrong(capsys, monkeypatch, tmp_path):
-    file = tmp_path / "file"
-    file.write_text("mine")
-    for path in (file, file / "inside", "/proc/none/cache"):
-        monkeypatch.setenv("LORA_KERNELS_CACHE", str(path))
-        code, findings = found(capsys)
-        assert code == 1
-        (wrong,) = findings["wrong"]
-        assert wrong["what"].startswith(f"the cache directory {path} cannot be written, ")
-        assert "set LORA_KERNELS_CACHE to a directory" in wrong["fix"]
-    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "new" / "cache"))
-    assert found(capsys)[0] == 0
-    assert list(tmp_path.iterdir()) == [file]
-
-
 @pytest.mark.parametrize("algorithm", ["auto"], indirect=True)
 def test_a_home_that_cannot_be_written_is_a_note_on_a_gpu(hopper, algorithm, monkeypatch):
     monkeypatch.delenv("LORA_KERNELS_CACHE")
@@ -191,39 +130,6 @@ def test_a_home_that_cannot_be_written_is_a_note_on_a_gpu(hopper, algorithm, mon
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(doctor, "_why_no_gpu", lambda: doctor.NO_DRIVER)
     assert doctor.examine_machine().notes == [doctor.NO_DRIVER]
-
-
-@pytest.mark.parametrize(
-    ("nearest", "misspelt"),
-    [
-        ("LORA_KERNELS_PLAN", lambda name: f"{name}S"),
-        ("LORA_KERNELS_CACHE", lambda name: name.replace("KERNELS", "KERNEL")),
-        ("LORA_KERNELS_CPU_PRODUCTS", lambda name: name[:-1]),
-        ("LORA_KERNELS_QUIET", str.lower),
-    ],
-)
-def test_a_name_that_nothing_reads_is_a_note(capsys, monkeypatch, nearest, misspelt):
-    name = misspelt(nearest)
-    monkeypatch.setenv("LORA_KERNELS_TEST_SEED", "1")
-    before = found(capsys)[1]["notes"]
-    assert not any("nothing reads" in note["what"] for note in before)
-    monkeypatch.setenv(name, "1")
-    code, findings = found(capsys)
-    assert code == 0
-    (note,) = (note for note in findings["notes"] if note not in before)
-    assert note == {"what": f"nothing reads {name}", "fix": f"the nearest name is {nearest}"}
-
-
-def test_every_variable_of_the_page_is_listed(capsys):
-    page = Path(__file__).parents[2] / "docs/reference/environment.md"
-    text = page.read_text("utf-8")
-    of_tests = text[text.index("Variables of the tests") : text.index("Others' variables")]
-    assert set(OF_TESTS) == set(re.findall(r"`(LORA_KERNELS_[A-Z_]+)", of_tests))
-    told = set(re.findall(r"`((?:LORA_KERNELS|TRITON|OMP)_[A-Z_]+)", text.replace(of_tests, "")))
-    assert set(found(capsys)[1]["variables"]) == told | {"CUDA_VISIBLE_DEVICES"}
-    assert main(["doctor"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert told <= {line.split()[0] for line in lines if not line.startswith(" ")}
 
 
 def test_files_that_are_ignored_are_notes_and_no_warnings(capsys, cache, device):
