@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -38,7 +39,8 @@ def main(options: argparse.Namespace) -> int:
     with of_gpu("tune"):
         device = machine.device_of_kernels()
         if options.show:
-            with of_files("tune", f"lora-kernels tune {_clears(device)} removes it"):
+            with of_files("tune", _removes(device)):
+                _require_directory()
                 print("\n".join(_every_gpu() if device is None else _this_gpu(device)))
             return 0
         plan = _plan(device or torch.device("cuda"), options)
@@ -65,6 +67,7 @@ def main(options: argparse.Namespace) -> int:
 def _clear(everything: bool) -> list[str]:
     """Removes what is kept for this GPU, or for all of them, which share a directory."""
     with of_gpu("tune"), of_files("tune", "remove it by hand"):
+        _require_directory()
         device = None if everything else machine.device_of_kernels()
         if device is None and not everything:
             raise UsageError(
@@ -74,9 +77,16 @@ def _clear(everything: bool) -> list[str]:
         return [f"removed {path}" for path in measured.clear(device)]
 
 
-def _clears(device: torch.device | None) -> str:
-    """The options that remove what --show shows."""
-    return "--clear --all" if device is None else "--clear"
+def _require_directory() -> None:
+    """Raises: UsageError if something else is at the cache directory's place."""
+    path = cache.directory()
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"tune: {path} is not a directory: set LORA_KERNELS_CACHE to one")
+
+
+def _removes(device: torch.device | None) -> str:
+    """What removes what --show shows."""
+    return f"lora-kernels tune --clear{' --all' if device is None else ''} removes it"
 
 
 def _run(plan: Plan, path: os.PathLike) -> int:
@@ -160,15 +170,24 @@ def _products(plan: Plan) -> tuple[str, str, str]:
 
 
 def _this_gpu(device: torch.device) -> Iterator[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = measured.content(device)
+    for warning in caught:
+        print(f"{warning.message}: {_removes(device)}", file=sys.stderr)
     yield str(cache.path_of(measured.KIND, device))
-    yield json.dumps(measured.content(device), indent=1)
+    yield json.dumps(found, indent=1)
 
 
 def _every_gpu() -> Iterator[str]:
-    """The path and the text of every file, whatever it holds for."""
+    """The path and the text of every file, whatever it holds for; of a bad one, what is wrong."""
     found = cache.files(measured.KIND)
     if not found:
         yield f"nothing is kept in {cache.directory()}"
     for path in found:
         yield str(path)
-        yield path.read_text("utf-8", "replace").rstrip()
+        try:
+            cache.parse(path)
+            yield path.read_text("utf-8").rstrip()
+        except ValueError as error:
+            yield f"{error}: {_removes(None)}"

@@ -20,8 +20,8 @@ import torch
 from lora_kernels import environment
 
 __all__ = [
-    "BusyError", "clear", "directory", "exclusive", "files", "ignored", "machine", "path_of",
-    "read", "write",
+    "BusyError", "clear", "directory", "exclusive", "files", "ignored", "machine", "parse",
+    "path_of", "read", "write",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -86,20 +86,34 @@ def read(kind: str, device: torch.device) -> dict:
         return {}
     path = path_of(kind, device)
     try:
-        found = json.loads(path.read_text("utf-8"))
+        its, content = parse(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         return ignored(path, f"it cannot be read: {' '.join(str(error).split())}")
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        return ignored(path, f"it is not a file of format {FORMAT}")
-    its, content = found.get("machine"), found.get("content")
-    if not isinstance(its, dict) or not isinstance(content, dict):
-        return ignored(path, "it does not say what it holds for")
+    except ValueError as error:
+        return ignored(path, str(error))
     for name, value in machine(device).items():
         if its.get(name) != value:
             return ignored(path, f"it is of {name} {its.get(name)}, this is {name} {value}")
     return content
+
+
+def parse(path: Path) -> tuple[dict, dict]:
+    """What a file holds for, and its content.
+
+    Raises: ValueError that says in one line what is wrong with it; OSError.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"it is not a file of format {FORMAT}")
+    its, content = found.get("machine"), found.get("content")
+    if not isinstance(its, dict) or not isinstance(content, dict):
+        raise ValueError("it does not say what it holds for")
+    return its, content
 
 
 def write(kind: str, device: torch.device, content: dict) -> Path:

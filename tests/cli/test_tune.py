@@ -118,17 +118,41 @@ def test_without_a_gpu_show_has_what_is_kept_for_every_one(tune, own, monkeypatc
     monkeypatch.delenv("TRITON_INTERPRET")
     assert tune("--show") == (0, [f"nothing is kept in {own}"], "")
     own.mkdir()
-    (own / "tuned-a.json").write_text('{"content":\n 1}\n')
-    (own / "tuned-b.json").write_bytes(b"\xff")
+    (own / "tuned-a.json").write_text('{"format": 1, "machine": {},\n "content": {}}\n')
+    (own / "tuned-b.json").write_bytes(b'{"format": \xff\x1b[31m')
+    (own / "tuned-c.json").write_text("[]")
     (own / "checked-a.json").write_text("{}")
-    expected = [
-        str(own / "tuned-a.json"),
-        '{"content":',
-        " 1}",
-        str(own / "tuned-b.json"),
-        "\ufffd",
-    ]
-    assert tune("--show") == (0, expected, "")
+    code, lines, err = tune("--show")
+    assert (code, err) == (0, "")
+    a, *content, b, of_b, c, of_c = lines
+    assert (a, b, c) == tuple(str(own / f"tuned-{name}.json") for name in "abc")
+    assert content == ['{"format": 1, "machine": {},', ' "content": {}}']
+    removes = "lora-kernels tune --clear --all removes it"
+    assert of_b.startswith("it cannot be read: 'utf-8' codec can't decode byte 0xff")
+    assert of_b.endswith(f": {removes}")
+    assert of_c == f"it is not a file of format 1: {removes}"
+
+
+def test_a_damaged_file_of_this_gpu_is_one_line(tune, own, device):
+    path = caches.path_of("tuned", device)
+    own.mkdir()
+    path.write_text("{")
+    code, lines, err = tune("--show")
+    assert code == 0
+    assert json.loads("\n".join(lines[1:])) == {"algorithms": [], "tiles": []}
+    assert err.startswith(f"lora_kernels: {path} is ignored: it cannot be read: ")
+    assert err.endswith(": lora-kernels tune --clear removes it\n")
+    assert err.count("\n") == 1
+
+
+def test_a_file_in_place_of_the_directory_is_one_line(tune, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "file"))
+    words = f"{tmp_path / 'file'} is not a directory: set LORA_KERNELS_CACHE to one"
+    for _ in range(2):
+        for options in (["--show"], ["--clear"], ["--clear", "--all"]):
+            assert words in refused(tune(*options))
+        monkeypatch.setattr("lora_kernels.tuning.machine.device_of_kernels", lambda: None)
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(tune, monkeypatch, tmp_path):
