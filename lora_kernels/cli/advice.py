@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lora_kernels.dispatch import cache, measured
-from lora_kernels.dispatch.algorithm import interpreted
+from lora_kernels.dispatch.algorithm import asked, interpreted
 
 __all__ = ["Missing", "compiler", "notes", "warned"]
 
@@ -57,7 +57,7 @@ def notes(algorithms: Sequence[Mapping[str, str]], device: torch.device) -> list
     if torch.are_deterministic_algorithms_enabled():
         found.append(_deterministic())
     if device.type == "cpu" and not interpreted():  # no kernel runs, and no file is read
-        return found
+        return [*found, *_no_choice(asked())]
     return [*found, *_cached(device)]
 
 
@@ -95,6 +95,14 @@ def _deterministic() -> Missing:
     if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
         fix = "set CUBLAS_WORKSPACE_CONFIG=:4096:8, without which cuBLAS refuses to multiply"
     return Missing("PyTorch's deterministic mode is on, which fills every new tensor", fix)
+
+
+def _no_choice(plan: str) -> list[Missing]:
+    """What LORA_KERNELS_PLAN does on a CPU if it asks for kernels."""
+    if plan in ("auto", "reference"):
+        return []
+    what = f"LORA_KERNELS_PLAN={plan} chooses on a GPU; on a CPU PyTorch's operators run"
+    return [Missing(what, "unset LORA_KERNELS_PLAN")]
 
 
 def _cached(device: torch.device) -> list[Missing]:

@@ -17,7 +17,7 @@ UNMEASURED = [{"product": "decoding", "reason": "no measurement for capability (
 
 @pytest.fixture(autouse=True)
 def here(cache, monkeypatch):
-    for name in ("CC", "LORA_KERNELS_CHECK", "CUBLAS_WORKSPACE_CONFIG"):
+    for name in ("CC", "LORA_KERNELS_CHECK", "LORA_KERNELS_PLAN", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -84,3 +84,12 @@ def test_without_a_device_for_kernels_nothing_is_measured(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert machine.device_of_kernels() is None
     assert advice.notes([], torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize("plan", ["auto", "reference", "fused", "addmm"])
+def test_an_algorithm_that_a_cpu_does_not_take_is_a_note(monkeypatch, plan):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("LORA_KERNELS_PLAN", plan)
+    found = [note.what for note in advice.notes([], torch.device("cpu"))]
+    words = f"LORA_KERNELS_PLAN={plan} chooses on a GPU; on a CPU PyTorch's operators run"
+    assert found == ([] if plan in ("auto", "reference") else [words])
