@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lora_kernels import distributed
 from lora_kernels.adapters import hub
 from lora_kernels.adapters.advice import in_python
+from lora_kernels.adapters.agreement import check_agrees
+from lora_kernels.adapters.files import naming
 from lora_kernels.adapters.fit import fit, fit_named
 from lora_kernels.adapters.formats import FORMATS, locate, peft
 from lora_kernels.adapters.formats.adapter import Adapter, Hints, renamed
@@ -73,7 +75,7 @@ def load_adapter(
     PEFT's lora_bias adds scaling·lora_B.bias to the biases of a plain model, which then train; they
     are saved as those of bias="lora_only". BD-LoRA with lora_B in blocks becomes LoRAMergedLinear.
     VeLoRA, which changes PEFT's backward alone, becomes LoRA.
-    lora_alpha: for files that do not hold it.
+    lora_alpha: for files that do not hold it; another one than a file holds is refused.
     adapter: a name, for a model with several adapters or a plain one that becomes such a model. An
     adapter of this name takes the values, and keeps its dropout; a new one joins the others. It may
     have factors of linears alone.
@@ -99,12 +101,14 @@ def load_adapter(
     where = "load_adapter: directory"
     path = hub.path_of(directory, where, revision=revision, token=token, cache_dir=cache_dir)
     is_peft = (path / peft.WEIGHTS).is_file()
+    if lora_alpha is not None:
+        check_alpha(lora_alpha, "load_adapter")
     found, file = ("peft", path) if is_peft else locate(path)
     if found == "peft":
         read = peft.read(file, stacks=find_stacks)
+        with naming(file):
+            check_agrees(read, Hints(lora_alpha=lora_alpha))
     else:
-        if lora_alpha is not None:
-            check_alpha(lora_alpha, "load_adapter")
         try:
             read = FORMATS[found].read(file, Hints(lora_alpha=lora_alpha, base=Base.of(model)))
         except Untold as error:

@@ -294,7 +294,7 @@ def _add_hints(command) -> None:
         help="lora_alpha of the layers; required if the file does not tell it",
     )
     lacking.add_argument(
-        "--lora-dropout", type=float, default=0.0, metavar="P", help="(default: %(default)s)"
+        "--lora-dropout", type=float, metavar="P", help="(default: 0 if no file tells it)"
     )
     lacking.add_argument(
         "--fan-in-fan-out",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_kernels.adapters import files
+from lora_kernels.adapters.agreement import check_agrees
 from lora_kernels.adapters.format_names import FORMAT_NAMES
 from lora_kernels.adapters.formats.adapter import Adapter, Hints
 from lora_kernels.adapters.formats.contents import Contents, below, candidates, look
@@ -25,7 +26,7 @@ class Format(NamedTuple):
     the hints' base model; returns lines that say what is written.
     Raises: read and write raise ValueError and OSError, which name the file and the place in it,
     for what cannot be read, expressed or written; read raises Untold, a ValueError, for all that
-    hints lack.
+    hints lack, and ValueError for a hint that contradicts the file or that nothing in it takes.
     """
 
     recognises: Callable[[Contents], bool]
@@ -35,10 +36,26 @@ class Format(NamedTuple):
 
 def _format(name: str) -> Format:
     module = import_module(f"{__name__}.{name}")
-    return Format(module.recognises, telling_all(module.read), module.write)
+    return Format(module.recognises, _agreeing(name, telling_all(module.read)), module.write)
+
+
+def _agreeing(
+    name: str, read: Callable[[Path, Hints], Adapter]
+) -> Callable[[Path, Hints], Adapter]:
+    """read, which passes over hints that it does not need; now it refuses those that differ."""
+
+    def read_or_refuse(file: Path, hints: Hints) -> Adapter:
+        adapter = read(file, hints)
+        with files.naming(file):
+            check_agrees(adapter, hints, _EXEMPT.get(name, ()))
+        return adapter
+
+    return read_or_refuse
 
 
 _FOLDER = "adapter"  # in a checkpoint, see integrations/trainer.py
+# Hints that a reader compares with the file itself: LitGPT's three projections are three layers.
+_EXEMPT = {"loralib": ("drop_prefix",), "litgpt": ("enable_lora",)}
 FORMATS = {name: _format(name) for name in FORMAT_NAMES}
 
 

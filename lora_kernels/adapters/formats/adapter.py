@@ -249,7 +249,7 @@ class Hints:
     """
 
     lora_alpha: float | None = None
-    lora_dropout: float = 0.0
+    lora_dropout: float | None = None
     fan_in_fan_out: bool = False
     enable_lora: tuple[tuple[str, tuple[int, ...]], ...] = ()
     out_splits: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -257,3 +257,8 @@ class Hints:
     modules_to_save: tuple[str, ...] = ()
     drop_prefix: str = ""
     base: Base = UNKNOWN
+
+    @property
+    def dropout(self) -> float:
+        """lora_dropout of layers if no file tells it."""
+        return 0.0 if self.lora_dropout is None else self.lora_dropout

@@ -72,7 +72,7 @@ def read(file: Path, hints: Hints) -> Adapter:
         inside = path.removeprefix(f"{component}.") if component else path
         a, b = (parts[factor].value for factor in FACTORS)
         magnitude = parts[MAGNITUDE].value if MAGNITUDE in parts else None
-        place, dropout = f"{file}: {parts[FACTORS[0]].key}", hints.lora_dropout
+        place, dropout = f"{file}: {parts[FACTORS[0]].key}", hints.dropout
         numbers = configs.get(component, configs.get(""))
         with naming(f"{file}: metadata {_METADATA}"):
             spec = None if numbers is None else numbers.of(inside)

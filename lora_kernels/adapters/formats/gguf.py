@@ -88,7 +88,7 @@ def read(file: Path, hints: Hints) -> Adapter:
             scaling = alpha / a.shape[0]
             kind: Kind = "embedding" if is_embedding else "linear"
             layer = make_layer(
-                path, place, a, b, scaling, kind=kind, dropout=hints.lora_dropout, hints=hints
+                path, place, a, b, scaling, kind=kind, dropout=hints.dropout, hints=hints
             )
             if architecture in _INTERLEAVED:
                 heads = rotated(path, hints.base, layer.base.outputs)

@@ -94,7 +94,7 @@ def read(file: Path, hints: Hints) -> Adapter:
         scaling = scale_of(file, name, parts, _ALPHA, hints.lora_alpha)
         magnitude = _magnitude(parts, b, place)
         layers.append(
-            make_layer(path, place, a, b, scaling, dropout=hints.lora_dropout, magnitude=magnitude,
+            make_layer(path, place, a, b, scaling, dropout=hints.dropout, magnitude=magnitude,
                        hints=hints)
         )  # fmt: skip
         keys[path] = parts

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.adapters import files
+from lora_kernels.adapters.agreement import agreed
 from lora_kernels.adapters.files import naming
 from lora_kernels.adapters.formats.adapter import FACTORS, Adapter, Hints
 from lora_kernels.adapters.formats.contents import Contents
@@ -68,8 +69,8 @@ def read(file: Path, hints: Hints) -> Adapter:
     found = collect(file, state, dict(zip(FACTORS, FACTORS, strict=True)))
     told = _yaml(file.parent / _NUMBERS)
     alpha = told_alpha(file, file.parent / _NUMBERS, told.get("lora_alpha"), hints.lora_alpha)
-    dropout = told.get("lora_dropout", hints.lora_dropout)
-    layers, keys = [], {}
+    dropout = told.get("lora_dropout", hints.dropout)
+    layers, keys, fused = [], {}, []
     for name, parts in found.items():
         a, b = (parts[factor].value for factor in FACTORS)
         place = f"{file}: {parts[FACTORS[0]].key}"
@@ -81,12 +82,18 @@ def read(file: Path, hints: Hints) -> Adapter:
                 raise ValueError(f"has rank {b.shape[1]}, {_NUMBERS} says {told['lora_r']}")
             pieces = [(path, a, b)]
             if split(path)[1] == "qkv_proj":
+                fused.append(name)
                 pieces = _apart(name, split(path)[0], a, b, told, _sizes(file, hints), hints)
         for path, piece_a, piece_b in pieces:
             layers.append(
                 make_layer(path, place, piece_a, piece_b, alpha / b.shape[1], dropout=dropout)
             )
             keys[path] = parts
+    for hint, _ in hints.enable_lora:
+        if not any(not hint or is_named(name, [hint]) for name in fused):
+            raise ValueError(
+                f"{file}: --enable-lora: no qkv in it is called {hint!r}: leave it out"
+            )
     return make_adapter(layers, keys, file.parent / _NUMBERS, file)
 
 
@@ -96,8 +103,11 @@ def _apart(
 ) -> list[tuple[str, Tensor, Tensor]]:  # fmt: skip
     """Path, lora_A and lora_B of each of q_proj, k_proj and v_proj that has any."""
     r, flags = b.shape[1], [told.get(flag) for flag in _FLAGS]
-    for hint, numbers in hints.enable_lora:
-        flags = list(numbers) if not hint or is_named(name, [hint]) else flags
+    given = [numbers for hint, numbers in hints.enable_lora if not hint or is_named(name, [hint])]
+    for numbers in given:
+        if None not in flags:
+            agreed(name, "enable_lora", [int(bool(flag)) for flag in flags], [*numbers])
+    flags = list(given[-1]) if given else flags
     if None in flags or len(flags) != 3:
         what = f"which of q, k and v it is for, which {_NUMBERS} beside the file would tell"
         raise Untold(what, "--enable-lora 1,0,1", assumed={"enable_lora": (("", (1, 1, 1)),)})

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lora_kernels.adapters import files, mapped
+from lora_kernels.adapters.agreement import agreed
 from lora_kernels.adapters.formats.adapter import (
     FACTORS,
     MAGNITUDE,
@@ -28,7 +29,6 @@ from lora_kernels.adapters.formats.keys import plain_keys
 from lora_kernels.adapters.formats.loralib_told import (
     NOTHING,
     Told,
-    agreed,
     alpha_of,
     alphas_of,
     metadata_of,
@@ -73,7 +73,7 @@ def read(file: Path, hints: Hints) -> Adapter:
     """
     state, known, saved_too, base_model, notes, _ = read_state(file, hints)
     with files.naming(file):
-        check_dropout(hints.lora_dropout, "--lora-dropout")
+        check_dropout(hints.dropout, "--lora-dropout")
         paths = factor_paths(state)
         if "" in paths:
             raise ValueError(
@@ -199,7 +199,7 @@ def read_layers(
         r, groups = b.shape[1], a.shape[0] // b.shape[1]
         splits, outputs = None, b.shape[0]
         own = known.get(path, NOTHING)
-        is_embedding = path in embeddings or own.embedding
+        is_embedding = own.embedding or (path in embeddings and not own.is_all)
         if is_embedding:
             if groups > 1:
                 raise ValueError(
@@ -210,14 +210,14 @@ def read_layers(
         else:
             # Factors of one enabled group look like a Linear's: only a hint with a name tells.
             flags = enabled.get(path, enabled.get("") if groups > 1 else None)
-            if flags is not None or groups > 1 or own.splits is not None:
+            if groups > 1 or own.splits is not None or (flags is not None and not own.is_all):
                 part = sizes.get(path, sizes.get(""))
                 splits = _splits(path, own.splits, flags, part, groups, outputs)
                 outputs = splits.columns
-            transposed = hints.fan_in_fan_out or own.fan_in_fan_out
+            transposed = own.fan_in_fan_out or (hints.fan_in_fan_out and not own.is_all)
             base = BaseModule("linear", a.shape[1], outputs, transposed)
         _check_bias(path, state, outputs)
-        dropout = hints.lora_dropout if own.lora_dropout is None else own.lora_dropout
+        dropout = hints.dropout if own.lora_dropout is None else own.lora_dropout
         dropout = 0.0 if is_embedding else dropout
         spec = LayerSpec(r, alphas[path], alphas[path] / r, dropout, splits)
         layers[path] = AdapterLayer(path, base, spec, a, b)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.adapters import files
+from lora_kernels.adapters.agreement import check_layers_agree
 from lora_kernels.adapters.formats.adapter import AdapterLayer, Hints
 from lora_kernels.adapters.formats.loralib import (
     factor_paths,
@@ -32,6 +33,12 @@ def unmerge(source: Path, destination: Path, hints: Hints) -> list[str]:
     for file, what in ((source, "read"), (destination, "write")):
         if file.is_dir():
             raise ValueError(f"{file}: is a directory, must be the file to {what}")
+    for option, is_given in (
+        ("--lora-dropout", hints.lora_dropout is not None),
+        ("--modules-to-save", len(hints.modules_to_save) > 0),
+    ):
+        if is_given:
+            raise ValueError(f"{option}: --merged takes no such option: leave it out")
     state, known, *_, notes, is_own = read_state(source, hints)
     with files.naming(source):
         if is_own:
@@ -44,6 +51,7 @@ def unmerge(source: Path, destination: Path, hints: Hints) -> list[str]:
         convolutions = [path for path in paths if state[keys[path]].dim() > 2]
         linears = [path for path in paths if path not in convolutions]
         layers = read_layers(linears, state, alphas, known, hints)
+        check_layers_agree(layers, hints)
         updates = {path: _update(layer, state[keys[path]]) for path, layer in layers.items()}
         for path in convolutions:
             updates[path] = _of_convolution(path, state, keys[path], alphas[path])

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_kernels.adapters.agreement import agreed
 from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer
 from lora_kernels.adapters.untold import ALPHA, Untold
 from lora_kernels.checks import check_alpha, check_dropout
@@ -18,7 +19,6 @@ from lora_kernels.spec import OutputSplits
 __all__ = [
     "NOTHING",
     "Told",
-    "agreed",
     "alpha_of",
     "alphas_of",
     "metadata_of",
@@ -39,6 +39,11 @@ class Told:
     splits: OutputSplits | None = None
     embedding: bool = False
     fan_in_fan_out: bool = False
+
+    @property
+    def is_all(self) -> bool:
+        """Whether write has made the file, which tells all: what it leaves out is the default."""
+        return self.lora_alpha is not None
 
 
 NOTHING = Told()
@@ -86,6 +91,7 @@ def told(path: str, about: Any) -> Told:
     for name in ("embedding", "fan_in_fan_out"):
         if not isinstance(about.get(name, False), bool):
             raise ValueError(f"{path}: {name} must be True or False, got {about[name]!r}")
+    dropout = 0.0 if dropout is None and alpha is not None else dropout
     return Told(
         None if alpha is None else check_alpha(alpha, f"{path}: {_ALPHA}"),
         None if dropout is None else check_dropout(dropout, f"{path}: lora_dropout"),
@@ -104,15 +110,6 @@ def told_of_model(about: Any) -> tuple[list[str], str | None]:
     if not isinstance(base, (str, type(None))):
         raise ValueError(f"{_BASE} must be a name, got {base!r}")
     return names, base
-
-
-def agreed(path: str, name: str, known: Any, given: Any) -> Any:
-    """What the file tells, or else the user. Raises: ValueError if they differ."""
-    if known is not None and given is not None and known != given:
-        raise ValueError(
-            f"{path}: the file says {name}={known}, and {given} was given: leave it out"
-        )
-    return given if known is None else known
 
 
 def alphas_of(

@@ -71,7 +71,7 @@ def read(file: Path, hints: Hints) -> Adapter:
                 raise ValueError(f"has rank {a.shape[0]}, {CONFIG} says r={config['r']}")
         layer = make_layer(
             path, place, a, b, alpha / a.shape[0],
-            dropout=hints.lora_dropout, magnitude=magnitude, hints=hints,
+            dropout=hints.dropout, magnitude=magnitude, hints=hints,
         )  # fmt: skip
         with naming(file):
             heads = _heads(path, hints.base, layer.base.outputs)
