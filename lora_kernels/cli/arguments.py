@@ -237,7 +237,12 @@ def _add_convert(commands, name: str) -> None:
         "model and call lora_kernels.save_adapter.",
     )
     _add_source(convert)
-    convert.add_argument("destination", metavar="DESTINATION", help="must not be there yet")
+    convert.add_argument(
+        "destination",
+        metavar="DESTINATION",
+        help="must not be there yet; loralib's file is called .pt, GGUF .gguf, a file of kohya or "
+        "diffusers .safetensors, and everything else is a directory",
+    )
     convert.add_argument("--to", choices=FORMAT_NAMES, metavar="FORMAT", help="of DESTINATION")
     convert.add_argument(
         "--merged",

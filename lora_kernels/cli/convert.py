@@ -14,6 +14,8 @@ from lora_kernels.cli.errors import UsageError
 
 __all__ = ["convert", "hints_of", "main"]
 
+# Formats that are one file; loralib's is called as torch.save's files are.
+_ONE_FILE, _PICKLES = ("loralib", "kohya", "gguf"), (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _OWN_WORDS = {"peft", "loralib"}  # between these two, what they write says it all
 
 
@@ -27,9 +29,9 @@ def main(options: argparse.Namespace) -> int:
 def convert(options: argparse.Namespace) -> list[str]:
     """Does what the command line asks for; returns lines that say what was done.
 
-    Without --to, PEFT's directory becomes loralib's file, or GGUF if DESTINATION is called so.
-    Every other format becomes PEFT's directory. With --merged a state dict with merged weights
-    becomes one with base weights.
+    Without --to, PEFT's directory becomes loralib's file (.pt), or GGUF (.gguf), as DESTINATION is
+    called. Every other format becomes PEFT's directory. With --merged a state dict with merged
+    weights becomes one with base weights.
     Raises: UsageError, in one line, for all that cannot be read, converted or written.
     """
     destination = Path(options.destination)
@@ -37,10 +39,13 @@ def convert(options: argparse.Namespace) -> list[str]:
         source = hub.path_of(options.source, "SOURCE")
         hints = hints_of(options)
         if options.merged:
+            _check_file(options.destination)
             _check_new(destination)
             return unmerge(source, destination, hints)
         found, file = formats.locate(source, options.source_format)
         wanted = options.to or _default(found, destination)
+        if wanted in _ONE_FILE:
+            _check_file(options.destination)
         adapter = formats.FORMATS[found].read(file, hints)
         if destination.is_dir() and any(destination.iterdir()):
             raise ValueError(f"{destination}: is a directory that is not empty")
@@ -60,6 +65,15 @@ def _check_new(destination: Path) -> None:
         raise ValueError(f"{destination}: is there already")
 
 
+def _check_file(destination: str) -> None:
+    """Raises: ValueError for what is written as a directory."""
+    if destination.endswith(("/", os.sep)):
+        raise ValueError(
+            f"{destination}: is written as a directory, and a file is to be made: give its name, "
+            f"such as {destination.rstrip('/' + os.sep)}.pt, or the format of a directory by --to"
+        )
+
+
 def _default(found: str, destination: Path) -> str:
     """The format that DESTINATION is to have if --to does not say it."""
     if destination.suffix == ".gguf":
@@ -68,6 +82,11 @@ def _default(found: str, destination: Path) -> str:
         return "peft"
     if destination.suffix == ".safetensors":
         raise ValueError(f"{destination}: loralib's file is a pickle: call it .pt, or give --to")
+    if destination.suffix not in _PICKLES and not destination.is_dir():
+        raise ValueError(
+            f"{destination}: PEFT's directory becomes loralib's file or GGUF: call it .pt (or "
+            f"{', '.join(_PICKLES[1:])}) or .gguf, or give --to FORMAT"
+        )
     return "loralib"
 
 

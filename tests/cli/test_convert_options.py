@@ -87,3 +87,25 @@ def test_merged_refuses_options_that_it_does_not_take(refused, option):
     options = ["--merged", "--lora-alpha", "4", *option.split()]
     named = f"{option.split()[0]}: --merged takes no such option"
     assert named in refused("merged.pt", "new.pt", *options)
+
+
+@pytest.mark.parametrize("source", ["peft", "own.pt"])
+@pytest.mark.parametrize(
+    ("destination", "options"),
+    [("new.gguf/", ""), ("new/", "--to loralib"), ("a.pt//", "--to kohya")],
+)
+def test_a_file_is_not_written_as_a_directory(files, source, destination, options, refused):
+    named = f"{destination}: is written as a directory"
+    assert named in refused(source, destination, *options.split())
+
+
+def test_merged_writes_a_file(files, refused):
+    options = ["--merged", "--lora-alpha", "4"]
+    assert "new/: is written as a directory" in refused("own.pt", "new/", *options)
+
+
+@pytest.mark.parametrize("destination", ["new", "new/", "folder/new-1.5"])
+def test_a_directory_becomes_no_pickle_that_is_not_called_so(files, destination, refused):
+    named = "call it .pt (or .pth, .bin, .ckpt, .pkl) or .gguf, or give --to FORMAT"
+    assert named in refused("peft", destination)
+    assert main(["convert", "peft", "new", "--to", "loralib"]) == 0
