@@ -109,3 +109,22 @@ def test_a_directory_becomes_no_pickle_that_is_not_called_so(files, destination,
     named = "call it .pt (or .pth, .bin, .ckpt, .pkl) or .gguf, or give --to FORMAT"
     assert named in refused("peft", destination)
     assert main(["convert", "peft", "new", "--to", "loralib"]) == 0
+
+
+DOUBTS = ("factors do not tell a convolution", "every key begins with 'model.'")
+
+
+@pytest.mark.parametrize("command", [["convert", "again"], ["inspect"]])
+def test_a_file_that_tells_all_raises_no_doubts(tmp_path, monkeypatch, capsys, command, seed):
+    monkeypatch.chdir(tmp_path)
+    model = nn.ModuleDict({"model": nn.ModuleDict({"lin": lora.LoRALinear(8, 8, 2, 4)})})
+    lora.save_adapter(model, "peft")
+    assert main(["convert", "peft", "own.pt"]) == 0
+    torch.save(dict(torch.load("own.pt")), "bare.pt")  # the keys alone
+    name, *destination = command
+    for source, doubtful in (("own.pt", False), ("bare.pt", True)):
+        capsys.readouterr()
+        into = [f"{each}-{source}" for each in destination]
+        assert main([name, source, *into, "--lora-alpha", "4"]) == 0
+        text = capsys.readouterr().out
+        assert [doubt in text for doubt in DOUBTS] == [doubtful] * 2, text

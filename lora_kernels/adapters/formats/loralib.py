@@ -44,8 +44,7 @@ from lora_kernels.model.trainable import is_bias
 from lora_kernels.spec import OutputSplits
 
 __all__ = [
-    "factor_paths", "read", "read_layers", "read_state", "recognises", "taken_for",
-    "write",
+    "factor_paths", "read", "read_layers", "read_state", "recognises", "taken_for", "write",
 ]  # fmt: skip
 
 _IF_CONVOLUTION = "if it is one, load the file into the model and call lora_kernels.save_adapter"
@@ -88,7 +87,7 @@ def read(file: Path, hints: Hints) -> Adapter:
         named = (*hints.modules_to_save, *saved_too)
         entries, bias, saved = _read_others(state, layers, named, unmerged)
     others = [path for path in modules if not is_inside(path, layers)]
-    if any(layer.base.kind == "linear" for layer in layers.values()):
+    if any(layers[p].base.kind == "linear" and not known[p].is_all for p in layers):
         doubt = f"{file}: factors do not tell a convolution from a Linear: {_IF_CONVOLUTION}"
         notes.insert(0, doubt)
     return Adapter(
@@ -139,17 +138,18 @@ def read_state(file: Path, hints: Hints) -> FileState:
         if dropped and not any(dropped in part for part in taken):
             raise ValueError(f"--drop-prefix: not every key begins with {dropped!r}")
     notes = [f"{file}: left out of the keys: {part!r}, as a wrapper's" for part in taken]
-    if not notes and all(key.startswith(_LIGHTNING_FRONT) for key in plain.values()):
-        notes.append(
-            f"{file}: every key begins with {_LIGHTNING_FRONT!r}: if that is of a LightningModule "
-            f"and not of the model, give --drop-prefix {_LIGHTNING_FRONT}"
-        )
     metadata = getattr(state, "_metadata", None)
     metadata = metadata if isinstance(metadata, dict) else {}
     with files.naming(file):
         factors = {key: metadata.get(split(key)[0]) for key in state if split(key)[1] in FACTORS}
         known = {split(plain[key])[0]: told(split(key)[0], a) for key, a in factors.items()}
         of_model = told_of_model(metadata.get(""))
+    is_told = all(one.is_all for one in known.values())
+    if not (notes or is_told) and all(k.startswith(_LIGHTNING_FRONT) for k in plain.values()):
+        notes.append(
+            f"{file}: every key begins with {_LIGHTNING_FRONT!r}: if that is of a LightningModule "
+            f"and not of the model, give --drop-prefix {_LIGHTNING_FRONT}"
+        )
     versions = [about.get("version") for about in factors.values() if isinstance(about, dict)]
     state = mapped.map_pickle(file, {plain[key]: value for key, value in state.items()})
     return FileState(state, known, *of_model, notes, STATE_DICT_VERSION in versions)
