@@ -37,8 +37,15 @@ def naming(where) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from error
 
 
+def _check_not_empty(path: Path) -> None:
+    """Raises: ValueError for a file without a byte; OSError."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: is empty")
+
+
 def read_json(path: Path) -> Any:
     """What a file of JSON holds. Raises: ValueError that names it, for other content."""
+    _check_not_empty(path)
     with naming(path):
         return json.loads(path.read_text("utf-8"))
 
@@ -50,6 +57,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import SafetensorError
 
+    _check_not_empty(path)
     try:
         tensors, metadata = mapped.map_safetensors(path)
     except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
@@ -90,6 +98,7 @@ def read_pickle(path: Path) -> Any:
     Raises: ValueError for anything else, for a damaged file, and for one that would take far more
     memory than it has bytes.
     """
+    _check_not_empty(path)
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
         is_zip = zipfile.is_zipfile(path)
@@ -192,12 +201,32 @@ def write_pickle(path: Path, state: dict[str, Any], envelope: str | None = None)
 
 
 @contextlib.contextmanager
+def _unwritten(path: Path) -> Iterator[None]:
+    """Errors of the system inside are of the same class, and say that path cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        named = type(error)(f"{path}: cannot be written: {why}")
+        named.errno = error.errno
+        raise named from error
+
+
+@contextlib.contextmanager
 def replacing(directory: Path, names: Sequence[str]) -> Iterator[Path]:
     """Gives a folder to write files of these names in. Then they replace those in directory.
 
     They do so in this order. If an error ends the writing, directory is as it was; only of files
     that it had, those before the error are replaced.
+    Raises: OSError that names directory, or the file if it is one.
     """
+    place = directory / names[0] if len(names) == 1 else directory
+    with _unwritten(place), _replacing(directory, names) as scratch:
+        yield scratch
+
+
+@contextlib.contextmanager
+def _replacing(directory: Path, names: Sequence[str]) -> Iterator[Path]:
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory))

@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_kernels.adapters import files, formats, hub, mapped
+from lora_kernels.adapters.formats import peft
 from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer, Hints
-from lora_kernels.adapters.formats.contents import look
+from lora_kernels.adapters.formats.contents import CONFIG, look
 from lora_kernels.adapters.formats.gguf import contents_of
 from lora_kernels.adapters.untold import ALPHA, Untold
 from lora_kernels.checks import dtype_name
@@ -91,7 +92,9 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a file, unchecked. Raises: ValueError, OSError."""
     contents = look(file)
     if contents.kind == "directory":
-        raise FileNotFoundError(f"{file}: holds no file of weights that is known")
+        raise FileNotFoundError(
+            f"{file}: holds no file of weights, such as PEFT's {peft.WEIGHTS} (beside {CONFIG})"
+        )
     if contents.kind == "gguf":
         return contents_of(file)[1]
     if contents.kind == "safetensors":

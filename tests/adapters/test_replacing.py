@@ -4,7 +4,9 @@ import errno
 import os
 
 import pytest
+from torch import nn
 
+import lora_kernels as lora
 from lora_kernels.adapters.files import replacing
 
 
@@ -24,6 +26,15 @@ def test_an_error_at_the_second_file_takes_the_first_away(folder, tmp_path, monk
 
     (tmp_path / "kept").write_text("old")
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="cannot be written: No space") as error:
         write()
+    assert str(error.value).startswith(str(tmp_path / folder))
+    assert error.value.errno == errno.ENOSPC
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_save_adapter_names_the_directory_that_it_cannot_make(tmp_path):
+    (tmp_path / "a_file").write_text("old")
+    model = nn.ModuleDict({"lin": lora.LoRALinear(4, 4, r=2)})
+    with pytest.raises(OSError, match=r"a_file.new: cannot be written: "):
+        lora.save_adapter(model, tmp_path / "a_file/new")

@@ -423,7 +423,8 @@ def test_convert_refuses_places_that_cannot_be_read_or_written(refused, director
     assert "a_file" in refused("lora.pt", "a_file", *ALPHA)
     assert "a_file" in refused("lora.pt", "a_file/peft", *ALPHA)
     assert "is a directory" in refused("peft", ".")
-    assert "a_file" in refused("peft", "a_file/lora.pt")
+    for source, place in (("peft", "a_file/lora.pt"), ("lora.pt", "/proc/nowhere/peft")):
+        assert f"{place}: cannot be written: " in refused(source, place, *ALPHA)
     assert "DESTINATION" in refused("lora.pt")
 
 

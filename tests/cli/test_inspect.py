@@ -143,7 +143,8 @@ def test_other_entries_and_dora_are_shown(inspect, tmp_path, seed):
 
 
 @pytest.mark.parametrize(
-    ("content", "named"), [(b"", "torch.load"), (b"GGUF", "a.bin"), (None, "no such file")]
+    ("content", "named"),
+    [(b"", "a.bin: is empty"), (b"no", "a.bin"), (b"GGUF", "a.bin"), (None, "no such file")],
 )
 def test_what_is_no_adapter_is_one_line(inspect, tmp_path, content, named):
     if content is not None:
@@ -151,3 +152,11 @@ def test_what_is_no_adapter_is_one_line(inspect, tmp_path, content, named):
     code, out, err = inspect("a.bin")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert named in err
+
+
+def test_a_directory_without_weights_is_told_what_they_are_called(inspect, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    code, out, err = inspect("a")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "adapter_model.safetensors" in err
