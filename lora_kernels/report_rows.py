@@ -50,11 +50,14 @@ class Report(list[Row]):
     """A list of rows; str() is a table.
 
     Layers that differ in their place in the model alone are one line of it, unless verbose.
+    remark: a sentence about layers that have no row; None without any.
     """
 
-    def __init__(self, rows: list[Row], tokens: int, verbose: bool = False):
+    def __init__(
+        self, rows: list[Row], tokens: int, verbose: bool = False, remark: str | None = None
+    ):
         super().__init__(rows)
-        self.tokens, self.verbose = tokens, verbose
+        self.tokens, self.verbose, self.remark = tokens, verbose, remark
 
     def as_dict(self) -> dict:
         """tokens, how many layers run on what, and every row, as JSON can hold them."""
@@ -66,8 +69,12 @@ class Report(list[Row]):
 
     def __str__(self) -> str:
         lines = [self._summary()]
+        if self.remark is not None:
+            lines += textwrap.wrap(
+                self.remark, _WIDTH, break_long_words=False, break_on_hyphens=False
+            )
         if not self:
-            return lines[0]
+            return "\n".join(lines)
         reasons: dict[str, int] = {}
         table = [("layer", "kind", "weight", "rank", "dtype", "runs on", "")]
         for name, row in self._named():

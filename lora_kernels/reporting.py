@@ -21,6 +21,7 @@ from lora_kernels.layers.linear import LinearLayer
 from lora_kernels.layers.mixture import weight_of
 from lora_kernels.layers.multi_linear import MultiLoRALinear
 from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
+from lora_kernels.model.other_layers import INSTEAD, other_lora_layers
 from lora_kernels.model.paths import join, named_modules
 from lora_kernels.ops.obstacle import is_hooked, obstacle
 from lora_kernels.quantization import FrozenWeight, NotFrozen, find
@@ -46,7 +47,8 @@ def report(
     """For every LoRA layer, on what it runs for so many tokens, and why.
 
     The result is a list of rows; as text it is a table with a line for each kind of layer, or with
-    verbose for each layer; ``as_dict()`` is what JSON can hold.
+    verbose for each layer; ``as_dict()`` is what JSON can hold. LoRA layers that are neither of
+    this package nor PEFT's have no row; the text names them, and ``remark``.
 
     It says what the next forward and its backward would do with an input of the base weight's
     dtype: with the adapters that are active now, in the current mode and under the current
@@ -77,7 +79,9 @@ def report(
             outermost.setdefault(module, module)
             outermost[module.base_layer] = outermost[module]
             rows.append(_experts_row(name, module, outermost[module], load))
-    return Report(rows, tokens, verbose)
+    others = other_lora_layers(model)
+    remark = others and f"These LoRA layers are not of this package: {others}. {INSTEAD}"
+    return Report(rows, tokens, verbose, remark)
 
 
 def report_of_layers(layers: Sequence[nn.Module], tokens: int = 4096) -> Report:

@@ -15,7 +15,7 @@ from lora_kernels.adapters.formats import peft
 from lora_kernels.adapters.formats.adapter import Adapter, AdapterLayer, BaseModule
 from lora_kernels.adapters.formats.peft_moe import rewritten
 from lora_kernels.adapters.formats.peft_saved import saved_modules
-from lora_kernels.adapters.left_out import other_lora_layers, trained_beside
+from lora_kernels.adapters.left_out import trained_beside
 from lora_kernels.adapters.state_dict import entry_keys
 from lora_kernels.foreign import check_no_peft, check_path
 from lora_kernels.layers.base import LoRALayer
@@ -24,6 +24,7 @@ from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.merged_linear import LoRAMergedLinear
 from lora_kernels.layers.mixture import weight_of
 from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
+from lora_kernels.model.other_layers import INSTEAD, other_lora_layers
 from lora_kernels.model.parameters import adapted_parameters, name_parameters
 from lora_kernels.model.paths import (
     adapted_layers,
@@ -44,9 +45,7 @@ from lora_kernels.model.trainable import recorded_biases, saved_paths, with_tied
 __all__ = ["adapter_of", "save_adapter"]
 
 # The way out for LoRA layers that are not of this package.
-_OTHERS = (
-    "Import lora_kernels in the place of loralib, or save lora_state_dict(model), which holds all"
-)
+_OTHERS = f"{INSTEAD}, or save lora_state_dict(model), which holds all"
 
 
 def save_adapter(

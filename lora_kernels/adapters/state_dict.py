@@ -5,13 +5,13 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, nn
 
-from lora_kernels.adapters.left_out import other_lora_layers
 from lora_kernels.foreign import check_no_peft
 from lora_kernels.layers.base import LoRALayer
 from lora_kernels.layers.conv import ConvLoRA
 from lora_kernels.layers.experts import LoRAExperts
 from lora_kernels.layers.multi_linear import MultiLoRALinear
 from lora_kernels.layers.quantized_linear import LoRAQuantizedLinear
+from lora_kernels.model.other_layers import INSTEAD, other_lora_layers
 from lora_kernels.model.paths import (
     as_names,
     is_inside,
@@ -157,8 +157,8 @@ def merged_state_dict(model: nn.Module, *, adapter: str | None = None) -> dict[s
     if others is not None:
         warnings.warn(
             f"merged_state_dict: these LoRA layers are not of this package, and their entries stay "
-            f"as they are, lora_A and lora_B among them: {others}. Import lora_kernels in the "
-            f"place of loralib, or merge them by their own functions, as loralib's by eval()",
+            f"as they are, lora_A and lora_B among them: {others}. {INSTEAD}, or merge "
+            f"them by their own functions, as loralib's by eval()",
             stacklevel=2,
         )
     elif not any(True for _ in lora_layers(model)):

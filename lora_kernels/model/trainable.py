@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_kernels.foreign import check_no_peft
 from lora_kernels.layers.base import LoRALayer
+from lora_kernels.model.other_layers import INSTEAD, other_lora_layers
 from lora_kernels.model.paths import (
     accept_plain_keys,
     adapted_layers,
@@ -41,7 +42,7 @@ def mark_only_lora_as_trainable(
     stay as they are. bias: "none"; "all" biases (a parameter named bias, ..._bias or bias_...);
     "lora_only": those of LoRA layers. modules_to_save: paths, or ends of paths, of modules that
     train as a whole; lora_state_dict and save_adapter find them again.
-    Warns: if model has no LoRA parameter.
+    Warns: if model has no LoRA parameter, or none in a layer of this package, but in loralib's.
     Raises: NotImplementedError for another bias; ValueError for a name that no module has, and for
     a model with adapters of PEFT.
     Source: loralib's function, which also looks at names in the middle of a path.
@@ -81,6 +82,15 @@ def mark_only_lora_as_trainable(
             RuntimeWarning,
             stacklevel=2,
         )
+    elif not any(isinstance(module, LoRALayer) for module in model.modules()):
+        others = other_lora_layers(model)
+        if others is not None:
+            warnings.warn(
+                f"mark_only_lora_as_trainable: these LoRA layers are not of this package, so they "
+                f"train without its kernels: {others}. {INSTEAD}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

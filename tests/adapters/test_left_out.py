@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lora
-from lora_kernels.adapters.left_out import other_lora_layers
+from lora_kernels.model.other_layers import other_lora_layers
 from tests.adapters.nets import randomise
 
 
