@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from lora_kernels.cli.errors import UsageError
 from lora_kernels.integrations import patch_peft
 from lora_kernels.model.apply import apply_lora
+from lora_kernels.model.targets import unmatched_names
 from lora_kernels.report_rows import Report
 from lora_kernels.reporting import report as report_of
 from lora_kernels.tuning import machine, model_shapes
@@ -55,7 +57,11 @@ def _add_peft(model: nn.Module, rank: int, targets) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     patch_peft()
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    told = unmatched_names(model, targets)  # PEFT says it only if no name matches
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    if told is not None:
+        warnings.warn(f"report: {told}", RuntimeWarning, stacklevel=2)
+    return model
 
 
 def as_json(found: Report) -> str:

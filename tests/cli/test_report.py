@@ -85,3 +85,11 @@ def test_a_quantised_model_is_refused_because_its_configuration_does_not_make_it
     assert code == 2
     assert "its layers are quantised" in err
     assert "lora_kernels.report(model)" in err
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_name_of_no_module_beside_others_is_a_warning(folder, said, peft):
+    with pytest.warns(Warning, match="match no module, and are ignored: 'foo'"):
+        code, out, _ = said(folder, "--target-modules", "q_proj,foo", *["--peft"] * peft)
+    assert code == 0
+    assert "q_proj" in out
