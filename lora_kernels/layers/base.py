@@ -46,8 +46,9 @@ class LoRALayer(MergesOnEval):
       ``merge_weights=False`` if that is too much: the update is then computed on the fly;
     * changes of the base weight, ``lora_A``, ``lora_B`` and ``scaling`` take effect at the next
       forward if they are assignments or edits in place that autograd counts; loading a state dict
-      and moving or casting the layer do, too. Edits through ``.data``, and edits in place under a
-      compiled forward, take effect at the next ``eval()``;
+      and moving or casting the layer do, too. Edits in place under a compiled forward take effect
+      at the next ``eval()``. Edits in place through ``.data``, which PyTorch does not count, take
+      effect when ``train()`` has dropped the merged weight and ``eval()`` makes it anew;
     * copies and pickles leave the merged weight behind and make their own.
 
     The update is computed on the fly, and ``merged`` is False, if a layer is not to be merged: if

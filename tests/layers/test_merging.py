@@ -573,3 +573,14 @@ def test_mixin_layer_without_a_base_weight_goes_to_eval(seed):
     assert layer.eval() is layer
     assert not layer.merged
     assert layer.double()(torch.ones(1, 4).double()).sum() == 32
+
+
+def test_an_edit_through_data_takes_effect_after_train_and_eval(seed):
+    layer = LoRALinear(4, 4, r=2)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 4)
+    before = layer.eval()(x)
+    layer.lora_B.data.zero_()
+    assert torch.equal(layer.eval()(x), before)  # PyTorch does not count it
+    plain = nn.functional.linear(x, layer.weight, layer.bias)
+    assert torch.equal(layer.train().eval()(x), plain)
