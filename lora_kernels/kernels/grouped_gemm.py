@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.kernels.config import GemmConfig, Tiles, When, select, target_of
+from lora_kernels.kernels.config import GemmConfig, Tiles, When
 from lora_kernels.kernels.launch import cdiv, launch, matrix, rank_block
-from lora_kernels.kernels.numerics import Numerics, bits_of
+from lora_kernels.kernels.numerics import Numerics, select_for
 from lora_kernels.kernels.segments import (
     GroupMask,
     Routing,
@@ -48,6 +48,7 @@ TILES = Tiles(
     ],
     other=[
         (When(bits=32), GemmConfig(64, 32, 32, num_warps=8, num_stages=2)),
+        (When(scaled=True), GemmConfig(64, 64, 32, num_warps=8, num_stages=2)),
         (When(), GemmConfig(64, 64, 32, num_warps=4, num_stages=2)),
     ],
 )
@@ -116,7 +117,7 @@ def _grouped_gemm_kernel(
 
 def config_for(device: torch.device, r: int, numerics: Numerics) -> GemmConfig:
     """The entry of TILES that serves rank r."""
-    return select(TILES, target_of(device), bits_of(numerics.main), r=r)
+    return select_for(TILES, device, numerics, r=r)
 
 
 def grouped_gemm(
