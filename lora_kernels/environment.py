@@ -28,6 +28,6 @@ def notice(name: str) -> None:
 
 
 @functools.cache
-def warn_once(text: str) -> None:
-    """A warning in one line, once in this process."""
-    warnings.warn(text, RuntimeWarning, stacklevel=3)
+def warn_once(text: str, stacklevel: int = 3) -> None:
+    """A warning in one line, once in this process; stacklevel as warnings.warn counts it."""
+    warnings.warn(text, RuntimeWarning, stacklevel=stacklevel)

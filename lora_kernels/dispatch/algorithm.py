@@ -17,16 +17,17 @@ from lora_kernels.dispatch import measured
 from lora_kernels.dispatch.table import TABLE, GemmShape
 
 __all__ = [
-    "ALGORITHMS", "SMALL_M", "Algorithm", "GemmShape", "asked", "capability_of", "choose",
-    "interpreted", "is_free", "is_open", "is_small_m", "machine_obstacle", "rows_of_small_m",
-    "tf32_allowed", "triton_version", "unmeasured", "warn_of_machine", "with_same_kernels",
+    "ALGORITHMS", "SMALLEST_M", "SMALL_M", "Algorithm", "GemmShape", "asked", "capability_of",
+    "choose", "interpreted", "is_free", "is_open", "is_small_m", "machine_obstacle",
+    "rows_of_small_m", "tf32_allowed", "triton_version", "unmeasured", "warn_of_machine",
+    "with_same_kernels",
 ]  # fmt: skip
 
 ALGORITHMS = ("fused", "addmm", "reference")
 FLOOR = (8, 0)  # the lowest capability for which Triton makes matrix instructions
 BLACKWELL = (3, 7, 1)  # the first Triton with the fences between copies and tcgen05 products
 SMALL_M = 64  # up to so many rows a layer is bound by reading its weight
-_FEWEST = 16  # rows of the smallest tiles
+SMALLEST_M = 16  # rows of the smallest tiles
 _VARIABLE = "LORA_KERNELS_PLAN"
 _INTERPRETED, _UNMEASURED = "TRITON_INTERPRET=1", "no measurement"  # reasons of choose()
 # What os.environ keeps the variables in. Its own get() raises and catches, which takes as long as
@@ -50,7 +51,7 @@ def is_small_m(m: int, dropout: bool) -> bool:
 
 
 def _most(dropout: bool) -> int:
-    return _FEWEST if dropout else SMALL_M
+    return SMALLEST_M if dropout else SMALL_M
 
 
 def with_same_kernels(m: int, bounds: tuple[int, int], dropout: bool) -> tuple[int, int]:
@@ -65,7 +66,7 @@ def rows_of_small_m(m: int, dropout: bool) -> int:
     """The rows of the tiles that make h and y of so few rows in one kernel; 0 if several do."""
     if not is_small_m(m, dropout):
         return 0
-    return _FEWEST if m <= _FEWEST else SMALL_M
+    return SMALLEST_M if m <= SMALLEST_M else SMALL_M
 
 
 def unmeasured(shape: GemmShape) -> str:

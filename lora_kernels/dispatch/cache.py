@@ -11,7 +11,6 @@ import json
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -194,13 +193,8 @@ def exclusive(kind: str) -> Iterator[None]:
 
 def ignored(path: Path, why: str) -> dict:
     """Warns once that a file is ignored, and why, in one line; returns what it is taken for: {}."""
-    if (path, why) not in _said:
-        _said.add((path, why))
-        warnings.warn(f"lora_kernels: {path} is ignored: {why}", RuntimeWarning, stacklevel=3)
+    environment.warn_once(f"lora_kernels: {path} is ignored: {why}", stacklevel=4)
     return {}
-
-
-_said: set[tuple[Path, str]] = set()
 
 
 def _driver() -> int:

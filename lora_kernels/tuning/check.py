@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels.dispatch.algorithm import SMALL_M
+from lora_kernels.dispatch.algorithm import SMALL_M, SMALLEST_M
 from lora_kernels.kernels import linear, measured_tiles, selfcheck
 from lora_kernels.kernels.registry import LAUNCHERS, kernel_of
 from lora_kernels.kernels.selfcheck import Variant, WrongKernelError, of_launcher
@@ -30,7 +30,6 @@ _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
 # Of a layer and of its factors.
 _DTYPES = ((_BF16, _BF16), (_F16, _F16), (_F32, _F32), (_BF16, _F32), (_F16, _F32))
 _HIGH_RANK = 64
-_FEWEST_ROWS = 16
 _MOST_ROWS: dict[str, Any] = {"small_m": SMALL_M, "dropout": False}
 
 
@@ -60,7 +59,7 @@ def variants(only: Sequence[str] = ()) -> list[Variant]:
     plain = [_plain(name, _BF16, _BF16) for name in chosen]
     for change in (
         {"dropout": False},
-        {"small_m": _FEWEST_ROWS},
+        {"small_m": SMALLEST_M},
         _MOST_ROWS,
         {"aligned": False},
         {"r": _HIGH_RANK},
@@ -75,7 +74,7 @@ def variants(only: Sequence[str] = ()) -> list[Variant]:
 def _plain(name: str, dtype: torch.dtype, lora_dtype: torch.dtype) -> Variant:
     """A variant in these dtypes; with few rows if its kernel takes no others."""
     few = name in LAUNCHERS and kernel_of(name).name == "gemm_small_m"
-    return Variant(name, dtype, lora_dtype, small_m=_FEWEST_ROWS if few else 0)
+    return Variant(name, dtype, lora_dtype, small_m=SMALLEST_M if few else 0)
 
 
 def _differs(name: str, field: str) -> bool:

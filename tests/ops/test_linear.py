@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from lora_kernels.dispatch.algorithm import Algorithm
-from lora_kernels.ops import library
 from lora_kernels.spec import Needs
 from lora_kernels.testing.problem import make_problem
 from tests.calls import call, solve
@@ -48,19 +46,12 @@ def test_a_tensor_that_outlived_its_transform_is_what_it_wrapped(device):
     ("lora_dtype", "uniform"), [(torch.float16, True), (torch.float32, False)], ids=str
 )
 def test_both_passes_ask_for_factors_of_their_dtype(
-    algorithm, lora_dtype, uniform, monkeypatch, seed, device
+    algorithm, lora_dtype, uniform, asked, seed, device
 ):
     """So that what was measured for factors in another dtype serves them, and no others."""
-    shapes = []
-
-    def choose(shape):
-        shapes.append(shape)
-        return Algorithm("reference", "because")
-
-    monkeypatch.setattr(library.algorithm, "choose", choose)
     problem = make_problem(5, 8, 6, 2, device=device, dtype=torch.float16, lora_dtype=lora_dtype)
     solve(problem)
-    assert [(shape.backward, shape.uniform) for shape in shapes] == [
+    assert [(shape.backward, shape.uniform) for shape in asked] == [
         (False, uniform),
         (True, uniform),
     ]
